@@ -1,0 +1,367 @@
+"""Config: files and flags -> one checked Config. The only file that knows the parser (jsonargparse); imports no torch.
+
+    defaults  <-  presets/starter.yaml when model.name is "starter"  <-  --config files, left to right  <-  flags
+
+Keys carry TRL's name wherever TRL has one for the same thing, and TRL's default unless the line says why not.
+"""
+
+import dataclasses
+import difflib
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from grpo.errors import ConfigError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass
+class ModelConfig:
+    name: str = "starter"
+    """A hub id, a local folder, or "starter": a small model that is made here, without a download."""
+    reference: str | None = None
+    """Reference policy: null = a frozen copy of the starting model; or another hub id or folder."""
+    torch_dtype: Literal["float32"] = "float32"
+    """Master weights. float32 only: at learning rate 1e-6 AdamW changes almost no bfloat16 weight. Compute precision
+    is accelerate's mixed_precision."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute. TRL's default is true."""
+
+
+@dataclass
+class DataConfig:
+    name: str = "gsm8k"
+    """A registered dataset (gsm8k, question_answer, arithmetic) or your own: package.module:function, file.py:function."""
+    path: str | None = None
+    """Training rows: a local JSONL, CSV or Parquet file. Null = the dataset's own source (gsm8k: openai/gsm8k)."""
+    split: str = "train"
+    """Which split of a hub dataset to train on."""
+    eval_path: str | None = None
+    """Held-out rows. Null = the dataset's own held-out part, where it has one."""
+    eval_size: int | None = 500
+    """At most this many held-out rows are evaluated (the first ones, always the same); null = all."""
+    question: str = "question"
+    """Column that holds the question."""
+    answer: str = "answer"
+    """Column that holds the answer."""
+    extractor: str = "hash"
+    """How the gold answer is read from the answer column: hash (#### N), xml, boxed, number, plain."""
+    system_prompt: str | None = "xml"
+    """System message: "xml" = the reasoning/answer format that the format rewards look for, null = none, or your own."""
+    one_shot: bool = False
+    """Show one worked example, as an earlier turn, before the question."""
+    max_prompt_length: int | None = 512
+    """Longest prompt in tokens, chat template applied; longer rows are left out and counted. Null = no limit."""
+
+
+@dataclass
+class SamplingConfig:
+    num_generations: int = 8
+    """G: completions per prompt."""
+    max_completion_length: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 = off."""
+
+
+@dataclass
+class ObjectiveConfig:
+    loss_type: str = "dapo"
+    """A registered objective: grpo, dapo, dr_grpo, bnpo; or your own."""
+    beta: float = 0.04
+    """Weight of the KL to the reference policy. 0.04 as in DeepSeekMath (TRL: 0.0), because a reference KL is what this
+    trainer is for. 0 = off, and no reference is loaded."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    """Upper clip; null = epsilon. DAPO: 0.28."""
+    num_iterations: int = 1
+    """Optimizer steps on the same completions (mu)."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide advantages by the standard deviation of the group, of the whole batch, or not at all (Dr. GRPO)."""
+    mask_truncated_completions: bool = False
+    """Leave completions that were cut off out of the loss (DAPO's overlong filter)."""
+
+
+@dataclass
+class OptimizerConfig:
+    learning_rate: float = 1e-6
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.0
+    lr_scheduler_type: str = "linear"
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class RolloutConfig:
+    engine: str = "native"
+    """native (own decode loop) or transformers (model.generate: slower, the reference)."""
+    slots: int = 256
+    """Completions that are decoded at the same time on each process; more wait in a queue. Bounds the KV memory."""
+
+
+@dataclass
+class TrackingConfig:
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Any of wandb, tensorboard, trackio. metrics.jsonl and rollouts.jsonl are always written."""
+    project: str = "GRPO-Fine-Tuning"
+    run_name: str | None = None
+    """Null = model, data and time."""
+    log_completions: bool = True
+    """Show a few completions in the terminal now and then."""
+
+
+@dataclass
+class Config:
+    seed: int = 0
+    steps: int = 500
+    """Training steps: each samples prompts_per_step x num_generations completions and learns from them."""
+    run_dir: str | None = None
+    """Where everything about the run is written. Null = outputs/<run_name>."""
+    resume: str | None = None
+    """auto = continue from the newest checkpoint in run_dir, if there is one; or the folder of one checkpoint."""
+    eval_every: int = 50
+    """Held-out evaluation at step 0, every so many steps, and at the end. 0 = never."""
+    save_every: int = 100
+    """A checkpoint every so many steps, and at the end. 0 = only at the end."""
+    save_total_limit: int = 2
+    """Checkpoints to keep."""
+    prompts_per_step: int = 8
+    """P: prompts per step, over all processes."""
+    tokens_per_batch: int = 8192
+    """Prompt and completion tokens that go through the model at once in training: bounds memory, never changes the
+    gradient."""
+    rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "xml_format": 0.2})
+    """Reward function -> weight. Registered names, package.module:function, or path/file.py:function."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def load_config(argv: list[str] | None = None) -> Config:
+    """The checked config of a command line (default: sys.argv[1:]).
+
+    Raises ConfigError, naming the key, the value and the mend. `--help` prints the keys and exits 0.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser()
+    if "-h" in argv or "--help" in argv:
+        parser.print_help()
+        raise SystemExit(0)
+    files, flags = _split_config_files(argv)
+    layers = [_read_yaml(path) for path in files]
+    config = _parse(parser, layers, flags)
+    if config.model.name == "starter":
+        config = _parse(parser, [_read_yaml(PRESETS / "starter.yaml"), *layers], flags)
+    check_config(config)
+    return config
+
+
+def build_parser() -> ArgumentParser:
+    """The parser: one flag per config key."""
+    parser = ArgumentParser(
+        prog="launch/train.py",
+        usage="accelerate launch launch/train.py [--config FILE ...] [--key.subkey VALUE ...]",
+        description="GRPO training. Every key of a YAML config file is also a flag; flags win over files.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="YAML files with the keys below, read left to right")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def check_config(config: Config) -> None:
+    """Raise ConfigError for values that cannot work together, before anything is loaded."""
+    sampling, objective, optimizer = config.sampling, config.objective, config.optimizer
+    if sampling.num_generations < 2:
+        raise ConfigError(
+            f"sampling.num_generations is {sampling.num_generations}, needs at least 2: a lone completion has no "
+            f"siblings to be compared with, so its advantage is always 0"
+        )
+    for key, value, lowest in [
+        ("steps", config.steps, 1),
+        ("prompts_per_step", config.prompts_per_step, 1),
+        ("tokens_per_batch", config.tokens_per_batch, 1),
+        ("eval_every", config.eval_every, 0),
+        ("save_every", config.save_every, 0),
+        ("save_total_limit", config.save_total_limit, 1),
+        ("sampling.max_completion_length", sampling.max_completion_length, 1),
+        ("sampling.top_k", sampling.top_k, 0),
+        ("objective.num_iterations", objective.num_iterations, 1),
+        ("objective.beta", objective.beta, 0),
+        ("objective.epsilon", objective.epsilon, 0),
+        ("optimizer.learning_rate", optimizer.learning_rate, 0),
+        ("optimizer.weight_decay", optimizer.weight_decay, 0),
+        ("rollout.slots", config.rollout.slots, 1),
+    ]:
+        if not value >= lowest:
+            raise ConfigError(f"{key} is {value}, needs at least {lowest}")
+    if not sampling.temperature > 0:
+        raise ConfigError(
+            f"sampling.temperature is {sampling.temperature}, needs to be above 0: greedy completions of one prompt are "
+            f"all the same, so nothing could be learned from comparing them"
+        )
+    if sampling.top_p != 1.0 or sampling.top_k != 0:
+        key, value = ("top_p", sampling.top_p) if sampling.top_p != 1.0 else ("top_k", sampling.top_k)
+        raise ConfigError(
+            f"sampling.{key} is {value}: a truncated sampling distribution is not the one that the policy is trained "
+            f"as, so the importance ratios would be biased. Leave top_p at 1.0 and top_k at 0 for training"
+        )
+    if not 0 <= optimizer.warmup_ratio <= 1:
+        raise ConfigError(f"optimizer.warmup_ratio is {optimizer.warmup_ratio}, needs to be between 0 and 1")
+    if not config.rewards or all(weight == 0 for weight in config.rewards.values()):
+        raise ConfigError("rewards is empty (or every weight is 0): name at least one, for example --rewards.accuracy 1.0")
+    longest = (config.data.max_prompt_length or 0) + sampling.max_completion_length
+    if config.tokens_per_batch < longest:
+        raise ConfigError(
+            f"tokens_per_batch is {config.tokens_per_batch}, too small for one prompt and one completion: "
+            f"data.max_prompt_length {config.data.max_prompt_length} + sampling.max_completion_length "
+            f"{sampling.max_completion_length} = {longest}. Set tokens_per_batch to at least {longest}"
+        )
+    known_trackers = {"wandb", "tensorboard", "trackio"}
+    for tracker in config.tracking.report_to:
+        if tracker not in known_trackers:
+            raise ConfigError(f"tracking.report_to has '{tracker}', knows {', '.join(sorted(known_trackers))}")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested plain values, ready for YAML."""
+    return dataclasses.asdict(config)
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}. A rewards table stays one value: its names may hold dots."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and path != "rewards":
+            flat.update(flatten(value, path + "."))
+        else:
+            flat[path] = value
+    return flat
+
+
+def _parse(parser: ArgumentParser, layers: list[dict[str, Any]], flags: list[str]) -> Config:
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged.update(layer)  # flat keys: a later file wins key by key
+    try:
+        from_files = parser.parse_object(_nest(merged)) if merged else parser.get_defaults()
+        # A fresh parser per call would cost half a second; defaults are reset by the next call's own values.
+        values = parser.parse_args(flags, namespace=from_files.clone())
+    except SystemExit as error:
+        raise ConfigError(f"cannot read the command line: {' '.join(flags)}") from error
+    except Exception as error:
+        raise ConfigError(_readable(str(error), parser)) from error
+    return _build(Config, values)
+
+
+def _build(cls: type, values: Namespace) -> Any:
+    arguments = {}
+    for spec in dataclasses.fields(cls):
+        value = getattr(values, spec.name)
+        nested = spec.default_factory if dataclasses.is_dataclass(spec.default_factory) else None
+        arguments[spec.name] = _build(nested, value) if nested else value  # type: ignore[arg-type]
+    return cls(**arguments)
+
+
+def _known_keys() -> list[str]:
+    return list(flatten(to_dict(Config())))
+
+
+def _nest(flat: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split(".")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[leaf] = value
+    return nested
+
+
+def _split_config_files(argv: list[str]) -> tuple[list[str], list[str]]:
+    """["--config", "a.yaml", "b.yaml", "--steps", "3"] -> (["a.yaml", "b.yaml"], ["--steps", "3"])"""
+    files: list[str] = []
+    flags: list[str] = []
+    taking_files = False
+    for word in argv:
+        if word == "--config":
+            taking_files = True
+        elif word.startswith("--config="):
+            files.append(word.removeprefix("--config="))
+        elif taking_files and not word.startswith("--"):
+            files.append(word)
+        else:
+            taking_files = False
+            flags.append(word)
+    return files, flags
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, and reads 5e-6 as the number it is."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    """A config file as flat keys, every one of them known."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"--config: there is no file {path}")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold 'key: value' lines, holds a {type(content).__name__}")
+    flat = flatten(content)
+    for key, value in flat.items():
+        if key not in _known_keys():
+            raise ConfigError(f"{path}: unknown key '{key}' (value {value!r}){_did_you_mean(key)}")
+    return flat
+
+
+def _did_you_mean(key: str) -> str:
+    known = _known_keys()
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    leaf = [candidate for candidate in known if candidate.split(".")[-1] == key.split(".")[-1]]
+    best = leaf[:1] or near
+    return f": did you mean '{best[0]}'?" if best else ". See --help for all keys"
+
+
+def _readable(message: str, parser: ArgumentParser) -> str:
+    """jsonargparse's message in our words: key, value, mend."""
+    unknown = re.search(r"unrecognized arguments: --([^\s=]+)(?:[\s=]+(\S+))?", message, re.IGNORECASE)
+    if unknown:
+        key, value = unknown.groups()
+        return f"unknown flag --{key}{f' (value {value!r})' if value else ''}{_did_you_mean(key)}"
+    return message.replace("Parser key ", "").strip()
