@@ -51,3 +51,14 @@ class Group:
 
     prompt: Prompt
     completions: list[Completion]
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How completions are drawn. Seeds are counted: see grpo/sampling.py."""
+
+    num_generations: int
+    max_completion_length: int
+    temperature: float
+    """0 = greedy."""
+    seed: int

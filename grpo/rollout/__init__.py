@@ -1,0 +1,50 @@
+"""Rollouts: prompts -> groups of completions. One protocol, several engines that agree with each other."""
+
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo.registry import Registry
+from grpo.types import Group, Prompt, SamplingPlan
+
+
+class RolloutEngine(Protocol):
+    """What the trainer needs of an engine."""
+
+    def generate(self, prompts: list[Prompt], plan: SamplingPlan) -> list[Group]:
+        """plan.num_generations completions for each prompt, in the order of the prompts."""
+        ...
+
+
+class EngineFactory(Protocol):
+    def __call__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, slots: int, swapped: bool
+    ) -> RolloutEngine: ...
+
+
+ENGINES: Registry[EngineFactory] = Registry("engine")
+register_engine = ENGINES.register
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a completion: the generation config's (a list for Llama-3), else the tokenizer's."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = configured if isinstance(configured, list) else [configured]
+    found = {token for token in [*ids, tokenizer.eos_token_id] if token is not None}
+    if not found:
+        raise ValueError("neither the model's generation config nor the tokenizer names an end-of-sequence token")
+    return sorted(found)
+
+
+def build_engine(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, slots: int, swapped: bool
+) -> RolloutEngine:
+    """The engine called `name`. `swapped`: the model runs with our attention (grpo/attention.py)."""
+    from grpo.rollout import native_engine, transformers_engine  # noqa: F401 (registers the built-in engines)
+
+    return ENGINES.get(name)(model, tokenizer, slots=slots, swapped=swapped)
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device

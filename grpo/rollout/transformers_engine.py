@@ -1,0 +1,70 @@
+"""The reference engine: model.generate, one padded batch at a time. Slow, simple, and what the others must agree with.
+
+Drawing the tokens is ours (same counted seeds, same sampler), through a one-line stopping rule and a logits processor;
+generate does the caching and the forward passes.
+"""
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo.rollout import device_of, end_token_ids, register_engine
+from grpo.sampling import counted_uniform, draw_tokens, stream_key
+from grpo.types import Completion, Group, Prompt, SamplingPlan
+
+
+class _Draw(LogitsProcessor):
+    """Turns logits into "the drawn token is certain", so that generate's own argmax picks what we drew."""
+
+    def __init__(self, keys_B: Tensor, temperature: float, prompt_width: int):
+        self.keys, self.temperature, self.width = keys_B, temperature, prompt_width
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        position = torch.full_like(self.keys, input_ids.shape[1] - self.width)
+        tokens, logprobs = draw_tokens(scores, counted_uniform(self.keys, position), self.temperature)
+        self.logprobs.append(logprobs)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+
+
+@register_engine("transformers")
+class TransformersEngine:
+    """model.generate on the stock attention, for one prompt's group at a time."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, slots: int, swapped: bool):
+        self.model, self.tokenizer, self.swapped = model, tokenizer, swapped
+        self.end_ids = end_token_ids(model, tokenizer)
+
+    @torch.no_grad()
+    def generate(self, prompts: list[Prompt], plan: SamplingPlan) -> list[Group]:
+        before = self.model.config._attn_implementation
+        if self.swapped:
+            self.model.set_attn_implementation("sdpa")
+        try:
+            return [self._group(prompt, plan) for prompt in prompts]
+        finally:
+            self.model.set_attn_implementation(before)
+
+    def _group(self, prompt: Prompt, plan: SamplingPlan) -> Group:
+        device = device_of(self.model)
+        ids = torch.tensor([prompt.token_ids] * plan.num_generations, device=device)
+        keys = [stream_key(plan.seed, prompt.draw, sample) for sample in range(plan.num_generations)]
+        draw = _Draw(torch.tensor(keys, device=device), plan.temperature, ids.shape[1])
+        output = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=plan.max_completion_length,
+            eos_token_id=self.end_ids,
+            pad_token_id=self.end_ids[0],
+            logits_processor=LogitsProcessorList([draw]),
+        )
+        tokens = output[:, ids.shape[1] :].tolist()
+        logprobs = torch.stack(draw.logprobs, dim=1).tolist()
+        completions = []
+        for row, scores in zip(tokens, logprobs, strict=True):
+            ends = [index for index, token in enumerate(row) if token in self.end_ids]
+            length = ends[0] + 1 if ends else len(row)
+            text = self.tokenizer.decode(row[:length], skip_special_tokens=True)
+            completions.append(Completion(row[:length], scores[:length], bool(ends), text))
+        return Group(prompt, completions)
