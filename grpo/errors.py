@@ -3,6 +3,9 @@
 0 done · 2 config or data · 3 storage · 4 numerics · 5 reward function · 130/143 stopped by a signal (saved first).
 """
 
+import sys
+from collections.abc import Callable
+
 
 class GrpoError(Exception):
     """An error whose message is meant for the person at the keyboard: what came, what is needed, what to change."""
@@ -32,3 +35,12 @@ class RewardError(GrpoError):
     """A reward function raised, or returned something that is not one number (or None) per completion."""
 
     exit_code = 5
+
+
+def run_main(main: Callable[[], object]) -> None:
+    """Run a command: a GrpoError prints its message (not a traceback) and exits with its code."""
+    try:
+        main()
+    except GrpoError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None

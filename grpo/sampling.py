@@ -12,8 +12,8 @@ _MASK = (1 << 64) - 1
 
 def stream_key(seed: int, draw: int, sample: int) -> int:
     """One 63-bit key per completion, so that its tokens have a random stream of their own."""
-    key = seed & _MASK
-    for part in (draw, sample):
+    key = 0
+    for part in (seed, draw, sample):  # mixed one after the other: seed 1 draw 0 is not seed 0 draw 1
         key = _mix_int((key ^ (part & _MASK)) + 0x9E3779B97F4A7C15)
     return key >> 1
 

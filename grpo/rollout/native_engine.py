@@ -78,6 +78,7 @@ class _Row:
 
     prompt: int
     sample: int
+    key: int
     cached: int
     tokens: list[int]
     logprobs: list[float]
@@ -121,7 +122,7 @@ class NativeEngine:
                 rows += self._admit(prompts, plan, cache, waiting, prefilled, len(rows))
                 self._retire(rows, cache, plan, done)
             if rows:
-                self._decode(prompts, rows, cache, plan)
+                self._decode(rows, cache, plan)
                 self._retire(rows, cache, plan, done)
         return [Group(p, [done[i, s] for s in range(plan.num_generations)]) for i, p in enumerate(prompts)]
 
@@ -161,7 +162,8 @@ class NativeEngine:
             prefilled.update(self._prefill(prompts, batch, plan.num_generations, cache))
         rows = []
         logits = torch.stack([prefilled[prompt].logits_V for prompt, _ in chosen])
-        keys = torch.tensor([stream_key(plan.seed, prompts[p].draw, s) for p, s in chosen], device=logits.device)
+        row_keys = [stream_key(plan.seed, prompts[prompt].draw, sample) for prompt, sample in chosen]
+        keys = torch.tensor(row_keys, device=logits.device)
         tokens_B, logprobs_B = draw_tokens(logits, counted_uniform(keys, torch.zeros_like(keys)), plan.temperature)
         for offset, ((prompt, sample), token, logprob) in enumerate(
             zip(chosen, tokens_B.tolist(), logprobs_B.tolist(), strict=True)
@@ -169,18 +171,18 @@ class NativeEngine:
             length = len(prompts[prompt].token_ids)
             cache.prompt = prefilled[prompt].keys
             cache.admit([taken + offset], [0], length)
-            rows.append(_Row(prompt, sample, length, [token], [logprob]))
+            rows.append(_Row(prompt, sample, row_keys[offset], length, [token], [logprob]))
             prefilled[prompt].waiting -= 1
             if not prefilled[prompt].waiting:
                 del prefilled[prompt]  # all its samples have a slot: give the memory back
         return rows
 
-    def _decode(self, prompts: list[Prompt], rows: list[_Row], cache: SlotCache, plan: SamplingPlan) -> None:
+    def _decode(self, rows: list[_Row], cache: SlotCache, plan: SamplingPlan) -> None:
         """One token for every row."""
         device = device_of(self.model)
         last = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
         cached = torch.tensor([row.cached for row in rows], device=device)
-        keys = torch.tensor([stream_key(plan.seed, prompts[r.prompt].draw, r.sample) for r in rows], device=device)
+        keys = torch.tensor([row.key for row in rows], device=device)
         drawn = torch.tensor([len(row.tokens) for row in rows], device=device)
         cache.rows, cache.positions = torch.arange(len(rows), device=device), cached
         cache.longest = max(row.cached for row in rows) + 1

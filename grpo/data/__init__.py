@@ -1,0 +1,133 @@
+"""Data: config -> raw rows -> Examples, each a question as messages with the gold answer and every other column."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpo.config import DataConfig
+from grpo.data import sources  # noqa: F401  (importing it registers its datasets)
+from grpo.data.extractors import EXTRACTORS, LOOKS_LIKE
+from grpo.data.messages import SYSTEM_PROMPT, messages_for
+from grpo.data.readers import Row, Table, table_of
+from grpo.data.registry import DATASETS, register_dataset
+from grpo.data.sources import Part
+from grpo.errors import ConfigError
+from grpo.types import Message
+
+__all__ = ["DATASETS", "SYSTEM_PROMPT", "Example", "load_examples", "register_dataset"]
+
+RESERVED = ("prompts", "completions", "completion_ids")
+"""Rewards get these as arguments, so a column of that name could never reach them."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, ready to be rendered."""
+
+    messages: str | list[Message]
+    """Chat messages, or plain text where the row has a `prompt` column of plain text."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """question, answer (the extracted gold answer), solution (the answer column in full, where that says more), and
+    every other column of the row, untouched."""
+
+
+def load_examples(data: DataConfig, part: Part, seed: int) -> list[Example]:
+    """The training or the held-out examples. No held-out source -> []. Raises ConfigError, with file and line."""
+    loaded = DATASETS.get(data.name)(data, part, seed)
+    table = loaded if isinstance(loaded, Table) else table_of(data.name, list(loaded))
+    if part == "held_out":
+        table = Table(table.source, table.rows[: data.eval_size], table.places[: data.eval_size])
+    elif not table.rows:
+        raise ConfigError(f"{table.source} is empty: dataset '{data.name}' gave no rows to train on")
+    if all(isinstance(row, Example) for row in table.rows):
+        return list(table.rows)  # type: ignore[arg-type]  # A dataset of one's own may build its Examples itself.
+    answers = _gold_answers(table, data)
+    return [
+        _example(row, place, answer, data) for row, place, answer in zip(table.rows, table.places, answers, strict=True)
+    ]
+
+
+def _gold_answers(table: Table, data: DataConfig) -> list[str | None]:
+    """The extracted gold answer of every row; None only for rows of TRL prompts, which need not have one."""
+    extract = EXTRACTORS.get(data.extractor)
+    if extract is None:
+        raise ConfigError(f"data.extractor is '{data.extractor}', it must be one of {', '.join(EXTRACTORS)}")
+    texts: list[str] = []
+    for row, place in zip(table.rows, table.places, strict=True):
+        _check_columns(row, place, data)
+        value = row.get(data.answer)
+        texts.append("" if value is None else str(value))
+    needed = [data.answer in row for row in table.rows]
+    answers = [extract(text) for text in texts]
+    missing = [index for index, answer in enumerate(answers) if answer is None and needed[index]]
+    if not missing:
+        return answers
+    fits = f"extractor '{data.extractor}' ({LOOKS_LIKE[data.extractor]})"
+    if len(missing) == sum(needed):
+        counts = {name: sum(other(text) is not None for text in texts) for name, other in EXTRACTORS.items()}
+        best = max(counts, key=lambda name: counts[name])
+        advice = f"'{best}' fits {counts[best]}: set data.extractor {best}"
+        if counts[best] == 0:
+            advice = f"the column '{data.answer}' holds nothing: set data.answer to the one that holds the answer"
+        raise ConfigError(f"{table.source}: 0 of {len(missing)} answers fit {fits}; {advice}")
+    first = missing[0]
+    raise ConfigError(
+        f"{table.places[first]}: no answer for {fits} in {texts[first][:120]!r}; the same for {len(missing)} of "
+        f"{sum(needed)} rows: mend or remove them, or set data.extractor to another of {', '.join(EXTRACTORS)}"
+    )
+
+
+def _check_columns(row: Row, place: str, data: DataConfig) -> None:
+    there = ", ".join(row) or "none"
+    for name in RESERVED:
+        if name in row:
+            raise ConfigError(f"{place}: a column may not be called '{name}', rewards get that name: rename it")
+    if data.question not in row and "prompt" not in row:
+        raise ConfigError(
+            f"{place}: there is no column '{data.question}' (columns there: {there}): set data.question to the one "
+            f"that holds the question"
+        )
+    # A row of TRL's kind, with its finished prompt, may be for rewards that need no gold answer.
+    if data.question in row and data.answer not in row:
+        raise ConfigError(
+            f"{place}: there is no column '{data.answer}' (columns there: {there}): set data.answer to the one that "
+            f"holds the answer"
+        )
+
+
+def _example(row: Row, place: str, answer: str | None, data: DataConfig) -> Example:
+    """Where the file has both, say, `gold` and `answer`, and data.answer is `gold`, then `gold` is the answer."""
+    messages: str | list[Message]
+    if data.question in row:
+        question = row[data.question]
+        if not isinstance(question, str) or not question.strip():
+            raise ConfigError(f"{place}: column '{data.question}' is {question!r}, it must be a text that is not empty")
+        messages = messages_for(question, data)
+    else:
+        messages = _trl_prompt(row["prompt"], place)
+        question = messages if isinstance(messages, str) else messages[-1]["content"]
+    used = (data.question, data.answer) if data.question in row else ("prompt", data.answer)
+    columns = {name: value for name, value in row.items() if name not in used}
+    columns["question"] = question
+    if data.answer in row:
+        columns["answer"] = answer
+        if str(row[data.answer]) != answer:
+            columns.setdefault("solution", str(row[data.answer]))
+    return Example(messages, columns)
+
+
+def _trl_prompt(prompt: Any, place: str) -> str | list[Message]:
+    """TRL's `prompt` column is finished: text or messages, to which no system prompt or example is added."""
+    if isinstance(prompt, str) and prompt.strip():
+        return prompt
+    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
+        return [{"role": message["role"], "content": message["content"]} for message in prompt]
+    raise ConfigError(
+        f"{place}: column 'prompt' is {str(prompt)[:120]!r}, it must be a text that is not empty, or a list of "
+        f'{{"role": ..., "content": ...}}'
+    )
+
+
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    )

@@ -1,0 +1,82 @@
+r"""Extractors: what a data set's answer column holds -> the gold answer inside it, or None where there is none.
+
+hash     "9 * 2 = 18\n#### 1,080"           -> "1080"
+xml      "...<answer>\n18\n</answer>"      -> "18"
+boxed    "so it is \boxed{\frac{1}{2}}"    -> "\frac{1}{2}"
+number   "he pays 18 dollars."              -> "18"
+plain    " Paris "                          -> "Paris"
+"""
+
+from collections.abc import Callable
+
+from grpo.rewards.math_answers import numbers_in, parse_number
+from grpo.rewards.xml_format import lenient_answer
+
+
+def extract_hash(text: str) -> str | None:
+    """The rest of the line after the last ####."""
+    _, marker, rest = text.rpartition("####")
+    return _tidy(rest.strip().partition("\n")[0]) if marker else None
+
+
+def extract_xml(text: str) -> str | None:
+    """Inside the last <answer>...</answer>."""
+    start = text.rfind("<answer>")
+    return _tidy(lenient_answer(text)) if start >= 0 and text.find("</answer>", start) >= 0 else None
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""Inside the last \boxed{...}, its braces balanced. One pass over the text."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start += len("\\boxed{")
+    depth, position = 1, start
+    while position < len(text):
+        character = text[position]
+        if character == "\\":
+            position += 1  # \{ and \} are characters to print, not braces.
+        elif character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
+            if depth == 0:
+                return _tidy(text[start:position])
+        position += 1
+    return None
+
+
+def extract_number(text: str) -> str | None:
+    """The last number in the text."""
+    numbers = numbers_in(text)
+    return _tidy(numbers[-1]) if numbers and parse_number(numbers[-1]) is not None else None
+
+
+def extract_plain(text: str) -> str | None:
+    """The whole text, stripped."""
+    return text.strip() or None
+
+
+def _tidy(answer: str) -> str | None:
+    """Stripped; a number also without "$" and thousands commas, so that rewards that compare text can match it."""
+    answer = answer.strip()
+    if parse_number(answer) is not None:
+        answer = answer.replace(",", "").replace("$", "")
+    return answer or None
+
+
+# From the most to the least particular: where two fit equally many rows, the first is what an error suggests.
+EXTRACTORS: dict[str, Callable[[str], str | None]] = {
+    "hash": extract_hash,
+    "xml": extract_xml,
+    "boxed": extract_boxed,
+    "number": extract_number,
+    "plain": extract_plain,
+}
+LOOKS_LIKE = {
+    "hash": "#### N",
+    "xml": "<answer>N</answer>",
+    "boxed": "\\boxed{N}",
+    "number": "any text with a number",
+    "plain": "any text",
+}

@@ -1,0 +1,59 @@
+"""The datasets that come with the trainer: gsm8k, question_answer, arithmetic. Config -> Table of raw rows."""
+
+from typing import Literal
+
+from grpo.config import DataConfig
+from grpo.data.readers import Row, Table, read_table, table_of
+from grpo.data.registry import register_dataset
+from grpo.errors import ConfigError
+
+Part = Literal["train", "held_out"]
+
+ARITHMETIC_TRAIN_SIZE = 4000
+ARITHMETIC_HELD_OUT_SIZE = 500
+"""Where data.eval_size is null: the problems are made up, so "all" has no meaning."""
+
+
+@register_dataset("gsm8k")
+def gsm8k(data: DataConfig, part: Part, seed: int) -> Table:
+    """Grade-school word problems: from local files, or from the hub (openai/gsm8k, its test split is held out)."""
+    if part == "train" and data.path is not None:
+        return read_table(data.path)
+    if part == "held_out" and data.eval_path is not None:
+        return read_table(data.eval_path, "data.eval_path")
+    if part == "held_out" and data.path is not None:
+        return table_of("held-out", [])
+    return _from_hub("openai/gsm8k", "main", data.split if part == "train" else "test")
+
+
+@register_dataset("question_answer")
+def question_answer(data: DataConfig, part: Part, seed: int) -> Table:
+    """Any local file of questions and answers, or of TRL prompts."""
+    if part == "held_out":
+        return read_table(data.eval_path, "data.eval_path") if data.eval_path else table_of("held-out", [])
+    if data.path is None:
+        raise ConfigError("data.path is null, dataset 'question_answer' needs a JSONL, CSV or Parquet file there")
+    return read_table(data.path)
+
+
+@register_dataset("arithmetic")
+def arithmetic(data: DataConfig, part: Part, seed: int) -> Table:
+    """Made-up problems, no download: 4000 to train on, and data.eval_size others."""
+    from grpo.data.arithmetic import generate_problems
+
+    held_out_size = ARITHMETIC_HELD_OUT_SIZE if data.eval_size is None else data.eval_size
+    count = ARITHMETIC_TRAIN_SIZE if part == "train" else held_out_size
+    rows: list[Row] = generate_problems(count, seed=seed, split=part)
+    return table_of("arithmetic", rows)
+
+
+def _from_hub(name: str, subset: str, split: str) -> Table:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(f"{name} is on the hub: pip install datasets, or set data.path to a local file") from error
+    try:
+        rows = datasets.load_dataset(name, subset, split=split).to_list()
+    except Exception as error:  # The hub raises dozens of kinds; to the person they are one: it did not come.
+        raise ConfigError(f"{name} ({split}) cannot be loaded: {error}; or set data.path to a local file") from error
+    return table_of(f"{name} ({split})", rows)

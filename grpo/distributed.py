@@ -1,0 +1,99 @@
+"""Distributed: the only collectives. One process or many, the rest of the code asks this file."""
+
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+from accelerate import Accelerator
+
+from grpo.errors import ConfigError
+from grpo.metrics import Sums
+
+
+def start_accelerator() -> Accelerator:
+    """The Accelerator that `accelerate launch` and its config file ask for.
+
+    Raises ConfigError if fewer processes started than were asked for.
+    """
+    # On a CPU machine, accelerate joins its processes only if it is told here too that they run on the CPU.
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    accelerator = Accelerator(cpu=use_cpu)
+    asked = asked_processes()
+    if accelerator.num_processes != asked:
+        raise ConfigError(
+            f"{asked} processes were asked for, {accelerator.num_processes} started. `accelerate launch --cpu` starts "
+            f"only one, whatever --num_processes says: use --config_file accelerate_configs/cpu_2proc.yaml"
+        )
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(cpu_threads(accelerator.num_processes))
+    return accelerator
+
+
+def asked_processes() -> int:
+    """How many processes the launch asked for: WORLD_SIZE, or what the launcher's own command line says."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return 1
+    if not any("accelerate" in Path(word).name for word in words[:4]):
+        return 1
+    asked = 1
+    for word, value in zip(words, [*words[1:], ""], strict=True):
+        key, _, inline = word.partition("=")
+        value = inline or value
+        if key in ("--num_processes", "--num-processes") and value.isdigit():
+            return int(value)
+        if key in ("--config_file", "--config-file") and Path(value).is_file():
+            asked = int((yaml.safe_load(Path(value).read_text()) or {}).get("num_processes", 1))
+        if word.endswith(".py"):
+            break  # what follows belongs to the script
+    return asked
+
+
+def cpu_threads(processes_here: int) -> int:
+    """Threads for each process: this machine's cores shared out. OMP_NUM_THREADS above 1 is somebody's choice, and
+    stays; 1 is what `accelerate launch` sets when nobody chose."""
+    chosen = int(os.environ.get("OMP_NUM_THREADS") or 1)
+    if chosen > 1:
+        return chosen
+    cores = len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else (os.cpu_count() or 1)
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or processes_here))
+
+
+def sum_over_ranks(accelerator: Accelerator, values: list[float]) -> list[float]:
+    """Element-wise sums of a list of numbers over all ranks, in float64."""
+    if accelerator.num_processes == 1:
+        return values
+    on_mps = accelerator.device.type == "mps"
+    total = torch.tensor(values, dtype=torch.float32 if on_mps else torch.float64, device=accelerator.device)
+    torch.distributed.all_reduce(total)
+    return total.tolist()
+
+
+def max_over_ranks(accelerator: Accelerator, value: int) -> int:
+    if accelerator.num_processes == 1:
+        return value
+    largest = torch.tensor(value, device=accelerator.device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
+def merge_sums(accelerator: Accelerator, sums: Sums) -> None:
+    """Add up the sums of every rank, in one collective. Every rank must hold the same names."""
+    names = sums.names()
+    flat = sum_over_ranks(accelerator, sums.tensor(names).flatten().tolist())
+    sums.load(names, torch.tensor(flat, dtype=torch.float64).reshape(-1, 2))
+
+
+def gather_rows(accelerator: Accelerator, rows: list[dict]) -> list[dict]:
+    """Every rank's rows, on every rank, in rank order."""
+    if accelerator.num_processes == 1:
+        return rows
+    parts: list[list[dict]] = [[] for _ in range(accelerator.num_processes)]
+    torch.distributed.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]

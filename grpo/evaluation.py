@@ -1,0 +1,87 @@
+"""Evaluation: held-out prompts -> accuracy and format, greedy or pass@k, through the same engine and rewards as training."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from grpo.distributed import gather_rows
+from grpo.metrics import pass_at_k
+from grpo.rewards import RewardSum
+from grpo.rollout import RolloutEngine
+from grpo.types import Prompt, SamplingPlan
+
+SCORES = {"accuracy": 1.0, "xml_format": 1.0}
+"""What evaluation scores with, whatever the training rewards are."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics, and one row per completion: draw, sample, completion, accuracy, format, length."""
+
+    metrics: dict[str, float]
+    rows: list[dict]
+
+
+def evaluate(
+    engine: RolloutEngine,
+    prompts: list[Prompt],
+    accelerator: Accelerator,
+    *,
+    max_completion_length: int,
+    samples: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Evaluation:
+    """Score `samples` completions of every prompt; temperature 0 is greedy. Every rank takes its share, every item counts
+    once, and all ranks return the same.
+
+    Metrics: eval/accuracy, eval/format, eval/length_mean, eval/truncated_fraction, eval/accuracy_ci95 (half the width of
+    the 95 % interval), and eval/pass@k for k = 2, 4, ... up to `samples`.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    plan = SamplingPlan(samples, max_completion_length, temperature, seed)
+    with torch.no_grad(), accelerator.autocast():
+        groups = engine.generate(prompts[rank::world], plan)
+    mine: list[dict] = []
+    if groups:
+        scores = RewardSum(SCORES)(groups)
+        for p, group in enumerate(groups):
+            for s, completion in enumerate(group.completions):
+                mine.append(
+                    {
+                        "draw": group.prompt.draw,
+                        "sample": s,
+                        "completion": completion.text,
+                        "accuracy": float(scores.by_name["accuracy"][p, s]),
+                        "format": float(scores.by_name["xml_format"][p, s]),
+                        "length": len(completion.token_ids),
+                        "ended": completion.ended,
+                    }
+                )
+    rows = sorted(gather_rows(accelerator, mine), key=lambda row: (row["draw"], row["sample"]))
+    return Evaluation(summarize(rows, samples), rows)
+
+
+def summarize(rows: list[dict], samples: int) -> dict[str, float]:
+    """Means over completions; pass@k is a mean over prompts."""
+    count = len(rows)
+    if not count:
+        return {}
+    accuracy = sum(row["accuracy"] for row in rows) / count
+    metrics = {
+        "eval/accuracy": accuracy,
+        "eval/accuracy_ci95": 1.96 * math.sqrt(accuracy * (1 - accuracy) / count),
+        "eval/format": sum(row["format"] for row in rows) / count,
+        "eval/length_mean": sum(row["length"] for row in rows) / count,
+        "eval/truncated_fraction": sum(not row["ended"] for row in rows) / count,
+    }
+    right: dict[int, int] = {}
+    for row in rows:
+        right[row["draw"]] = right.get(row["draw"], 0) + int(row["accuracy"])
+    k = 2
+    while k <= samples:
+        metrics[f"eval/pass@{k}"] = sum(pass_at_k(correct, samples, k) for correct in right.values()) / len(right)
+        k *= 2
+    return metrics

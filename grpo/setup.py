@@ -1,0 +1,229 @@
+"""Setup: a config -> everything a run needs, checked in the order of cost: config, data, rewards, then weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedTokenizerBase
+
+from grpo.checkpoint import (
+    load_checkpoint,
+    newest_valid,
+    optimizer_from_tensors,
+    optimizer_to_tensors,
+    save_checkpoint,
+)
+from grpo.config import Config, DataConfig
+from grpo.data import Example, load_examples
+from grpo.data.stream import PromptStream, render_prompts
+from grpo.display import Display
+from grpo.distributed import gather_rows, start_accelerator
+from grpo.errors import ConfigError
+from grpo.objective import OBJECTIVES
+from grpo.policy import Policy, load_tokenizer
+from grpo.rewards import RewardSum
+from grpo.rollout import ENGINES, RolloutEngine, build_engine
+from grpo.tracking import Tracker, check_trackers, choose_run_dir
+from grpo.types import Prompt
+
+
+@dataclass
+class Run:
+    """One training run: its parts, and what is written about it."""
+
+    config: Config
+    accelerator: Accelerator
+    run_dir: Path
+    start: int
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+    engine: RolloutEngine
+    stream: PromptStream
+    held_out: list[Prompt]
+    score: RewardSum
+    tracker: Tracker | None
+    display: Display
+    first_eval: dict[str, float] = field(default_factory=dict)
+    last_eval: dict[str, float] = field(default_factory=dict)
+
+    def record(self, step: int, metrics: dict[str, float], rows: list[dict] | None = None) -> None:
+        """Write one step's metrics, and every rank's rollouts. Collective: every rank must call it."""
+        evaluated = {key: value for key, value in metrics.items() if key.startswith("eval/")}
+        if evaluated:
+            self.first_eval = self.first_eval or evaluated
+            self.last_eval = evaluated
+        rows = gather_rows(self.accelerator, rows) if rows is not None else []
+        rows.sort(key=lambda row: (row["draw"], row["sample"]))
+        if self.tracker is None or not metrics:
+            return
+        self.tracker.log(step, metrics)
+        self.tracker.log_rollouts(rows)
+        self.display.step(step, metrics)
+        every = max(1, self.config.steps // 5)
+        if self.config.tracking.log_completions and rows and (step == 1 or step % every == 0):
+            self.display.completions(rows)
+
+    def save(self, step: int) -> None:
+        """A checkpoint from which `resume` goes on exactly."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            moments, groups = optimizer_to_tensors(self.policy.optimizer.state_dict())
+            state = {
+                "step": step,
+                "optimizer": groups,
+                "scheduler": self.policy.scheduler.state_dict(),
+                "first_eval": self.first_eval,
+                "last_eval": self.last_eval,
+            }
+            tensors = {"model": dict(self.policy.model.state_dict()), "optimizer": moments}
+            save_checkpoint(self.run_dir, step, tensors, state, self.config.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> Path:
+        """final/, the before/after table, and the path."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.policy.save(self.run_dir / "final", self.tokenizer)
+            self.display.table(self.first_eval, self.last_eval, self.run_dir)
+        if self.tracker is not None:
+            self.tracker.finish()
+        return self.run_dir
+
+
+def prepare(config: Config) -> Run:
+    """Everything that `train` needs. Raises ConfigError before any weight loads for whatever can be known by then."""
+    OBJECTIVES.get(config.objective.loss_type)
+    check_engine(config.rollout.engine)
+    score = RewardSum(config.rewards)
+    check_trackers(config.tracking.report_to)
+    accelerator = start_accelerator()
+    run_dir = broadcast_object_list([choose_run_dir(config, datetime.now())])[0]
+    display = Display(config.steps, 0, enabled=accelerator.is_main_process)
+    train_rows = load_examples(config.data, "train", config.seed)
+    held_out_rows = load_examples(config.data, "held_out", config.seed) if config.eval_every else []
+    if not train_rows:
+        raise ConfigError(f"data.name {config.data.name} gave no training rows")
+    score.check_columns(set(train_rows[0].columns))
+
+    checkpoint = _checkpoint(config, run_dir, display.say)
+    path = model_path(config, train_rows, accelerator, display.say)
+    tokenizer = load_tokenizer(path)
+    prompts, dropped = render_prompts(train_rows, tokenizer, config.data.max_prompt_length)
+    held_out = render_prompts(held_out_rows, tokenizer, config.data.max_prompt_length)[0] if held_out_rows else []
+    if dropped:
+        display.say(f"{dropped} prompts are longer than data.max_prompt_length {config.data.max_prompt_length}: left out")
+
+    torch.manual_seed(config.seed)
+    policy = Policy(
+        accelerator,
+        path,
+        config.model,
+        config.objective,
+        config.optimizer,
+        temperature=config.sampling.temperature,
+        optimizer_steps=config.steps * config.objective.num_iterations,
+    )
+    policy.reference_is_start = checkpoint is None and config.model.reference is None
+    start, first_eval, last_eval = 0, {}, {}
+    if checkpoint is not None:
+        tensors, state = load_checkpoint(checkpoint)
+        policy.model.load_state_dict(tensors["model"], strict=False)
+        policy.model.tie_weights()
+        policy.optimizer.load_state_dict(optimizer_from_tensors(tensors["optimizer"], state["optimizer"]))
+        policy.scheduler.load_state_dict(state["scheduler"])
+        start, first_eval, last_eval = state["step"], state["first_eval"], state["last_eval"]
+        display.say(f"resuming from {checkpoint}: {start} of {config.steps} steps are done")
+        if start >= config.steps:
+            raise ConfigError(f"{checkpoint} has done all {config.steps} steps: raise steps to go on")
+    policy.check()
+    engine = build_engine(
+        config.rollout.engine, policy.model, tokenizer, slots=config.rollout.slots, swapped=policy.swapped
+    )
+    tracker = None
+    if accelerator.is_main_process:
+        tracker = Tracker(run_dir, config, derived_values(config, len(prompts)), start + 1 if start else 0)
+    completions = config.prompts_per_step * config.sampling.num_generations
+    display.say(
+        f"{len(prompts)} training prompts, {len(held_out)} held out; {config.prompts_per_step} prompts x "
+        f"{config.sampling.num_generations} completions = {completions} per step, {config.steps} steps, "
+        f"{accelerator.num_processes} process(es) on {accelerator.device}, {accelerator.mixed_precision} precision"
+    )
+    return Run(
+        config,
+        accelerator,
+        run_dir,
+        start,
+        policy,
+        tokenizer,
+        engine,
+        PromptStream(prompts, config.seed),
+        held_out,
+        score,
+        tracker,
+        display=Display(config.steps, start, enabled=accelerator.is_main_process),
+        first_eval=first_eval,
+        last_eval=last_eval,
+    )
+
+
+def check_engine(name: str) -> None:
+    from grpo.rollout import native_engine, transformers_engine  # noqa: F401 (registers the built-in engines)
+
+    ENGINES.get(name)
+
+
+def model_path(config: Config, rows: list[Example], accelerator: Accelerator, say: Callable[[str], None]) -> str:
+    """The folder or hub id to load; for "starter", the folder is made first, once, by the main process."""
+    if config.model.name != "starter":
+        return config.model.name
+    from grpo.starter import make_starter
+
+    problems = None
+    if config.data.name != "arithmetic":
+        problems = [{"question": _question(row, config.data), "answer": _worked_answer(row)} for row in rows]
+    path = ""
+    if accelerator.is_main_process:
+        path = str(make_starter(seed=config.seed, problems=problems, report=say))
+    return broadcast_object_list([path])[0]
+
+
+def derived_values(config: Config, prompts: int) -> dict[str, object]:
+    """What W&B users look for under its usual names, with the effective values."""
+    return {
+        "learning_rate": config.optimizer.learning_rate,
+        "adam_beta1": config.optimizer.adam_beta1,
+        "adam_beta2": config.optimizer.adam_beta2,
+        "weight_decay": config.optimizer.weight_decay,
+        "warmup_ratio": config.optimizer.warmup_ratio,
+        "batch_size": config.prompts_per_step * config.sampling.num_generations,
+        "num_train_epochs": config.steps * config.prompts_per_step / prompts,
+        "run_name": config.tracking.run_name,
+    }
+
+
+def _checkpoint(config: Config, run_dir: Path, say: Callable[[str], None]) -> Path | None:
+    if config.resume is None:
+        return None
+    if config.resume != "auto":
+        path = Path(config.resume)
+        if not path.is_dir():
+            raise ConfigError(f"resume: there is no folder {path}. Use --resume auto for the newest in {run_dir}")
+        return path
+    path_or_none, ignored = newest_valid(run_dir)
+    for reason in ignored:
+        say(f"ignoring {reason}")
+    return path_or_none
+
+
+def _question(row: Example, data: DataConfig) -> str:
+    return str(row.columns.get("question", row.columns.get(data.question, "")))
+
+
+def _worked_answer(row: Example) -> str:
+    return str(row.columns.get("solution") or row.columns["answer"])
+
+

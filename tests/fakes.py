@@ -1,0 +1,52 @@
+"""Fakes with the real interface: a tiny random model and a tokenizer whose ids are characters. No download."""
+
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+from grpo.attention import NAME
+from grpo.policy import use_grpo_attention
+from grpo.types import Completion, Group, Prompt
+
+SHAPE = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "gemma3": Gemma3TextConfig}
+
+
+def tiny_model(family: str = "qwen2", seed: int = 0, spread: float = 4.0, **changes: object) -> PreTrainedModel:
+    """A random model, spread out so that its distributions are far from uniform, with our attention switched on."""
+    torch.manual_seed(seed)
+    config = FAMILIES[family](**(SHAPE | changes))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(spread if parameter.ndim > 1 else 1.0)
+    assert use_grpo_attention(model)
+    assert model.config._attn_implementation == NAME
+    return model
+
+
+class CharTokenizer:
+    """Token id 10 is "a", 11 is "b", ...; 0 ends, 1 pads."""
+
+    eos_token_id = 0
+    pad_token_id = 1
+    chat_template = None
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(ord("a") + i - 10) if i >= 10 else "?" for i in ids if i > 1 or not skip_special_tokens)
+
+
+def group(draw: int, prompt: list[int], completions: list[list[int]], ended: bool = True) -> Group:
+    """A group from plain ids, with sampling logprobs of -1 for every token."""
+    made = [Completion(ids, [-1.0] * len(ids), ended, "") for ids in completions]
+    return Group(Prompt(draw, "text", tuple(prompt)), made)

@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from grpo.policy import Scorer
+from grpo.packing import pack
+from grpo.rollout import build_engine
+from grpo.types import Prompt, SamplingPlan
+from tests.fakes import FAMILIES, CharTokenizer, tiny_model
+
+
+def prompts() -> list[Prompt]:
+    torch.manual_seed(3)
+    return [Prompt(i, "text", tuple(torch.randint(2, 40, (n,)).tolist())) for i, n in enumerate((5, 9, 1, 14, 7))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_native_equals_transformers(family: str, temperature: float) -> None:
+    model = tiny_model(family)
+    plan = SamplingPlan(4, 12, temperature, seed=7)
+    native = build_engine("native", model, CharTokenizer(), slots=6, swapped=True).generate(prompts(), plan)
+    oracle = build_engine("transformers", model, CharTokenizer(), slots=6, swapped=True).generate(prompts(), plan)
+    for mine, theirs in zip(native, oracle, strict=True):
+        for a, b in zip(mine.completions, theirs.completions, strict=True):
+            assert a.token_ids == b.token_ids
+            assert a.ended == b.ended
+            assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
+
+
+def test_completions_do_not_depend_on_slots_or_neighbours() -> None:
+    model, plan = tiny_model(), SamplingPlan(3, 10, 1.0, seed=1)
+    wide = build_engine("native", model, CharTokenizer(), slots=64, swapped=True).generate(prompts(), plan)
+    narrow = build_engine("native", model, CharTokenizer(), slots=2, swapped=True).generate(prompts(), plan)
+    alone = build_engine("native", model, CharTokenizer(), slots=64, swapped=True).generate(prompts()[2:3], plan)
+    ids = [[c.token_ids for c in group.completions] for group in wide]
+    assert ids == [[c.token_ids for c in group.completions] for group in narrow]
+    assert ids[2] == [c.token_ids for c in alone[0].completions]
+
+
+def test_the_end_token_is_kept_and_ends_the_completion() -> None:
+    groups = build_engine("native", tiny_model(), CharTokenizer(), slots=64, swapped=True).generate(
+        prompts(), SamplingPlan(16, 30, 1.0, seed=2)
+    )
+    completions = [completion for group in groups for completion in group.completions]
+    assert any(completion.ended for completion in completions)
+    for completion in completions:
+        assert (completion.token_ids[-1] == 0) == completion.ended
+        assert 0 not in completion.token_ids[:-1]
+        assert len(completion.token_ids) == len(completion.logprobs) <= 30
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_sampling_and_training_logprobs_are_the_same(temperature: float) -> None:
+    model = tiny_model()
+    plan = SamplingPlan(4, 12, temperature, seed=5)
+    groups = build_engine("native", model, CharTokenizer(), slots=8, swapped=True).generate(prompts(), plan)
+    batch = pack(groups, torch.ones(len(groups), 4), max_tokens=10_000)[0]
+    with torch.no_grad():
+        trained = Scorer(model, swapped=True, temperature=temperature)(batch)[0]
+    assert torch.allclose(trained, batch.sampling_logprobs_N, atol=1e-4)

@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from grpo import logprobs as module
+from grpo.logprobs import token_logprobs
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 7, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_equal_to_the_plain_softmax_in_values_and_gradients(monkeypatch, chunk_rows: int, temperature: float) -> None:
+    torch.manual_seed(0)
+    vocabulary, tokens, size = 50, 17, 8
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * vocabulary * chunk_rows)
+    hidden, head = torch.randn(tokens, size, requires_grad=True), torch.randn(vocabulary, size, requires_grad=True)
+    targets, upstream = torch.randint(0, vocabulary, (tokens,)), torch.randn(tokens)
+
+    plain = torch.log_softmax(hidden @ head.T / temperature, -1)
+    expected = plain.gather(1, targets[:, None]).squeeze(1)
+    gradients = torch.autograd.grad((expected * upstream).sum(), (hidden, head))
+    got, entropy = token_logprobs(hidden, head, targets, temperature)
+    ours = torch.autograd.grad((got * upstream).sum(), (hidden, head))
+
+    assert torch.allclose(got, expected, atol=1e-5)
+    assert torch.allclose(entropy, -(plain.exp() * plain).sum(-1), atol=1e-5)
+    for mine, theirs in zip(ours, gradients, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_no_tokens() -> None:
+    got, entropy = token_logprobs(torch.zeros(0, 4), torch.zeros(9, 4), torch.zeros(0, dtype=torch.long))
+    assert got.shape == entropy.shape == (0,)

@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from grpo.packing import pack
+from grpo.policy import Scorer
+from tests.fakes import FAMILIES, group, tiny_model
+
+
+def test_the_worked_example() -> None:
+    batch = pack([group(0, [5, 6], [[7, 8], [9]])], torch.tensor([[1.0, -1.0]]), max_tokens=100)[0]
+    assert batch.input_ids_T.tolist() == [5, 6, 7, 8, 9]
+    assert batch.positions_T.tolist() == [0, 1, 2, 3, 2]
+    assert batch.tokens_N.tolist() == [7, 8, 9]
+    assert batch.predictor_N.tolist() == [1, 2, 1]
+    assert batch.sequence_N.tolist() == [0, 0, 1]
+    assert batch.advantages_N.tolist() == [1, 1, -1]
+    assert batch.lengths_S.tolist() == [2, 1]
+
+
+def test_a_group_is_split_under_the_budget_and_nothing_is_lost() -> None:
+    groups = [group(0, [5, 6], [[7, 8], [9], [10, 11, 12]]), group(1, [13], [[14], [15, 16]])]
+    batches = pack(groups, torch.ones(2, 3), max_tokens=6)
+    assert all(len(batch.input_ids_T) <= 6 for batch in batches)
+    assert sorted(token for batch in batches for token in batch.tokens_N.tolist()) == [7, 8, 9, 10, 11, 12, 14, 15, 16]
+    with pytest.raises(ValueError, match="raise tokens_per_batch"):
+        pack(groups, torch.ones(2, 3), max_tokens=4)
+
+
+def test_masks_and_skips() -> None:
+    cut = group(0, [5], [[6], [7]], ended=False)
+    assert pack([cut], torch.ones(1, 2), max_tokens=9, mask_truncated=True)[0].weights_N.tolist() == [0, 0]
+    kept = pack([group(0, [5], [[6], [7]])], torch.tensor([[0.0, 1.0]]), max_tokens=9, skip_flat=True)[0]
+    assert kept.tokens_N.tolist() == [7]
+    assert pack([cut], torch.zeros(1, 2), max_tokens=9, skip_flat=True) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_one_sequence_at_a_time_in_values_and_gradients(family: str) -> None:
+    model = tiny_model(family, spread=2.0)
+    torch.manual_seed(1)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(2, 40, (length,)).tolist()
+
+    groups = [group(0, ids(5), [ids(4), ids(9), ids(1)]), group(1, ids(2), [ids(6), ids(3), ids(3)])]
+    batch = pack(groups, torch.ones(2, 3), max_tokens=1000)[0]
+    packed = Scorer(model, swapped=True, temperature=0.9)(batch)[0]
+    packed.sum().backward()
+    ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+
+    model.set_attn_implementation("sdpa")
+    expected = []
+    for one in groups:
+        for completion in one.completions:
+            row = torch.tensor([[*one.prompt.token_ids, *completion.token_ids]])
+            scores = torch.log_softmax(model(row, use_cache=False).logits[0, :-1] / 0.9, -1)
+            start = len(one.prompt.token_ids) - 1
+            expected.append(scores[start:].gather(1, torch.tensor(completion.token_ids)[:, None]).squeeze(1))
+    torch.cat(expected).sum().backward()
+
+    assert torch.allclose(packed, torch.cat(expected), atol=1e-5)
+    for name, parameter in model.named_parameters():
+        scale = max(1.0, float(parameter.grad.abs().max()))
+        assert float((ours[name] - parameter.grad).abs().max()) <= 1e-5 * scale, name
+
+
+def test_a_token_of_one_completion_moves_no_other() -> None:
+    model = tiny_model()
+    scorer = Scorer(model, swapped=True, temperature=1.0)
+    first = pack([group(0, [5, 6], [[7, 8], [9, 10]])], torch.ones(1, 2), max_tokens=99)[0]
+    second = pack([group(0, [5, 6], [[7, 30], [9, 10]])], torch.ones(1, 2), max_tokens=99)[0]
+    with torch.no_grad():
+        assert torch.equal(scorer(first)[0][2:], scorer(second)[0][2:])
+
+
+def test_rows_are_the_same_sequences() -> None:
+    model = tiny_model()
+    batch = pack([group(0, [5, 6], [[7, 8], [9]]), group(1, [4], [[3, 2, 9], [8]])], torch.ones(2, 2), max_tokens=99)[0]
+    with torch.no_grad():
+        packed = Scorer(model, swapped=True, temperature=1.0)(batch)[0]
+        rows = Scorer(model, swapped=False, temperature=1.0)(batch)[0]
+    assert torch.allclose(packed, rows, atol=1e-5)
