@@ -1,4 +1,4 @@
-"""Checkpoints: tensors and plain state -> run_dir/checkpoints/step-N, whole or not at all -> the same tensors and state.
+"""Checkpoints: tensors and plain state -> run_dir/checkpoints/step-N, whole or not at all -> the same again.
 
     .tmp-step-200/          written first, each file forced to disk
         policy.safetensors      one file per named set of tensors

@@ -1,7 +1,19 @@
 """Fakes with the real interface: a tiny random model and a tokenizer whose ids are characters. No download."""
 
+import json
+from pathlib import Path
+
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from grpo.attention import NAME
 from grpo.policy import use_grpo_attention
@@ -50,3 +62,27 @@ def group(draw: int, prompt: list[int], completions: list[list[int]], ended: boo
     """A group from plain ids, with sampling logprobs of -1 for every token."""
     made = [Completion(ids, [-1.0] * len(ids), ended, "") for ids in completions]
     return Group(Prompt(draw, "text", tuple(prompt)), made)
+
+
+def tiny_folder(path: Path, seed: int = 0) -> Path:
+    """A model folder as `model.name` takes it: a tiny random Qwen2 with a tokenizer of single characters."""
+    characters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + list("0123456789 +=?")
+    vocabulary = {"<end>": 0, "<pad>": 1} | {character: 2 + i for i, character in enumerate(characters)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", pad_token="<pad>", unk_token="?")
+    tokenizer.save_pretrained(path)
+    model = tiny_model(seed=seed, spread=2.0, vocab_size=len(vocabulary))
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(path)
+    return path
+
+
+def tiny_data(path: Path, rows: int = 12) -> Path:
+    """A JSONL file of sums, GSM8K's format."""
+    lines = [
+        json.dumps({"question": f"{a}+{a + 1}=", "answer": f"sum\n#### {2 * a + 1}", "pair_id": a}) for a in range(rows)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path

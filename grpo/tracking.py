@@ -1,0 +1,286 @@
+"""Tracking: each step's numbers and completions -> the run directory always; W&B, TensorBoard, trackio when asked.
+
+    run_dir/config.yaml         the resolved config; `--config run_dir/config.yaml` gives it again
+    run_dir/environment.json    versions, machine, git commit, command line; never an environment variable
+    run_dir/metrics.jsonl       {"step": 7, "reward/mean": 0.4, ...}, a line per step
+    run_dir/rollouts.jsonl      {"step": 7, "prompt": ..., "completion": ..., ...}, a line per completion
+
+The files are the interface: reports and dashboards read them. An outside tracker that fails is switched off, and
+training goes on. Only the main process makes a Tracker.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import torch
+import yaml
+
+from grpo.config import Config, flatten, to_dict
+from grpo.errors import ConfigError, StorageError
+
+_log = logging.getLogger(__name__)
+_METRICS, _ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
+
+
+def choose_run_dir(config: Config, now: datetime) -> Path:
+    """Where this run is written: run_dir, or outputs/<run_name>, or outputs/<model>-<data>-<time>.
+
+    Raises ConfigError for a folder that holds another run, unless that run is to be continued.
+    """
+    if config.run_dir is not None:
+        run_dir = Path(config.run_dir)
+    else:
+        model, data = Path(config.model.name).name, Path(config.data.name).name
+        name = config.tracking.run_name or f"{model}-{data}-{now:%Y%m%d-%H%M%S}"
+        run_dir = Path("outputs") / (_slug(name) or "run")
+    if config.resume is None and (run_dir / _METRICS).exists():
+        raise ConfigError(
+            f"run_dir {run_dir} already holds a run ({_METRICS}). Continue it with --resume auto, or choose another "
+            f"folder with --run_dir"
+        )
+    return run_dir
+
+
+def check_trackers(report_to: list[str]) -> None:
+    """Raise ConfigError for a tracker whose library is not installed."""
+    for library in report_to:
+        try:  # not find_spec: the folder wandb/ that W&B leaves behind would pass for the library
+            importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise ConfigError(
+                f"tracking.report_to has '{library}', which is not installed: pip install {library}, or leave it out"
+            ) from error
+
+
+class Tracker:
+    """Writes one run. `resume_step` is the step that comes next: rows of it and later ones, from before, are dropped.
+
+    `derived` holds what follows from the config and the data together (batch_size, num_train_epochs, ...), for W&B.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, derived: dict[str, Any], resume_step: int) -> None:
+        self.run_dir = run_dir
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            for name in (_METRICS, _ROLLOUTS):
+                _drop_rows_from(run_dir / name, resume_step)
+            _write_whole(run_dir / "config.yaml", yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False))
+            _write_whole(run_dir / "environment.json", json.dumps(_environment(), indent=2) + "\n")
+            self._metrics = (run_dir / _METRICS).open("a", encoding="utf-8")
+            self._rollouts = (run_dir / _ROLLOUTS).open("a", encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"cannot write the run directory {run_dir}: {error}. Set another --run_dir") from error
+        name = config.tracking.run_name or run_dir.name
+        settings = {**flatten(to_dict(config)), **dataclasses.asdict(config.optimizer), "run_name": name, **derived}
+        self._outside: dict[str, _Outside] = {}
+        for library in config.tracking.report_to:
+            self._protected(library, "start", partial(self._start, library, config, settings, resume_step))
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """One row of metrics. Call it once per step."""
+        self._write(self._metrics, [{"step": step, **metrics}])
+        numbers = {key: float(value) for key, value in metrics.items() if value is not None}
+        for library, outside in list(self._outside.items()):
+            self._protected(library, "log", partial(outside.log, step, numbers))
+
+    def log_rollouts(self, rows: list[dict[str, Any]]) -> None:
+        """Completions, each a row with its "step"."""
+        self._write(self._rollouts, rows)
+
+    def finish(self) -> None:
+        """Close everything. A second call does nothing."""
+        for library, outside in list(self._outside.items()):
+            self._protected(library, "finish", outside.finish)
+        self._outside = {}
+        for file in (self._metrics, self._rollouts):
+            file.close()
+
+    def _start(self, library: str, config: Config, settings: dict[str, Any], resume_step: int) -> None:
+        if library == "wandb":
+            self._outside[library] = _Wandb(self.run_dir, config.tracking.project, settings)
+        elif library == "trackio":
+            self._outside[library] = _Trackio(config.tracking.project, settings)
+        else:
+            self._outside[library] = _TensorBoard(self.run_dir, resume_step)
+
+    def _protected(self, library: str, doing: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever a network or a foreign library does, training is worth more
+            self._outside.pop(library, None)
+            _log.warning(
+                "%s failed at %s and is switched off: %s: %s. Training goes on; everything is in %s",
+                *(library, doing, type(error).__name__, error, self.run_dir / _METRICS),
+            )
+
+    def _write(self, file: TextIO, rows: list[dict[str, Any]]) -> None:
+        try:
+            for row in rows:
+                file.write(json.dumps(_plain(row), allow_nan=False, default=str) + "\n")
+                file.flush()  # a run that is killed keeps every step that it finished
+        except OSError as error:
+            raise StorageError(f"cannot write {file.name}: {error}. Free some space, then --resume auto") from error
+
+
+class _Outside(Protocol):
+    """A tracker that belongs to somebody else."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class _Wandb:
+    def __init__(self, run_dir: Path, project: str, settings: dict[str, Any]) -> None:
+        import wandb
+        from dotenv import dotenv_values
+
+        for name, value in dotenv_values(".env").items():
+            if name.startswith("WANDB_") and value:
+                os.environ.setdefault(name, value)
+        mode: Any = os.environ.get("WANDB_MODE")
+        if not mode:
+            # Decided before init: without a key it would ask for one, or wait for a network that is not there.
+            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+            if mode == "offline":
+                _log.warning(
+                    "no WANDB_API_KEY (.env.example): W&B records offline. Later: wandb sync %s/wandb/*", run_dir
+                )
+        self._run = wandb.init(project=project, name=settings["run_name"], config=settings, dir=str(run_dir), mode=mode)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log(metrics, step=step)
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+class _Trackio:
+    def __init__(self, project: str, settings: dict[str, Any]) -> None:
+        import trackio
+
+        self._trackio = trackio
+        trackio.init(project=project, name=settings["run_name"], config=settings)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._trackio.log(metrics, step=step)
+
+    def finish(self) -> None:
+        self._trackio.finish()
+
+
+class _TensorBoard:
+    def __init__(self, run_dir: Path, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step hides what was drawn after the checkpoint that the run resumes from.
+        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step or None, flush_secs=10)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for key, value in metrics.items():
+            self._writer.add_scalar(key, value, step)
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that starts like a number: the config reader takes 5e-6 as a number, plain YAML does not."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style='"' if text[:1] in set("-+0123456789") else None
+    )
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def _slug(name: str) -> str:
+    """A name as one folder name: "Qwen/Qwen3 0.6B" -> "Qwen-Qwen3-0.6B"."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it: tensors and arrays as numbers, NaN and infinity (no JSON) as null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _drop_rows_from(path: Path, step: int) -> None:
+    """Keep the rows before `step`. A line cut off by a crash goes too."""
+    if not path.exists():
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with path.open(encoding="utf-8", errors="replace") as source, temporary.open("w", encoding="utf-8") as kept:
+        for line in source:
+            if _step_of(line) < step:
+                kept.write(line)
+        kept.flush()
+        os.fsync(kept.fileno())
+    os.replace(temporary, path)
+
+
+def _step_of(line: str) -> float:
+    if not line.endswith("\n"):
+        return math.inf
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _environment() -> dict[str, Any]:
+    """What someone needs who wants the same numbers again."""
+    versions: dict[str, str | None] = {}
+    for library in ("grpo-trainer", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "peft"):
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            versions[library] = None
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] or ["cpu"],
+        "git_commit": _git_commit(),
+        "argv": sys.argv,
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the trainer's code, "-dirty" if files were changed since; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None

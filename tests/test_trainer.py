@@ -1,0 +1,120 @@
+"""The whole loop on a tiny model: what is written, exact resume, and learning itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo.config import load_config
+from grpo.errors import ConfigError
+from grpo.trainer import train
+from tests.fakes import tiny_data, tiny_folder
+
+CHANGING = ("time/", "memory/", "rollout/tokens_per_second")
+
+
+def arguments(tmp_path: Path, run: str, **changes: object) -> list[str]:
+    if not (tmp_path / "model").exists():
+        tiny_folder(tmp_path / "model")
+        tiny_data(tmp_path / "data.jsonl")
+    (tmp_path / "count_a.py").write_text(
+        "def count_a(completions, **columns):\n"
+        "    return [sum(c == 'a' for c in completion[0]['content']) / 8 for completion in completions]\n"
+    )
+    settings = {
+        "model.name": tmp_path / "model",
+        "data.path": tmp_path / "data.jsonl",
+        "data.eval_path": tmp_path / "data.jsonl",
+        "data.system_prompt": "null",
+        "run_dir": tmp_path / run,
+        "steps": 4,
+        "prompts_per_step": 3,
+        "sampling.num_generations": 4,
+        "sampling.max_completion_length": 8,
+        "optimizer.learning_rate": 0.003,
+        "optimizer.lr_scheduler_type": "constant",
+        "objective.beta": 0.01,
+        "eval_every": 2,
+        "save_every": 1,
+        "save_total_limit": 10,
+        "tracking.report_to": "[]",
+        "rewards": json.dumps({f"{tmp_path}/count_a.py:count_a": 1.0}),
+        "tokens_per_batch": 1024,
+    } | changes
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def run(tmp_path: Path, name: str, **changes: object) -> list[dict]:
+    folder = train(load_config(arguments(tmp_path, name, **changes)))
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_everything_behind(tmp_path: Path) -> None:
+    rows = run(tmp_path, "run")
+    folder = tmp_path / "run"
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert rows[1]["policy/clip_fraction"] == 0  # on-policy: every ratio is exactly 1
+    assert abs(rows[1]["policy/kl"]) < 1e-9  # and the reference is still the policy
+    assert all(row["policy/sampling_logprob_difference"] < 1e-5 for row in rows[1:])
+    assert {"eval/accuracy", "eval/format"} <= rows[0].keys() & rows[2].keys() & rows[4].keys()
+    documented = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    for key in rows[2]:
+        assert key == "step" or key in documented or "count_a" in key, f"{key} is not in docs/metrics.md"
+    rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 4 * 3 * 4
+    assert {row["columns"]["pair_id"] for row in rollouts} <= set(range(12))
+    assert load_config([f"--config={folder / 'config.yaml'}"]) == load_config(arguments(tmp_path, "run"))
+    model = AutoModelForCausalLM.from_pretrained(folder / "final")
+    AutoTokenizer.from_pretrained(folder / "final")
+    stored = load_file(folder / "checkpoints" / "step-4" / "model.safetensors")
+    assert torch.equal(model.model.embed_tokens.weight, stored["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_resume_is_exact_to_the_bit(tmp_path: Path, stop: int, iterations: int) -> None:
+    extra = {"objective.num_iterations": iterations, "optimizer.lr_scheduler_type": "cosine"}
+    whole = run(tmp_path, "whole", **extra)
+    # A run that is stopped after step `stop` leaves its checkpoint and the records up to there: take the rest away.
+    import shutil
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    for later in range(stop + 1, 5):
+        shutil.rmtree(tmp_path / "part" / "checkpoints" / f"step-{later}")
+    shutil.rmtree(tmp_path / "part" / "final")
+    resumed = run(tmp_path, "part", resume="auto", **extra)
+
+    def fixed(rows: list[dict]) -> list[dict]:
+        return [{key: value for key, value in row.items() if not key.startswith(CHANGING)} for row in rows]
+
+    assert fixed(resumed) == fixed(whole)
+    for name in ("model", "optimizer"):
+        first = load_file(tmp_path / "whole" / "checkpoints" / "step-4" / f"{name}.safetensors")
+        second = load_file(tmp_path / "part" / "checkpoints" / "step-4" / f"{name}.safetensors")
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_gradient_does_not_depend_on_packing(tmp_path: Path) -> None:
+    run(tmp_path, "wide", steps=2)
+    run(tmp_path, "narrow", steps=2, tokens_per_batch=24, **{"data.max_prompt_length": 16})
+    wide = load_file(tmp_path / "wide" / "final" / "model.safetensors")
+    narrow = load_file(tmp_path / "narrow" / "final" / "model.safetensors")
+    for key in wide:
+        assert torch.allclose(wide[key], narrow[key], atol=1e-5), key
+
+
+def test_it_learns_to_write_what_is_rewarded(tmp_path: Path) -> None:
+    rows = run(tmp_path, "learn", steps=40, eval_every=0, save_every=0, prompts_per_step=8, **{"objective.beta": 0})
+    first = sum(row["reward/mean"] for row in rows[:5]) / 5
+    last = sum(row["reward/mean"] for row in rows[-5:]) / 5
+    assert first < 0.1
+    assert last > 0.5
+
+
+def test_a_run_directory_is_not_overwritten(tmp_path: Path) -> None:
+    run(tmp_path, "run", steps=1)
+    with pytest.raises(ConfigError, match="resume"):
+        run(tmp_path, "run", steps=1)
