@@ -224,7 +224,9 @@ def check_config(config: Config) -> None:
     if not 0 <= optimizer.warmup_ratio <= 1:
         raise ConfigError(f"optimizer.warmup_ratio is {optimizer.warmup_ratio}, needs to be between 0 and 1")
     if not config.rewards or all(weight == 0 for weight in config.rewards.values()):
-        raise ConfigError("rewards is empty (or every weight is 0): name at least one, for example --rewards.accuracy 1.0")
+        raise ConfigError(
+            "rewards is empty (or every weight is 0): name at least one, for example --rewards.accuracy 1.0"
+        )
     longest = (config.data.max_prompt_length or 0) + sampling.max_completion_length
     if config.tokens_per_batch < longest:
         raise ConfigError(
@@ -275,7 +277,7 @@ def _build(cls: type, values: Namespace) -> Any:
     for spec in dataclasses.fields(cls):
         value = getattr(values, spec.name)
         nested = spec.default_factory if dataclasses.is_dataclass(spec.default_factory) else None
-        arguments[spec.name] = _build(nested, value) if nested else value  # type: ignore[arg-type]
+        arguments[spec.name] = _build(nested, value) if nested else value
     return cls(**arguments)
 
 

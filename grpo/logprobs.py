@@ -48,7 +48,9 @@ class _TokenLogprobs(torch.autograd.Function):
         weight = head.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Accumulated in float32: chunk by chunk in bfloat16 would round every chunk's share away.
-        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if ctx.needs_input_grad[1] else None
+        grad_head = (
+            torch.zeros(head.shape, dtype=torch.float32, device=head.device) if ctx.needs_input_grad[1] else None
+        )
         for part in _chunks(len(targets), len(head)):
             logits = (hidden[part] @ weight.T).float().div_(ctx.temperature)
             scale = (grad_logprobs[part].float() / ctx.temperature)[:, None]

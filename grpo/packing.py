@@ -11,7 +11,7 @@ log p(token n | the tokens before it in its own sequence). The shift by one happ
     # sequence_N          0  0  1
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,8 +46,8 @@ class PackedBatch:
         return PackedLayout(self.spans, self.input_ids_T.device)
 
     def to(self, device: torch.device) -> "PackedBatch":
-        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in vars(self).items()}
-        return PackedBatch(**moved)
+        moved = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)  # type: ignore[arg-type]
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """The same sequences as plain right-padded rows, for models whose attention cannot be swapped, and as the oracle.

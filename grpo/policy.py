@@ -172,7 +172,7 @@ def load_model(path: str) -> PreTrainedModel:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise ConfigError(f"model.name '{path}': the output head has a bias, which the chunked logprobs do not support")

@@ -1,9 +1,9 @@
 """Registry: one small class behind rewards, datasets, objectives and engines.
 
-    register_reward = REWARDS.register          # @register_reward("brevity") above a function adds it
-    REWARDS.get("brevity")                      # by name
-    REWARDS.get("my_package.scores:brevity")    # or by import path
-    REWARDS.get("my_rewards.py:brevity")        # or by file
+register_reward = REWARDS.register          # @register_reward("brevity") above a function adds it
+REWARDS.get("brevity")                      # by name
+REWARDS.get("my_package.scores:brevity")    # or by import path
+REWARDS.get("my_rewards.py:brevity")        # or by file
 """
 
 import difflib
@@ -33,7 +33,9 @@ class Registry(Generic[T]):
         def file_under_name(entry: T) -> T:
             taken = self._entries.get(name)
             if taken is not None and _origin(taken) != _origin(entry):
-                raise ValueError(f"{self.kind} '{name}' is registered already, by {_origin(taken)}: choose another name")
+                raise ValueError(
+                    f"{self.kind} '{name}' is registered already, by {_origin(taken)}: choose another name"
+                )
             self._entries[name] = entry
             return entry
 

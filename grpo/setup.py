@@ -115,7 +115,9 @@ def prepare(config: Config) -> Run:
     prompts, dropped = render_prompts(train_rows, tokenizer, config.data.max_prompt_length)
     held_out = render_prompts(held_out_rows, tokenizer, config.data.max_prompt_length)[0] if held_out_rows else []
     if dropped:
-        display.say(f"{dropped} prompts are longer than data.max_prompt_length {config.data.max_prompt_length}: left out")
+        display.say(
+            f"{dropped} prompts are longer than data.max_prompt_length {config.data.max_prompt_length}: left out"
+        )
 
     torch.manual_seed(config.seed)
     policy = Policy(
@@ -225,5 +227,3 @@ def _question(row: Example, data: DataConfig) -> str:
 
 def _worked_answer(row: Example) -> str:
     return str(row.columns.get("solution") or row.columns["answer"])
-
-

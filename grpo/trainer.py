@@ -12,7 +12,7 @@ from grpo.evaluation import evaluate
 from grpo.metrics import Sums
 from grpo.objective import OBJECTIVES, Counts, clipped_loss
 from grpo.packing import PackedBatch, pack
-from grpo.policy import Policy, probe_batch
+from grpo.policy import probe_batch
 from grpo.rewards import Scores
 from grpo.setup import Run, prepare
 from grpo.summary import rollout_rows, step_metrics
@@ -22,7 +22,16 @@ from grpo.types import Group, SamplingPlan
 def train(config: Config) -> Path:
     """Train as `config` says; -> the run directory. Raises GrpoError, whose exit_code says what went wrong."""
     run = prepare(config)
-    accelerator, policy = run.accelerator, run.policy
+    try:
+        loop(run)
+        return run.finish()
+    finally:
+        run.display.close()  # a progress bar hides the cursor: give it back, whatever happened
+
+
+def loop(run: Run) -> None:
+    """What GRPO is: sample, score, compare, learn."""
+    config, accelerator = run.config, run.accelerator
     rank, world = accelerator.process_index, accelerator.num_processes
     plan = SamplingPlan(
         config.sampling.num_generations,
@@ -61,7 +70,6 @@ def train(config: Config) -> Path:
         run.record(done, metrics, rollout_rows(done, groups, scores, advantages_PG))
         if done == config.steps or (config.save_every and done % config.save_every == 0):
             run.save(done)
-    return run.finish()
 
 
 def update(run: Run, batches: list[PackedBatch], groups: list[Group]) -> Sums:

@@ -1,4 +1,4 @@
-"""Train: accelerate launch [--config_file accelerate_configs/X.yaml] launch/train.py [--config FILE ...] [--key.subkey VALUE ...]"""
+"""Train. accelerate launch [--config_file accelerate_configs/X.yaml] launch/train.py [--config FILE ...] [--key.subkey VALUE]"""
 
 from grpo.config import load_config
 from grpo.errors import run_main

@@ -6,7 +6,9 @@ from grpo.advantages import group_advantages
 def test_by_hand() -> None:
     # mean 0.5; Bessel-corrected variance (4 * 0.25) / 3 = 1/3, std 0.57735; 0.5 / (0.57735 + 0.0001) = 0.865875
     got = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]))
-    assert torch.allclose(got, torch.tensor([[0.865875, -0.865875, -0.865875, 0.865875]], dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(
+        got, torch.tensor([[0.865875, -0.865875, -0.865875, 0.865875]], dtype=torch.float64), atol=1e-6
+    )
 
 
 def test_none_only_centres() -> None:

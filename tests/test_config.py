@@ -61,4 +61,7 @@ def test_the_command_exits_2_with_the_message_and_no_traceback() -> None:
         [sys.executable, LAUNCH / "train.py", "--optimizer.lerning_rate", "1"], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert done.stderr == "error: unknown flag --optimizer.lerning_rate (value '1'): did you mean 'optimizer.learning_rate'?\n"
+    assert (
+        done.stderr
+        == "error: unknown flag --optimizer.lerning_rate (value '1'): did you mean 'optimizer.learning_rate'?\n"
+    )

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from grpo.policy import Scorer
 from grpo.packing import pack
+from grpo.policy import Scorer
 from grpo.rollout import build_engine
 from grpo.types import Prompt, SamplingPlan
 from tests.fakes import FAMILIES, CharTokenizer, tiny_model

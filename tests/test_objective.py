@@ -47,7 +47,9 @@ def test_epsilon_high_opens_the_upper_clip_only() -> None:
 )
 def test_variants_by_hand(name: str, expected: float) -> None:
     objective = OBJECTIVES.get(name)
-    sums = clipped_loss(torch.zeros(4), torch.zeros(4), None, batch_of([1.0, -1.0], [1, 3]), objective, beta=0, epsilon=0.2)
+    sums = clipped_loss(
+        torch.zeros(4), torch.zeros(4), None, batch_of([1.0, -1.0], [1, 3]), objective, beta=0, epsilon=0.2
+    )
     assert math.isclose(sums.loss.item() / objective.denominator(Counts(4, 2, 10)), expected, abs_tol=1e-7)
 
 
@@ -62,9 +64,7 @@ def test_kl_estimators_by_hand() -> None:
 def test_finite_at_any_log_ratio() -> None:
     batch = batch_of([1.0, -1.0], [2, 2])
     logprobs = torch.tensor([100.0, -100.0, 100.0, -100.0]).requires_grad_()
-    sums = clipped_loss(
-        logprobs, torch.zeros(4), torch.zeros(4), batch, OBJECTIVES.get("grpo"), beta=0.04, epsilon=0.2
-    )
+    sums = clipped_loss(logprobs, torch.zeros(4), torch.zeros(4), batch, OBJECTIVES.get("grpo"), beta=0.04, epsilon=0.2)
     sums.loss.backward()
     assert torch.isfinite(sums.loss)
     assert torch.isfinite(logprobs.grad).all()

@@ -126,7 +126,9 @@ class NativeEngine:
                 self._retire(rows, cache, plan, done)
         return [Group(p, [done[i, s] for s in range(plan.num_generations)]) for i, p in enumerate(prompts)]
 
-    def _prefill(self, prompts: list[Prompt], wanted: list[int], samples: int, cache: SlotCache) -> dict[int, _Prefilled]:
+    def _prefill(
+        self, prompts: list[Prompt], wanted: list[int], samples: int, cache: SlotCache
+    ) -> dict[int, _Prefilled]:
         """One causal pass over right-padded prompts: no real token looks at the padding behind it."""
         device = device_of(self.model)
         width = max(len(prompts[index].token_ids) for index in wanted)
@@ -155,7 +157,8 @@ class NativeEngine:
         chosen: list[tuple[int, int]] = [waiting.popleft() for _ in range(min(len(waiting), cache.slots - taken))]
         missing = [index for index in dict.fromkeys(prompt for prompt, _ in chosen) if index not in prefilled]
         while missing:
-            tokens, batch = 0, []
+            tokens = 0
+            batch: list[int] = []
             while missing and (not batch or tokens + len(prompts[missing[0]].token_ids) <= PREFILL_TOKENS):
                 tokens += len(prompts[missing[0]].token_ids)
                 batch.append(missing.pop(0))
@@ -206,7 +209,7 @@ class NativeEngine:
             return
         for index in finished:
             row = rows[index]
-            text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
+            text = str(self.tokenizer.decode(row.tokens, skip_special_tokens=True))
             ended = row.tokens[-1] in self.end_ids
             done[row.prompt, row.sample] = Completion(row.tokens, row.logprobs, ended, text)
         left = len(rows) - len(finished)

@@ -20,7 +20,7 @@ class _Draw(LogitsProcessor):
         self.keys, self.temperature, self.width = keys_B, temperature, prompt_width
         self.logprobs: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         position = torch.full_like(self.keys, input_ids.shape[1] - self.width)
         tokens, logprobs = draw_tokens(scores, counted_uniform(self.keys, position), self.temperature)
         self.logprobs.append(logprobs)
@@ -50,7 +50,7 @@ class TransformersEngine:
         ids = torch.tensor([prompt.token_ids] * plan.num_generations, device=device)
         keys = [stream_key(plan.seed, prompt.draw, sample) for sample in range(plan.num_generations)]
         draw = _Draw(torch.tensor(keys, device=device), plan.temperature, ids.shape[1])
-        output = self.model.generate(
+        output = self.model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
@@ -65,6 +65,6 @@ class TransformersEngine:
         for row, scores in zip(tokens, logprobs, strict=True):
             ends = [index for index, token in enumerate(row) if token in self.end_ids]
             length = ends[0] + 1 if ends else len(row)
-            text = self.tokenizer.decode(row[:length], skip_special_tokens=True)
+            text = str(self.tokenizer.decode(row[:length], skip_special_tokens=True))
             completions.append(Completion(row[:length], scores[:length], bool(ends), text))
         return Group(prompt, completions)

@@ -1,0 +1,254 @@
+"""The starter: text -> a small model and its tokenizer, made here, without a download, for the embedded default.
+
+    problems -> BPE tokenizer -> random Qwen2 -> a short supervised warm-up -> a plain Hugging Face folder in the cache
+
+The warm-up text holds two kinds of solutions, both with true answers. Careful ones work line by line, which the model can
+learn to do; hasty ones, twice as many, give the answer at once, which it cannot do in its head. So after the warm-up it is
+mostly hasty and mostly wrong, and GRPO has to find out that thinking pays. No step of the data or the reward is rigged.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from grpo.data.arithmetic import generate_problems
+
+VERSION = 1
+"""Part of the cache key: raise it when a change here makes another model from the same recipe."""
+END, PAD = "<|end|>", "<|pad|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the starter is made of."""
+
+    hidden_size: int = 128
+    layers: int = 3
+    heads: int = 4
+    vocabulary: int = 600
+    problems: int = 20_000
+    steps: int = 350
+    batch: int = 48
+    learning_rate: float = 3e-3
+    hasty_fraction: float = 0.67
+    """Hasty solutions among the warm-up texts."""
+    formatted_fraction: float = 1.0
+    """Warm-up texts in the full XML format; the others leave parts of it out."""
+    longest: int = 192
+    """Warm-up texts beyond this many tokens are left out."""
+
+
+GSM8K_RECIPE = Recipe(vocabulary=4096, steps=300, batch=32, hasty_fraction=0.5, formatted_fraction=0.3, longest=224)
+
+
+def make_starter(
+    *,
+    seed: int,
+    problems: list[dict] | None = None,
+    cache: Path | None = None,
+    report: Callable[[str], None] = print,
+    recipe: Recipe | None = None,
+) -> Path:
+    """The starter's folder: made once for each seed, recipe and text, then taken from the cache.
+
+    problems None = generated arithmetic; otherwise rows with `question` and a worked `answer` that ends in `#### N`
+    (calculator marks like <<3+4=7>> are taken out). The cache is ~/.cache/grpo, or the GRPO_CACHE variable; its files are
+    checked against their checksums, and a damaged folder is made again.
+    """
+    recipe = recipe or (Recipe() if problems is None else GSM8K_RECIPE)
+    text = "" if problems is None else json.dumps(problems, sort_keys=True)
+    identity = json.dumps([VERSION, seed, dataclasses.asdict(recipe), hashlib.sha256(text.encode()).hexdigest()])
+    root = cache or Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo")
+    folder = root / f"starter-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    if folder.exists():
+        damage = _damage(folder)
+        if damage is None:
+            return folder
+        report(f"the cached starter is damaged ({damage}): making it again")
+        shutil.rmtree(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".starter-") as temporary:
+        _make(Path(temporary), seed, problems, recipe, report)
+        try:
+            Path(temporary).rename(folder)
+        except OSError:
+            if _damage(folder) is not None:  # another process made the same one meanwhile: theirs is as good
+                raise
+            return folder
+        Path(temporary).mkdir()  # for TemporaryDirectory to remove
+    return folder
+
+
+def _make(folder: Path, seed: int, problems: list[dict] | None, recipe: Recipe, report: Callable[[str], None]) -> None:
+    started = time.perf_counter()
+    rows = generate_problems(recipe.problems, seed=seed, split="train") if problems is None else problems
+    chance = random.Random(f"starter {seed}")
+    texts = [(row["question"], completion_text(row["answer"], recipe, chance)) for row in rows]
+    tokenizer = make_tokenizer([part for text in texts for part in text], recipe.vocabulary)
+    torch.manual_seed(seed)
+    model = make_model(tokenizer, recipe)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    report(f"making the starter: {size / 1e6:.1f}M parameters, {recipe.steps} supervised steps on {len(texts)} texts")
+    loss = warm_up(model, tokenizer, texts, recipe, chance, report)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    files = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
+    record = {
+        "seed": seed,
+        "recipe": dataclasses.asdict(recipe),
+        "warm_up_loss": loss,
+        "seconds": time.perf_counter() - started,
+        "sha256": files,
+    }
+    (folder / "starter.json").write_text(json.dumps(record, indent=2))
+    report(f"the starter is ready after {record['seconds']:.0f} s, and cached")
+
+
+def completion_text(answer: str, recipe: Recipe, chance: random.Random) -> str:
+    """A worked answer as a completion in the XML format: all its lines, or, hasty, the result alone."""
+    worked, _, result = re.sub(r"<<.*?>>", "", answer).rpartition("####")
+    result = result.strip()
+    reasoning = f"So {result}." if chance.random() < recipe.hasty_fraction else worked.strip()
+    if chance.random() < recipe.formatted_fraction:
+        return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{result}\n</answer>\n"
+    return chance.choice(
+        [
+            f"{reasoning}\n{result}\n",
+            f"<reasoning>\n{reasoning}\n{result}\n",
+            f"{reasoning}\n<answer>\n{result}\n</answer>\n",
+            f"<reasoning>\n{reasoning}\n</reasoning>\n{result}\n",
+        ]
+    )
+
+
+def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE (any text can be encoded) that keeps each run of up to two digits in one token."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\d{1,2}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    inner.decoder = decoders.ByteLevel()
+    special = [PAD, END, "<|system|>", "<|user|>", "<|assistant|>"]
+    inner.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    # The four tags are one token each: they are format, not language.
+    tags = ["<reasoning>\n", "\n</reasoning>\n", "<answer>\n", "\n</answer>\n"]
+    inner.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, pad_token=PAD, padding_side="left")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> PreTrainedModel:
+    """A random Qwen2, small."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.hidden_size * 3,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen2ForCausalLM(config).float()
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None
+    )
+    return model
+
+
+def warm_up(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: list[tuple[str, str]],
+    recipe: Recipe,
+    chance: random.Random,
+    report: Callable[[str], None],
+) -> float:
+    """Supervised steps on (question, completion) pairs; the loss counts completion tokens only. -> the last loss."""
+    examples = []
+    for question, completion in texts:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = prompt_ids + tokenizer(completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        if len(ids) <= recipe.longest:
+            examples.append((ids, len(prompt_ids)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    ramp = max(1, recipe.steps // 20)
+
+    def rate(step: int) -> float:
+        return min((step + 1) / ramp, 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    model.train()
+    loss = 0.0
+    for step in range(recipe.steps):
+        batch = chance.sample(examples, min(recipe.batch, len(examples)))
+        width = max(len(ids) for ids, _ in batch)
+        inputs = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])
+        labels = torch.tensor([[-100] * start + ids[start:] + [-100] * (width - len(ids)) for ids, start in batch])
+        hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state[:, :-1]
+        counted = labels[:, 1:] != -100
+        # Right padding needs no mask under causal attention, and only completion positions go through the head.
+        value = F.cross_entropy(model.lm_head(hidden[counted]), labels[:, 1:][counted])
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        loss = float(value.detach())
+        if (step + 1) % max(1, recipe.steps // 5) == 0:
+            report(f"  warm-up step {step + 1} of {recipe.steps}: loss {loss:.3f}")
+    model.eval()
+    return loss
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a cached starter; None if nothing is."""
+    try:
+        files = json.loads((folder / "starter.json").read_text())["sha256"]
+        for name, expected in files.items():
+            if _checksum(folder / name) != expected:
+                return f"{name} has changed"
+        load_file(folder / "model.safetensors")
+    except Exception as error:
+        return repr(error)
+    return None
