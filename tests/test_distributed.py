@@ -38,7 +38,11 @@ def launch(tmp_path: Path, run: str, launcher: list[str], **changes: object) -> 
     flags = [f"--{key}={value}" for key, value in settings.items()]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [*launcher, str(ROOT / "launch" / "train.py"), *flags], capture_output=True, text=True, env=environment, timeout=240
+        [*launcher, str(ROOT / "launch" / "train.py"), *flags],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
     )
 
 
@@ -61,7 +65,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     for key in weights[0]:
         assert torch.allclose(weights[0][key], weights[1][key], rtol=1e-5, atol=1e-5), key
     metrics = [
-        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("one", "two")
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("one", "two")
     ]
     for first, second in zip(*metrics, strict=True):
         for key, value in first.items():

@@ -54,6 +54,9 @@ def test_a_plain_folder_made_once_and_made_again_when_damaged(tmp_path: Path) ->
 
 
 def test_made_from_other_problems(tmp_path: Path) -> None:
-    rows = [{"question": f"What is {a} and 1?", "answer": f"{a}+1=<<{a}+1={a + 1}>>{a + 1}\n#### {a + 1}"} for a in range(50)]
+    rows = [
+        {"question": f"What is {a} and 1?", "answer": f"{a}+1=<<{a}+1={a + 1}>>{a + 1}\n#### {a + 1}"}
+        for a in range(50)
+    ]
     folder = make_starter(seed=0, problems=rows, cache=tmp_path, report=lambda text: None, recipe=TINY)
     assert (folder / "starter.json").is_file()
