@@ -18,9 +18,10 @@ def start_accelerator() -> Accelerator:
 
     Raises ConfigError if fewer processes started than were asked for.
     """
-    # On a CPU machine, accelerate joins its processes only if it is told here too that they run on the CPU.
-    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-    accelerator = Accelerator(cpu=use_cpu)
+    # Accelerate joins processes on a CPU only if it is told here too that they run on the CPU, and its launcher does not
+    # hand `use_cpu` down to several processes: a machine without an accelerator leaves no other choice.
+    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    accelerator = Accelerator(cpu=asked_for_cpu or not torch.accelerator.is_available())
     asked = asked_processes()
     if accelerator.num_processes != asked:
         raise ConfigError(
