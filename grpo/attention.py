@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 NAME = "grpo"
@@ -136,7 +137,7 @@ def _packed(
         prompt = slice(span.start, middle)
         parts.append(_rows(query[:, :, prompt], key[:, :, prompt], value[:, :, prompt], scaling, window))
         rows, back = layout.padding(index)
-        group, width = rows.shape
+        group = len(rows)
         # [1, K, tokens, D] -> [G, K, C, D]
         own = [tensor[0, :, middle:end][:, rows].transpose(0, 1) for tensor in (query, key, value)]
         shared_key, shared_value = (tensor[:, :, prompt].expand(group, -1, -1, -1) for tensor in (key, value))
@@ -147,23 +148,19 @@ def _packed(
             scaling,
             mask=layout.completion_mask(index, window),
         )
-        heads, size = query.shape[1], query.shape[3]
-        flat = attended.permute(1, 0, 2, 3).reshape(heads, group * width, size)
-        parts.append(flat[:, back].unsqueeze(0))
+        parts.append(rearrange(attended, "g h c d -> 1 h (g c) d")[:, :, back])
     return torch.cat(parts, dim=2)
 
 
 def _slots(
     query: Tensor, key: Tensor, value: Tensor, layout: SlotLayout, scaling: float | None, window: int | None
 ) -> Tensor:
-    batch, heads, _, size = query.shape
-    kv_heads = key.shape[1]
-    # With one query token per row, the query heads that share a key head can stand in for a query length:
-    # no key or value is repeated.
-    grouped = query.view(batch, kv_heads, heads // kv_heads, size)
+    # With one query token per row, the query heads that share a key head can stand in for a query length: no key or
+    # value is repeated.
+    grouped = rearrange(query, "b (k shared) 1 d -> b k shared d", k=key.shape[1])
     mask = layout.mask(window).to(query.dtype)
     output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
-    return output.view(batch, heads, 1, size)
+    return rearrange(output, "b k shared d -> b (k shared) 1 d")
 
 
 def _attend(

@@ -223,6 +223,10 @@ def check_config(config: Config) -> None:
         )
     if not 0 <= optimizer.warmup_ratio <= 1:
         raise ConfigError(f"optimizer.warmup_ratio is {optimizer.warmup_ratio}, needs to be between 0 and 1")
+    if config.resume == "auto" and config.run_dir is None and config.tracking.run_name is None:
+        raise ConfigError(
+            "resume is auto, but neither run_dir nor tracking.run_name says which run: add --run_dir outputs/YOUR_RUN"
+        )
     if not config.rewards or all(weight == 0 for weight in config.rewards.values()):
         raise ConfigError(
             "rewards is empty (or every weight is 0): name at least one, for example --rewards.accuracy 1.0"

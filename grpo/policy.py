@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     get_scheduler,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from grpo.attention import NAME, GroupSpan, grpo_attention
 from grpo.config import ModelConfig, ObjectiveConfig, OptimizerConfig
@@ -25,6 +26,7 @@ from grpo.logprobs import token_logprobs
 from grpo.packing import PackedBatch
 
 AttentionInterface.register(NAME, grpo_attention)
+disable_progress_bar()  # "Loading weights 38/38": noise between our own lines
 
 
 class Scorer(nn.Module):

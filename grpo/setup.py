@@ -147,7 +147,9 @@ def prepare(config: Config) -> Run:
     )
     tracker = None
     if accelerator.is_main_process:
-        tracker = Tracker(run_dir, config, derived_values(config, len(prompts)), start + 1 if start else 0)
+        tracker = Tracker(
+            run_dir, config, derived_values(config, len(prompts), run_dir.name), start + 1 if start else 0
+        )
     completions = config.prompts_per_step * config.sampling.num_generations
     display.say(
         f"{len(prompts)} training prompts, {len(held_out)} held out; {config.prompts_per_step} prompts x "
@@ -193,7 +195,7 @@ def model_path(config: Config, rows: list[Example], accelerator: Accelerator, sa
     return broadcast_object_list([path])[0]
 
 
-def derived_values(config: Config, prompts: int) -> dict[str, object]:
+def derived_values(config: Config, prompts: int, run_name: str) -> dict[str, object]:
     """What W&B users look for under its usual names, with the effective values."""
     return {
         "learning_rate": config.optimizer.learning_rate,
@@ -203,7 +205,7 @@ def derived_values(config: Config, prompts: int) -> dict[str, object]:
         "warmup_ratio": config.optimizer.warmup_ratio,
         "batch_size": config.prompts_per_step * config.sampling.num_generations,
         "num_train_epochs": config.steps * config.prompts_per_step / prompts,
-        "run_name": config.tracking.run_name,
+        "run_name": config.tracking.run_name or run_name,
     }
 
 

@@ -44,11 +44,11 @@ class Recipe:
     """What the starter is made of."""
 
     hidden_size: int = 128
-    layers: int = 3
+    layers: int = 2
     heads: int = 4
     vocabulary: int = 600
     problems: int = 20_000
-    steps: int = 350
+    steps: int = 400
     batch: int = 48
     learning_rate: float = 3e-3
     hasty_fraction: float = 0.67

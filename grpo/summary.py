@@ -22,7 +22,6 @@ def step_metrics(
     """Every contract key, over all ranks. `sums` holds what the update counted."""
     lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
     ended = [completion.ended for group in groups for completion in group.completions]
-    learning_rate = run.policy.learning_rate
     for name in ("kl", "clipped", "entropy", "mismatch", "grad_norm", "loss"):
         sums.add(name, 0.0, 0.0)  # so that every rank holds every name
     sums.add_values("reward", scores.rewards_PG)
@@ -42,7 +41,7 @@ def step_metrics(
         "policy/entropy": sums.mean("entropy"),
         "policy/clip_fraction": sums.mean("clipped"),
         "policy/grad_norm": sums.mean("grad_norm"),
-        "policy/learning_rate": learning_rate,
+        "policy/learning_rate": sums.mean("learning_rate"),
         "policy/sampling_logprob_difference": sums.mean("mismatch"),
         "rollout/length_mean": sums.mean("length"),
         "rollout/truncated_fraction": sums.mean("truncated"),

@@ -121,6 +121,7 @@ def update(run: Run, batches: list[PackedBatch], groups: list[Group]) -> Sums:
                 shown = batch.weights_N != 0
                 sums.add("entropy", entropies[shown].sum(), count)
                 sums.add("mismatch", (logprobs.detach() - batch.sampling_logprobs_N)[shown].abs().sum(), count)
+        sums.add("learning_rate", policy.learning_rate, 1)
         if rounds:
             sums.add("grad_norm", policy.step(), 1)
         else:  # every group was flat: nothing to learn, and no step that would only decay weights and momentum

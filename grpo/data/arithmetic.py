@@ -1,15 +1,14 @@
 """Generated word problems in GSM8K's format: a seed -> questions with worked answers that end in `#### N`.
 
-    question  Tom has 3 apples. Tom buys 4. Tom loses 2. Tom finds 5. Tom gets 1. Tom sells 6. How many apples now?
+    question  Tom has 3 apples. Tom buys 4. Tom loses 2. Tom finds 5. Tom gets 1. How many apples now?
     answer    3+4=7
               7-2=5
               5+5=10
               10+1=11
-              11-6=5
-              #### 5
+              #### 11
 
 Every step is a one-digit fact, so a small model can learn to work the answer out line by line; to give it at once, it
-would have to do three steps in its head. Which problems are held out is decided by a hash of the question, so the two
+would have to do four steps in its head. Which problems are held out is decided by a hash of the question, so the two
 parts can never share one.
 """
 
@@ -21,7 +20,7 @@ NAMES = ["Tom", "Anna", "Ben", "Mia", "Sam", "Lea", "Max", "Eva"]
 ITEMS = ["apples", "books", "coins", "cards", "pens", "shells", "stamps", "marbles"]
 GAINS = ["buys", "finds", "gets", "wins"]
 LOSSES = ["loses", "sells", "drops", "breaks"]
-STEPS = 5
+STEPS = 4
 LARGEST = 6
 """Numbers in a question go from 1 to 6."""
 
