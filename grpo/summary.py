@@ -49,6 +49,7 @@ def step_metrics(
         "time/step": sum(laps.values()),
         "time/rollout": laps["rollout"],
         "time/reward": laps["reward"],
+        "time/reference": laps["reference"],
         "time/update": laps["update"],
         "memory/peak_gib": peak_gib(run.policy.device),
     }

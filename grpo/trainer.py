@@ -60,7 +60,7 @@ def loop(run: Run) -> None:
             mask_truncated=config.objective.mask_truncated_completions,
             skip_flat=config.objective.beta == 0,  # without a KL term, a zero advantage means a zero gradient
         )
-        sums = update(run, batches, groups)
+        sums = update(run, batches, groups, clock)
         clock.lap("update")
         # 5. Write it down.
         done = step + 1
@@ -72,7 +72,7 @@ def loop(run: Run) -> None:
             run.save(done)
 
 
-def update(run: Run, batches: list[PackedBatch], groups: list[Group]) -> Sums:
+def update(run: Run, batches: list[PackedBatch], groups: list[Group], clock: "Clock") -> Sums:
     """num_iterations optimizer steps on one set of completions; -> token sums for the logs.
 
     Losses are sums, divided once by a count over all ranks, so the gradient does not depend on how tokens were packed.
@@ -94,6 +94,7 @@ def update(run: Run, batches: list[PackedBatch], groups: list[Group]) -> Sums:
     batches = [batch.to(policy.device) for batch in batches]
     batches += [probe_batch(policy.model.config.vocab_size).to(policy.device)] * (rounds - real)
     references = [policy.reference_logprobs(batch) for batch in batches]
+    clock.lap("reference")
     old: list[torch.Tensor] = []  # the policy that sampled: what the first pass computes anyway
     for iteration in range(config.num_iterations):
         for index, batch in enumerate(batches):
