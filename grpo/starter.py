@@ -65,7 +65,7 @@ GSM8K_RECIPE = Recipe(vocabulary=4096, steps=300, batch=32, hasty_fraction=0.5, 
 def make_starter(
     *,
     seed: int,
-    problems: list[dict] | None = None,
+    problems: list[dict[str, str]] | None = None,
     cache: Path | None = None,
     report: Callable[[str], None] = print,
     recipe: Recipe | None = None,
@@ -77,7 +77,8 @@ def make_starter(
     checked against their checksums, and a damaged folder is made again.
     """
     recipe = recipe or (Recipe() if problems is None else GSM8K_RECIPE)
-    text = "" if problems is None else json.dumps(problems, sort_keys=True)
+    rows = generate_problems(recipe.problems, seed=seed, split="train") if problems is None else problems
+    text = json.dumps(rows, sort_keys=True)
     identity = json.dumps([VERSION, seed, dataclasses.asdict(recipe), hashlib.sha256(text.encode()).hexdigest()])
     root = cache or Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo")
     folder = root / f"starter-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
@@ -89,7 +90,7 @@ def make_starter(
         shutil.rmtree(folder)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".starter-") as temporary:
-        _make(Path(temporary), seed, problems, recipe, report)
+        _make(Path(temporary), seed, rows, recipe, report)
         try:
             Path(temporary).rename(folder)
         except OSError:
@@ -100,9 +101,8 @@ def make_starter(
     return folder
 
 
-def _make(folder: Path, seed: int, problems: list[dict] | None, recipe: Recipe, report: Callable[[str], None]) -> None:
+def _make(folder: Path, seed: int, rows: list[dict[str, str]], recipe: Recipe, report: Callable[[str], None]) -> None:
     started = time.perf_counter()
-    rows = generate_problems(recipe.problems, seed=seed, split="train") if problems is None else problems
     chance = random.Random(f"starter {seed}")
     texts = [(row["question"], completion_text(row["answer"], recipe, chance)) for row in rows]
     tokenizer = make_tokenizer([part for text in texts for part in text], recipe.vocabulary)
