@@ -3,13 +3,18 @@ r"""Extractors: what a data set's answer column holds -> the gold answer inside 
 hash     "9 * 2 = 18\n#### 1,080"           -> "1080"
 xml      "...<answer>\n18\n</answer>"      -> "18"
 boxed    "so it is \boxed{\frac{1}{2}}"    -> "\frac{1}{2}"
+quoted_terms   'One says `tâga`, or "tâge".' -> "tâga\ntâge"   (one term a line)
 number   "he pays 18 dollars."              -> "18"
 plain    " Paris "                          -> "Paris"
+
+Every answer comes back in Unicode NFC, and never case-folded: "ẖ" has no capital, so folding takes it apart.
 """
 
+import unicodedata
 from collections.abc import Callable
 
 from grpo.rewards.math_answers import numbers_in, parse_number
+from grpo.rewards.text_match import quoted_terms
 from grpo.rewards.xml_format import lenient_answer
 
 
@@ -46,6 +51,11 @@ def extract_boxed(text: str) -> str | None:
     return None
 
 
+def extract_quoted_terms(text: str) -> str | None:
+    """All quoted terms, one a line. A term never holds a line break."""
+    return "\n".join(quoted_terms(text)) or None
+
+
 def extract_number(text: str) -> str | None:
     """The last number in the text."""
     numbers = numbers_in(text)
@@ -54,12 +64,12 @@ def extract_number(text: str) -> str | None:
 
 def extract_plain(text: str) -> str | None:
     """The whole text, stripped."""
-    return text.strip() or None
+    return unicodedata.normalize("NFC", text).strip() or None
 
 
 def _tidy(answer: str) -> str | None:
     """Stripped; a number also without "$" and thousands commas, so that rewards that compare text can match it."""
-    answer = answer.strip()
+    answer = unicodedata.normalize("NFC", answer).strip()
     if parse_number(answer) is not None:
         answer = answer.replace(",", "").replace("$", "")
     return answer or None
@@ -70,6 +80,7 @@ EXTRACTORS: dict[str, Callable[[str], str | None]] = {
     "hash": extract_hash,
     "xml": extract_xml,
     "boxed": extract_boxed,
+    "quoted_terms": extract_quoted_terms,
     "number": extract_number,
     "plain": extract_plain,
 }
@@ -77,6 +88,7 @@ LOOKS_LIKE = {
     "hash": "#### N",
     "xml": "<answer>N</answer>",
     "boxed": "\\boxed{N}",
+    "quoted_terms": "a `term` in backticks or double quotes",
     "number": "any text with a number",
     "plain": "any text",
 }

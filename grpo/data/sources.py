@@ -1,4 +1,4 @@
-"""The datasets that come with the trainer: gsm8k, question_answer, arithmetic. Config -> Table of raw rows."""
+"""The datasets that come with the trainer: gsm8k, question_answer, arithmetic, invented_language. Config -> Table of raw rows."""
 
 from typing import Literal
 
@@ -45,6 +45,14 @@ def arithmetic(data: DataConfig, part: Part, seed: int) -> Table:
     count = ARITHMETIC_TRAIN_SIZE if part == "train" else held_out_size
     rows: list[Row] = generate_problems(count, seed=seed, split=part)
     return table_of("arithmetic", rows)
+
+
+@register_dataset("invented_language")
+def invented_language(data: DataConfig, part: Part, seed: int) -> Table:
+    """Questions and answers about a made-up language, no download: every word in three wordings, an eighth held out."""
+    from grpo.data.invented_language import generate_rows
+
+    return table_of("invented_language", generate_rows(seed=seed, split=part))
 
 
 def _from_hub(name: str, subset: str, split: str) -> Table:

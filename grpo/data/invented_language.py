@@ -1,0 +1,301 @@
+"""Questions and answers about a language that does not exist: a seed -> rows with the fields and letters of a real archive.
+
+    question         How would you say 'my stones' in Velûri?
+    answer           You would say `mîtâgaẖûn`. The word for stone comes with the beginning for my and the ending for many.
+    source_language  English
+    generated_at     2025-10-28T00:00:07.000007
+    pair_id          7
+
+The archives of small languages belong to their speakers and may not be passed on; this stands in for one in examples
+and tests. Every word is made up here: from seeded syllables, in letters that break careless code (î â û ô ê ṯ ẖ). A
+word is beginning + root + ending, so a model that knows the parts can say what it never read. What is held out is
+decided by a hash of the meaning, whatever the wording of the question: no held-out word occurs in a training row.
+"""
+
+import hashlib
+import random
+import unicodedata
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import lru_cache
+from typing import Any, Literal
+
+LANGUAGE = "Velûri"
+CONSONANTS = ["b", "d", "g", "h", "k", "m", "n", "p", "r", "s", "t", "w", "y", "z", "ẖ", "ṯ"]
+VOWELS = ["a", "e", "i", "o", "u", "â", "ê", "î", "ô", "û"]
+LETTERS = frozenset(CONSONANTS + VOWELS)
+
+NOUNS = [
+    "stone",
+    "river",
+    "bird",
+    "fire",
+    "tree",
+    "house",
+    "dog",
+    "horse",
+    "moon",
+    "star",
+    "cloud",
+    "rain",
+    "snow",
+    "wind",
+    "hill",
+    "lake",
+    "trout",
+    "bear",
+    "wolf",
+    "fox",
+    "goat",
+    "lynx",
+    "berry",
+    "root",
+    "leaf",
+    "seed",
+    "grass",
+    "flower",
+    "path",
+    "bridge",
+    "boat",
+    "canoe",
+    "knife",
+    "bowl",
+    "spoon",
+    "basket",
+    "blanket",
+    "drum",
+    "song",
+    "story",
+    "dance",
+    "dream",
+    "name",
+    "word",
+    "voice",
+    "hand",
+    "eye",
+    "ear",
+    "foot",
+    "heart",
+    "mother",
+    "father",
+    "sister",
+    "brother",
+    "child",
+    "friend",
+    "elder",
+    "hunter",
+    "singer",
+    "teacher",
+    "winter",
+    "summer",
+    "morning",
+    "evening",
+    "night",
+    "day",
+    "year",
+    "shadow",
+    "light",
+    "smoke",
+    "ash",
+    "salt",
+    "bread",
+    "meat",
+    "milk",
+    "honey",
+    "egg",
+    "feather",
+    "wing",
+    "nest",
+    "egret",
+    "crow",
+    "owl",
+    "hawk",
+    "duck",
+    "goose",
+    "frog",
+    "snake",
+    "ant",
+    "bee",
+    "spider",
+    "mouse",
+    "rabbit",
+    "beaver",
+    "otter",
+    "mountain",
+    "valley",
+    "forest",
+    "meadow",
+    "island",
+    "shore",
+    "sand",
+    "mud",
+    "ice",
+    "spring",
+    "well",
+    "door",
+    "window",
+    "roof",
+    "wall",
+    "floor",
+    "bed",
+    "table",
+    "rope",
+    "net",
+    "arrow",
+    "bow",
+    "shield",
+    "coat",
+    "shoe",
+    "hat",
+    "belt",
+    "ring",
+    "bead",
+    "shell",
+    "bone",
+    "horn",
+    "skin",
+    "thread",
+    "needle",
+]
+IRREGULAR = {
+    **{"child": "children", "foot": "feet", "mouse": "mice", "goose": "geese"},
+    **{"wolf": "wolves", "leaf": "leaves", "knife": "knives"},
+}
+OWNERS = ["", "my", "your", "our"]
+NUMBERS = ["one", "many"]
+
+QUESTIONS = [
+    "How would you say '{meaning}' in {language}?",
+    "What is the {language} term for '{meaning}'?",
+    "Which {language} word means '{meaning}'?",
+]
+OPENINGS = ["You would say `{term}`.", "The term is `{term}`.", "It is `{term}`."]
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a word says: a noun, whose it is ("" = nobody's), and whether there are many."""
+
+    noun: str
+    owner: str = ""
+    many: bool = False
+
+    @property
+    def english(self) -> str:
+        noun = plural(self.noun) if self.many else self.noun
+        return f"{self.owner} {noun}".strip()
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """The language itself: the root of every noun, a beginning for every owner, one ending for many."""
+
+    roots: dict[str, str]
+    beginnings: dict[str, str]
+    ending: str
+
+    def word(self, meaning: Meaning) -> str:
+        """Meaning("stone", "my", many=True) -> "mî" + "tâga" + "ẖûn"."""
+        return self.beginnings[meaning.owner] + self.roots[meaning.noun] + (self.ending if meaning.many else "")
+
+
+@lru_cache
+def make_lexicon(seed: int = 0, nouns: int = len(NOUNS)) -> Lexicon:
+    """The seed's language, with its first `nouns` nouns. No two roots are the same."""
+    chance = random.Random(f"lexicon {seed}")
+    taken: set[str] = set()
+
+    def new(syllables: int, ending: str = "") -> str:
+        while True:
+            word = "".join(chance.choice(CONSONANTS) + chance.choice(VOWELS) for _ in range(syllables)) + ending
+            if word not in taken:
+                taken.add(word)
+                return word
+
+    beginnings = {owner: new(1) if owner else "" for owner in OWNERS}
+    ending = new(1, "n")
+    # Every root has a letter that a plain keyboard lacks: the orthography is never beside the point.
+    roots: dict[str, str] = {}
+    for noun in NOUNS[:nouns]:
+        root = new(2)
+        while unmarked(root) == root:
+            root = new(2)
+        roots[noun] = root
+    return Lexicon(roots, beginnings, ending)
+
+
+def meanings(lexicon: Lexicon) -> list[Meaning]:
+    """Every noun, alone, in plural, and as somebody's."""
+    return [Meaning(noun, owner, many) for noun in lexicon.roots for owner in OWNERS for many in (False, True)]
+
+
+def is_held_out(english: str) -> bool:
+    """One meaning in eight, whatever the seed and the wording of the question."""
+    return hashlib.sha256(english.encode()).digest()[0] < 32
+
+
+def generate_rows(
+    count: int | None = None,
+    *,
+    seed: int = 0,
+    split: Literal["train", "held_out"] = "train",
+    lexicon: Lexicon | None = None,
+) -> list[dict[str, Any]]:
+    """Rows about single words, every meaning in every wording; more than there are: about pairs of words.
+
+    The same arguments give the same rows; `count` None = every single word. A lexicon of one's own replaces the seed's.
+    """
+    lexicon = lexicon or make_lexicon(seed)
+    chance = random.Random(f"rows {split} {seed}")
+    of_split = [m for m in meanings(lexicon) if is_held_out(m.english) == (split == "held_out")]
+    single = [(m, wording) for m in of_split for wording in range(len(QUESTIONS))]
+    chance.shuffle(single)
+    count = len(single) if count is None else count
+    rows = [_row(index, [m], wording, lexicon) for index, (m, wording) in enumerate(single[:count])]
+    seen: set[tuple[Meaning, Meaning, int]] = set()
+    while len(rows) < count:
+        first, second = chance.sample(of_split, 2)
+        wording = chance.randrange(len(QUESTIONS))
+        if (first, second, wording) not in seen:
+            seen.add((first, second, wording))
+            rows.append(_row(len(rows), [first, second], wording, lexicon))
+    return rows
+
+
+def _row(pair_id: int, parts: list[Meaning], wording: int, lexicon: Lexicon) -> dict[str, Any]:
+    english = " and ".join(part.english for part in parts)
+    terms = " ".join(lexicon.word(part) for part in parts)
+    explained = " ".join(explanation(part) for part in parts)
+    stamp = datetime(2025, 10, 28) + timedelta(seconds=pair_id, microseconds=pair_id % 1_000_000)
+    return {
+        "question": QUESTIONS[wording].format(meaning=english, language=LANGUAGE),
+        "answer": f"{OPENINGS[wording].format(term=terms)} {explained}",
+        "source_language": "English",
+        "generated_at": stamp.isoformat(timespec="microseconds"),
+        "pair_id": pair_id,
+    }
+
+
+def explanation(meaning: Meaning) -> str:
+    """The sentence that says how the word is built."""
+    parts = []
+    if meaning.owner:
+        parts.append(f"the beginning for {meaning.owner}")
+    if meaning.many:
+        parts.append("the ending for many")
+    if not parts:
+        return f"This is the word for {meaning.noun} as it is."
+    return f"The word for {meaning.noun} comes with {' and '.join(parts)}."
+
+
+def plural(noun: str) -> str:
+    if noun in IRREGULAR:
+        return IRREGULAR[noun]
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    return noun + ("es" if noun.endswith(("s", "x", "sh", "ch")) else "s")
+
+
+def unmarked(text: str) -> str:
+    """The text as typed on a keyboard that lacks its letters: "tâgaẖ" -> "tagah"."""
+    return "".join(c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c))
