@@ -37,21 +37,30 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     name: str = "gsm8k"
-    """A registered dataset (gsm8k, question_answer, arithmetic) or your own: package.module:function, file.py:function."""
+    """A registered dataset (gsm8k, question_answer, arithmetic, invented_language) or your own: package.module:function, file.py:function."""
     path: str | None = None
-    """Training rows: a local JSONL, CSV or Parquet file. Null = the dataset's own source (gsm8k: openai/gsm8k)."""
+    """Training rows: a local JSONL, CSV or Parquet file; for question_answer also a dataset on the hub (owner/name) or a
+    folder that `datasets` can load. Null = the dataset's own source (gsm8k: openai/gsm8k)."""
+    subset: str | None = None
+    """Which configuration of a hub dataset, where it has several."""
     split: str = "train"
     """Which split of a hub dataset to train on."""
     eval_path: str | None = None
     """Held-out rows. Null = the dataset's own held-out part, where it has one."""
+    eval_split: str | None = None
+    """Which split of the hub dataset in data.path is held out; null = none (eval_path wins)."""
     eval_size: int | None = 500
     """At most this many held-out rows are evaluated (the first ones, always the same); null = all."""
     question: str = "question"
     """Column that holds the question."""
     answer: str = "answer"
     """Column that holds the answer."""
+    pair_id: str = "pair_id"
+    """Column that names a row for good. Rewards, rollouts, evaluation and feedback carry it as pair_id."""
+    generated_at: str = "generated_at"
+    """Column that says when a row was made; carried as generated_at."""
     extractor: str = "hash"
-    """How the gold answer is read from the answer column: hash (#### N), xml, boxed, number, plain."""
+    """How the gold answer is read from the answer column: hash (#### N), xml, boxed, number, quoted_terms, plain."""
     system_prompt: str | None = "xml"
     """System message: "xml" = the reasoning/answer format that the format rewards look for, null = none, or your own."""
     one_shot: bool = False

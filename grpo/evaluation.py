@@ -5,15 +5,19 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from grpo.distributed import gather_rows
 from grpo.metrics import pass_at_k
 from grpo.rewards import RewardSum
+from grpo.rewards.text_match import quoted_terms
 from grpo.rollout import RolloutEngine
-from grpo.types import Prompt, SamplingPlan
+from grpo.types import Group, Prompt, SamplingPlan
 
 SCORES = {"accuracy": 1.0, "xml_format": 1.0}
 """What evaluation scores with, whatever the training rewards are."""
+PROSE_SCORES = {"term_match": 1.0, "chrf": 1.0, "token_f1": 1.0}
+"""The same where the answers are prose with quoted terms: right = exactly the gold terms, format = any quoted term."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,13 @@ def evaluate(
     samples: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
+    prose: bool = False,
 ) -> Evaluation:
     """Score `samples` completions of every prompt; temperature 0 is greedy. Every rank takes its share, every item counts
     once, and all ranks return the same.
 
     Metrics: eval/accuracy, eval/format, eval/length_mean, eval/truncated_fraction, eval/accuracy_ci95 (half the width of
-    the 95 % interval), and eval/pass@k for k = 2, 4, ... up to `samples`.
+    the 95 % interval), and eval/pass@k for k = 2, 4, ... up to `samples`; with prose also eval/chrf and eval/token_f1.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     plan = SamplingPlan(samples, max_completion_length, temperature, seed)
@@ -46,10 +51,7 @@ def evaluate(
         groups = engine.generate(prompts[rank::world], plan)
     mine: list[dict] = []
     if groups:
-        # Rows in TRL's form may have no gold answer: then only the format can be judged.
-        known = all("answer" in group.prompt.columns for group in groups)
-        scores = RewardSum(SCORES if known else {"xml_format": 1.0})(groups)
-        accuracy_PG = scores.by_name.get("accuracy", torch.zeros_like(scores.rewards_PG))
+        accuracy_PG, format_PG, more = judge(groups, prose)
         for p, group in enumerate(groups):
             for s, completion in enumerate(group.completions):
                 mine.append(
@@ -58,13 +60,33 @@ def evaluate(
                         "sample": s,
                         "completion": completion.text,
                         "accuracy": float(accuracy_PG[p, s].nan_to_num()),
-                        "format": float(scores.by_name["xml_format"][p, s]),
+                        "format": float(format_PG[p, s]),
                         "length": len(completion.token_ids),
                         "ended": completion.ended,
+                        "columns": {
+                            key: value
+                            for key, value in group.prompt.columns.items()
+                            if key not in ("question", "answer")
+                        },
+                        **{name: float(values[p, s].nan_to_num()) for name, values in more.items()},
                     }
                 )
     rows = sorted(gather_rows(accelerator, mine), key=lambda row: (row["draw"], row["sample"]))
     return Evaluation(summarize(rows, samples), rows)
+
+
+def judge(groups: list[Group], prose: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Groups -> accuracy [P, G], format [P, G], and other scores by name."""
+    # Rows in TRL's form may have no gold answer: then only the format can be judged.
+    known = all("answer" in group.prompt.columns for group in groups)
+    if prose and known:
+        values = RewardSum(PROSE_SCORES)(groups).by_name
+        quoted = [[float(bool(quoted_terms(c.text))) for c in group.completions] for group in groups]
+        exact = (values.pop("term_match") == 1.0).double()
+        return exact, torch.tensor(quoted, dtype=torch.float64), values
+    scores = RewardSum(SCORES if known else {"xml_format": 1.0})(groups)
+    format_PG = scores.by_name["xml_format"]
+    return scores.by_name.get("accuracy", torch.zeros_like(format_PG)), format_PG, {}
 
 
 def summarize(rows: list[dict], samples: int) -> dict[str, float]:
@@ -80,6 +102,9 @@ def summarize(rows: list[dict], samples: int) -> dict[str, float]:
         "eval/length_mean": sum(row["length"] for row in rows) / count,
         "eval/truncated_fraction": sum(not row["ended"] for row in rows) / count,
     }
+    for name in ("chrf", "token_f1"):
+        if name in rows[0]:
+            metrics[f"eval/{name}"] = sum(row[name] for row in rows) / count
     right: dict[int, int] = {}
     for row in rows:
         right[row["draw"]] = right.get(row["draw"], 0) + int(row["accuracy"])

@@ -28,6 +28,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from grpo.data.arithmetic import generate_problems
+from grpo.data.invented_language import unmarked
 
 VERSION = 1
 """Part of the cache key: raise it when a change here makes another model from the same recipe."""
@@ -59,7 +60,17 @@ class Recipe:
     """Warm-up texts beyond this many tokens are left out."""
 
 
+@dataclass(frozen=True)
+class ProseRecipe(Recipe):
+    """For answers in prose, which hold no `#### N`."""
+
+    unmarked_fraction: float = 0.0
+    """Warm-up texts that are typed without marks ("tagah" for "tâgaẖ"), as people do whose keyboard lacks them. The model
+    then knows both spellings, and has to find out from the reward which one is asked for."""
+
+
 GSM8K_RECIPE = Recipe(vocabulary=4096, steps=300, batch=32, hasty_fraction=0.5, formatted_fraction=0.3, longest=224)
+PROSE_RECIPE = ProseRecipe(vocabulary=800, steps=400, unmarked_fraction=0.6)
 
 
 def make_starter(
@@ -72,11 +83,11 @@ def make_starter(
 ) -> Path:
     """The starter's folder: made once for each seed, recipe and text, then taken from the cache.
 
-    problems None = generated arithmetic; otherwise rows with `question` and a worked `answer` that ends in `#### N`
-    (calculator marks like <<3+4=7>> are taken out). The cache is ~/.cache/grpo, or the GRPO_CACHE variable; its files are
+    problems None = generated arithmetic; otherwise rows with `question` and `answer`: worked, with `#### N` at the end
+    (calculator marks like <<3+4=7>> are taken out), or prose. The cache is ~/.cache/grpo, or the GRPO_CACHE variable; its files are
     checked against their checksums, and a damaged folder is made again.
     """
-    recipe = recipe or (Recipe() if problems is None else GSM8K_RECIPE)
+    recipe = recipe or recipe_for(problems)
     rows = generate_problems(recipe.problems, seed=seed, split="train") if problems is None else problems
     text = json.dumps(rows, sort_keys=True)
     identity = json.dumps([VERSION, seed, dataclasses.asdict(recipe), hashlib.sha256(text.encode()).hexdigest()])
@@ -99,6 +110,12 @@ def make_starter(
             return folder
         Path(temporary).mkdir()  # for TemporaryDirectory to remove
     return folder
+
+
+def recipe_for(problems: list[dict[str, str]] | None) -> Recipe:
+    if problems is None:
+        return Recipe()
+    return GSM8K_RECIPE if any("####" in row["answer"] for row in problems) else PROSE_RECIPE
 
 
 def _make(folder: Path, seed: int, rows: list[dict[str, str]], recipe: Recipe, report: Callable[[str], None]) -> None:
@@ -126,7 +143,10 @@ def _make(folder: Path, seed: int, rows: list[dict[str, str]], recipe: Recipe, r
 
 
 def completion_text(answer: str, recipe: Recipe, chance: random.Random) -> str:
-    """A worked answer as a completion in the XML format: all its lines, or, hasty, the result alone."""
+    """A worked answer as a completion in the XML format: all its lines, or, hasty, the result alone.
+    Prose: as it is, or without its marks."""
+    if isinstance(recipe, ProseRecipe):
+        return unmarked(answer) if chance.random() < recipe.unmarked_fraction else answer
     worked, _, result = re.sub(r"<<.*?>>", "", answer).rpartition("####")
     result = result.strip()
     reasoning = f"So {result}." if chance.random() < recipe.hasty_fraction else worked.strip()

@@ -151,6 +151,7 @@ def held_out(run: Run) -> dict[str, float]:
         run.held_out,
         run.accelerator,
         max_completion_length=run.config.sampling.max_completion_length,
+        prose=run.config.data.extractor == "quoted_terms",
     ).metrics
 
 

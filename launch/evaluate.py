@@ -50,6 +50,7 @@ def main() -> None:
         samples=ours.samples,
         temperature=0.0 if ours.samples == 1 else config.sampling.temperature,
         seed=config.seed,
+        prose=config.data.extractor == "quoted_terms",
     )
     if accelerator.is_main_process:
         report = {"model": ours.model, "items": len(prompts), "dropped": dropped, "metrics": result.metrics}

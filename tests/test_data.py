@@ -96,6 +96,35 @@ def test_mapped_columns_and_untouched_ones(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_the_identity_of_a_row_is_carried_under_its_own_name(tmp_path: Path) -> None:
+    row = {"question": "q", "answer": "a", "id": 7, "made": "2025-10-28T18:31:06.592517"}
+    path = write(tmp_path / "a.jsonl", [row])
+    example = load(path, extractor="plain", pair_id="id", generated_at="made")[0]
+    assert example.columns == {
+        "question": "q", "answer": "a", "pair_id": 7, "generated_at": "2025-10-28T18:31:06.592517"
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"no column 'no' \(columns there: .*\): correct data.pair_id"):
+        load(path, extractor="plain", pair_id="no")
+
+
+def test_a_hub_dataset_and_its_held_out_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of data files goes through the same call as a name on the hub."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "owner"
+    folder.mkdir()
+    write(folder / "train.jsonl", ROWS)
+    write(folder / "test.jsonl", ROWS[1:])
+    train = load(str(folder))
+    assert [example.columns["answer"] for example in train] == ["1080", "-3"]
+    held_out = load(str(folder), "held_out", eval_split="test")
+    assert [example.columns["answer"] for example in held_out] == ["-3"]
+    assert load(str(folder), "held_out") == []
+    with pytest.raises(ConfigError, match=r"no/such-dataset \(train\) cannot be loaded"):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        load("no/such-dataset")
+
+
 def test_csv_and_parquet_give_what_jsonl_gives(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet

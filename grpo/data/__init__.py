@@ -86,6 +86,12 @@ def _check_columns(row: Row, place: str, data: DataConfig) -> None:
             f"{place}: there is no column '{data.question}' (columns there: {there}): set data.question to the one "
             f"that holds the question"
         )
+    for key, column, default in [
+        ("pair_id", data.pair_id, "pair_id"),
+        ("generated_at", data.generated_at, "generated_at"),
+    ]:
+        if column != default and column not in row:
+            raise ConfigError(f"{place}: there is no column '{column}' (columns there: {there}): correct data.{key}")
     # A row of TRL's kind, with its finished prompt, may be for rewards that need no gold answer.
     if data.question in row and data.answer not in row:
         raise ConfigError(
@@ -107,6 +113,9 @@ def _example(row: Row, place: str, answer: str | None, data: DataConfig) -> Exam
         question = messages if isinstance(messages, str) else messages[-1]["content"]
     used = (data.question, data.answer) if data.question in row else ("prompt", data.answer)
     columns = {name: value for name, value in row.items() if name not in used}
+    for ours, theirs in (("pair_id", data.pair_id), ("generated_at", data.generated_at)):
+        if theirs != ours and theirs in columns:
+            columns[ours] = columns.pop(theirs)
     columns["question"] = question
     if data.answer in row:
         columns["answer"] = answer

@@ -1,5 +1,7 @@
 """The datasets that come with the trainer: gsm8k, question_answer, arithmetic, invented_language. Config -> Table of raw rows."""
 
+import re
+from pathlib import Path
 from typing import Literal
 
 from grpo.config import DataConfig
@@ -28,12 +30,27 @@ def gsm8k(data: DataConfig, part: Part, seed: int) -> Table:
 
 @register_dataset("question_answer")
 def question_answer(data: DataConfig, part: Part, seed: int) -> Table:
-    """Any local file of questions and answers, or of TRL prompts."""
+    """Any questions and answers, or TRL prompts: a local file, a hub dataset (owner/name), a folder of data files."""
     if part == "held_out":
-        return read_table(data.eval_path, "data.eval_path") if data.eval_path else table_of("held-out", [])
+        if data.eval_path is not None:
+            return _file_or_hub(data.eval_path, data, data.eval_split or data.split, "data.eval_path")
+        if data.eval_split is not None and data.path is not None:
+            return _from_hub(data.path, data.subset, data.eval_split)
+        return table_of("held-out", [])
     if data.path is None:
-        raise ConfigError("data.path is null, dataset 'question_answer' needs a JSONL, CSV or Parquet file there")
-    return read_table(data.path)
+        raise ConfigError(
+            "data.path is null, dataset 'question_answer' needs a JSONL, CSV or Parquet file there, or a hub dataset"
+        )
+    return _file_or_hub(data.path, data, data.split, "data.path")
+
+
+def _file_or_hub(path: str, data: DataConfig, split: str, key: str) -> Table:
+    """A path that ends like a data file is one; a folder, or owner/name, is for the hub's library."""
+    if Path(path).expanduser().is_dir() or re.fullmatch(
+        r"[\w.-]+/[\w-][\w.-]*(?<!\.jsonl)(?<!\.csv)(?<!\.parquet)", path
+    ):
+        return _from_hub(path, data.subset, split)
+    return read_table(path, key)
 
 
 @register_dataset("arithmetic")
@@ -55,7 +72,7 @@ def invented_language(data: DataConfig, part: Part, seed: int) -> Table:
     return table_of("invented_language", generate_rows(seed=seed, split=part))
 
 
-def _from_hub(name: str, subset: str, split: str) -> Table:
+def _from_hub(name: str, subset: str | None, split: str) -> Table:
     try:
         import datasets
     except ImportError as error:
