@@ -78,25 +78,66 @@ class SamplingConfig:
     top_p: float = 1.0
     top_k: int = 0
     """0 = off."""
+    dynamic_sampling: bool = False
+    """Leave out groups whose rewards are all equal, and sample other prompts until prompts_per_step are left (DAPO)."""
+    max_sampling_rounds: int = 4
+    """With dynamic_sampling: at most so many rounds of sampling in a step; then it learns from the groups it has."""
+    oversample: float = 1.0
+    """With dynamic_sampling: each round samples this many times the prompts that are missing."""
 
 
 @dataclass
 class ObjectiveConfig:
     loss_type: str = "dapo"
-    """A registered objective: grpo, dapo, dr_grpo, bnpo; or your own."""
+    """A registered objective: grpo, dapo, dr_grpo, bnpo, gspo, luspo, cispo, sapo, vespo, gfpo, rloo, reinforce_plus_plus; or
+    your own: package.module:name, path/file.py:name."""
+    importance_sampling_level: Literal["token", "sequence"] | None = None
+    """Ratio of each token, or of the whole completion (its geometric mean). Null = what loss_type's paper uses (gspo and luspo:
+    sequence, else token)."""
+    advantage_estimator: str | None = None
+    """group, rloo, reinforce_plus_plus, reinforce_plus_plus_baseline, gdpo; or your own. Null = loss_type's own (rloo: rloo,
+    reinforce_plus_plus: the same, else group)."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """normalize_then_sum: each reward is normalised by itself (advantage_estimator gdpo)."""
     beta: float = 0.04
     """Weight of the KL to the reference policy. 0.04 as in DeepSeekMath (TRL: 0.0), because a reference KL is what this
     trainer is for. 0 = off, and no reference is loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    use_bias_correction_kl: bool = True
+    """Multiply the KL estimate by the ratio, so that its gradient is that of the KL to the reference (grpo/kl.py)."""
+    kl_in_reward: bool = False
+    """Subtract beta * KL of the whole completion from its reward, instead of adding it to the loss."""
+    kl_target: float | None = None
+    """Adapt beta so that policy/kl (per token) stays near this value. Null = beta stays as it is."""
+    kl_horizon: int = 10000
+    """Completions over which beta adapts, where kl_target is set."""
+    entropy_coef: float = 0.0
+    """Bonus for the mean entropy per token."""
     epsilon: float = 0.2
     epsilon_high: float | None = None
-    """Upper clip; null = epsilon. DAPO: 0.28."""
+    """Upper clip; null = epsilon. DAPO: 0.28. For cispo the cap of the ratio itself; null = 5."""
+    delta: float | None = None
+    """Cap of the ratio where the advantage is negative (dual clip); above 1 + epsilon_high, for example 4. Null = none."""
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
     num_iterations: int = 1
     """Optimizer steps on the same completions (mu)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the standard deviation of the group, of the whole batch, or not at all (Dr. GRPO)."""
     mask_truncated_completions: bool = False
     """Leave completions that were cut off out of the loss (DAPO's overlong filter)."""
+    soft_overlong_cache: int = 0
+    """The last so many tokens before max_completion_length cost reward, up to -1 at the limit (DAPO's soft overlong
+    punishment). 0 = off."""
+    subset: str | None = None
+    """Learn from subset_size completions of each group only: max_variance (PODS), shortest, token_efficiency (GFPO). Null =
+    loss_type's own (gfpo: shortest, else all)."""
+    subset_size: int | None = None
+    """Null = half of sampling.num_generations, where there is a subset."""
 
 
 @dataclass
@@ -116,6 +157,10 @@ class RolloutConfig:
     """native (own decode loop) or transformers (model.generate: slower, the reference)."""
     slots: int = 256
     """Completions that are decoded at the same time on each process; more wait in a queue. Bounds the KV memory."""
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """Weight tokens by p(training) / p(sampling), where another policy drew them: capped (TIS), or left out beyond the cap
+    (IcePop). none is exact for the native engine, whose policy is the one that trains."""
+    correction_cap: float = 2.0
 
 
 @dataclass
@@ -213,9 +258,14 @@ def check_config(config: Config) -> None:
         ("objective.num_iterations", objective.num_iterations, 1),
         ("objective.beta", objective.beta, 0),
         ("objective.epsilon", objective.epsilon, 0),
+        ("objective.kl_horizon", objective.kl_horizon, 1),
+        ("objective.soft_overlong_cache", objective.soft_overlong_cache, 0),
+        ("sampling.max_sampling_rounds", sampling.max_sampling_rounds, 1),
+        ("sampling.oversample", sampling.oversample, 1),
         ("optimizer.learning_rate", optimizer.learning_rate, 0),
         ("optimizer.weight_decay", optimizer.weight_decay, 0),
         ("rollout.slots", config.rollout.slots, 1),
+        ("rollout.correction_cap", config.rollout.correction_cap, 1),
     ]:
         if not value >= lowest:
             raise ConfigError(f"{key} is {value}, needs at least {lowest}")
@@ -247,10 +297,60 @@ def check_config(config: Config) -> None:
             f"data.max_prompt_length {config.data.max_prompt_length} + sampling.max_completion_length "
             f"{sampling.max_completion_length} = {longest}. Set tokens_per_batch to at least {longest}"
         )
+    check_objective(config)
     known_trackers = {"wandb", "tensorboard", "trackio"}
     for tracker in config.tracking.report_to:
         if tracker not in known_trackers:
             raise ConfigError(f"tracking.report_to has '{tracker}', knows {', '.join(sorted(known_trackers))}")
+
+
+def check_objective(config: Config) -> None:
+    """Settings of the objective that would do nothing, or contradict each other."""
+    objective, sampling = config.objective, config.sampling
+    high = objective.epsilon if objective.epsilon_high is None else objective.epsilon_high
+    if objective.loss_type == "gspo" and objective.importance_sampling_level == "token":
+        raise ConfigError(
+            "objective.loss_type gspo is the ratio of whole completions, but objective.importance_sampling_level is token: "
+            "leave it out, or use loss_type grpo"
+        )
+    if objective.loss_type == "cispo" and high < 1 and objective.epsilon_high is not None:
+        raise ConfigError(
+            f"objective.epsilon_high is {high}: for cispo it is the cap of the ratio itself, and a cap below 1 scales every "
+            f"gradient down. Set it to about 5, or leave it out"
+        )
+    if objective.delta is not None and objective.delta <= 1 + high:
+        raise ConfigError(
+            f"objective.delta is {objective.delta}, needs to be above 1 + epsilon_high = {1 + high}: below, the clip acts first"
+        )
+    if objective.beta == 0 and (objective.kl_in_reward or objective.kl_target is not None):
+        key = "kl_in_reward" if objective.kl_in_reward else "kl_target"
+        raise ConfigError(
+            f"objective.{key} is set, but objective.beta is 0, so there is no reference: set beta above 0"
+        )
+    if objective.kl_target is not None and not objective.kl_target > 0:
+        raise ConfigError(f"objective.kl_target is {objective.kl_target}, needs to be above 0")
+    if objective.subset_size is not None and not 2 <= objective.subset_size <= sampling.num_generations:
+        raise ConfigError(
+            f"objective.subset_size is {objective.subset_size}, needs to be between 2 and sampling.num_generations "
+            f"{sampling.num_generations}"
+        )
+    if objective.subset_size is not None and objective.subset is None and objective.loss_type != "gfpo":
+        raise ConfigError(
+            "objective.subset_size is set, but objective.subset is not: name one, for example max_variance"
+        )
+    if objective.soft_overlong_cache >= sampling.max_completion_length:
+        raise ConfigError(
+            f"objective.soft_overlong_cache is {objective.soft_overlong_cache}, needs to be below "
+            f"sampling.max_completion_length {sampling.max_completion_length}"
+        )
+    if objective.multi_objective_aggregation == "normalize_then_sum" and objective.advantage_estimator not in (
+        None,
+        "gdpo",
+    ):
+        raise ConfigError(
+            f"objective.multi_objective_aggregation normalize_then_sum is advantage_estimator gdpo, which is "
+            f"{objective.advantage_estimator}: set only one of the two"
+        )
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -8,25 +8,26 @@ CHUNK_BYTES = 64 * 2**20
 
 
 def token_logprobs(
-    hidden_NH: Tensor, head_VH: Tensor, targets_N: Tensor, temperature: float = 1.0
+    hidden_NH: Tensor, head_VH: Tensor, targets_N: Tensor, temperature: float = 1.0, *, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
     """log p(target) and the entropy of the distribution it was drawn from, p = softmax(hidden @ head.T / temperature).
 
     hidden_NH [N, H] and head_VH [V, H] in any float dtype, targets_N [N] -> logprobs [N], entropies [N], both float32 in
     nats. Products run in the dtype of `hidden`, the softmax in float32. Gradients flow to hidden and head through the
-    logprobs; the entropy is for the logs and carries none.
+    logprobs; the entropy is for the logs and carries one only where `entropy_gradient` asks for it (an entropy bonus).
     """
-    return _TokenLogprobs.apply(hidden_NH, head_VH, targets_N, temperature)
+    return _TokenLogprobs.apply(hidden_NH, head_VH, targets_N, temperature, entropy_gradient)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     """Keeps hidden, head, targets and one log-sum-exp per token; the backward pass forms each chunk's logits again.
 
     d logp / d logits = (onehot(target) - p) / temperature
+    d H    / d logits = -p * (log p + H) / temperature
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, temperature):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, head, targets, temperature, entropy_gradient):  # type: ignore[no-untyped-def]
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         entropies, lses = torch.empty_like(logprobs), torch.empty_like(logprobs)
         weight = head.to(hidden.dtype)
@@ -37,14 +38,15 @@ class _TokenLogprobs(torch.autograd.Function):
             # H = lse - sum(p * logit)
             entropies[part] = lse - (torch.exp(logits - lse[:, None]) * logits).sum(-1)
             lses[part] = lse
-        ctx.save_for_backward(hidden, head, targets, lses)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropies)
+        ctx.save_for_backward(hidden, head, targets, lses, entropies)
+        ctx.temperature, ctx.entropy_gradient = temperature, entropy_gradient
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx, grad_logprobs, _grad_entropies):  # type: ignore[no-untyped-def]
-        hidden, head, targets, lses = ctx.saved_tensors
+    def backward(ctx, grad_logprobs, grad_entropies):  # type: ignore[no-untyped-def]
+        hidden, head, targets, lses, entropies = ctx.saved_tensors
         weight = head.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Accumulated in float32: chunk by chunk in bfloat16 would round every chunk's share away.
@@ -54,14 +56,20 @@ class _TokenLogprobs(torch.autograd.Function):
         for part in _chunks(len(targets), len(head)):
             logits = (hidden[part] @ weight.T).float().div_(ctx.temperature)
             scale = (grad_logprobs[part].float() / ctx.temperature)[:, None]
-            grad_logits = logits.sub_(lses[part, None]).exp_().mul_(-scale)
+            logits.sub_(lses[part, None])
+            if ctx.entropy_gradient:
+                slope = (grad_entropies[part].float() / ctx.temperature)[:, None]
+                factor = (logits + entropies[part, None]).mul_(slope).add_(scale)
+                grad_logits = logits.exp_().mul_(-factor)
+            else:
+                grad_logits = logits.exp_().mul_(-scale)
             grad_logits.scatter_add_(-1, targets[part, None], scale)
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad_logits @ weight
             if grad_head is not None:
                 grad_head += (grad_logits.T @ hidden[part]).float()
-        return grad_hidden, grad_head.to(head.dtype) if grad_head is not None else None, None, None
+        return grad_hidden, grad_head.to(head.dtype) if grad_head is not None else None, None, None, None
 
 
 def _chunks(tokens: int, vocabulary: int) -> list[slice]:

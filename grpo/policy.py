@@ -35,9 +35,10 @@ class Scorer(nn.Module):
     It is a module of its own, because wrappers (DDP, FSDP, autocast) only see what goes through `forward`.
     """
 
-    def __init__(self, model: PreTrainedModel, *, swapped: bool, temperature: float):
+    def __init__(self, model: PreTrainedModel, *, swapped: bool, temperature: float, entropy_gradient: bool = False):
         super().__init__()
         self.model, self.swapped, self.temperature = model, swapped, temperature
+        self.entropy_gradient = entropy_gradient
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         if self.swapped:
@@ -53,7 +54,9 @@ class Scorer(nn.Module):
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             hidden_NH = hidden.flatten(0, 1)[predictor]
         head = self.model.get_output_embeddings()
-        return token_logprobs(hidden_NH, head.weight, batch.tokens_N, self.temperature)
+        return token_logprobs(
+            hidden_NH, head.weight, batch.tokens_N, self.temperature, entropy_gradient=self.entropy_gradient
+        )
 
 
 class Policy:
@@ -98,7 +101,12 @@ class Policy:
             num_warmup_steps=math.ceil(optimizer.warmup_ratio * optimizer_steps),
             num_training_steps=optimizer_steps,
         )
-        scorer = Scorer(self.model, swapped=self.swapped, temperature=temperature)
+        scorer = Scorer(
+            self.model,
+            swapped=self.swapped,
+            temperature=temperature,
+            entropy_gradient=objective.entropy_coef != 0,
+        )
         self.scorer, self.prepared_optimizer = accelerator.prepare(scorer, self.optimizer)
 
     @property

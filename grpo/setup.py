@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
+from grpo.advantages import ADVANTAGES, SUBSETS
 from grpo.checkpoint import (
     load_checkpoint,
     newest_valid,
@@ -17,18 +18,29 @@ from grpo.checkpoint import (
     optimizer_to_tensors,
     save_checkpoint,
 )
-from grpo.config import Config, DataConfig
+from grpo.config import Config, DataConfig, ObjectiveConfig
 from grpo.data import Example, load_examples
 from grpo.data.stream import PromptStream, render_prompts
 from grpo.display import Display
 from grpo.distributed import gather_rows, start_accelerator
 from grpo.errors import ConfigError
-from grpo.objective import OBJECTIVES
+from grpo.experience import estimator_of
+from grpo.objective import check_parameters, find_objective
 from grpo.policy import Policy, load_tokenizer
 from grpo.rewards import RewardSum
 from grpo.rollout import ENGINES, RolloutEngine, build_engine
 from grpo.tracking import Tracker, check_trackers, choose_run_dir
 from grpo.types import Prompt
+
+
+@dataclass
+class Progress:
+    """What a run has come to besides its weights. Saved with every checkpoint."""
+
+    draws: int = 0
+    """Prompts drawn so far, over all processes."""
+    beta: float = 0.0
+    """Weight of the KL now; the config's, unless kl_target adapts it."""
 
 
 @dataclass
@@ -47,6 +59,7 @@ class Run:
     score: RewardSum
     tracker: Tracker | None
     display: Display
+    progress: Progress
     first_eval: dict[str, float] = field(default_factory=dict)
     last_eval: dict[str, float] = field(default_factory=dict)
 
@@ -74,6 +87,7 @@ class Run:
             moments, groups = optimizer_to_tensors(self.policy.optimizer.state_dict())
             state = {
                 "step": step,
+                "progress": vars(self.progress),
                 "optimizer": groups,
                 "scheduler": self.policy.scheduler.state_dict(),
                 "first_eval": self.first_eval,
@@ -96,7 +110,7 @@ class Run:
 
 def prepare(config: Config) -> Run:
     """Everything that `train` needs. Raises ConfigError before any weight loads for whatever can be known by then."""
-    OBJECTIVES.get(config.objective.loss_type)
+    check_names(config.objective)
     check_engine(config.rollout.engine)
     score = RewardSum(config.rewards)
     check_trackers(config.tracking.report_to)
@@ -131,12 +145,14 @@ def prepare(config: Config) -> Run:
     )
     policy.reference_is_start = checkpoint is None and config.model.reference is None
     start, first_eval, last_eval = 0, {}, {}
+    progress = Progress(beta=config.objective.beta)
     if checkpoint is not None:
         tensors, state = load_checkpoint(checkpoint)
         policy.model.load_state_dict(tensors["model"], strict=False)
         policy.model.tie_weights()
         policy.optimizer.load_state_dict(optimizer_from_tensors(tensors["optimizer"], state["optimizer"]))
         policy.scheduler.load_state_dict(state["scheduler"])
+        progress = Progress(**state["progress"])
         start, first_eval, last_eval = state["step"], state["first_eval"], state["last_eval"]
         display.say(f"resuming from {checkpoint}: {start} of {config.steps} steps are done")
         if start >= config.steps:
@@ -169,9 +185,18 @@ def prepare(config: Config) -> Run:
         score,
         tracker,
         display=Display(config.steps, start, enabled=accelerator.is_main_process),
+        progress=progress,
         first_eval=first_eval,
         last_eval=last_eval,
     )
+
+
+def check_names(objective: ObjectiveConfig) -> None:
+    """Raises ConfigError for a registered name that is not there, and for a loss that asks for what nobody offers."""
+    check_parameters(find_objective(objective.loss_type), objective.loss_type, vars(objective))
+    ADVANTAGES.get(estimator_of(objective))
+    if objective.subset is not None:
+        SUBSETS.get(objective.subset)
 
 
 def check_engine(name: str) -> None:

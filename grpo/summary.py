@@ -13,13 +13,15 @@ from grpo.rewards import Scores
 from grpo.types import Group
 
 if TYPE_CHECKING:
+    from grpo.experience import Experience, Sampled
     from grpo.setup import Run
 
 
 def step_metrics(
-    run: "Run", groups: list[Group], scores: Scores, advantages_PG: Tensor, sums: Sums, laps: dict[str, float]
+    run: "Run", sampled: "Sampled", experience: "Experience", sums: Sums, laps: dict[str, float]
 ) -> dict[str, float]:
-    """Every contract key, over all ranks. `sums` holds what the update counted."""
+    """Every contract key, over all ranks and everything that was sampled. `sums` holds what the update counted."""
+    groups, scores, advantages_PG = sampled.groups, sampled.scores, experience.all_advantages_PG
     lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
     ended = [completion.ended for group in groups for completion in group.completions]
     for name in ("kl", "clipped", "entropy", "mismatch", "grad_norm", "loss"):
@@ -30,6 +32,8 @@ def step_metrics(
     sums.add("flat", (advantages_PG == 0).all(1).sum(), len(groups))
     sums.add("length", sum(lengths), len(lengths))
     sums.add("truncated", len(ended) - sum(ended), len(ended))
+    sums.add("trained_groups", len(sampled.rows), 0)
+    sums.add("sampled_groups", len(groups), 0)
     merge_sums(run.accelerator, sums)
     tokens = sums.total("length")
     metrics = {
@@ -53,6 +57,10 @@ def step_metrics(
         "time/update": laps["update"],
         "memory/peak_gib": peak_gib(run.policy.device),
     }
+    if run.config.sampling.dynamic_sampling:
+        metrics["rollout/sampling_rounds"] = float(sampled.rounds)
+        metrics["rollout/groups_sampled"] = sums.total("sampled_groups")
+        metrics["rollout/groups_trained"] = sums.total("trained_groups")
     for name in scores.by_name:
         metrics[f"reward/{name}/mean"] = sums.mean(f"reward/{name}")
         metrics[f"reward/{name}/std"] = sums.std(f"reward/{name}")

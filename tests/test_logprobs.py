@@ -29,3 +29,19 @@ def test_equal_to_the_plain_softmax_in_values_and_gradients(monkeypatch, chunk_r
 def test_no_tokens() -> None:
     got, entropy = token_logprobs(torch.zeros(0, 4), torch.zeros(9, 4), torch.zeros(0, dtype=torch.long))
     assert got.shape == entropy.shape == (0,)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_entropy_has_a_gradient_where_it_is_asked_for(monkeypatch, temperature: float) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 50 * 3)
+    hidden, head = torch.randn(17, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    targets, first, second = torch.randint(0, 50, (17,)), torch.randn(17), torch.randn(17)
+    plain = torch.log_softmax(hidden @ head.T / temperature, -1)
+    loss = plain.gather(1, targets[:, None]).squeeze(1) @ first - (plain.exp() * plain).sum(-1) @ second
+    expected = torch.autograd.grad(loss, (hidden, head))
+    logprobs, entropies = token_logprobs(hidden, head, targets, temperature, entropy_gradient=True)
+    got = torch.autograd.grad(logprobs @ first + entropies @ second, (hidden, head))
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-4)
+    assert not token_logprobs(hidden, head, targets, temperature)[1].requires_grad

@@ -118,3 +118,86 @@ def test_a_run_directory_is_not_overwritten(tmp_path: Path) -> None:
     run(tmp_path, "run", steps=1)
     with pytest.raises(ConfigError, match="resume"):
         run(tmp_path, "run", steps=1)
+
+
+def same(first: list[dict], second: list[dict]) -> bool:
+    drop = lambda rows: [{k: v for k, v in row.items() if not k.startswith(CHANGING)} for row in rows]  # noqa: E731
+    return drop(first) == drop(second)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"sampling.dynamic_sampling": True, "sampling.oversample": 1.5, "eval_every": 0},
+        {"objective.kl_target": 0.01, "objective.kl_horizon": 20, "eval_every": 0},
+    ],
+    ids=["dynamic_sampling", "adaptive_kl"],
+)
+def test_what_a_run_has_come_to_is_resumed_too(tmp_path: Path, extra: dict) -> None:
+    import shutil
+
+    whole = run(tmp_path, "whole", **extra)
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    for later in (3, 4):
+        shutil.rmtree(tmp_path / "part" / "checkpoints" / f"step-{later}")
+    shutil.rmtree(tmp_path / "part" / "final")
+    assert same(run(tmp_path, "part", resume="auto", **extra), whole)
+    first = load_file(tmp_path / "whole" / "final" / "model.safetensors")
+    second = load_file(tmp_path / "part" / "final" / "model.safetensors")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_dynamic_sampling_learns_from_full_batches_and_stops_at_its_cap(tmp_path: Path) -> None:
+    rows = run(tmp_path, "run", eval_every=0, **{"sampling.dynamic_sampling": True, "sampling.max_sampling_rounds": 3})
+    for row in rows:
+        assert row["rollout/groups_trained"] == 3 or row["rollout/sampling_rounds"] == 3
+        assert row["rollout/groups_sampled"] >= row["rollout/groups_trained"]
+    assert max(row["rollout/groups_sampled"] for row in rows) > 3  # this model writes few a: many groups are flat
+    written = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    draws = sorted({row["draw"] for row in written})
+    assert draws == list(range(len(draws)))  # no prompt is skipped, none is drawn twice
+    flat = {}
+    for row in written:
+        flat.setdefault(row["draw"], []).append(row["advantage"])
+    assert sum(any(values) for values in flat.values()) == sum(row["rollout/groups_trained"] for row in rows)
+
+
+def test_adaptive_kl_moves_beta_by_its_formula(tmp_path: Path) -> None:
+    rows = run(tmp_path, "run", eval_every=0, **{"objective.kl_target": 0.01, "objective.kl_horizon": 60})
+    beta = 0.01
+    for row in rows:  # 3 prompts x 4 completions of a horizon of 60
+        assert row["policy/beta"] == pytest.approx(beta, rel=1e-12)
+        beta *= 1 + min(max(row["policy/kl"] / 0.01 - 1, -0.2), 0.2) * 12 / 60
+    assert rows[-1]["policy/beta"] != 0.01
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"objective.loss_type": "gspo", "objective.num_iterations": 2},
+        {"objective.loss_type": "cispo"},
+        {"objective.loss_type": "rloo"},
+        {"objective.loss_type": "gfpo"},
+        {"objective.loss_type": "reinforce_plus_plus", "objective.beta": 0.05, "objective.kl_in_reward": True},
+        {"objective.subset": "max_variance", "objective.subset_size": 2},
+        {"objective.entropy_coef": 0.001},
+        {"objective.soft_overlong_cache": 2},
+        {"objective.multi_objective_aggregation": "normalize_then_sum"},
+        {"rollout.correction": "truncate"},
+    ],
+    ids=lambda extra: "-".join(str(value) for value in extra.values()),
+)
+def test_every_variant_trains(tmp_path: Path, extra: dict) -> None:
+    rows = run(tmp_path, "run", steps=2, eval_every=0, save_every=0, prompts_per_step=6, **extra)
+    assert all(abs(value) < 1e6 for row in rows for value in row.values())
+    assert any(row["policy/grad_norm"] > 0 for row in rows)
+
+
+def test_kl_in_the_reward_is_taken_off_before_comparing(tmp_path: Path) -> None:
+    """At step 1 the policy is the reference: no KL, the same advantages. Later the estimate per token is logged."""
+    wide = {"steps": 3, "eval_every": 0, "prompts_per_step": 8}
+    plain = run(tmp_path, "plain", **wide, **{"objective.beta": 0})
+    inside = run(tmp_path, "inside", **wide, **{"objective.beta": 0.5, "objective.kl_in_reward": True})
+    assert plain[0]["policy/grad_norm"] > 0
+    assert inside[0]["policy/grad_norm"] == pytest.approx(plain[0]["policy/grad_norm"], rel=1e-3)
+    assert abs(inside[0]["policy/kl"]) < 1e-9 < inside[2]["policy/kl"]

@@ -101,7 +101,11 @@ class PromptStream:
 
     def take(self, step: int, count: int, rank: int = 0, world_size: int = 1) -> list[Prompt]:
         """This rank's share of the step's `count` prompts, each with its draw as identity."""
-        return [self._draw(step * count + index) for index in range(rank, count, world_size)]
+        return self.draws(step * count, count, rank, world_size)
+
+    def draws(self, first: int, count: int, rank: int = 0, world_size: int = 1) -> list[Prompt]:
+        """This rank's share of `count` prompts from draw `first` on."""
+        return [self._draw(first + index) for index in range(rank, count, world_size)]
 
     def _draw(self, draw: int) -> Prompt:
         epoch, position = divmod(draw, len(self.prompts))

@@ -1,0 +1,191 @@
+"""Experience: prompts -> sampled and scored groups -> what is learned from: the completions that count, and their advantages.
+
+Everything here is the plain loop unless a setting asks for more:
+
+    sampling.dynamic_sampling      flat groups are left out, other prompts are sampled in their place
+    objective.soft_overlong_cache  one more reward
+    objective.subset               only some completions of each group are kept
+    objective.kl_in_reward         the KL to the reference is taken off the reward
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from grpo.advantages import ADVANTAGES, SUBSETS, overlong_penalty
+from grpo.config import ObjectiveConfig
+from grpo.distributed import gather_rows, max_over_ranks, sum_over_ranks
+from grpo.kl import kl_estimate
+from grpo.metrics import Sums
+from grpo.objective import by_name, find_objective, per_sequence
+from grpo.packing import pack
+from grpo.policy import probe_batch
+from grpo.rewards import Scores
+from grpo.types import Group, SamplingPlan
+
+if TYPE_CHECKING:
+    from grpo.setup import Run
+    from grpo.trainer import Clock
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """All that this rank sampled in a step, and which of it is learned from."""
+
+    groups: list[Group]
+    scores: Scores
+    rows: list[int]
+    """indices into groups"""
+    rounds: int = 1
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What is learned from. P groups (fewer than were sampled, where some were left out), G completions each."""
+
+    groups: list[Group]
+    advantages_PG: Tensor
+    all_advantages_PG: Tensor
+    """Of everything that was sampled, 0 for what was left out: for the records."""
+
+
+def sample(run: "Run", plan: SamplingPlan, clock: "Clock") -> Sampled:
+    """The next prompts_per_step prompts, completed and scored; with dynamic_sampling, that many groups that are not flat
+    (DAPO, arXiv 2503.14476, section 3.2), or what max_sampling_rounds gave.
+
+    Which prompts come next is counted (`run.progress.draws`), so a resumed run, and any number of ranks, sample the same.
+    """
+    config, accelerator = run.config, run.accelerator
+    dynamic, wanted = config.sampling.dynamic_sampling, config.prompts_per_step
+    groups: list[Group] = []
+    scores: list[Scores] = []
+    kept: list[int] = []
+    found, rounds = 0, 0
+    while rounds < (config.sampling.max_sampling_rounds if dynamic else 1) and found < wanted:
+        count = math.ceil((wanted - found) * config.sampling.oversample) if dynamic else wanted
+        prompts = run.stream.draws(run.progress.draws, count, accelerator.process_index, accelerator.num_processes)
+        run.progress.draws += count
+        with accelerator.autocast():
+            new = run.engine.generate(prompts, plan)
+        clock.lap("rollout")
+        scores.append(scored(run, new))
+        clock.lap("reward")
+        kept += [len(groups) + p for p in range(len(new)) if not dynamic or varies(scores[-1].rewards_PG[p])]
+        groups += new
+        rounds += 1
+        found = int(sum_over_ranks(accelerator, [float(len(kept))])[0])
+    if dynamic and found > wanted:  # the first ones drawn, whoever has them: the same for any number of ranks
+        everyone = gather_rows(accelerator, [{"draw": groups[row].prompt.draw} for row in kept])
+        taken = set(sorted(row["draw"] for row in everyone)[:wanted])
+        kept = [row for row in kept if groups[row].prompt.draw in taken]
+    return Sampled(groups, joined(scores), kept, rounds)
+
+
+def varies(rewards_G: Tensor) -> bool:
+    known = rewards_G[~rewards_G.isnan()]
+    return len(known) > 0 and bool(known.min() < known.max())
+
+
+def scored(run: "Run", groups: list[Group]) -> Scores:
+    """The rewards, and DAPO's overlong penalty as one more where it is asked for."""
+    scores = run.score(groups)
+    cache = run.config.objective.soft_overlong_cache
+    if not cache:
+        return scores
+    penalty_PG = overlong_penalty(lengths_of(groups), run.config.sampling.max_completion_length, cache)
+    return Scores(scores.rewards_PG + penalty_PG, {**scores.by_name, "overlong": penalty_PG})
+
+
+def joined(parts: list[Scores]) -> Scores:
+    """Rounds of sampling -> one. A round in which this rank had no prompt adds nothing."""
+    real = [part for part in parts if len(part.rewards_PG)] or parts[:1]
+    names = real[0].by_name
+    return Scores(
+        torch.cat([part.rewards_PG for part in real]),
+        {name: torch.cat([part.by_name[name] for part in real]) for name in names},
+    )
+
+
+def lengths_of(groups: list[Group]) -> Tensor:
+    """[P, G] float64: completion lengths."""
+    return torch.tensor([[len(c.token_ids) for c in group.completions] for group in groups], dtype=torch.float64)
+
+
+def learn_from(run: "Run", sampled: Sampled, sums: Sums) -> Experience:
+    """Which completions count, and how much better each was than what it is compared with."""
+    groups = [sampled.groups[row] for row in sampled.rows]
+    rewards_PG, by_reward = sampled.scores.rewards_PG[sampled.rows], sampled.scores.by_name
+    by_reward = {name: values[sampled.rows] for name, values in by_reward.items()}
+    if run.config.objective.kl_in_reward:
+        rewards_PG = rewards_PG - run.progress.beta * completion_kl(run, groups, sums)
+    chosen_PK = chosen_completions(run, groups, rewards_PG)
+    groups = [
+        Group(group.prompt, [group.completions[s] for s in chosen])
+        for group, chosen in zip(groups, chosen_PK.tolist(), strict=True)
+    ]
+    rewards_PG = rewards_PG.gather(1, chosen_PK)
+    by_reward = {name: values.gather(1, chosen_PK) for name, values in by_reward.items()}
+    advantages_PG = estimated(run, rewards_PG, by_reward)
+    everything = torch.zeros_like(sampled.scores.rewards_PG)
+    for row, chosen, advantages in zip(sampled.rows, chosen_PK, advantages_PG, strict=True):
+        everything[row, chosen] = advantages
+    return Experience(groups, advantages_PG, everything)
+
+
+def chosen_completions(run: "Run", groups: list[Group], rewards_PG: Tensor) -> Tensor:
+    """[P, K] indices of the completions that are learned from: all of them, without objective.subset."""
+    objective, size = run.config.objective, rewards_PG.shape[1]
+    name = objective.subset or find_objective(objective.loss_type).implied.get("subset")
+    if name is None or not len(groups):
+        return torch.arange(size).expand(len(groups), -1)
+    keep = objective.subset_size or max(2, size // 2)
+    return SUBSETS.get(name)(rewards_PG, lengths_of(groups), keep)
+
+
+def estimated(run: "Run", rewards_PG: Tensor, by_reward: dict[str, Tensor]) -> Tensor:
+    """[P, G] advantages of this rank's groups; the estimator sees the rewards of all ranks."""
+    rank = run.accelerator.process_index
+    rows = gather_rows(run.accelerator, [{"rank": rank, "rewards": rewards_PG, "by_reward": by_reward}])
+    if not len(rewards_PG):
+        return rewards_PG
+    rows = [row for row in rows if len(row["rewards"])]
+    offered = {
+        "rewards_PG": torch.cat([row["rewards"] for row in rows]),
+        "by_reward": {name: torch.cat([row["by_reward"][name] for row in rows]) for name in by_reward},
+        "weights": {"overlong": 1.0, **run.score.weights},
+        "scale": run.config.objective.scale_rewards,
+    }
+    before = sum(len(row["rewards"]) for row in rows if row["rank"] < rank)
+    everyone = by_name(ADVANTAGES.get(estimator_of(run.config.objective)), offered)
+    return everyone[before : before + len(rewards_PG)]
+
+
+def estimator_of(objective: ObjectiveConfig) -> str:
+    """The advantage estimator: the config's own, else what loss_type implies, else group."""
+    if objective.advantage_estimator:
+        return objective.advantage_estimator
+    if objective.multi_objective_aggregation == "normalize_then_sum":
+        return "gdpo"
+    return find_objective(objective.loss_type).implied.get("advantage_estimator", "group")
+
+
+def completion_kl(run: "Run", groups: list[Group], sums: Sums) -> Tensor:
+    """[P, G]: the KL estimate of each whole completion, sum over its tokens of log p(sampling) - log p(reference) for k1."""
+    size = len(groups[0].completions) if groups else 0
+    kl = torch.zeros(len(groups) * size)
+    # The place of each completion travels in the advantages, which nothing reads here: so packing may reorder.
+    places_PG = torch.arange(len(groups) * size, dtype=torch.float64).reshape(len(groups), size)
+    batches = pack(groups, places_PG, max_tokens=run.config.tokens_per_batch)
+    empty = [probe_batch(run.policy.model.config.vocab_size)] * (
+        max_over_ranks(run.accelerator, len(batches)) - len(batches)
+    )
+    for index, batch in enumerate(batches + empty):
+        reference_N = run.policy.reference_logprobs(batch.to(run.policy.device))
+        if index < len(batches) and reference_N is not None:
+            kl_N = kl_estimate(batch.sampling_logprobs_N, reference_N.cpu(), run.config.objective.kl_estimator)
+            kl[batch.advantages_N.long()] = per_sequence(kl_N, batch)
+            sums.add("kl", kl_N.sum(), len(kl_N))
+    return kl.reshape(len(groups), size).to(torch.float64)
