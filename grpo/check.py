@@ -17,11 +17,10 @@ from grpo.config import Config
 from grpo.data import Example, load_examples
 from grpo.data.stream import prompt_token_ids
 from grpo.errors import ConfigError, GrpoError
-from grpo.objective import OBJECTIVES
 from grpo.policy import load_tokenizer
 from grpo.rewards import RewardSum
 from grpo.rewards.math_answers import parse_number
-from grpo.setup import check_engine
+from grpo.setup import check_engine, check_names
 from grpo.tracking import check_trackers, choose_run_dir
 from grpo.types import Completion, Group, Prompt
 
@@ -98,7 +97,7 @@ def check(config: Config) -> Check:
     Raises ConfigError for what `train` would refuse as well.
     """
     found = Check()
-    OBJECTIVES.get(config.objective.loss_type)
+    check_names(config.objective)
     check_engine(config.rollout.engine)
     score = RewardSum(config.rewards)
     check_trackers(config.tracking.report_to)

@@ -54,7 +54,8 @@ class Registry(Generic[T]):
             return self._entries[name]
         if ":" in name:
             return self._load(name)
-        near = difflib.get_close_matches(name, self._entries, n=1)
+        near = difflib.get_close_matches(name, self._entries, n=3)
+        near.sort(key=lambda known: sorted(known) != sorted(name))  # letters swapped: "gpro" is grpo, not gspo
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise ConfigError(
             f"unknown {self.kind} '{name}': {hint}Known: {', '.join(self.names())}; or point to your own with "
