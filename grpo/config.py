@@ -172,6 +172,8 @@ class TrackingConfig:
     """Null = model, data and time."""
     log_completions: bool = True
     """Show a few completions in the terminal now and then."""
+    report: bool = True
+    """Write report.md and its curves into run_dir at the end."""
 
 
 @dataclass

@@ -10,8 +10,11 @@ from torch import Tensor
 from grpo.distributed import gather_rows
 from grpo.metrics import pass_at_k
 from grpo.rewards import RewardSum
-from grpo.rewards.text_match import quoted_terms
+from grpo.rewards.math_answers import last_number, parse_number
+from grpo.rewards.text_match import quoted_terms, same_text
+from grpo.rewards.xml_format import lenient_answer
 from grpo.rollout import RolloutEngine
+from grpo.statistics import mcnemar, mean_interval, wilson_interval
 from grpo.types import Group, Prompt, SamplingPlan
 
 SCORES = {"accuracy": 1.0, "xml_format": 1.0}
@@ -22,7 +25,8 @@ PROSE_SCORES = {"term_match": 1.0, "chrf": 1.0, "token_f1": 1.0}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics, and one row per completion: draw, sample, completion, accuracy, format, length."""
+    """Metrics, and one row per completion: draw, sample, question, answer, completion, accuracy, flexible, format, length,
+    ended, and the row's other columns."""
 
     metrics: dict[str, float]
     rows: list[dict]
@@ -42,8 +46,9 @@ def evaluate(
     """Score `samples` completions of every prompt; temperature 0 is greedy. Every rank takes its share, every item counts
     once, and all ranks return the same.
 
-    Metrics: eval/accuracy, eval/format, eval/length_mean, eval/truncated_fraction, eval/accuracy_ci95 (half the width of
-    the 95 % interval), and eval/pass@k for k = 2, 4, ... up to `samples`; with prose also eval/chrf and eval/token_f1.
+    Metrics: eval/accuracy, eval/accuracy_flexible (the last number, whatever the format), eval/format, eval/length_mean,
+    eval/truncated_fraction, eval/accuracy_ci95 (half the width of the 95 % interval), and eval/pass@k for k = 2, 4, ... up
+    to `samples`; with prose also eval/chrf and eval/token_f1.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     plan = SamplingPlan(samples, max_completion_length, temperature, seed)
@@ -58,8 +63,11 @@ def evaluate(
                     {
                         "draw": group.prompt.draw,
                         "sample": s,
+                        "question": _question(group.prompt),
+                        "answer": group.prompt.columns.get("answer"),
                         "completion": completion.text,
                         "accuracy": float(accuracy_PG[p, s].nan_to_num()),
+                        "flexible": float(is_right_somehow(completion.text, group.prompt.columns.get("answer"))),
                         "format": float(format_PG[p, s]),
                         "length": len(completion.token_ids),
                         "ended": completion.ended,
@@ -98,6 +106,7 @@ def summarize(rows: list[dict], samples: int) -> dict[str, float]:
     metrics = {
         "eval/accuracy": accuracy,
         "eval/accuracy_ci95": 1.96 * math.sqrt(accuracy * (1 - accuracy) / count),
+        "eval/accuracy_flexible": sum(row["flexible"] for row in rows) / count,
         "eval/format": sum(row["format"] for row in rows) / count,
         "eval/length_mean": sum(row["length"] for row in rows) / count,
         "eval/truncated_fraction": sum(not row["ended"] for row in rows) / count,
@@ -113,3 +122,62 @@ def summarize(rows: list[dict], samples: int) -> dict[str, float]:
         metrics[f"eval/pass@{k}"] = sum(pass_at_k(correct, samples, k) for correct in right.values()) / len(right)
         k *= 2
     return metrics
+
+
+def is_right_somehow(text: str, gold: object) -> bool:
+    """Flexible scoring: the gold value is the last number of the answer block (or of the text); a gold text is the block.
+
+    Beside the strict accuracy it tells a model that cannot calculate from one that does not keep to the format.
+    """
+    if gold is None:
+        return False
+    value = parse_number(str(gold))
+    return same_text(lenient_answer(text), str(gold)) if value is None else last_number(lenient_answer(text)) == value
+
+
+def intervals(rows: list[dict]) -> dict[str, tuple[float, float]]:
+    """95 % intervals of the accuracies: Wilson's with one completion per item, else over the items' means."""
+    found: dict[str, tuple[float, float]] = {}
+    for name in ("accuracy", "flexible"):
+        items = item_means(rows, name)
+        one_each = len(items) == len(rows)
+        right = round(sum(items.values()))
+        found[name] = wilson_interval(right, len(items)) if one_each else mean_interval(list(items.values()))
+    return found
+
+
+def item_means(rows: list[dict], name: str = "accuracy") -> dict[int, float]:
+    """Each item's mean over its samples: avg@k before it is averaged over items."""
+    values: dict[int, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["draw"], []).append(row[name])
+    return {draw: sum(scores) / len(scores) for draw, scores in values.items()}
+
+
+def compare(base: list[dict], trained: list[dict], name: str = "accuracy") -> dict[str, float]:
+    """Two models on the same items: the change with its 95 % interval, who alone was right how often, and McNemar's p.
+
+    The test is on the first sample of each item, so that items are independent.
+    """
+    before, after = item_means(base, name), item_means(trained, name)
+    assert before.keys() == after.keys(), "both models must have answered the same items"
+    changes = [after[draw] - before[draw] for draw in before]
+    low, high = mean_interval(changes)
+    first = {row["draw"]: row[name] > 0 for row in base if row["sample"] == 0}
+    second = {row["draw"]: row[name] > 0 for row in trained if row["sample"] == 0}
+    only_base = sum(first[draw] and not second[draw] for draw in first)
+    only_trained = sum(second[draw] and not first[draw] for draw in first)
+    return {
+        "change": sum(changes) / len(changes),
+        "change_low": low,
+        "change_high": high,
+        "only_base_right": only_base,
+        "only_trained_right": only_trained,
+        "mcnemar_p": mcnemar(only_base, only_trained),
+    }
+
+
+def _question(prompt: Prompt) -> str:
+    if isinstance(prompt.messages, str):
+        return prompt.messages
+    return prompt.messages[-1]["content"] if prompt.messages else ""

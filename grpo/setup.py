@@ -27,6 +27,7 @@ from grpo.errors import ConfigError
 from grpo.experience import estimator_of
 from grpo.objective import check_parameters, find_objective
 from grpo.policy import Policy, load_tokenizer
+from grpo.report import write_report
 from grpo.rewards import RewardSum
 from grpo.rollout import ENGINES, RolloutEngine, build_engine
 from grpo.tracking import Tracker, check_trackers, choose_run_dir
@@ -105,7 +106,16 @@ class Run:
             self.display.table(self.first_eval, self.last_eval, self.run_dir)
         if self.tracker is not None:
             self.tracker.finish()
+            if self.config.tracking.report:
+                self.report()
         return self.run_dir
+
+    def report(self) -> None:
+        """report.md. The run is done and saved: a picture that fails must not make it a failure."""
+        try:
+            self.display.say(f"Report: {write_report(self.run_dir)}")
+        except Exception as error:
+            self.display.say(f"no report: {error!r}. Later: python launch/report.py --run {self.run_dir}")
 
 
 def prepare(config: Config) -> Run:
@@ -163,9 +173,8 @@ def prepare(config: Config) -> Run:
     )
     tracker = None
     if accelerator.is_main_process:
-        tracker = Tracker(
-            run_dir, config, derived_values(config, len(prompts), run_dir.name), start + 1 if start else 0
-        )
+        derived = {**derived_values(config, len(prompts), run_dir.name), "base_model": str(path)}
+        tracker = Tracker(run_dir, config, derived, start + 1 if start else 0)
     completions = config.prompts_per_step * config.sampling.num_generations
     display.say(
         f"{len(prompts)} training prompts, {len(held_out)} held out; {config.prompts_per_step} prompts x "

@@ -78,7 +78,9 @@ class Tracker:
             for name in (_METRICS, _ROLLOUTS):
                 _drop_rows_from(run_dir / name, resume_step)
             _write_whole(run_dir / "config.yaml", yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False))
-            _write_whole(run_dir / "environment.json", json.dumps(_environment(), indent=2) + "\n")
+            _write_whole(
+                run_dir / "environment.json", json.dumps(_plain(_environment() | {"derived": derived}), indent=2) + "\n"
+            )
             self._metrics = (run_dir / _METRICS).open("a", encoding="utf-8")
             self._rollouts = (run_dir / _ROLLOUTS).open("a", encoding="utf-8")
         except OSError as error:

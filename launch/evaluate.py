@@ -1,14 +1,19 @@
-"""Evaluate a saved model folder on held-out questions: greedy accuracy with a 95 % interval, and pass@k when asked.
+"""Evaluate a saved model on held-out questions, and its base model on the same ones.
 
-python launch/evaluate.py --model DIR --data.path FILE [--samples 8] [--output FILE.json] [--config FILE] [--key.subkey VALUE ...]
+python launch/evaluate.py --model DIR --data.path FILE [--base DIR] [--samples 8] [--output FILE.json] [--items FILE.jsonl]
+                          [--config FILE] [--key.subkey VALUE ...]
+
+Greedy accuracy with its 95 % interval; with --samples K also avg@K and the unbiased pass@k; with --base the paired change
+and McNemar's exact test. The config of the run that DIR belongs to is read first, so prompts are those of training.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from grpo.config import load_config
+from grpo.config import Config, load_config
 from grpo.errors import ConfigError, run_main
 
 
@@ -17,28 +22,54 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", required=True, help="a model folder (a run's final/) or a hub id")
+    parser.add_argument("--base", help='a second model on the same items; "run" = what the run of --model started from')
     parser.add_argument("--samples", type=int, default=1, help="completions per question; more than 1 gives pass@k")
-    parser.add_argument("--output", help="write metrics and every completion to this JSON file")
+    parser.add_argument("--output", help="write the metrics (and every completion) to this JSON file")
+    parser.add_argument("--items", help="write a line per completion to this JSONL file")
     ours, rest = parser.parse_known_args(sys.argv[1:])
     if ours.samples < 1:
         raise ConfigError(f"--samples is {ours.samples}, needs at least 1")
-    config = load_config([*rest, f"--model.name={ours.model}"])
+    config = config_of(ours.model, rest)
+    base = base_of(ours.model) if ours.base == "run" else ours.base
     config.data.eval_path = config.data.eval_path or config.data.path
 
+    from grpo.distributed import start_accelerator
+    from grpo.evaluation import compare
+
+    accelerator = start_accelerator()
+    report: dict[str, Any] = {"model": ours.model}
+    rows: dict[str, list[dict]] = {}
+    for role, path in {"base": base, "model": ours.model}.items():
+        if path is not None:
+            result, rows[role] = evaluate_one(config, path, ours.samples, accelerator)
+            report |= result if role == "model" else {"base": {"model": path, **result}}
+    if base is not None:
+        report["change"] = {name: compare(rows["base"], rows["model"], name) for name in ("accuracy", "flexible")}
+    if accelerator.is_main_process:
+        print(json.dumps(report, indent=2))
+        if ours.output:
+            everything = report | {"rows": rows["model"]} | ({"base_rows": rows["base"]} if base is not None else {})
+            Path(ours.output).write_text(json.dumps(everything, indent=1, ensure_ascii=False), encoding="utf-8")
+        if ours.items:
+            lines = [json.dumps({"model": role, **row}, ensure_ascii=False) for role in rows for row in rows[role]]
+            Path(ours.items).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    accelerator.end_training()
+
+
+def evaluate_one(config: Config, path: str, samples: int, accelerator: Any) -> tuple[dict[str, Any], list[dict]]:
+    """One model -> (its part of the report, a row per completion)."""
     from grpo.data import load_examples
     from grpo.data.stream import render_prompts
-    from grpo.distributed import start_accelerator
-    from grpo.evaluation import evaluate
+    from grpo.evaluation import evaluate, intervals
     from grpo.policy import load_model, load_tokenizer, use_grpo_attention
     from grpo.rollout import build_engine
 
     examples = load_examples(config.data, "held_out", config.seed)
     if not examples:
         raise ConfigError("nothing to evaluate on: give --data.path FILE (or --data.eval_path FILE)")
-    tokenizer = load_tokenizer(ours.model)
+    tokenizer = load_tokenizer(path)
     prompts, dropped = render_prompts(examples, tokenizer, config.data.max_prompt_length)
-    accelerator = start_accelerator()
-    model = load_model(ours.model)
+    model = load_model(path)
     swapped = use_grpo_attention(model)
     model.to(accelerator.device)
     engine = build_engine(config.rollout.engine, model, tokenizer, slots=config.rollout.slots, swapped=swapped)
@@ -47,17 +78,39 @@ def main() -> None:
         prompts,
         accelerator,
         max_completion_length=config.sampling.max_completion_length,
-        samples=ours.samples,
-        temperature=0.0 if ours.samples == 1 else config.sampling.temperature,
+        samples=samples,
+        temperature=0.0 if samples == 1 else config.sampling.temperature,
         seed=config.seed,
         prose=config.data.extractor == "quoted_terms",
     )
-    if accelerator.is_main_process:
-        report = {"model": ours.model, "items": len(prompts), "dropped": dropped, "metrics": result.metrics}
-        print(json.dumps(report, indent=2))
-        if ours.output:
-            Path(ours.output).write_text(json.dumps(report | {"rows": result.rows}, indent=1, ensure_ascii=False))
-    accelerator.end_training()
+    metrics = dict(result.metrics)
+    if samples > 1:
+        metrics[f"eval/avg@{samples}"] = metrics["eval/accuracy"]
+    found = {"items": len(prompts), "samples": samples, "dropped": dropped, "metrics": metrics}
+    return found | {"interval95": intervals(result.rows)}, result.rows
+
+
+def config_of(model: str, flags: list[str]) -> Config:
+    """The config of the run that the model folder lies in, if it lies in one, then the flags."""
+    of_run = Path(model).parent / "config.yaml"
+    files = [f"--config={of_run}"] if of_run.is_file() else []
+    config = load_config([*files, *flags, f"--model.name={model}"])
+    named = {flag.partition("=")[0] for flag in flags}
+    if "--data.path" in named:  # it wins over the run's own held-out file, and over problems that no file holds
+        if "--data.eval_path" not in named:
+            config.data.eval_path = config.data.path
+        if "--data.name" not in named and config.data.name == "arithmetic":
+            config.data.name = "gsm8k"
+    return config
+
+
+def base_of(model: str) -> str:
+    from grpo.dashboard.readers import RunFolder
+
+    base = RunFolder(Path(model).parent).base_model()
+    if base is None:
+        raise ConfigError(f"--base run: {Path(model).parent} does not say what it started from; give --base DIR")
+    return base
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def arguments(tmp_path: Path, run: str, **changes: object) -> list[str]:
         "save_every": 1,
         "save_total_limit": 10,
         "tracking.report_to": "[]",
+        "tracking.report": "false",
         "rewards": json.dumps({f"{tmp_path}/count_a.py:count_a": 1.0}),
         "tokens_per_batch": 1024,
     } | changes

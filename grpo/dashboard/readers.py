@@ -1,0 +1,287 @@
+"""Readers: a run directory -> numbers and completions, while the run goes on and afterwards. Reads files, nothing else.
+
+metrics.jsonl    MetricsFile: every column, read once; a refresh reads only what was added since
+rollouts.jsonl   rows_of_step: the completions of one step, found by bisection; steps only ever grow in the file
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+Row = dict[str, Any]
+
+CORRECT = ("accuracy", "exact_match", "correctness")
+"""Rewards that say whether an answer is right, the first that a run has."""
+
+
+class MetricsFile:
+    """metrics.jsonl as columns: `steps`, and for each key a value per step, None where the step has none."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._clear()
+
+    def _clear(self) -> None:
+        self.steps: list[int] = []
+        self.columns: dict[str, list[float | None]] = {}
+        self._offset, self._identity = 0, (0, 0)
+
+    def refresh(self) -> bool:
+        """Read what was added. -> whether anything changed. A file that a resume has rewritten is read anew."""
+        try:
+            with self.path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                identity = (status.st_dev, status.st_ino)
+                anew = identity != self._identity or status.st_size < self._offset
+                if anew:
+                    self._clear()
+                    self._identity = identity
+                file.seek(self._offset)
+                added = file.read()
+        except OSError:
+            return False
+        whole = added.rfind(b"\n") + 1  # a line that is still being written waits for the next refresh
+        for line in added[:whole].splitlines():
+            self._add(line)
+        self._offset += whole
+        return anew or whole > 0
+
+    def _add(self, line: bytes) -> None:
+        try:
+            row = json.loads(line)
+            step = int(row.pop("step"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return  # damaged: the steps around it are still worth showing
+        for key, value in row.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                column = self.columns.setdefault(key, [])
+                column.extend([None] * (len(self.steps) - len(column)))
+                column.append(value)
+        self.steps.append(step)
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """The steps that have `key`, and its values there."""
+        pairs = [
+            (step, value)
+            for step, value in zip(self.steps, self.columns.get(key, []), strict=False)
+            if value is not None
+        ]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+    def last(self, key: str) -> float | None:
+        values = self.series(key)[1]
+        return values[-1] if values else None
+
+
+@dataclass
+class RunFolder:
+    """One run directory."""
+
+    path: Path
+    metrics: MetricsFile = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = MetricsFile(self.path / "metrics.jsonl")
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "final").is_dir()
+
+    def config(self) -> dict[str, Any]:
+        """config.yaml as plain values; {} where it is missing or damaged."""
+        try:
+            loaded = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return {}
+        return loaded if isinstance(loaded, dict) else {}
+
+    def environment(self) -> dict[str, Any]:
+        try:
+            loaded = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return loaded if isinstance(loaded, dict) else {}
+
+    def base_model(self) -> str | None:
+        """What the run started from: a folder or a hub id."""
+        derived = self.environment().get("derived")
+        base = derived.get("base_model") if isinstance(derived, dict) else None
+        return base if isinstance(base, str) else None
+
+    def rows_of_step(self, step: int) -> list[Row]:
+        return rows_of_step(self.path / "rollouts.jsonl", step)
+
+
+def find_runs(root: Path) -> list[RunFolder]:
+    """`root` itself if it is a run, and the runs in its folders; the newest first. Links are not followed."""
+    folders = [root, *(child for child in _children(root) if child.is_dir() and not child.is_symlink())]
+    runs = [folder for folder in folders if (folder / "metrics.jsonl").is_file()]
+    return [RunFolder(run) for run in sorted(runs, key=lambda run: -(run / "metrics.jsonl").stat().st_mtime)]
+
+
+def _children(root: Path) -> list[Path]:
+    try:
+        return sorted(root.iterdir())
+    except OSError:
+        return []
+
+
+def rows_of_step(path: Path, step: int) -> list[Row]:
+    """The rows of rollouts.jsonl for one step. About 30 short reads, however long the file is."""
+    try:
+        with path.open("rb") as file:
+            file.seek(_first_at_least(file, step))
+            return list(_rows_while(file, step))
+    except OSError:
+        return []
+
+
+def last_step(path: Path) -> int | None:
+    """The newest step of rollouts.jsonl that has a whole line."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            span = 1 << 16
+            while True:
+                file.seek(max(0, size - span))
+                lines = file.read(span).split(b"\n")[:-1]
+                for line in reversed(lines):
+                    step = _step_of(line)
+                    if step is not None:
+                        return step
+                if span >= size:
+                    return None
+                span *= 8
+    except OSError:
+        return None
+
+
+def _first_at_least(file: BinaryIO, step: int) -> int:
+    """The offset of the first line of `step` or a later one."""
+    low, high = 0, file.seek(0, os.SEEK_END)
+    while low < high:
+        middle = (low + high) // 2
+        found = _line_after(file, middle)
+        if found is None or found[1] >= step:
+            high = middle
+        else:
+            low = max(middle + 1, found[0] + 1)
+    found = _line_after(file, low)
+    return found[0] if found is not None else low
+
+
+def _line_after(file: BinaryIO, offset: int) -> tuple[int, int] | None:
+    """(offset, step) of the first readable line that starts at `offset` or after it."""
+    file.seek(max(0, offset - 1))
+    if offset:
+        file.readline()  # to the next line's start; none is skipped if `offset` is one
+    while True:
+        start = file.tell()
+        line = file.readline()
+        if not line.endswith(b"\n"):
+            return None
+        step = _step_of(line)
+        if step is not None:
+            return start, step
+
+
+def _step_of(line: bytes) -> int | None:
+    head = line[:40].partition(b",")[0]
+    if head.startswith(b'{"step": '):
+        try:
+            return int(head.removeprefix(b'{"step": '))
+        except ValueError:
+            pass
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _rows_while(file: BinaryIO, step: int) -> Iterator[Row]:
+    for line in file:
+        found = _step_of(line)
+        if found is None or not line.endswith(b"\n"):
+            continue
+        if found != step:
+            return
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def is_correct(row: Row) -> bool | None:
+    """Whether the completion's answer is right, by the first reward in CORRECT; None if the run has none of them."""
+    rewards = row.get("rewards")
+    if not isinstance(rewards, dict):
+        return None
+    for name in CORRECT:
+        value = rewards.get(name)
+        if value is not None:
+            return float(value) > 0
+    return None
+
+
+def matching(
+    rows: list[Row],
+    *,
+    text: str = "",
+    correct: bool | None = None,
+    lowest: float | None = None,
+    highest: float | None = None,
+) -> list[Row]:
+    """The rows whose prompt or completion holds `text` (case ignored), and so on; None = no condition."""
+    wanted = text.casefold()
+    return [
+        row
+        for row in rows
+        if wanted in f"{row.get('prompt', '')}\n{row.get('completion', '')}".casefold()
+        and (correct is None or is_correct(row) is correct)
+        and (lowest is None or _reward(row) >= lowest)
+        and (highest is None or _reward(row) <= highest)
+    ]
+
+
+def groups_of(rows: list[Row]) -> dict[int, list[Row]]:
+    """Rows by prompt (its draw), in the order in which they come."""
+    groups: dict[int, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(int(row.get("draw", 0)), []).append(row)
+    return groups
+
+
+def thin(steps: list[int], values: list[float], points: int = 1000) -> tuple[list[float], list[float]]:
+    """At most `points` means over neighbouring steps, so that a curve of 85,000 can be drawn.
+
+    # steps 1 2 3 4, values 0 1 4 5, points 2  ->  steps 1.5 3.5, values 0.5 4.5
+    """
+    if len(steps) <= points:
+        return [float(step) for step in steps], values
+    size = math.ceil(len(steps) / points)
+    starts = range(0, len(steps), size)
+    return (
+        [_mean([float(step) for step in steps[start : start + size]]) for start in starts],
+        [_mean(values[start : start + size]) for start in starts],
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _reward(row: Row) -> float:
+    reward = row.get("reward")
+    return float(reward) if isinstance(reward, (int, float)) else -math.inf

@@ -1,0 +1,64 @@
+"""The commands that question a saved model: evaluate, beside its base, and chat."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grpo.chat import answers, speakers
+from grpo.config import DataConfig
+from grpo.policy import load_model, load_tokenizer, use_grpo_attention
+from grpo.rollout import build_engine
+from grpo.types import Prompt, SamplingPlan
+from tests.fakes import tiny_data, tiny_folder
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_evaluate_against_a_base(tmp_path: Path) -> None:
+    tiny_folder(tmp_path / "final", seed=0)
+    tiny_folder(tmp_path / "base", seed=1)
+    tiny_data(tmp_path / "test.jsonl", rows=6)
+    (tmp_path / "environment.json").write_text(json.dumps({"derived": {"base_model": str(tmp_path / "base")}}))
+    flags = ["--model", tmp_path / "final", "--base", "run", "--data.path", tmp_path / "test.jsonl", "--samples", "4"]
+    flags += ["--output", tmp_path / "out.json", "--items", tmp_path / "items.jsonl", "--data.system_prompt=null"]
+    flags += ["--sampling.max_completion_length=8"]
+    done = subprocess.run([sys.executable, "launch/evaluate.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["items"] == report["base"]["items"] == 6
+    assert report["metrics"]["eval/avg@4"] == report["metrics"]["eval/accuracy"]
+    assert {"eval/pass@2", "eval/pass@4", "eval/accuracy_flexible"} <= report["metrics"].keys()
+    assert report["change"]["accuracy"]["mcnemar_p"] == 1.0
+    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    assert len(items) == 2 * 6 * 4 and {item["model"] for item in items} == {"base", "model"}
+    assert {item["columns"]["pair_id"] for item in items} == set(range(6))
+    assert items[-1]["question"] == "5+6=" and items[-1]["answer"] == "11"
+
+
+def test_chat_streams_what_the_engine_would_decode(tmp_path: Path) -> None:
+    for name, seed in (("final", 0), ("base", 1)):
+        tiny_folder(tmp_path / name, seed=seed)
+    by_name = speakers(str(tmp_path / "final"), str(tmp_path / "base"))
+    assert by_name["trained"].data == DataConfig(system_prompt=None)
+    states = list(answers(by_name, "1+2=", longest=9))
+    for earlier, later in zip(states, states[1:], strict=False):
+        assert all(later[name].startswith(earlier[name]) for name in by_name)
+    for name, folder in (("trained", "final"), ("base", "base")):
+        model, tokenizer = load_model(str(tmp_path / folder)), load_tokenizer(str(tmp_path / folder))
+        engine = build_engine("native", model, tokenizer, slots=1, swapped=use_grpo_attention(model))
+        ids = tuple(tokenizer.encode("1+2=", add_special_tokens=False))
+        [group] = engine.generate([Prompt(0, "1+2=", ids)], SamplingPlan(1, 9, 0.0, 0))
+        assert states[-1][name] == group.completions[0].text
+
+
+@pytest.mark.slow
+def test_chat_reads_questions_from_a_pipe(tmp_path: Path) -> None:
+    tiny_folder(tmp_path / "final")
+    command = [sys.executable, "launch/chat.py", "--model", tmp_path / "final", "--max_completion_length=4"]
+    done = subprocess.run(command, cwd=ROOT, input="1+1=\n2+2=\n", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained: ") == 2
