@@ -215,6 +215,7 @@ def test_push_to_a_stand_in_of_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
         address = push(folder, "me/model", token="hf_test", endpoint=f"http://127.0.0.1:{server.server_port}")
     finally:
         server.shutdown()
+        server.server_close()
     assert "me/model" in address
     [commit] = Hub.commits
     assert sorted(line["value"]["path"] for line in commit if line["key"] == "file") == ["README.md", "config.json"]
