@@ -65,6 +65,8 @@ class DataConfig:
     """System message: "xml" = the reasoning/answer format that the format rewards look for, null = none, or your own."""
     one_shot: bool = False
     """Show one worked example, as an earlier turn, before the question."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """A row that cannot be used: stop and name it, or leave it out and write it to rejected.jsonl in the run directory."""
     max_prompt_length: int | None = 512
     """Longest prompt in tokens, chat template applied; longer rows are left out and counted. Null = no limit."""
 

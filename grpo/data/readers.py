@@ -2,13 +2,29 @@
 
 import csv
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from grpo.errors import ConfigError
 
 Row = dict[str, Any]
+
+
+@dataclass
+class BadRows:
+    """What becomes of a row that cannot be used: an error that names it, or, with `skip`, it is left out and noted."""
+
+    skip: bool = False
+    rejected: list[dict[str, str]] = field(default_factory=list)
+    """{"place": "data.jsonl:3", "reason": "not JSON: ..."}, in the order of the file."""
+
+    def add(self, place: str, reason: str, cause: Exception | None = None) -> None:
+        if not self.skip:
+            raise ConfigError(f"{place}: {reason}") from cause
+        self.rejected.append({"place": place, "reason": reason})
 
 
 @dataclass(frozen=True)
@@ -27,9 +43,27 @@ def table_of(source: str, rows: list[Row]) -> Table:
     return Table(source, rows, [f"{source}, row {number}" for number in range(1, len(rows) + 1)])
 
 
-def read_table(path: str, key: str = "data.path") -> Table:
+def read_table(path: str, key: str = "data.path", bad: BadRows | None = None) -> Table:
     """Reads a local file by its ending. `key` is the config key to name in errors. Raises ConfigError."""
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    rows: list[Row] = []
+    places: list[str] = []
+    bad = bad or BadRows()
+    for row, place in iterate_rows(path, key, bad):
+        rows.append(row)
+        places.append(place)
+    if not rows:
+        left_out = f" that can be used: the first of {len(bad.rejected)} is {bad.rejected[0]}" if bad.rejected else ""
+        raise ConfigError(f"{key}: {path} is empty: it holds no rows{left_out}")
+    return Table(str(Path(path).expanduser()), rows, places)
+
+
+def iterate_rows(path: str, key: str, bad: BadRows) -> Iterator[tuple[Row, str]]:
+    """The same rows with their places, one by one, without keeping them."""
+    readers: dict[str, Callable[[Path, BadRows], Iterator[tuple[Row, str]]]] = {
+        ".jsonl": _read_jsonl,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+    }
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"{key}: there is no file {path}")
@@ -37,17 +71,12 @@ def read_table(path: str, key: str = "data.path") -> Table:
     if reader is None:
         raise ConfigError(f"{key}: {path} ends in '{file.suffix}', it must be one of {', '.join(readers)}")
     try:
-        table = reader(file)
+        yield from reader(file, bad)
     except OSError as error:
         raise ConfigError(f"{key}: {path} cannot be read: {error}") from error
-    if not table.rows:
-        raise ConfigError(f"{key}: {path} is empty: it holds no rows")
-    return table
 
 
-def _read_jsonl(file: Path) -> Table:
-    rows: list[Row] = []
-    places: list[str] = []
+def _read_jsonl(file: Path, bad: BadRows) -> Iterator[tuple[Row, str]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             place = f"{file}:{number}"
@@ -57,19 +86,18 @@ def _read_jsonl(file: Path) -> Table:
                     continue
                 row = json.loads(text)
             except UnicodeDecodeError as error:
-                raise ConfigError(f"{place}: not UTF-8 text: {error}") from error
+                bad.add(place, f"not UTF-8 text: {error}", error)
+                continue
             except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{place}: not JSON: {error}") from error
+                bad.add(place, f"not JSON: {error}", error)
+                continue
             if not isinstance(row, dict):
-                raise ConfigError(f"{place}: a {type(row).__name__}, each line must be a JSON object {{...}}")
-            rows.append(row)
-            places.append(place)
-    return Table(str(file), rows, places)
+                bad.add(place, f"a {type(row).__name__}, each line must be a JSON object {{...}}")
+                continue
+            yield row, place
 
 
-def _read_csv(file: Path) -> Table:
-    rows: list[Row] = []
-    places: list[str] = []
+def _read_csv(file: Path, bad: BadRows) -> Iterator[tuple[Row, str]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
         row_ends = 0
@@ -80,23 +108,28 @@ def _read_csv(file: Path) -> Table:
                 place = f"{file}:{row_ends + 1}"  # Where the row starts: a quoted field can go on over many lines.
                 row_ends = reader.line_num
                 if None in row or None in row.values():
-                    raise ConfigError(f"{place}: this row must have {wanted} fields, as the first line has")
-                rows.append(row)
-                places.append(place)
+                    bad.add(place, f"this row must have {wanted} fields, as the first line has")
+                    continue
+                yield row, place
         except UnicodeDecodeError as error:
             raise ConfigError(f"{file}:{row_ends + 1}: not UTF-8 text, here or soon after: {error}") from error
         except csv.Error as error:
             raise ConfigError(f"{file}:{row_ends + 1}: not CSV: {error}") from error
-    return Table(str(file), rows, places)
 
 
-def _read_parquet(file: Path) -> Table:
+def _read_parquet(file: Path, bad: BadRows) -> Iterator[tuple[Row, str]]:
+    """Row group by row group. A date or time becomes its ISO text, as it would stand in the other formats."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise ConfigError(f"{file}: Parquet files need pyarrow: pip install pyarrow") from error
     try:
-        return table_of(str(file), pyarrow.parquet.read_table(file).to_pylist())
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                texts = {name: value.isoformat() for name, value in row.items() if isinstance(value, date)}
+                yield row | texts, f"{file}, row {number}"
     except pyarrow.ArrowException as error:
         raise ConfigError(f"{file}: not a Parquet file: {error}") from error

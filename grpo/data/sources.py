@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from grpo.config import DataConfig
-from grpo.data.readers import Row, Table, read_table, table_of
+from grpo.data.readers import BadRows, Row, Table, read_table, table_of
 from grpo.data.registry import register_dataset
 from grpo.errors import ConfigError
 
@@ -17,23 +17,23 @@ ARITHMETIC_HELD_OUT_SIZE = 500
 
 
 @register_dataset("gsm8k")
-def gsm8k(data: DataConfig, part: Part, seed: int) -> Table:
+def gsm8k(data: DataConfig, part: Part, seed: int, bad: BadRows | None = None) -> Table:
     """Grade-school word problems: from local files, or from the hub (openai/gsm8k, its test split is held out)."""
     if part == "train" and data.path is not None:
-        return read_table(data.path)
+        return read_table(data.path, bad=bad)
     if part == "held_out" and data.eval_path is not None:
-        return read_table(data.eval_path, "data.eval_path")
+        return read_table(data.eval_path, "data.eval_path", bad)
     if part == "held_out" and data.path is not None:
         return table_of("held-out", [])
     return _from_hub("openai/gsm8k", "main", data.split if part == "train" else "test")
 
 
 @register_dataset("question_answer")
-def question_answer(data: DataConfig, part: Part, seed: int) -> Table:
+def question_answer(data: DataConfig, part: Part, seed: int, bad: BadRows | None = None) -> Table:
     """Any questions and answers, or TRL prompts: a local file, a hub dataset (owner/name), a folder of data files."""
     if part == "held_out":
         if data.eval_path is not None:
-            return _file_or_hub(data.eval_path, data, data.eval_split or data.split, "data.eval_path")
+            return _file_or_hub(data.eval_path, data, data.eval_split or data.split, "data.eval_path", bad)
         if data.eval_split is not None and data.path is not None:
             return _from_hub(data.path, data.subset, data.eval_split)
         return table_of("held-out", [])
@@ -41,16 +41,16 @@ def question_answer(data: DataConfig, part: Part, seed: int) -> Table:
         raise ConfigError(
             "data.path is null, dataset 'question_answer' needs a JSONL, CSV or Parquet file there, or a hub dataset"
         )
-    return _file_or_hub(data.path, data, data.split, "data.path")
+    return _file_or_hub(data.path, data, data.split, "data.path", bad)
 
 
-def _file_or_hub(path: str, data: DataConfig, split: str, key: str) -> Table:
+def _file_or_hub(path: str, data: DataConfig, split: str, key: str, bad: BadRows | None) -> Table:
     """A path that ends like a data file is one; a folder, or owner/name, is for the hub's library."""
     if Path(path).expanduser().is_dir() or re.fullmatch(
         r"[\w.-]+/[\w-][\w.-]*(?<!\.jsonl)(?<!\.csv)(?<!\.parquet)", path
     ):
         return _from_hub(path, data.subset, split)
-    return read_table(path, key)
+    return read_table(path, key, bad)
 
 
 @register_dataset("arithmetic")
