@@ -65,10 +65,35 @@ class DataConfig:
     """System message: "xml" = the reasoning/answer format that the format rewards look for, null = none, or your own."""
     one_shot: bool = False
     """Show one worked example, as an earlier turn, before the question."""
+    card: str | None = None
+    """YAML file with source, licence and permission. Null = FILE.card.yaml or data_card.yaml beside data.path, if there."""
+    i_have_permission: bool = False
+    """You state that the data's stewards permit this use, whatever the card says. The model card shows it."""
     bad_rows: Literal["error", "skip"] = "error"
     """A row that cannot be used: stop and name it, or leave it out and write it to rejected.jsonl in the run directory."""
+    cache: Literal["auto", "always", "never"] = "auto"
+    """Keep the tokenised prompts of data.path in an Arrow file that is mapped into memory and found again at the next
+    start; auto = files of 8 MB and more."""
+    streaming: bool = False
+    """Read and tokenise rows when they are drawn, instead of before training."""
+    shuffle_buffer: int = 10_000
+    """Rows among which streaming shuffles."""
     max_prompt_length: int | None = 512
     """Longest prompt in tokens, chat template applied; longer rows are left out and counted. Null = no limit."""
+
+
+@dataclass
+class CurriculumConfig:
+    reward: str | None = None
+    """One of `rewards`, whose mean over a prompt's completions measures how hard it is. Null = no curriculum."""
+    solved: float = 1.0
+    """A prompt with a mean of at least this is solved."""
+    hopeless: float = 0.0
+    """A prompt with a mean of at most this is hopeless."""
+    patience: int = 1
+    """Set a prompt aside when it was solved, or hopeless, so many times in a row."""
+    return_after: int = 3
+    """Epochs until it is drawn, and measured, again."""
 
 
 @dataclass
@@ -183,6 +208,8 @@ class Config:
     seed: int = 0
     steps: int = 500
     """Training steps: each samples prompts_per_step x num_generations completions and learns from them."""
+    num_train_epochs: float | None = None
+    """Passes over the training prompts; when set, it decides about `steps`."""
     run_dir: str | None = None
     """Where everything about the run is written. Null = outputs/<run_name>."""
     resume: str | None = None
@@ -202,6 +229,7 @@ class Config:
     """Reward function -> weight. Registered names, package.module:function, or path/file.py:function."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -302,6 +330,25 @@ def check_config(config: Config) -> None:
             f"{sampling.max_completion_length} = {longest}. Set tokens_per_batch to at least {longest}"
         )
     check_objective(config)
+    for key, lowest in [("patience", 1), ("return_after", 1)]:
+        if getattr(config.curriculum, key) < lowest:
+            raise ConfigError(f"curriculum.{key} is {getattr(config.curriculum, key)}, needs at least {lowest}")
+    if config.curriculum.reward is not None and config.curriculum.reward not in config.rewards:
+        known = ", ".join(config.rewards)
+        raise ConfigError(f"curriculum.reward is '{config.curriculum.reward}', it must be one of the rewards: {known}")
+    if config.data.streaming:
+        if config.data.shuffle_buffer < 1:
+            raise ConfigError(f"data.shuffle_buffer is {config.data.shuffle_buffer}, needs at least 1")
+        for key, unknown in [
+            ("curriculum.reward", config.curriculum.reward),
+            ("num_train_epochs", config.num_train_epochs),
+        ]:
+            if unknown is not None:
+                raise ConfigError(
+                    f"{key} is {unknown}, but data.streaming does not know all prompts: set one of them back"
+                )
+    if config.num_train_epochs is not None and not config.num_train_epochs > 0:
+        raise ConfigError(f"num_train_epochs is {config.num_train_epochs}, needs to be above 0")
     known_trackers = {"wandb", "tensorboard", "trackio"}
     for tracker in config.tracking.report_to:
         if tracker not in known_trackers:

@@ -7,7 +7,8 @@
 
     {"schema": 1, "feedback_id": "77aa...", "created_at": "...", "verdict": "withdraw", "reviewer": "heron"}
 
-A withdrawal takes back everything of that reviewer, or of that pair_id, or one feedback_id: whichever it names. Writers
+A withdrawal takes back what was said before it: one line (`withdraws`: its feedback_id), or what a reviewer said about a
+pair_id, or everything that a reviewer said; with a pair_id and no reviewer, the row itself leaves the data too. Writers
 (chat, dashboard, imports) only append; everything else is made anew from the lines. Text is data: nothing here reads it.
 """
 
@@ -57,6 +58,8 @@ class Feedback:
     licence: str = ""
     model_id: str = ""
     checkpoint_sha: str = ""
+    withdraws: str = ""
+    """Only with `withdraw`: the feedback_id that is taken back."""
     schema: int = SCHEMA
 
 
@@ -92,6 +95,7 @@ def parse_feedback(record: Any, place: str) -> Feedback:
         "licence",
         "model_id",
         "checkpoint_sha",
+        "withdraws",
     ):
         value = values.get(name, "" if name not in ("feedback_id", "created_at") else None)
         if not isinstance(value, str) or (name in ("feedback_id", "created_at") and not value):
@@ -99,6 +103,13 @@ def parse_feedback(record: Any, place: str) -> Feedback:
         if len(value) > LONGEST_TEXT:
             raise ConfigError(f"{place}: {name} has {len(value)} characters, at most {LONGEST_TEXT} are taken")
         values[name] = unicodedata.normalize("NFC", value)
+    try:
+        created = datetime.fromisoformat(values["created_at"])
+    except ValueError as error:
+        raise ConfigError(f"{place}: created_at is {values['created_at']!r}, it must be an ISO 8601 time") from error
+    if created.tzinfo is None:
+        created = created.replace(tzinfo=timezone.utc)
+    values["created_at"] = created.astimezone(timezone.utc).isoformat(timespec="microseconds")  # so that texts compare
     values["reviewer"] = values["reviewer"].strip() or "anonymous"
     if not isinstance(values.get("consent", False), bool):
         raise ConfigError(f"{place}: consent is {values['consent']!r}, it must be true or false")

@@ -1,5 +1,6 @@
 """Setup: a config -> everything a run needs, checked in the order of cost: config, data, rewards, then weights."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -21,16 +22,18 @@ from grpo.checkpoint import (
 from grpo.config import Config, DataConfig, ObjectiveConfig
 from grpo.data import Example, load_examples
 from grpo.data.stream import PromptStream, render_prompts
+from grpo.data.streaming import StreamedPrompts
 from grpo.display import Display
 from grpo.distributed import gather_rows, start_accelerator
 from grpo.errors import ConfigError
 from grpo.experience import estimator_of
 from grpo.objective import check_parameters, find_objective
-from grpo.policy import Policy, load_tokenizer
+from grpo.policy import Policy
 from grpo.report import write_report
 from grpo.rewards import RewardSum
 from grpo.rollout import ENGINES, RolloutEngine, build_engine
 from grpo.tracking import Tracker, check_trackers, choose_run_dir
+from grpo.training_data import training_data
 from grpo.types import Prompt
 
 
@@ -55,7 +58,7 @@ class Run:
     policy: Policy
     tokenizer: PreTrainedTokenizerBase
     engine: RolloutEngine
-    stream: PromptStream
+    stream: PromptStream | StreamedPrompts
     held_out: list[Prompt]
     score: RewardSum
     tracker: Tracker | None
@@ -89,6 +92,7 @@ class Run:
             state = {
                 "step": step,
                 "progress": vars(self.progress),
+                "stream": self.stream.state_dict(),
                 "optimizer": groups,
                 "scheduler": self.policy.scheduler.state_dict(),
                 "first_eval": self.first_eval,
@@ -127,22 +131,11 @@ def prepare(config: Config) -> Run:
     accelerator = start_accelerator()
     run_dir = broadcast_object_list([choose_run_dir(config, datetime.now())])[0]
     display = Display(config.steps, 0, enabled=accelerator.is_main_process)
-    train_rows = load_examples(config.data, "train", config.seed)
     held_out_rows = load_examples(config.data, "held_out", config.seed) if config.eval_every else []
-    if not train_rows:
-        raise ConfigError(f"data.name {config.data.name} gave no training rows")
-    score.check_columns(set(train_rows[0].columns))
-
     checkpoint = _checkpoint(config, run_dir, display.say)
-    path = model_path(config, train_rows, accelerator, display.say)
-    tokenizer = load_tokenizer(path)
-    prompts, dropped = render_prompts(train_rows, tokenizer, config.data.max_prompt_length)
+    data = training_data(config, accelerator, score, model_path, display.say)
+    path, tokenizer = data.model_path, data.tokenizer
     held_out = render_prompts(held_out_rows, tokenizer, config.data.max_prompt_length)[0] if held_out_rows else []
-    if dropped:
-        display.say(
-            f"{dropped} prompts are longer than data.max_prompt_length {config.data.max_prompt_length}: left out"
-        )
-
     torch.manual_seed(config.seed)
     policy = Policy(
         accelerator,
@@ -164,6 +157,7 @@ def prepare(config: Config) -> Run:
         policy.scheduler.load_state_dict(state["scheduler"])
         progress = Progress(**state["progress"])
         start, first_eval, last_eval = state["step"], state["first_eval"], state["last_eval"]
+        data.stream.load_state_dict(state.get("stream", {}))
         display.say(f"resuming from {checkpoint}: {start} of {config.steps} steps are done")
         if start >= config.steps:
             raise ConfigError(f"{checkpoint} has done all {config.steps} steps: raise steps to go on")
@@ -173,11 +167,14 @@ def prepare(config: Config) -> Run:
     )
     tracker = None
     if accelerator.is_main_process:
-        derived = {**derived_values(config, len(prompts), run_dir.name), "base_model": str(path)}
+        derived = {**derived_values(config, data.size, run_dir.name), "base_model": str(path)}
         tracker = Tracker(run_dir, config, derived, start + 1 if start else 0)
+        if data.rejected:
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in data.rejected]
+            (run_dir / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
     completions = config.prompts_per_step * config.sampling.num_generations
     display.say(
-        f"{len(prompts)} training prompts, {len(held_out)} held out; {config.prompts_per_step} prompts x "
+        f"{data.size or 'streamed'} training prompts, {len(held_out)} held out; {config.prompts_per_step} prompts x "
         f"{config.sampling.num_generations} completions = {completions} per step, {config.steps} steps, "
         f"{accelerator.num_processes} process(es) on {accelerator.device}, {accelerator.mixed_precision} precision"
     )
@@ -189,7 +186,7 @@ def prepare(config: Config) -> Run:
         policy,
         tokenizer,
         engine,
-        PromptStream(prompts, config.seed),
+        data.stream,
         held_out,
         score,
         tracker,
@@ -229,7 +226,7 @@ def model_path(config: Config, rows: list[Example], accelerator: Accelerator, sa
     return broadcast_object_list([path])[0]
 
 
-def derived_values(config: Config, prompts: int, run_name: str) -> dict[str, object]:
+def derived_values(config: Config, prompts: int | None, run_name: str) -> dict[str, object]:
     """What W&B users look for under its usual names, with the effective values."""
     return {
         "learning_rate": config.optimizer.learning_rate,
@@ -238,7 +235,7 @@ def derived_values(config: Config, prompts: int, run_name: str) -> dict[str, obj
         "weight_decay": config.optimizer.weight_decay,
         "warmup_ratio": config.optimizer.warmup_ratio,
         "batch_size": config.prompts_per_step * config.sampling.num_generations,
-        "num_train_epochs": config.steps * config.prompts_per_step / prompts,
+        "num_train_epochs": config.steps * config.prompts_per_step / prompts if prompts else None,
         "run_name": config.tracking.run_name or run_name,
     }
 

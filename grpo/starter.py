@@ -70,7 +70,7 @@ class ProseRecipe(Recipe):
 
 
 GSM8K_RECIPE = Recipe(vocabulary=4096, steps=300, batch=32, hasty_fraction=0.5, formatted_fraction=0.3, longest=224)
-PROSE_RECIPE = ProseRecipe(vocabulary=800, steps=400, unmarked_fraction=0.6)
+PROSE_RECIPE = ProseRecipe(vocabulary=800, steps=600, unmarked_fraction=0.6)
 
 
 def make_starter(

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from grpo.config import Config
-from grpo.distributed import max_over_ranks, sum_over_ranks
+from grpo.data.curriculum import Curriculum
+from grpo.distributed import gather_rows, max_over_ranks, sum_over_ranks
 from grpo.evaluation import evaluate
-from grpo.experience import Experience, learn_from, sample
+from grpo.experience import Experience, Sampled, learn_from, sample
 from grpo.kl import adapted_beta
 from grpo.metrics import Sums
 from grpo.objective import Counts, find_objective, importance_correction, policy_loss
@@ -50,9 +51,11 @@ def loop(run: Run) -> None:
         # 4. Lay them end to end, and 5. learn.
         update(run, experience, sums, clock)
         clock.lap("update")
-        # 6. Write it down.
+        # 6. What was too easy, or hopeless, is left out for a while. 7. Write it down.
+        measured = measure(run, sampled)
         done = step + 1
         metrics = step_metrics(run, sampled, experience, sums, clock.laps)
+        metrics |= measured
         adapt(run, metrics)
         if config.eval_every and (done % config.eval_every == 0 or done == config.steps):
             metrics |= held_out(run)
@@ -142,6 +145,17 @@ def adapt(run: Run, metrics: dict[str, float]) -> None:
     run.progress.beta = adapted_beta(
         run.progress.beta, metrics["policy/kl"], objective.kl_target, completions, objective.kl_horizon
     )
+
+
+def measure(run: Run, sampled: Sampled) -> dict[str, float]:
+    """Tell the curriculum, where there is one, what every rank's groups earned; -> its metrics."""
+    if not isinstance(run.stream, Curriculum):
+        return {}
+    means = sampled.scores.by_name[str(run.config.curriculum.reward)].nanmean(dim=1).tolist()
+    mine = [{"draw": group.prompt.draw, "mean": mean} for group, mean in zip(sampled.groups, means, strict=True)]
+    everyone = gather_rows(run.accelerator, mine)
+    run.stream.update([(row["draw"], row["mean"]) for row in everyone if row["mean"] == row["mean"]])
+    return run.stream.metrics()
 
 
 def held_out(run: Run) -> dict[str, float]:

@@ -49,6 +49,14 @@ def load_examples(data: DataConfig, part: Part, seed: int, bad: BadRows | None =
         raise ConfigError(f"{table.source} is empty: dataset '{data.name}' gave no rows to train on")
     if all(isinstance(row, Example) for row in table.rows):
         return list(table.rows)  # type: ignore[arg-type]  # A dataset of one's own may build its Examples itself.
+    examples = load_rows(table, data, bad)
+    if not examples and part == "train":
+        raise ConfigError(f"{table.source}: none of its {len(table.rows)} rows can be used: {bad.rejected[0]}")
+    return examples
+
+
+def load_rows(table: Table, data: DataConfig, bad: BadRows) -> list[Example]:
+    """Raw rows -> Examples. Raises ConfigError as load_examples does."""
     answers = _gold_answers(table, data, bad)
     examples = []
     for row, place, answer in zip(table.rows, table.places, answers, strict=True):
@@ -58,9 +66,21 @@ def load_examples(data: DataConfig, part: Part, seed: int, bad: BadRows | None =
             examples.append(_example(row, answer, data))
         except RowError as error:
             bad.add(place, str(error), error)
-    if not examples and part == "train":
-        raise ConfigError(f"{table.source}: none of its {len(table.rows)} rows can be used: {bad.rejected[0]}")
     return examples
+
+
+def example_of(row: Row, place: str, data: DataConfig, bad: BadRows) -> Example | None:
+    """One row of a stream, or None for one that was rejected."""
+    try:
+        _check_columns(row, data)
+        text = "" if row.get(data.answer) is None else str(row[data.answer])
+        answer = EXTRACTORS[data.extractor](text)
+        if answer is None and data.answer in row:
+            raise RowError(f"no answer for extractor '{data.extractor}' in {text[:120]!r}")
+        return _example(row, answer, data)
+    except RowError as error:
+        bad.add(place, str(error), error)
+        return None
 
 
 class RowError(Exception):

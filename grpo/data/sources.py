@@ -15,6 +15,9 @@ ARITHMETIC_TRAIN_SIZE = 4000
 ARITHMETIC_HELD_OUT_SIZE = 500
 """Where data.eval_size is null: the problems are made up, so "all" has no meaning."""
 
+INVENTED_NOUNS = 60
+"""As many as the small starter model can learn in its warm-up."""
+
 
 @register_dataset("gsm8k")
 def gsm8k(data: DataConfig, part: Part, seed: int, bad: BadRows | None = None) -> Table:
@@ -44,11 +47,15 @@ def question_answer(data: DataConfig, part: Part, seed: int, bad: BadRows | None
     return _file_or_hub(data.path, data, data.split, "data.path", bad)
 
 
+def is_hub_name(path: str) -> bool:
+    """A folder of data files, or owner/name: for the hub's library. What ends like a data file is one."""
+    name = re.fullmatch(r"[\w.-]+/[\w-][\w.-]*(?<!\.jsonl)(?<!\.csv)(?<!\.parquet)", path)
+    return name is not None or Path(path).expanduser().is_dir()
+
+
 def _file_or_hub(path: str, data: DataConfig, split: str, key: str, bad: BadRows | None) -> Table:
     """A path that ends like a data file is one; a folder, or owner/name, is for the hub's library."""
-    if Path(path).expanduser().is_dir() or re.fullmatch(
-        r"[\w.-]+/[\w-][\w.-]*(?<!\.jsonl)(?<!\.csv)(?<!\.parquet)", path
-    ):
+    if is_hub_name(path):
         return _from_hub(path, data.subset, split)
     return read_table(path, key, bad)
 
@@ -67,9 +74,10 @@ def arithmetic(data: DataConfig, part: Part, seed: int) -> Table:
 @register_dataset("invented_language")
 def invented_language(data: DataConfig, part: Part, seed: int) -> Table:
     """Questions and answers about a made-up language, no download: every word in three wordings, an eighth held out."""
-    from grpo.data.invented_language import generate_rows
+    from grpo.data.invented_language import generate_rows, make_lexicon
 
-    return table_of("invented_language", generate_rows(seed=seed, split=part))
+    rows = generate_rows(seed=seed, split=part, lexicon=make_lexicon(seed, INVENTED_NOUNS))
+    return table_of("invented_language", rows)
 
 
 def _from_hub(name: str, subset: str | None, split: str) -> Table:

@@ -1,5 +1,6 @@
 """The stream: Examples -> Prompts (token ids) -> the prompts of any step, in an order that needs no saved state."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +57,19 @@ def prompt_token_ids(messages: str | list[Message], tokenizer: Any) -> list[int]
     return _one_bos(list(token_ids), tokenizer)
 
 
+def prompts_token_ids(many: list[str | list[Message]], tokenizer: Any) -> list[list[int]]:
+    """The same for many prompts at once, which is quicker: the tokenizer works on them in parallel."""
+    if not tokenizer.chat_template or any(isinstance(messages, str) for messages in many):
+        return [prompt_token_ids(messages, tokenizer) for messages in many]
+    try:
+        batch = tokenizer.apply_chat_template(
+            many, add_generation_prompt=True, tokenize=True, return_dict=False, date_string=DATE
+        )
+    except TemplateError:
+        return [prompt_token_ids(messages, tokenizer) for messages in many]  # says which, and what to do
+    return [_one_bos(list(token_ids), tokenizer) for token_ids in batch]
+
+
 def _plain_text(messages: list[Message]) -> str:
     r"""[system, question] -> "{system}\n\n{question}\n"; a worked example in between: "{question}\n{answer}\n\n"."""
     endings = {"system": "\n\n", "assistant": "\n\n"}
@@ -92,12 +106,12 @@ class PromptStream:
     A resumed run needs the step and the seed, nothing else.
     """
 
-    def __init__(self, prompts: list[Prompt], seed: int):
+    def __init__(self, prompts: Sequence[Prompt], seed: int):
         if not prompts:
             raise ConfigError("there are no prompts to draw from")
         self.prompts = prompts
         self.seed = seed
-        self._orders: dict[int, list[int]] = {}
+        self._orders: dict[int, numpy.ndarray] = {}
 
     def take(self, step: int, count: int, rank: int = 0, world_size: int = 1) -> list[Prompt]:
         """This rank's share of the step's `count` prompts, each with its draw as identity."""
@@ -109,16 +123,26 @@ class PromptStream:
 
     def _draw(self, draw: int) -> Prompt:
         epoch, position = divmod(draw, len(self.prompts))
-        return replace(self.prompts[self._order(epoch)[position]], draw=draw)
+        return replace(self.prompts[int(self._order(epoch)[position])], draw=draw)
 
-    def _order(self, epoch: int) -> list[int]:
-        """The epoch's permutation of the prompts.
-
-        Sorted random bits instead of Generator.permutation: NumPy promises that Philox's bits stay the same from
-        version to version, not that permutation uses them the same way, and a resumed run must see the same order.
-        """
+    def _order(self, epoch: int) -> numpy.ndarray:
         if epoch not in self._orders:
-            key = numpy.array([self.seed % 2**64, epoch], dtype=numpy.uint64)
-            bits = numpy.random.Philox(key=key).random_raw(len(self.prompts))
-            self._orders = {epoch: numpy.argsort(bits, kind="stable").tolist()}  # Only the latest is worth memory.
+            self._orders = {epoch: shuffled(len(self.prompts), self.seed, epoch)}  # Only the latest is worth memory.
         return self._orders[epoch]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the step says it all."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See state_dict."""
+
+
+def shuffled(count: int, seed: int, epoch: int) -> numpy.ndarray:
+    """The epoch's permutation of 0 ... count - 1.
+
+    Sorted random bits instead of Generator.permutation: NumPy promises that Philox's bits stay the same from version to
+    version, not that permutation uses them the same way, and a resumed run must see the same order.
+    """
+    key = numpy.array([seed % 2**64, epoch], dtype=numpy.uint64)
+    return numpy.argsort(numpy.random.Philox(key=key).random_raw(count), kind="stable")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo.errors import ConfigError, RewardError
-from grpo.rewards import math_answers, prose, text_match, xml_format  # noqa: F401  (importing them registers their rewards)
+from grpo.rewards import feedback, math_answers, prose, text_match, xml_format  # noqa: F401  (importing them registers their rewards)
 from grpo.rewards.registry import REWARDS, RewardFunction, register_reward, text_of
 from grpo.types import Group
 

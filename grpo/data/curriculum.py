@@ -1,0 +1,111 @@
+"""Curriculum: what prompts earned -> which of them the next epochs leave out, for a while.
+
+A group whose completions are all right, or all wrong, has no advantage and teaches nothing. A prompt that was solved, or
+hopeless, `patience` times in a row is set aside, and comes back `return_after` epochs later to be measured again.
+
+    3 prompts, patience 1, return_after 2        epoch 0   a b c    a is solved, c is hopeless
+                                                 epoch 1   b        (2 draws fewer: nothing is drawn twice instead)
+                                                 epoch 2   b a c    back: what was hopeless may be within reach now
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from grpo.data.stream import PromptStream, shuffled
+from grpo.errors import ConfigError
+from grpo.types import Prompt
+
+Result = tuple[int, float]
+"""(draw, mean of the measuring reward over the group)"""
+
+
+class Curriculum(PromptStream):
+    """A PromptStream whose epochs depend on what was measured; so its state goes into the checkpoint.
+
+    Every rank must see the same results. Steps are taken in order.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Prompt], seed: int, *, solved: float, hopeless: float, patience: int, return_after: int
+    ):
+        super().__init__(prompts, seed)
+        if not hopeless < solved:
+            raise ConfigError(
+                f"curriculum.hopeless is {hopeless}, it must be below curriculum.solved, which is {solved}"
+            )
+        self.solved, self.hopeless, self.patience, self.return_after = solved, hopeless, patience, return_after
+        self.epoch = 0
+        self.first_draw = 0
+        self.in_a_row: dict[int, int] = {}
+        """Prompt -> how often in a row it was solved (positive) or hopeless (negative); 0 is not kept."""
+        self.set_aside: dict[int, int] = {}
+        """Prompt -> the epoch in which it comes back."""
+        self._taken: dict[int, int] = {}
+        """The latest step's draws, over all ranks, and the prompts that they are."""
+        self._begin([])
+
+    def take(self, step: int, count: int, rank: int = 0, world_size: int = 1) -> list[Prompt]:
+        draws = range(step * count, (step + 1) * count)
+        if draws[0] not in self._taken:
+            self._taken = {draw: self._advance(draw) for draw in draws}
+        return [replace(self.prompts[self._taken[draw]], draw=draw) for draw in draws[rank::world_size]]
+
+    def _advance(self, draw: int) -> int:
+        """Which prompt a draw is; begins the next epoch where this one is over."""
+        assert draw >= self.first_draw, "steps are taken in order"
+        while draw >= self.first_draw + len(self._active):
+            self.first_draw += len(self._active)
+            self.epoch += 1
+            self._begin([prompt for prompt, back in self.set_aside.items() if back > self.epoch])
+        return self._active[draw - self.first_draw]
+
+    def update(self, results: list[Result]) -> None:
+        """What the groups of one step earned, from all ranks, in any order."""
+        for draw, value in sorted(results):
+            prompt = self._taken[draw]
+            before = self.in_a_row.pop(prompt, 0)
+            if value >= self.solved:
+                now = max(before, 0) + 1
+            elif value <= self.hopeless:
+                now = min(before, 0) - 1
+            else:
+                self.set_aside.pop(prompt, None)
+                continue
+            self.in_a_row[prompt] = now
+            if abs(now) >= self.patience:
+                self.set_aside[prompt] = self.epoch + self.return_after
+
+    def metrics(self) -> dict[str, float]:
+        """Prompts that are set aside now, by reason, and those that this epoch draws."""
+        away = [self.in_a_row[prompt] for prompt, back in self.set_aside.items() if back > self.epoch]
+        return {
+            "curriculum/solved": float(sum(count > 0 for count in away)),
+            "curriculum/hopeless": float(sum(count < 0 for count in away)),
+            "curriculum/active": float(len(self._active)),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "first_draw": self.first_draw,
+            "in_a_row": sorted(self.in_a_row.items()),
+            "set_aside": sorted(self.set_aside.items()),
+            "left_out": self._left_out,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.first_draw = state["epoch"], state["first_draw"]
+        self.in_a_row = {prompt: count for prompt, count in state["in_a_row"]}
+        self.set_aside = {prompt: back for prompt, back in state["set_aside"]}
+        self._begin(state["left_out"])
+
+    def _begin(self, left_out: list[int]) -> None:
+        """Fix the epoch's order. Where everything would be left out, nothing is: there must be something to draw."""
+        out = set(left_out)
+        if len(out) == len(self.prompts):
+            out = set()
+        self._left_out = sorted(out)
+        self._active = [
+            index for index in shuffled(len(self.prompts), self.seed, self.epoch).tolist() if index not in out
+        ]

@@ -1,0 +1,133 @@
+"""Data card: where data comes from, who owns it, and what they permit. A YAML file beside the data, or data.card.
+
+    source: Recorded by the language committee, 2019-2024
+    licence: CC-BY-NC-4.0
+    permission: granted            granted | unknown | prohibited
+    permission_from: Language committee, letter of 2025-03-01
+    steward: committee@example.org
+    contact, withdrawal, notes     as you like
+
+`prohibited` refuses to train, unless the person states that they have permission (data.i_have_permission); `unknown` warns.
+Local data needs a card before a model that was trained on it is published. Whether permission is really there is for
+people to settle, not for a program: the card makes the question hard to forget.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo.config import DataConfig
+from grpo.errors import ConfigError
+
+NEEDED = ("source", "licence", "permission")
+KNOWN = (*NEEDED, "permission_from", "steward", "contact", "withdrawal", "language", "notes")
+PERMISSIONS = ("granted", "unknown", "prohibited")
+
+
+def find_card(data: DataConfig) -> Path | None:
+    """data.card, or FILE.card.yaml or data_card.yaml beside data.path."""
+    if data.card is not None:
+        path = Path(data.card).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"data.card: there is no file {data.card}")
+        return path
+    if data.path is None:
+        return None
+    file = Path(data.path).expanduser()
+    folder = file if file.is_dir() else file.parent
+    beside = [file.with_name(file.name + ".card.yaml"), folder / "data_card.yaml"]
+    return next((path for path in beside if path.is_file()), None)
+
+
+def read_card(path: Path) -> dict[str, str]:
+    """The card's fields as text. Raises ConfigError with the field that is missing or wrong."""
+    try:
+        card = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data card {path} cannot be read: {error}") from error
+    if not isinstance(card, dict):
+        raise ConfigError(f"data card {path} must hold 'field: text' lines")
+    for name in NEEDED:
+        if not str(card.get(name) or "").strip():
+            raise ConfigError(f"data card {path}: '{name}' is missing; it needs {', '.join(NEEDED)}")
+    unknown = sorted(set(map(str, card)) - set(KNOWN))
+    if unknown:
+        raise ConfigError(f"data card {path}: unknown field '{unknown[0]}', it can have {', '.join(KNOWN)}")
+    if card["permission"] not in PERMISSIONS:
+        raise ConfigError(
+            f"data card {path}: permission is '{card['permission']}', it must be one of {', '.join(PERMISSIONS)}"
+        )
+    return {name: str(card[name]).strip() for name in KNOWN if str(card.get(name) or "").strip()}
+
+
+def check_permission(data: DataConfig) -> str | None:
+    """May this data be trained on? -> a warning, or None. Raises ConfigError for data whose card prohibits it."""
+    path = find_card(data)
+    if path is None:
+        return None
+    card = read_card(path)
+    if card["permission"] == "prohibited" and not data.i_have_permission:
+        steward = f" ({card['steward']})" if "steward" in card else ""
+        raise ConfigError(
+            f"data card {path}: permission is prohibited. Ask its stewards{steward}; if you have their permission in spite "
+            f"of it, say so with --data.i_have_permission true, which the model card will show"
+        )
+    if card["permission"] == "unknown":
+        return f"data card {path}: permission is unknown. Ask before you publish a model that was trained on it"
+    return None
+
+
+def is_local(data: DataConfig) -> bool:
+    return data.path is not None and Path(data.path).expanduser().exists()
+
+
+def check_publishable(data: DataConfig) -> None:
+    """Raises ConfigError unless a model trained on this data may be published: local data needs a card that permits it."""
+    if not is_local(data):
+        return
+    path = find_card(data)
+    if path is None:
+        raise ConfigError(
+            f"data.path {data.path} is local and has no data card: write {data.path}.card.yaml with source, licence and "
+            f"permission before you publish a model that was trained on it"
+        )
+    card = read_card(path)
+    if card["permission"] != "granted" and not data.i_have_permission:
+        raise ConfigError(
+            f"data card {path}: permission is {card['permission']}. To publish, it must be granted, or state that you have "
+            f"it with --data.i_have_permission true"
+        )
+
+
+def model_card_section(data: DataConfig) -> str:
+    """The "Training data" section of a model card, as Markdown. Text from the card is shown as text."""
+    lines = ["## Training data", ""]
+    path = find_card(data)
+    if path is None:
+        generated = data.path is None and data.name in ("arithmetic", "invented_language")
+        source = "generated by the trainer itself" if generated else "no data card was given"
+        return "\n".join([*lines, f"{_shown(data.path or data.name)} ({source}).", ""])
+    lines.append(f"{_shown(data.path or data.name)}")
+    lines.append("")
+    card: dict[str, Any] = dict(read_card(path))
+    for name, text in card.items():
+        lines.append(f"- **{name.replace('_', ' ')}**: {_shown(text)}")
+    if data.i_have_permission and card["permission"] != "granted":
+        lines.append("- The person who trained this model stated that they have permission.")
+    return "\n".join([*lines, ""])
+
+
+def _shown(text: str) -> str:
+    """Inert in Markdown and HTML."""
+    one_line = " ".join(str(text).split())
+    for character, safe in (
+        ("&", "&amp;"),
+        ("<", "&lt;"),
+        (">", "&gt;"),
+        ("[", "&#91;"),
+        ("`", "&#96;"),
+        ("|", "&#124;"),
+    ):
+        one_line = one_line.replace(character, safe)
+    return one_line

@@ -1,0 +1,170 @@
+"""Large data: a file of rows -> prompts in an Arrow file that the system maps into memory, made once, found again.
+
+    rows.jsonl  --validate, tokenise in chunks-->  ~/.cache/grpo/prompts-<key>/prompts.arrow + prompts.json
+    MappedPrompts(folder)[60_000]  -->  Prompt     only the pages that are touched come into memory
+
+The key is a hash over the file's bytes, the settings that matter and the tokenizer, so a change of any makes another
+folder; an Arrow file that is damaged is made again.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from grpo.config import DataConfig
+from grpo.data import Example
+from grpo.data.stream import prompts_token_ids
+from grpo.errors import ConfigError
+from grpo.types import Prompt
+
+VERSION = 1
+"""Part of the key: raise it when the same file would give other prompts."""
+MAP_FROM_BYTES = 8_000_000
+"""data.cache auto: smaller files are kept in memory, where they are quicker to have than to look for."""
+CHUNK = 1000
+"""Rows that are tokenised at once."""
+
+
+class MappedPrompts(Sequence[Prompt]):
+    """The prompts of a folder that `map_prompts` made. Behaves like the list that it stands for."""
+
+    def __init__(self, folder: Path):
+        from datasets import Dataset
+
+        self.folder = folder
+        self.record: dict[str, Any] = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+        self._table = Dataset.from_file(str(folder / "prompts.arrow"))
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Prompt]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | Sequence[Prompt]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        row = self._table[index]
+        return Prompt(row["draw"], json.loads(row["messages"]), tuple(row["token_ids"]), json.loads(row["columns"]))
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return (self[index] for index in range(len(self)))
+
+
+def wants_mapping(data: DataConfig) -> bool:
+    """Whether data.path is a local file that is to be mapped."""
+    if data.cache == "never" or data.path is None or not Path(data.path).expanduser().is_file():
+        return False
+    return data.cache == "always" or Path(data.path).expanduser().stat().st_size >= MAP_FROM_BYTES
+
+
+def mapped_folder(data: DataConfig, tokenizer: Any) -> Path:
+    """Where the prompts of this file, these settings and this tokenizer are, or will be."""
+    assert data.path is not None
+    digest = hashlib.sha256()
+    with Path(data.path).expanduser().open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    matters = dataclasses.asdict(data)
+    for name in ("path", "eval_path", "eval_size", "eval_split", "cache"):
+        matters.pop(name, None)
+    vocabulary = getattr(tokenizer, "backend_tokenizer", None)
+    identity = [
+        *(VERSION, digest.hexdigest(), matters, tokenizer.chat_template),
+        vocabulary.to_str() if vocabulary is not None else repr(sorted(tokenizer.get_vocab().items())),
+    ]
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    root = Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo")
+    return root / f"prompts-{key}"
+
+
+def open_mapped(folder: Path) -> MappedPrompts | None:
+    """The folder's prompts if they are there and whole; else None, and nothing of them is left."""
+    try:
+        record = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+        if _checksum(folder / "prompts.arrow") == record["sha256"]:
+            return MappedPrompts(folder)
+    except (OSError, ValueError, KeyError):
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def map_prompts(
+    folder: Path,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    max_prompt_length: int | None,
+    rejected: list[dict[str, str]],
+) -> MappedPrompts:
+    """Tokenise the examples, CHUNK by CHUNK, into `folder`, whole or not at all. Same prompts as `render_prompts`."""
+    from datasets import Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    features = Features(
+        {
+            "draw": Value("int64"),
+            "messages": Value("string"),
+            "token_ids": List(Value("int32")),
+            "columns": Value("string"),
+        }
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".prompts-") as temporary:
+        arrow = Path(temporary) / "new" / "prompts.arrow"
+        arrow.parent.mkdir()
+        kept, shortest = 0, None
+        with ArrowWriter(features=features, path=str(arrow), writer_batch_size=CHUNK) as writer:
+            for start in range(0, len(examples), CHUNK):
+                chunk = examples[start : start + CHUNK]
+                for offset, ids in enumerate(prompts_token_ids([example.messages for example in chunk], tokenizer)):
+                    shortest = len(ids) if shortest is None else min(shortest, len(ids))
+                    if max_prompt_length is None or len(ids) <= max_prompt_length:
+                        example = chunk[offset]
+                        texts = (_json(example.messages), _json(example.columns))
+                        writer.write(
+                            {"draw": start + offset, "messages": texts[0], "token_ids": ids, "columns": texts[1]}
+                        )
+                        kept += 1
+            if not kept:
+                raise ConfigError(
+                    f"data.max_prompt_length is {max_prompt_length}, which leaves none of the {len(examples)} prompts "
+                    f"(the shortest has {shortest} tokens): raise it"
+                )
+            writer.finalize()
+        record = {
+            "prompts": kept,
+            "dropped": len(examples) - kept,
+            "columns": sorted(examples[0].columns),
+            "rejected": rejected,
+            "sha256": _checksum(arrow),
+        }
+        (arrow.parent / "prompts.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+        try:
+            arrow.parent.rename(folder)
+        except OSError:
+            if open_mapped(folder) is None:  # else another process made the same one meanwhile
+                raise
+    return MappedPrompts(folder)
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=True)
+    except TypeError as error:
+        raise ConfigError(f"data.cache: a column cannot be stored ({error}): set data.cache never") from error
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
