@@ -127,18 +127,18 @@ def generate_rows(
     single = [(m, wording) for m in of_split for wording in range(len(QUESTIONS))]
     chance.shuffle(single)
     count = len(single) if count is None else count
-    rows = [_row(index, [m], wording, lexicon) for index, (m, wording) in enumerate(single[:count])]
+    rows = [row_of(index, [m], wording, lexicon) for index, (m, wording) in enumerate(single[:count])]
     seen: set[tuple[Meaning, Meaning, int]] = set()
     while len(rows) < count:
         first, second = chance.sample(of_split, 2)
         wording = chance.randrange(len(QUESTIONS))
         if (first, second, wording) not in seen:
             seen.add((first, second, wording))
-            rows.append(_row(len(rows), [first, second], wording, lexicon))
+            rows.append(row_of(len(rows), [first, second], wording, lexicon))
     return rows
 
 
-def _row(pair_id: int, parts: list[Meaning], wording: int, lexicon: Lexicon) -> dict[str, Any]:
+def row_of(pair_id: int, parts: list[Meaning], wording: int, lexicon: Lexicon) -> dict[str, Any]:
     english = " and ".join(part.english for part in parts)
     terms = " ".join(lexicon.word(part) for part in parts)
     explained = " ".join(explanation(part) for part in parts)

@@ -1,0 +1,295 @@
+"""A community in the loop: collect what people say about answers, merge it into the data, train on it, and let a gate decide.
+
+python launch/community.py demo    --root outputs/community [--poison]           the whole cycle, on an invented language
+python launch/community.py collect --root DIR --prompt TEXT --completion TEXT --verdict accept|reject|correct|withdraw ...
+python launch/community.py merge   --root DIR [--base ROWS.jsonl]                feedback.jsonl -> versions/vN
+python launch/community.py train   --root DIR --model DIR --output DIR [--grpo_steps 10] [-- --any.train.flag VALUE]
+python launch/community.py gate    --root DIR --model OLD --candidate NEW --regression ROWS.jsonl
+
+Everything lies in one folder: feedback.jsonl (chat and dashboard append to it too), versions/, gate-N.md, and current.json,
+which names the model in use. docs/community.md explains each step.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from grpo.errors import ConfigError, run_main
+
+HELD_BACK = 4
+"""One corrected row in so many is never trained on: the gate asks it."""
+EXTRACTOR = "quoted_terms"
+
+
+def main() -> None:
+    argv, _, train_flags = _split(sys.argv[1:])
+    ours = build_parser().parse_args(argv)
+    root = Path(ours.root)
+    if ours.command == "collect":
+        collect(root, ours)
+    elif ours.command == "merge":
+        merge_into(root, ours.base)
+    elif ours.command == "train":
+        train_on(root, ours.model, Path(ours.output), ours, train_flags)
+    elif ours.command == "gate":
+        print(
+            gate_between(
+                root, ours.model, ours.candidate, Path(ours.regression), ours.max_completion_length
+            ).read_text()
+        )
+    else:
+        demo(root, ours, train_flags)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    added = {}
+    for name in ("demo", "collect", "merge", "train", "gate"):
+        added[name] = commands.add_parser(name, allow_abbrev=False)
+        added[name].add_argument("--root", required=True, help="the community's folder")
+    added["collect"].add_argument("--verdict", choices=["accept", "reject", "correct", "withdraw"])
+    for name in (
+        "prompt",
+        "completion",
+        "correction",
+        "note",
+        "reviewer",
+        "licence",
+        "pair_id",
+        "model_id",
+        "withdraws",
+    ):
+        added["collect"].add_argument(f"--{name}")
+    added["collect"].add_argument("--rating", type=int, help="1 to 5")
+    added["collect"].add_argument("--consent", action="store_true", help="this may be used to train")
+    added["collect"].add_argument("--import", dest="records", help="a JSON list of records from an annotation tool")
+    added["collect"].add_argument("--export", help="write all feedback as such a list")
+    added["merge"].add_argument("--base", help="the archive (JSONL); needed the first time, and becomes v1")
+    added["train"].add_argument("--model", required=True, help="the model in use")
+    added["train"].add_argument("--output", required=True, help="where the candidate is written")
+    for name in ("train", "demo"):
+        added[name].add_argument("--steps", type=int, default=100, help="supervised steps on the mix")
+        added[name].add_argument("--share", type=float, default=0.3, help="corrected rows in the mix")
+        added[name].add_argument("--kl", type=float, default=0.1, help="weight of the KL to the previous model")
+        added[name].add_argument("--learning_rate", type=float, default=1e-3)
+        added[name].add_argument("--grpo_steps", type=int, default=0, help="GRPO steps on the mix afterwards")
+        added[name].add_argument("--seed", type=int, default=0)
+    added["gate"].add_argument("--model", required=True, help="the model in use")
+    added["gate"].add_argument("--candidate", required=True)
+    added["gate"].add_argument("--regression", required=True, help="verified rows (JSONL), frozen: never trained on")
+    added["gate"].add_argument("--max_completion_length", type=int, default=64)
+    added["demo"].add_argument(
+        "--poison", action="store_true", help="then a second cycle with one reviewer, 60 %% wrong"
+    )
+    return parser
+
+
+def collect(root: Path, ours: argparse.Namespace) -> None:
+    from grpo.feedback import append_feedback, from_plain_records, new_feedback, read_feedback, to_plain_records
+
+    path = root / "feedback.jsonl"
+    if ours.export:
+        records, _ = read_feedback(path)
+        Path(ours.export).write_text(
+            json.dumps(to_plain_records(records), ensure_ascii=False, indent=1), encoding="utf-8"
+        )
+    elif ours.records:
+        append_feedback(path, *from_plain_records(json.loads(Path(ours.records).read_text(encoding="utf-8"))))
+    elif ours.verdict:
+        names = ("prompt", "completion", "correction", "note", "reviewer", "licence", "model_id", "withdraws", "rating")
+        fields: dict[str, Any] = {name: getattr(ours, name) for name in names if getattr(ours, name) is not None}
+        if ours.pair_id is not None:
+            fields["pair_id"] = int(ours.pair_id) if ours.pair_id.lstrip("-").isdecimal() else ours.pair_id
+        append_feedback(path, new_feedback(ours.verdict, consent=ours.consent, **fields))
+    else:
+        raise ConfigError("collect: give --verdict (and --prompt ...), --import FILE or --export FILE")
+    print(f"{path}: {len(read_feedback(path)[0])} lines of feedback")
+
+
+def merge_into(root: Path, base: str | None) -> Path:
+    """feedback.jsonl + v1 -> the next version, if anything changed."""
+    from grpo.data.merge import merge, read_rows_of, versions_in, write_version
+    from grpo.data.readers import read_table
+    from grpo.feedback import read_feedback
+
+    folder = root / "versions"
+    if not versions_in(folder):
+        if base is None:
+            raise ConfigError(f"merge: {folder} holds no version yet: give --base ROWS.jsonl, the archive as it is")
+        write_version(folder, merge(read_table(base, "--base").rows, []), {"file": Path(base).name})
+    feedback, left_out = read_feedback(root / "feedback.jsonl") if (root / "feedback.jsonl").is_file() else ([], [])
+    for reason in left_out:
+        print(reason)
+    version, new = write_version(folder, merge(read_rows_of(folder / "v1"), feedback))
+    for card in [Path(f"{base}.card.yaml"), folder / "v1" / "data_card.yaml"]:
+        for each in {version, folder / "v1"}:
+            if card.is_file() and not (each / "data_card.yaml").exists():
+                shutil.copy(card, each / "data_card.yaml")
+    record = json.loads((version / "version.json").read_text(encoding="utf-8"))
+    print(f"{version}: {'new' if new else 'nothing has changed'}; {record['rows']} rows, {record['counts']}")
+    return version
+
+
+def parts_of(version: Path) -> tuple[list[dict], list[dict], list[dict]]:
+    """-> corrected rows to train on, corrected rows held back for the gate, and rows from before.
+
+    A row from before whose answer quotes a term that was corrected away is contested, and in none of them.
+    """
+    from grpo.data.merge import read_rows_of
+    from grpo.rewards.text_match import quoted_terms
+
+    rows = read_rows_of(version)
+    corrected = [row for row in rows if row["origin"] == "feedback"]
+    gone = {term for row in corrected for text in row["disallowed"] for term in quoted_terms(text)}
+    gone -= {term for row in corrected for term in quoted_terms(row["answer"])}
+    before = [row for row in rows if row["origin"] != "feedback" and not gone & set(quoted_terms(row["answer"]))]
+    return (
+        [row for row in corrected if not is_held_back(row)],
+        [row for row in corrected if is_held_back(row)],
+        before,
+    )
+
+
+def is_held_back(row: dict) -> bool:
+    """By its identity, so that a row is held back in every version, or in none."""
+    return hashlib.sha256(f"held back {row['pair_id']}".encode()).digest()[0] % HELD_BACK == 0
+
+
+def train_on(root: Path, model: str, output: Path, ours: argparse.Namespace, train_flags: list[str]) -> Path:
+    """The newest version -> a candidate: taught the corrections, then, with --grpo_steps, GRPO on the mix."""
+    from grpo.continuation import Continuation, continue_training
+    from grpo.data.merge import versions_in
+
+    versions = versions_in(root / "versions")
+    if not versions:
+        raise ConfigError(f"train: {root / 'versions'} holds no version: merge first")
+    corrected, held_back, before = parts_of(versions[-1])
+    print(f"{versions[-1]}: {len(corrected)} corrected rows, {len(held_back)} held back, {len(before)} from before")
+    plan = Continuation(
+        steps=ours.steps, share=ours.share, kl=ours.kl, learning_rate=ours.learning_rate, seed=ours.seed
+    )
+    taught = continue_training(model, corrected, before, output, plan)
+    if ours.grpo_steps == 0:
+        return taught
+    mix = output / "mix.jsonl"
+    repeats = max(1, round(ours.share / (1 - ours.share) * len(before) / len(corrected)))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in corrected * repeats + before]
+    mix.write_text("".join(lines), encoding="utf-8")
+
+    from grpo.config import load_config
+    from grpo.trainer import train
+
+    flags = {
+        "model.name": taught,
+        "model.reference": model,
+        "data.name": "question_answer",
+        "data.path": mix,
+        "data.extractor": EXTRACTOR,
+        "data.system_prompt": "null",
+        "data.card": versions[-1] / "data_card.yaml" if (versions[-1] / "data_card.yaml").is_file() else "null",
+        "rewards": json.dumps({"term_match": 0.6, "chrf": 0.4, "feedback": 0.5}),
+        "sampling.max_completion_length": 64,
+        "optimizer.learning_rate": 3e-5,
+        "steps": ours.grpo_steps,
+        "eval_every": 0,
+        "save_every": 0,
+        "seed": ours.seed,
+        "run_dir": output / "grpo",
+    }
+    return train(load_config([f"--{key}={value}" for key, value in flags.items()] + train_flags)) / "final"
+
+
+def gate_between(root: Path, model: str, candidate: str, regression: Path, max_completion_length: int) -> Path:
+    """Ask both models, decide, and write down why. -> the report."""
+    from grpo.data.merge import versions_in
+    from grpo.data.readers import read_table
+    from grpo.gate import compare, decide, promote
+
+    version = versions_in(root / "versions")[-1]
+    _, held_back, _ = parts_of(version)
+    if not held_back:
+        raise ConfigError(f"gate: no corrected row of {version} is held back, there is too little feedback to judge by")
+    verified = read_table(str(regression), "--regression").rows
+    trained_on = {row["question"] for part in parts_of(version)[::2] for row in part}
+    both = [row["question"] for row in verified if row["question"] in trained_on]
+    if both:
+        raise ConfigError(
+            f"--regression: {len(both)} of its rows are trained on, the first is {both[0]!r}: take them out"
+        )
+    right = {
+        path: (rights(path, held_back, max_completion_length), rights(path, verified, max_completion_length))
+        for path in (model, candidate)
+    }
+    on_feedback, on_verified = (compare(right[model][part], right[candidate][part]) for part in (0, 1))
+    return promote(root, decide(on_feedback, on_verified), model, candidate, str(version))
+
+
+def rights(model: str, rows: list[dict], max_completion_length: int) -> list[bool]:
+    """Whether a model answers each row with exactly the gold terms, greedily."""
+    from grpo.config import DataConfig
+    from grpo.data import BadRows, load_rows
+    from grpo.data.readers import table_of
+    from grpo.data.stream import render_prompts
+    from grpo.distributed import start_accelerator
+    from grpo.evaluation import evaluate
+    from grpo.policy import load_model, load_tokenizer, use_grpo_attention
+    from grpo.rollout import build_engine
+
+    accelerator, tokenizer, policy = start_accelerator(), load_tokenizer(model), load_model(model)
+    examples = load_rows(table_of("gate", rows), DataConfig(extractor=EXTRACTOR, system_prompt=None), BadRows())
+    prompts, _ = render_prompts(examples, tokenizer, None)
+    swapped = use_grpo_attention(policy)
+    policy.to(accelerator.device)
+    engine = build_engine("native", policy, tokenizer, slots=256, swapped=swapped)
+    found = evaluate(engine, prompts, accelerator, max_completion_length=max_completion_length, prose=True)
+    return [row["accuracy"] == 1.0 for row in found.rows]
+
+
+def demo(root: Path, ours: argparse.Namespace, train_flags: list[str]) -> None:
+    """One whole cycle: an archive in which 50 of 100 nouns are wrong, 200 corrections, a candidate, the gate."""
+    from grpo.data.invented_community import make_community
+    from grpo.feedback import append_feedback
+    from grpo.gate import set_current
+    from grpo.starter import ProseRecipe, make_starter
+
+    if (root / "feedback.jsonl").exists():
+        raise ConfigError(f"--root {root} holds a community already: choose another folder for the demonstration")
+    community = make_community(ours.seed)
+    root.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("archive", community.archive), ("verified", community.verified)):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (root / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    (root / "archive.jsonl.card.yaml").write_text(
+        "source: generated by grpo/data/invented_community.py\nlicence: CC0-1.0\npermission: granted\n"
+    )
+    old = str(make_starter(seed=ours.seed, problems=community.archive, recipe=ProseRecipe(vocabulary=800, steps=300)))
+    set_current(root, old)
+    cycles = {"corrections": community.corrections} | ({"poison": community.poison} if ours.poison else {})
+    for name, records in cycles.items():
+        here = root / name
+        print(f"== {name}: {len(records)} corrections by {len({record.reviewer for record in records})} reviewer(s)")
+        for record in records:
+            append_feedback(here / "feedback.jsonl", record)
+        merge_into(here, str(root / "archive.jsonl"))
+        candidate = train_on(here, old, here / "candidate", ours, train_flags)
+        report = gate_between(here, old, str(candidate), root / "verified.jsonl", 64)
+        print(report.read_text(encoding="utf-8"))
+
+
+def _split(argv: list[str]) -> tuple[list[str], str, list[str]]:
+    """What stands after "--" is for launch/train.py."""
+    if "--" not in argv:
+        return argv, "", []
+    at = argv.index("--")
+    return argv[:at], "--", argv[at + 1 :]
+
+
+if __name__ == "__main__":
+    run_main(main)
