@@ -42,13 +42,13 @@ class Curriculum(PromptStream):
         self.set_aside: dict[int, int] = {}
         """Prompt -> the epoch in which it comes back."""
         self._taken: dict[int, int] = {}
-        """The latest step's draws, over all ranks, and the prompts that they are."""
+        """The draws since the last update, over all ranks, and the prompts that they are."""
         self._begin([])
 
-    def take(self, step: int, count: int, rank: int = 0, world_size: int = 1) -> list[Prompt]:
-        draws = range(step * count, (step + 1) * count)
-        if draws[0] not in self._taken:
-            self._taken = {draw: self._advance(draw) for draw in draws}
+    def draws(self, first: int, count: int, rank: int = 0, world_size: int = 1) -> list[Prompt]:
+        draws = range(first, first + count)
+        if first not in self._taken:
+            self._taken |= {draw: self._advance(draw) for draw in draws}
         return [replace(self.prompts[self._taken[draw]], draw=draw) for draw in draws[rank::world_size]]
 
     def _advance(self, draw: int) -> int:
@@ -75,6 +75,7 @@ class Curriculum(PromptStream):
             self.in_a_row[prompt] = now
             if abs(now) >= self.patience:
                 self.set_aside[prompt] = self.epoch + self.return_after
+        self._taken = {}
 
     def metrics(self) -> dict[str, float]:
         """Prompts that are set aside now, by reason, and those that this epoch draws."""

@@ -33,8 +33,13 @@ class StreamedPrompts:
         self._iterator: Iterator[tuple[Row, str]] | None = None
 
     def take(self, step: int, count: int, rank: int = 0, world_size: int = 1) -> list[Prompt]:
-        """This rank's share of the step's `count` prompts. Every rank reads every row, so that all go in step."""
-        assert step * count == self._next_draw, f"a stream goes forward only: step {step} is not the next one"
+        """This rank's share of the step's `count` prompts."""
+        return self.draws(step * count, count, rank, world_size)
+
+    def draws(self, first: int, count: int, rank: int = 0, world_size: int = 1) -> list[Prompt]:
+        """This rank's share of `count` prompts from draw `first` on, which must be the next one. Every rank reads every
+        row, so that all go in step."""
+        assert first == self._next_draw, f"a stream goes forward only: {first} is not the next draw"
         drawn = []
         for index in range(count):
             prompt = self._next(self._next_draw)
