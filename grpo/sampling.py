@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
+BLOCK = 128
+"""Tokens per block of the two-level draw."""
 
 
 def stream_key(seed: int, draw: int, sample: int) -> int:
@@ -32,20 +34,38 @@ def draw_tokens(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tup
 
     temperature 0 takes the most likely token. -> tokens [B] int64, logprobs [B] float32 under the distribution drawn
     from (for temperature 0: the unscaled softmax).
+
+    The inversion has two levels: first the block of BLOCK tokens, then the token in it. So no cumulative sum runs over
+    the whole vocabulary, which is slow, and in float32 also wrong in its last digits; the short ones are float64.
     """
     logits = logits_BV.float()
-    if temperature > 0:
+    if temperature not in (0.0, 1.0):
         logits = logits / temperature
-    logprobs = torch.log_softmax(logits, dim=-1)
+    top = logits.amax(-1, keepdim=True)
+    weights = (logits - top).exp_()  # [B, V], not divided by its sum
+    whole = weights.shape[-1] // BLOCK * BLOCK
+    blocks = weights[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1)
+    blocks = torch.cat([blocks, weights[:, whole:].sum(-1, keepdim=True)], -1).double()
     if temperature == 0:
-        tokens = logprobs.argmax(-1)
+        tokens = logits.argmax(-1)
     else:
-        # The first index whose cumulative sum exceeds u * total: a token of probability 0 is never it.
-        cumulative = logprobs.exp().cumsum(-1)
-        threshold = uniform_B.to(cumulative.dtype)[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)
-    return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+        block, rest = _invert(blocks, uniform_B.double() * blocks.sum(-1))
+        index = block[:, None] * BLOCK + torch.arange(BLOCK, device=logits.device)
+        inside = weights.gather(-1, index.clamp(max=logits.shape[-1] - 1)).double()
+        tokens = block * BLOCK + _invert(inside.masked_fill_(index >= logits.shape[-1], 0.0), rest)[0]
+    logprobs = (logits.gather(-1, tokens[:, None]) - top).squeeze(-1) - blocks.sum(-1).log().float()
+    return tokens, logprobs
+
+
+def _invert(weights: Tensor, threshold_B: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, K] float64 weights -> the first index whose cumulative sum exceeds the threshold [B], and what of the threshold
+    is left inside it. An index of weight 0 is never it: a threshold at or beyond the total (rounding) is pulled below it."""
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1]
+    threshold = torch.minimum(threshold_B, torch.nextafter(total, torch.zeros_like(total)))[:, None]
+    index = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=weights.shape[-1] - 1)
+    before = cumulative.gather(-1, index) - weights.gather(-1, index)
+    return index.squeeze(-1), (threshold - before).squeeze(-1).clamp_(min=0)
 
 
 def _shift(state: Tensor, bits: int) -> Tensor:

@@ -44,7 +44,7 @@ class Suite:
     vocabulary: int
     gsm8k: bool
     """Prompts from a GSM8K file (--data.path), else generated arithmetic."""
-    warm_up_steps: int = 150
+    warm_up_steps: int = 60
 
 
 SUITES = {
@@ -104,8 +104,10 @@ def make_work(suite: Suite, folder: Path, data_path: str | None) -> None:
         hidden_size=suite.hidden_size,
         layers=suite.layers,
         heads=suite.hidden_size // 32,
+        key_value_heads=suite.hidden_size // 128,
         vocabulary=suite.vocabulary,
         steps=suite.warm_up_steps,
+        batch=16,
     )
     model = make_starter(seed=0, problems=rows, recipe=recipe, report=lambda text: print(text, file=sys.stderr))
     (folder / "model").symlink_to(model)

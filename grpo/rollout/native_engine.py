@@ -1,75 +1,36 @@
 """The native engine: our own decode loop. Each unique prompt is prefilled once, and no row waits for a slower one.
 
     queue of samples -> a free slot (the prompt's keys and values are copied in) -> one token per step
-                     -> finished: the slot goes to the next sample, or the last row moves into the hole
+                     -> finished: the last row moves into the hole, and the next sample takes the free slot
 
-The KV cache is allocated once per call: slots x (longest prompt + max_completion_length) positions per layer, so memory is
-known before decoding starts.
+What a step needs lives in tensors on the device (`_State`); the host looks at it once every `check_every` steps, so on CUDA
+no token waits for the host. The KV cache is allocated once per call: slots x (longest prompt + max_completion_length)
+positions per layer, so memory is known before decoding starts.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.attention import SlotLayout
 from grpo.errors import ConfigError
+from grpo.logprobs import head_logits, product_dtype
 from grpo.rollout import device_of, end_token_ids, register_engine
+from grpo.rollout.backbones import Backbone, FusedBackbone, ModuleBackbone, full_tensor
+from grpo.rollout.kv_cache import SlotCache
 from grpo.sampling import counted_uniform, draw_tokens, stream_key
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 
 PREFILL_TOKENS = 8192
 """Prompt tokens that are prefilled together."""
-
-
-class SlotCache:
-    """Keys and values of the slots. Stands in for a transformers Cache: the attention layers only call `update`.
-
-    While `prefilling`, it collects a batch of prompts. While decoding, `update` writes each row's new key and value at
-    that row's own position, and returns the part of the cache that the longest row has reached.
-    """
-
-    def __init__(self, slots: int, length: int):
-        self.slots, self.length = slots, length
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.prompt: list[tuple[Tensor, Tensor]] = []
-        self.prefilling = False
-        self.rows = torch.empty(0, dtype=torch.long)
-        self.positions = torch.empty(0, dtype=torch.long)
-        self.longest = 0
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """key, value [B, K, T, D] -> the keys and values to attend to, [B, K, L, D]."""
-        if self.prefilling:
-            self.prompt.append((key, value))
-            if layer == len(self.keys):
-                shape = (self.slots, key.shape[1], self.length, key.shape[3])
-                self.keys.append(key.new_zeros(shape))
-                self.values.append(value.new_zeros(shape))
-            return key, value
-        keys, values = self.keys[layer], self.values[layer]
-        keys[self.rows, :, self.positions] = key[:, :, 0]
-        values[self.rows, :, self.positions] = value[:, :, 0]
-        active = len(self.rows)
-        return keys[:active, :, : self.longest], values[:active, :, : self.longest]
-
-    def get_seq_length(self, *_: object) -> int:
-        return 0  # positions are always given explicitly
-
-    def admit(self, slots: list[int], source: list[int], prompt_length: int) -> None:
-        """Copy the keys and values of prefilled prompts `source` into `slots`."""
-        into, out_of = torch.tensor(slots), torch.tensor(source)
-        for layer, (key, value) in enumerate(self.prompt):
-            self.keys[layer][into, :, :prompt_length] = key[out_of, :, :prompt_length]
-            self.values[layer][into, :, :prompt_length] = value[out_of, :, :prompt_length]
-
-    def move(self, target: list[int], source: list[int], used: int) -> None:
-        """Copy rows `source` over rows `target`, the first `used` positions."""
-        for tensor in (*self.keys, *self.values):
-            tensor[target, :, :used] = tensor[source, :, :used]
+CHECK_EVERY = {"cpu": 1}
+"""Steps between two looks of the host at what was drawn. Elsewhere CHECK_EVERY_ELSEWHERE: a finished row then draws a few
+tokens too many, which are thrown away, but the device never waits."""
+CHECK_EVERY_ELSEWHERE = 16
+BUCKET = 128
+"""On CUDA, cache lengths are rounded up to multiples of this, and rows to powers of two: one captured graph for each."""
 
 
 @dataclass
@@ -78,24 +39,48 @@ class _Row:
 
     prompt: int
     sample: int
-    key: int
     cached: int
-    tokens: list[int]
-    logprobs: list[float]
+    """Positions in the cache."""
+    drawn: int = 1
+    """Tokens drawn on the device, those after the end token included."""
+    ended: bool = False
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class _State:
+    """What the device knows of all slots."""
+
+    def __init__(self, slots: int, window: int, device: torch.device):
+        self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
+        """The newest token of each row: drawn, but not yet in the cache."""
+        self.positions = torch.zeros_like(self.tokens)
+        """Where that token goes."""
+        self.keys = torch.zeros_like(self.tokens)
+        self.drawn = torch.zeros_like(self.tokens)
+        """Tokens drawn so far: the position in the row's random stream."""
+        self.logprobs = torch.zeros(slots, device=device)
+        """Of the newest token."""
+        self.new_tokens = torch.zeros(window, slots, dtype=torch.long, device=device)
+        self.new_logprobs = torch.zeros(window, slots, device=device)
+
+    def move(self, targets: list[int], sources: list[int]) -> None:
+        for tensor in (self.tokens, self.positions, self.keys, self.drawn):
+            tensor[targets] = tensor[sources]
 
 
 @dataclass
 class _Prefilled:
     """One prompt, ready to be sampled from: keys and values per layer, and the logits of its first completion token."""
 
-    keys: list[tuple[Tensor, Tensor]]
+    prompt: list[tuple[Tensor, Tensor]]
     logits_V: Tensor
     waiting: int
 
 
 @register_engine("native")
 class NativeEngine:
-    """Decodes at most `slots` completions at a time on the live weights of `model`."""
+    """Decodes at most `slots` completions at a time with the weights that `model` has when `generate` is called."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, slots: int, swapped: bool):
         if not swapped:
@@ -104,7 +89,10 @@ class NativeEngine:
                 f"set rollout.engine to transformers"
             )
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
-        self.end_ids = set(end_token_ids(model, tokenizer))
+        self.end_ids = torch.tensor(end_token_ids(model, tokenizer), device=device_of(model))
+        self.backbone = choose_backbone(model)
+        self.graphs: dict[tuple[int, int, float], torch.cuda.CUDAGraph] = {}
+        self._kept: tuple[SlotCache, _State] | None = None
 
     @torch.no_grad()
     def generate(self, prompts: list[Prompt], plan: SamplingPlan) -> list[Group]:
@@ -112,36 +100,54 @@ class NativeEngine:
         waiting = deque((p, s) for p in range(len(prompts)) for s in range(plan.num_generations))
         if not waiting:
             return []
+        self.backbone.refresh()
         longest_prompt = max(len(prompt.token_ids) for prompt in prompts)
-        cache = SlotCache(min(self.slots, len(waiting)), longest_prompt + plan.max_completion_length)
+        cache, state = self._memory(min(self.slots, len(waiting)), longest_prompt + plan.max_completion_length)
         done: dict[tuple[int, int], Completion] = {}
         prefilled: dict[int, _Prefilled] = {}
         rows: list[_Row] = []
         while waiting or rows:
             while waiting and len(rows) < cache.slots:
-                rows += self._admit(prompts, plan, cache, waiting, prefilled, len(rows))
-                self._retire(rows, cache, plan, done)
+                fresh = self._admit(prompts, plan, cache, state, waiting, prefilled, len(rows))
+                self._collect(fresh, state.tokens[len(rows) :][None], state.new_logprobs[:1, len(rows) :], plan)
+                rows += fresh
+                self._retire(rows, cache, state, plan, done)
             if rows:
-                self._decode(rows, cache, plan)
-                self._retire(rows, cache, plan, done)
+                steps = self._decode(rows, cache, state, plan)
+                self._collect(rows, state.new_tokens[:steps], state.new_logprobs[:steps], plan)
+                self._retire(rows, cache, state, plan, done)
         return [Group(p, [done[i, s] for s in range(plan.num_generations)]) for i, p in enumerate(prompts)]
+
+    def _memory(self, slots: int, length: int) -> tuple[SlotCache, _State]:
+        """The slots of this call. On CUDA they are kept, since captured graphs point at them; elsewhere they are freed."""
+        device = device_of(self.model)
+        if device.type != "cuda":
+            return SlotCache(slots, length), _State(slots, self._check_every(device), device)
+        if self._kept is None or self._kept[0].slots < slots or self._kept[0].length < length:
+            self.graphs.clear()
+            window = self._check_every(device)
+            rounded = -(-(length + window) // BUCKET) * BUCKET
+            self._kept = (SlotCache(_power_of_two(slots), rounded), _State(_power_of_two(slots), window, device))
+        return self._kept
+
+    def _check_every(self, device: torch.device) -> int:
+        return CHECK_EVERY.get(device.type, CHECK_EVERY_ELSEWHERE)
 
     def _prefill(
         self, prompts: list[Prompt], wanted: list[int], samples: int, cache: SlotCache
     ) -> dict[int, _Prefilled]:
         """One causal pass over right-padded prompts: no real token looks at the padding behind it."""
         device = device_of(self.model)
-        width = max(len(prompts[index].token_ids) for index in wanted)
-        ids = torch.tensor([[*prompts[i].token_ids, *[0] * (width - len(prompts[i].token_ids))] for i in wanted])
-        positions = torch.arange(width).expand(len(wanted), width)
-        cache.prefilling, cache.prompt = True, []
-        hidden = self._backbone(ids.to(device), positions.to(device), cache, None)
-        last = torch.tensor([len(prompts[index].token_ids) - 1 for index in wanted], device=device)
+        lengths = [len(prompts[index].token_ids) for index in wanted]
+        ids = torch.tensor(
+            [[*prompts[i].token_ids, *[0] * (max(lengths) - length)] for i, length in zip(wanted, lengths, strict=True)]
+        )
+        hidden = self.backbone.prefill(ids.to(device), cache)
+        last = torch.tensor(lengths, device=device) - 1
         logits = self._head(hidden[torch.arange(len(wanted), device=device), last])
-        cache.prefilling = False
         return {
-            index: _Prefilled([(k[row : row + 1], v[row : row + 1]) for k, v in cache.prompt], logits[row], samples)
-            for row, index in enumerate(wanted)
+            index: _Prefilled([(k[row, :, :length], v[row, :, :length]) for k, v in cache.prompt], logits[row], samples)
+            for row, (index, length) in enumerate(zip(wanted, lengths, strict=True))
         }
 
     def _admit(
@@ -149,6 +155,7 @@ class NativeEngine:
         prompts: list[Prompt],
         plan: SamplingPlan,
         cache: SlotCache,
+        state: _State,
         waiting: deque[tuple[int, int]],
         prefilled: dict[int, _Prefilled],
         taken: int,
@@ -157,74 +164,145 @@ class NativeEngine:
         chosen: list[tuple[int, int]] = [waiting.popleft() for _ in range(min(len(waiting), cache.slots - taken))]
         missing = [index for index in dict.fromkeys(prompt for prompt, _ in chosen) if index not in prefilled]
         while missing:
-            tokens = 0
             batch: list[int] = []
-            while missing and (not batch or tokens + len(prompts[missing[0]].token_ids) <= PREFILL_TOKENS):
-                tokens += len(prompts[missing[0]].token_ids)
+            width = 0
+            while missing and (
+                not batch or max(width, len(prompts[missing[0]].token_ids)) * (len(batch) + 1) <= PREFILL_TOKENS
+            ):
+                width = max(width, len(prompts[missing[0]].token_ids))
                 batch.append(missing.pop(0))
             prefilled.update(self._prefill(prompts, batch, plan.num_generations, cache))
-        rows = []
-        logits = torch.stack([prefilled[prompt].logits_V for prompt, _ in chosen])
-        row_keys = [stream_key(plan.seed, prompts[prompt].draw, sample) for prompt, sample in chosen]
-        keys = torch.tensor(row_keys, device=logits.device)
-        tokens_B, logprobs_B = draw_tokens(logits, counted_uniform(keys, torch.zeros_like(keys)), plan.temperature)
-        for offset, ((prompt, sample), token, logprob) in enumerate(
-            zip(chosen, tokens_B.tolist(), logprobs_B.tolist(), strict=True)
-        ):
-            length = len(prompts[prompt].token_ids)
-            cache.prompt = prefilled[prompt].keys
-            cache.admit([taken + offset], [0], length)
-            rows.append(_Row(prompt, sample, row_keys[offset], length, [token], [logprob]))
-            prefilled[prompt].waiting -= 1
+        rows = [_Row(prompt, sample, len(prompts[prompt].token_ids)) for prompt, sample in chosen]
+        new = slice(taken, taken + len(rows))
+        keys = [stream_key(plan.seed, prompts[prompt].draw, sample) for prompt, sample in chosen]
+        state.keys[new] = torch.tensor(keys, device=state.keys.device)
+        state.positions[new] = torch.tensor([row.cached for row in rows], device=state.keys.device)
+        state.drawn[new] = 1
+        logits = torch.stack([prefilled[row.prompt].logits_V for row in rows])
+        uniform = counted_uniform(state.keys[new], torch.zeros_like(state.keys[new]))
+        state.tokens[new], state.new_logprobs[0, new] = draw_tokens(logits, uniform, plan.temperature)
+        slot = taken
+        for prompt in dict.fromkeys(row.prompt for row in rows):
+            samples = sum(row.prompt == prompt for row in rows)
+            cache.admit(slot, prefilled[prompt].prompt, samples)
+            slot += samples
+            prefilled[prompt].waiting -= samples
             if not prefilled[prompt].waiting:
                 del prefilled[prompt]  # all its samples have a slot: give the memory back
+        cache.prompt = []
         return rows
 
-    def _decode(self, rows: list[_Row], cache: SlotCache, plan: SamplingPlan) -> None:
-        """One token for every row."""
-        device = device_of(self.model)
-        last = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
-        cached = torch.tensor([row.cached for row in rows], device=device)
-        keys = torch.tensor([row.key for row in rows], device=device)
-        drawn = torch.tensor([len(row.tokens) for row in rows], device=device)
-        cache.rows, cache.positions = torch.arange(len(rows), device=device), cached
-        cache.longest = max(row.cached for row in rows) + 1
-        hidden = self._backbone(last, cached[:, None], cache, SlotLayout(cached + 1, cache.longest))
-        tokens_B, logprobs_B = draw_tokens(self._head(hidden[:, 0]), counted_uniform(keys, drawn), plan.temperature)
-        for row, token, logprob in zip(rows, tokens_B.tolist(), logprobs_B.tolist(), strict=True):
-            row.cached += 1
-            row.tokens.append(token)
-            row.logprobs.append(logprob)
+    def _decode(self, rows: list[_Row], cache: SlotCache, state: _State, plan: SamplingPlan) -> int:
+        """A few tokens for every row, without a look at them. -> how many each."""
+        device = state.tokens.device
+        steps = min(self._check_every(device), max(plan.max_completion_length - row.drawn for row in rows))
+        active, longest = len(rows), max(row.cached for row in rows) + 1
+        for step in range(steps):
+            if device.type == "cuda":
+                self._captured_step(active, longest + step, cache, state, plan.temperature)
+            else:
+                self._step(active, longest + step, cache, state, plan.temperature)
+            state.new_tokens[step], state.new_logprobs[step] = state.tokens, state.logprobs
+        for row in rows:
+            row.cached += steps
+            row.drawn += steps
+        return steps
+
+    def _step(self, active: int, longest: int, cache: SlotCache, state: _State, temperature: float) -> None:
+        """One token for each of the first `active` rows: only device work, and the same shapes for the same arguments."""
+        positions = state.positions[:active]
+        cache.aim(positions, longest)
+        hidden = self.backbone.step(state.tokens[:active], positions, cache)
+        uniform = counted_uniform(state.keys[:active], state.drawn[:active])
+        state.tokens[:active], state.logprobs[:active] = draw_tokens(self._head(hidden), uniform, temperature)
+        positions += 1
+        positions.clamp_(max=cache.length - 1)  # a finished row that goes on for a few tokens stays inside its slot
+        state.drawn[:active] += 1
+
+    def _captured_step(self, active: int, longest: int, cache: SlotCache, state: _State, temperature: float) -> None:
+        """_step, replayed from a CUDA graph of its bucket: some rows and positions more, but one launch."""
+        active = min(_power_of_two(active), cache.slots)
+        longest = min(-(-longest // BUCKET) * BUCKET, cache.length)
+        key = (active, longest, temperature)
+        if key not in self.graphs:
+            saved = [tensor.clone() for tensor in (state.tokens, state.positions, state.drawn)]
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # a first run outside the graph: libraries set themselves up
+                self._step(active, longest, cache, state, temperature)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step(active, longest, cache, state, temperature)
+            for tensor, before in zip((state.tokens, state.positions, state.drawn), saved, strict=True):
+                tensor.copy_(before)
+            self.graphs[key] = graph
+        self.graphs[key].replay()
+
+    def _collect(self, rows: list[_Row], tokens: Tensor, logprobs: Tensor, plan: SamplingPlan) -> None:
+        """Append what was drawn, [steps, slots] each, up to each row's end token."""
+        ended = torch.isin(tokens[:, : len(rows)], self.end_ids).T.tolist()
+        drawn = zip(rows, ended, tokens[:, : len(rows)].T.tolist(), logprobs[:, : len(rows)].T.tolist(), strict=True)
+        for row, ends, new_tokens, new_logprobs in drawn:
+            room = plan.max_completion_length - len(row.tokens)
+            count = min(ends.index(True) + 1 if True in ends else len(ends), room)
+            row.ended = ends[count - 1]
+            row.tokens += new_tokens[:count]
+            row.logprobs += new_logprobs[:count]
 
     def _retire(
-        self, rows: list[_Row], cache: SlotCache, plan: SamplingPlan, done: dict[tuple[int, int], Completion]
+        self,
+        rows: list[_Row],
+        cache: SlotCache,
+        state: _State,
+        plan: SamplingPlan,
+        done: dict[tuple[int, int], Completion],
     ) -> None:
         """Take finished rows out; rows from the end move into the holes, so that active rows are always the first."""
         finished = [
-            index
-            for index, row in enumerate(rows)
-            if row.tokens[-1] in self.end_ids or len(row.tokens) >= plan.max_completion_length
+            index for index, row in enumerate(rows) if row.ended or len(row.tokens) >= plan.max_completion_length
         ]
         if not finished:
             return
         for index in finished:
             row = rows[index]
             text = str(self.tokenizer.decode(row.tokens, skip_special_tokens=True))
-            ended = row.tokens[-1] in self.end_ids
-            done[row.prompt, row.sample] = Completion(row.tokens, row.logprobs, ended, text)
+            done[row.prompt, row.sample] = Completion(row.tokens, row.logprobs, row.ended, text)
         left = len(rows) - len(finished)
         holes = [index for index in finished if index < left]
         movers = sorted(set(range(left, len(rows))) - set(finished))
         if holes:
             cache.move(holes, movers, max(rows[index].cached for index in movers))
+            state.move(holes, movers)
             for hole, mover in zip(holes, movers, strict=True):
                 rows[hole] = rows[mover]
         del rows[left:]
 
-    def _backbone(self, ids: Tensor, positions: Tensor, cache: SlotCache, layout: SlotLayout | None) -> Tensor:
-        return self.model.base_model(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, layout=layout
-        ).last_hidden_state
-
     def _head(self, hidden: Tensor) -> Tensor:
-        return self.model.get_output_embeddings()(hidden)
+        return head_logits(hidden, full_tensor(self.model.get_output_embeddings().weight), product_dtype(hidden.device))
+
+
+def choose_backbone(model: PreTrainedModel) -> Backbone:
+    """The fused backbone where the model has its shape and both give the same hidden states on a probe."""
+    plain = ModuleBackbone(model)
+    if not FusedBackbone.fits(model):
+        return plain
+    fused = FusedBackbone(model)
+    device = device_of(model)
+    ids = torch.arange(3, 3 + 12, device=device).reshape(2, 6) % model.config.vocab_size
+    seen = []
+    with torch.no_grad():
+        for backbone in (plain, fused):
+            cache = SlotCache(2, 8)
+            backbone.refresh()
+            hidden = backbone.prefill(ids, cache)
+            for row in range(2):
+                cache.admit(row, [(key[row], value[row]) for key, value in cache.prompt], 1)
+            positions = torch.tensor([6, 6], device=device)
+            cache.aim(positions, 7)
+            seen.append(torch.cat([hidden, backbone.step(ids[:, 0], positions, cache)[:, None]], dim=1).float())
+    return fused if torch.allclose(seen[0], seen[1], atol=1e-3, rtol=1e-3) else plain
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()

@@ -1,0 +1,80 @@
+"""The KV cache of the native engine: a fixed number of slots, allocated once, each row at its own position.
+
+keys[layer], values[layer]    [slots, length, K, D]    token-major: one row's new token is one contiguous copy
+"""
+
+import torch
+from torch import Tensor
+
+
+class SlotCache:
+    """Keys and values of all slots. Rows 0 .. B-1 are the active ones: the engine keeps them together.
+
+    It also stands in for a transformers Cache (`update`), for models that decode through their own modules. While
+    `prefilling`, nothing is stored: what the layers computed is collected in `prompt`.
+    """
+
+    def __init__(self, slots: int, length: int):
+        self.slots, self.length = slots, length
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.prompt: list[tuple[Tensor, Tensor]] = []
+        """What the last prefill computed: per layer, keys and values [prompts, K, tokens, D]."""
+        self.prefilling = False
+        self.places = torch.empty(0, dtype=torch.long)
+        """[B] where each active row's next token goes: its position."""
+        self.active = self.longest = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
+
+    def aim(self, positions_B: Tensor, longest: int) -> None:
+        """The next step writes row b's token at positions_B[b], and looks at the first `longest` positions."""
+        self.active, self.longest, self.places = len(positions_B), longest, positions_B
+        self._flat: dict[int, Tensor] = {}
+
+    def collect(self, key: Tensor, value: Tensor) -> None:
+        """One layer's prompt keys and values, [prompts, K, tokens, D]; the slots are allocated at the first sight of them."""
+        layer = len(self.prompt)
+        self.prompt.append((key, value))
+        if layer == len(self.keys):
+            shape = (self.slots, key.shape[1], self.length, key.shape[3])
+            self.keys.append(key.new_zeros(shape))
+            self.values.append(value.new_zeros(shape))
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """One new token per active row, [B, K, D] -> what to attend to: keys and values [B, K, longest, D]."""
+        heads = key.shape[1]
+        if heads not in self._flat:  # one copy of contiguous pieces per layer, instead of scattered writes
+            rows = torch.arange(self.active * heads, device=key.device).view(self.active, heads)
+            self._flat[heads] = (rows * self.length + self.places[:, None]).flatten()
+        seen = []
+        for cache, new in ((self.keys[layer], key), (self.values[layer], value)):
+            cache.flatten(0, 2).index_copy_(0, self._flat[heads], new.flatten(0, 1).to(cache.dtype))
+            seen.append(cache[: self.active, :, : self.longest])
+        return seen[0], seen[1]
+
+    def admit(self, first_slot: int, prompt: list[tuple[Tensor, Tensor]], samples: int) -> None:
+        """Copy one prompt's keys and values, [K, tokens, D] per layer, into `samples` slots from `first_slot` on."""
+        for layer, (key, value) in enumerate(prompt):
+            self.keys[layer][first_slot : first_slot + samples, :, : key.shape[1]] = key
+            self.values[layer][first_slot : first_slot + samples, :, : value.shape[1]] = value
+
+    def move(self, targets: list[int], sources: list[int], used: int) -> None:
+        """Copy rows `sources` over rows `targets`, the first `used` positions."""
+        for tensor in (*self.keys, *self.values):
+            for target, source in zip(targets, sources, strict=True):
+                tensor[target, :, :used] = tensor[source, :, :used]
+
+    # What transformers' attention layers call.
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """key, value [B, K, T, D] -> the keys and values to attend to, [B, K, L, D]."""
+        if self.prefilling:
+            self.collect(key, value)
+            return key, value
+        return self.write(layer, key[:, :, 0], value[:, :, 0])
+
+    def get_seq_length(self, *_: object) -> int:
+        return 0  # positions are always given explicitly
