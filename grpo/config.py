@@ -27,11 +27,35 @@ class ModelConfig:
     """A hub id, a local folder, or "starter": a small model that is made here, without a download."""
     reference: str | None = None
     """Reference policy: null = a frozen copy of the starting model; or another hub id or folder."""
-    torch_dtype: Literal["float32"] = "float32"
-    """Master weights. float32 only: at learning rate 1e-6 AdamW changes almost no bfloat16 weight. Compute precision
-    is accelerate's mixed_precision."""
+    sync_ref_model: bool = False
+    """Move the reference towards the policy every ref_model_sync_steps steps (TR-DPO, arXiv 2404.09656)."""
+    ref_model_mixup_alpha: float = 0.6
+    """How far: reference <- alpha * policy + (1 - alpha) * reference. 1 = a fresh copy of the policy."""
+    ref_model_sync_steps: int = 512
+    reference_offload: bool = False
+    """Keep the reference in the machine's memory, and on the GPU only while it is used."""
+    torch_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights in memory. float32 where they are trained: at learning rate 1e-6 AdamW changes almost no bfloat16 weight.
+    bfloat16 only with lora.r, whose base is frozen. Compute precision is accelerate's mixed_precision."""
+    gguf_file: str | None = None
+    """Load this GGUF file (of Ollama, llama.cpp) from the folder or hub id in model.name, dequantized."""
+    load_in_4bit: bool = False
+    """QLoRA: base weights in 4 bits (nf4). Needs lora.r and bitsandbytes."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute. TRL's default is true."""
+
+
+@dataclass
+class LoraConfig:
+    r: int | None = None
+    """Rank of the adapter; null = full fine-tuning."""
+    lora_alpha: int = 32
+    """The adapter counts lora_alpha / r times."""
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Ends of layer names (q_proj, v_proj, lm_head, embed_tokens, ...), or all-linear = every linear layer but the head.
+    TRL's default is peft's: query and value projections only."""
+    use_rslora: bool = False
+    """Divide by sqrt(r) instead of r (arXiv 2312.03732)."""
 
 
 @dataclass
@@ -228,6 +252,7 @@ class Config:
     rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "xml_format": 0.2})
     """Reward function -> weight. Registered names, package.module:function, or path/file.py:function."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -298,6 +323,9 @@ def check_config(config: Config) -> None:
         ("optimizer.weight_decay", optimizer.weight_decay, 0),
         ("rollout.slots", config.rollout.slots, 1),
         ("rollout.correction_cap", config.rollout.correction_cap, 1),
+        ("lora.r", 1 if config.lora.r is None else config.lora.r, 1),
+        ("lora.lora_alpha", config.lora.lora_alpha, 1),
+        ("model.ref_model_sync_steps", config.model.ref_model_sync_steps, 1),
     ]:
         if not value >= lowest:
             raise ConfigError(f"{key} is {value}, needs at least {lowest}")
@@ -312,6 +340,7 @@ def check_config(config: Config) -> None:
             f"sampling.{key} is {value}: a truncated sampling distribution is not the one that the policy is trained "
             f"as, so the importance ratios would be biased. Leave top_p at 1.0 and top_k at 0 for training"
         )
+    check_model(config.model, config.lora, objective)
     if not 0 <= optimizer.warmup_ratio <= 1:
         raise ConfigError(f"optimizer.warmup_ratio is {optimizer.warmup_ratio}, needs to be between 0 and 1")
     if config.resume == "auto" and config.run_dir is None and config.tracking.run_name is None:
@@ -401,6 +430,42 @@ def check_objective(config: Config) -> None:
         raise ConfigError(
             f"objective.multi_objective_aggregation normalize_then_sum is advantage_estimator gdpo, which is "
             f"{objective.advantage_estimator}: set only one of the two"
+        )
+
+
+def check_model(model: ModelConfig, lora: LoraConfig, objective: ObjectiveConfig) -> None:
+    """Raise ConfigError for a model, adapter and reference that cannot work together."""
+    if lora.r is None and (model.load_in_4bit or model.torch_dtype != "float32"):
+        key = "load_in_4bit is true" if model.load_in_4bit else f"torch_dtype is {model.torch_dtype}"
+        raise ConfigError(
+            f"model.{key}, but lora.r is not set: weights that are trained need float32, since a step of 1e-6 is lost in "
+            f"the rounding of anything less. Set lora.r (16 is usual), or leave torch_dtype float32 and load_in_4bit false"
+        )
+    if model.load_in_4bit and model.gguf_file:
+        raise ConfigError("model.load_in_4bit and model.gguf_file cannot be combined: a GGUF is loaded dequantized")
+    if lora.r is not None and not lora.target_modules:
+        raise ConfigError("lora.target_modules is empty: name layers, for example [q_proj, v_proj], or [all-linear]")
+    if not 0 < model.ref_model_mixup_alpha <= 1:
+        raise ConfigError(f"model.ref_model_mixup_alpha is {model.ref_model_mixup_alpha}, needs to be in (0, 1]")
+    if objective.beta == 0:
+        for key, value in [
+            ("reference", model.reference),
+            ("sync_ref_model", model.sync_ref_model),
+            ("reference_offload", model.reference_offload),
+        ]:
+            if value:
+                raise ConfigError(
+                    f"model.{key} is {value}, but objective.beta is 0, so no reference is ever used: set a beta or drop it"
+                )
+    if lora.r is not None and model.sync_ref_model:
+        raise ConfigError(
+            "model.sync_ref_model is true with lora.r: the reference is the adapter switched off, and cannot move. "
+            "Set sync_ref_model to false"
+        )
+    if lora.r is not None and model.reference_offload and model.reference is None:
+        raise ConfigError(
+            "model.reference_offload is true with lora.r: the reference is the adapter switched off, and takes no memory. "
+            "Set reference_offload to false"
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from grpo.errors import ConfigError
 from grpo.metrics import Sums
@@ -98,3 +98,13 @@ def gather_rows(accelerator: Accelerator, rows: list[dict]) -> list[dict]:
     parts: list[list[dict]] = [[] for _ in range(accelerator.num_processes)]
     torch.distributed.all_gather_object(parts, rows)
     return [row for part in parts for row in part]
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether each process holds only a part of the weights (FSDP, DeepSpeed)."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def compute_dtype(accelerator: Accelerator) -> torch.dtype | None:
+    """What mixed precision computes in; None where it is off."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)

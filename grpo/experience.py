@@ -183,7 +183,7 @@ def completion_kl(run: "Run", groups: list[Group], sums: Sums) -> Tensor:
         max_over_ranks(run.accelerator, len(batches)) - len(batches)
     )
     for index, batch in enumerate(batches + empty):
-        reference_N = run.policy.reference_logprobs(batch.to(run.policy.device))
+        reference_N = run.policy.reference_logprobs([batch.to(run.policy.device)])[0]
         if index < len(batches) and reference_N is not None:
             kl_N = kl_estimate(batch.sampling_logprobs_N, reference_N.cpu(), run.config.objective.kl_estimator)
             kl[batch.advantages_N.long()] = per_sequence(kl_N, batch)

@@ -20,10 +20,15 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from grpo.attention import NAME, GroupSpan, grpo_attention
-from grpo.config import ModelConfig, ObjectiveConfig, OptimizerConfig
+from grpo.checkpoint import Tensors, optimizer_from_tensors, optimizer_to_tensors
+from grpo.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from grpo.distributed import compute_dtype, is_sharded
 from grpo.errors import ConfigError, NumericsError
 from grpo.logprobs import token_logprobs
+from grpo.lora import add_adapter, check_quantization, head_weight, off, save_adapter
 from grpo.packing import PackedBatch
+from grpo.reference import Reference, check_vocabulary
+from grpo.weights import Float32Head, WorkingCopy, full, save_plain
 
 AttentionInterface.register(NAME, grpo_attention)
 disable_progress_bar()  # "Loading weights 38/38": noise between our own lines
@@ -39,6 +44,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.model, self.swapped, self.temperature = model, swapped, temperature
         self.entropy_gradient = entropy_gradient
+        self._no_split_modules = model._no_split_modules  # the layers that FSDP shards one by one
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         if self.swapped:
@@ -54,13 +60,19 @@ class Scorer(nn.Module):
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             hidden_NH = hidden.flatten(0, 1)[predictor]
         head = self.model.get_output_embeddings()
-        return token_logprobs(
-            hidden_NH, head.weight, batch.tokens_N, self.temperature, entropy_gradient=self.entropy_gradient
-        )
+        with torch.autocast(hidden_NH.device.type, enabled=False):  # the head in float32: see Float32Head
+            return token_logprobs(
+                hidden_NH.float(),
+                head_weight(head).float(),
+                batch.tokens_N,
+                self.temperature,
+                entropy_gradient=self.entropy_gradient,
+            )
 
 
 class Policy:
-    """Everything that learns. `scorer` is the wrapped module; `model` and `tokenizer` are plain Hugging Face objects."""
+    """Everything that learns. `model` is the live model; `scorer` is what it goes through, wrapped for the machine;
+    `sampler` is the plain model that engines read, brought up to date by `refresh_sampler`."""
 
     def __init__(
         self,
@@ -69,65 +81,101 @@ class Policy:
         config: ModelConfig,
         objective: ObjectiveConfig,
         optimizer: OptimizerConfig,
+        lora: LoraConfig | None = None,
         *,
         temperature: float,
         optimizer_steps: int,
     ):
-        self.accelerator = accelerator
+        self.accelerator, self.config = accelerator, config
         self.max_grad_norm = optimizer.max_grad_norm
-        self.model = load_model(path)
+        self.model = load_model(path, config, accelerator.device)
         self.swapped = use_grpo_attention(self.model)
-        if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
-            self.model.train()  # checkpointing is only active in train mode; every dropout is 0, so nothing else changes
         self.model.to(accelerator.device)
-        self.reference: Scorer | None = None
-        if objective.beta > 0:
-            other = load_model(config.reference) if config.reference else copy.deepcopy(self.model)
-            if config.reference:
-                _check_vocabulary(self.model, other, config.reference)
-                use_grpo_attention(other)
-            other.requires_grad_(False).eval().to(accelerator.device)
-            self.reference = Scorer(other, swapped=self.swapped, temperature=temperature)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=optimizer.learning_rate,
-            betas=(optimizer.adam_beta1, optimizer.adam_beta2),
-            weight_decay=optimizer.weight_decay,
-        )
-        self.scheduler = get_scheduler(
-            optimizer.lr_scheduler_type,
-            self.optimizer,
-            num_warmup_steps=math.ceil(optimizer.warmup_ratio * optimizer_steps),
-            num_training_steps=optimizer_steps,
-        )
+        self.working_copy = WorkingCopy(self.model)
         scorer = Scorer(
             self.model,
             swapped=self.swapped,
             temperature=temperature,
             entropy_gradient=objective.entropy_coef != 0,
         )
+        self.reference: Reference | None = None
+        with_lora = lora is not None and lora.r is not None
+        if objective.beta > 0 and (config.reference or not with_lora):
+            self.reference = self._second_model(scorer, path)
+        self.adapter = None
+        if with_lora:
+            assert lora is not None
+            self.adapter = add_adapter(self.model, lora, base=path)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.train()  # checkpointing is only active in train mode; every dropout is 0, so nothing else changes
+        sharded = is_sharded(accelerator)
+        self.working_copy.follow(self.model, compute=compute_dtype(accelerator), sharded=sharded)
+        self.optimizer = torch.optim.AdamW(
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+            lr=optimizer.learning_rate,
+            betas=(optimizer.adam_beta1, optimizer.adam_beta2),
+            weight_decay=optimizer.weight_decay,
+        )
         self.scorer, self.prepared_optimizer = accelerator.prepare(scorer, self.optimizer)
+        self.scheduler = get_scheduler(
+            optimizer.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=math.ceil(optimizer.warmup_ratio * optimizer_steps),
+            num_training_steps=optimizer_steps,
+        )
+        if objective.beta > 0 and self.reference is None:
+            adapter = self.adapter
+            self.reference = Reference(self.scorer, self.device, switch=lambda: off(adapter))  # type: ignore[arg-type]
+
+    def _second_model(self, scorer: "Scorer", path: str) -> Reference:
+        """A frozen copy of the policy, or the model that model.reference names."""
+        name = self.config.reference
+        if name is None:
+            other = copy.deepcopy(self.model)
+        else:
+            other = load_model(name)
+            check_vocabulary(
+                self.model.config.vocab_size, other.config.vocab_size, load_tokenizer(path), load_tokenizer(name), name
+            )
+        swapped = self.swapped if name is None else use_grpo_attention(other)
+        frozen = Scorer(other, swapped=swapped, temperature=scorer.temperature)
+        if not self.config.reference_offload:
+            frozen.to(self.device)
+        return Reference(frozen, self.device, offload=self.config.reference_offload)
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
 
     @property
+    def sampler(self) -> PreTrainedModel:
+        """The plain model that engines read. Fresh after `refresh_sampler`."""
+        return self.working_copy.model
+
+    @property
     def learning_rate(self) -> float:
         return float(self.scheduler.get_last_lr()[0])
+
+    def refresh_sampler(self) -> None:
+        """Bring `sampler` up to date with the weights. Collective where they are sharded."""
+        self.working_copy.refresh()
 
     def logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """[N] logprobs with a gradient, [N] entropies without."""
         return self.scorer(batch)
 
-    @torch.no_grad()
-    def reference_logprobs(self, batch: PackedBatch) -> Tensor | None:
-        """[N] logprobs of the frozen reference; None where there is none."""
+    def reference_logprobs(self, batches: list[PackedBatch]) -> list[Tensor | None]:
+        """[N] logprobs of the reference for each batch; None where there is none."""
         if self.reference is None:
-            return None
+            return [None] * len(batches)
         with self.accelerator.autocast():
-            return self.reference(batch)[0]
+            return list(self.reference.logprobs(batches))
+
+    def sync_reference(self, done: int) -> None:
+        """After step `done`: move the reference towards the policy, where model.sync_ref_model says so."""
+        if self.reference is not None and self.config.sync_ref_model and done % self.config.ref_model_sync_steps == 0:
+            self.reference.sync(self.model, self.config.ref_model_mixup_alpha)
 
     @contextlib.contextmanager
     def accumulate(self, *, sync: bool) -> Iterator[None]:
@@ -142,8 +190,10 @@ class Policy:
 
     def step(self) -> float:
         """Clip, step, clear. -> the gradient norm before clipping. A gradient that is not finite changes no weight."""
-        norm = float(self.accelerator.clip_grad_norm_(self.scorer.parameters(), self.max_grad_norm))
-        if math.isfinite(norm):
+        norm = self.accelerator.clip_grad_norm_(self.scorer.parameters(), self.max_grad_norm)
+        norm = float(full(norm)) if isinstance(norm, Tensor) else float(norm or 0.0)
+        # With float16, the loss scaler looks for overflow itself, skips the step, and must be told of it to scale less.
+        if math.isfinite(norm) or self.accelerator.scaler is not None:
             self.prepared_optimizer.step()
         self.scheduler.step()
         self.prepared_optimizer.zero_grad()
@@ -154,28 +204,112 @@ class Policy:
         batch = probe_batch(self.model.config.vocab_size).to(self.device)
         with torch.no_grad():
             logprobs = self.logprobs(batch)[0]
-            reference = self.reference_logprobs(batch)
+        reference = self.reference_logprobs([batch])[0]
         if not bool(torch.isfinite(logprobs).all()) or bool((logprobs > 1e-4).any()):
             raise NumericsError("the model's logprobs are not finite or above 0: its weights may be damaged")
-        if reference is not None and self.reference_is_start and not torch.allclose(logprobs, reference, atol=1e-2):
-            raise NumericsError("the reference is a copy of the policy, but their logprobs differ at the start")
+        if reference is None or not self.reference_is_start:
+            return
+        tolerance = 1e-4 if compute_dtype(self.accelerator) is None else 5e-2
+        furthest = float((logprobs - reference).abs().max())
+        if furthest > tolerance:
+            raise NumericsError(
+                f"the reference is a copy of the policy, but their logprobs differ by up to {furthest:.2g} at the start "
+                f"(rounding explains {tolerance}): the KL would not start at 0"
+            )
 
     reference_is_start = True
     """False once weights were loaded from a checkpoint, or when model.reference names another model."""
 
+    def state(self) -> tuple[Tensors, dict]:
+        """What a checkpoint holds of the policy: (tensors, plain values). Collective where weights are sharded.
+
+        Weights that never change (the base under an adapter, a frozen reference) are not in it.
+        """
+        if is_sharded(self.accelerator):
+            from grpo.sharding import full_state
+
+            weights, moments = full_state(self.scorer, self.optimizer)
+        else:
+            learned = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            weights = dict(self.model.state_dict())
+            if self.adapter is not None:
+                weights = {name: tensor for name, tensor in weights.items() if name in learned}
+            moments = self.optimizer.state_dict()
+        optimizer_tensors, groups = optimizer_to_tensors(moments)
+        tensors = {"model": weights, "optimizer": optimizer_tensors}
+        if self.reference is not None and self.config.sync_ref_model:
+            tensors["reference"] = {name: full(value) for name, value in self.reference.model.state_dict().items()}
+        state = {"optimizer": groups, "scheduler": self.scheduler.state_dict()}
+        if self.accelerator.scaler is not None:
+            state["loss_scale"] = self.accelerator.scaler.state_dict()
+        return tensors, state
+
+    def load_state(self, tensors: Tensors, state: dict) -> None:
+        """What `state` gave, on every rank. Raises ConfigError if the checkpoint is of another kind of run."""
+        moments = optimizer_from_tensors(tensors["optimizer"], state["optimizer"])
+        if is_sharded(self.accelerator):
+            from grpo.sharding import load_full_state
+
+            load_full_state(self.scorer, self.optimizer, tensors["model"], moments)
+        else:
+            unknown = self.model.load_state_dict(tensors["model"], strict=False).unexpected_keys
+            if unknown:
+                raise ConfigError(
+                    f"the checkpoint holds {unknown[0]} and {len(unknown) - 1} more weights that this model does not have: "
+                    f"resume with the lora.* and model.name that the run was started with"
+                )
+            if self.adapter is None:
+                self.model.tie_weights()
+            self.optimizer.load_state_dict(moments)
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None and "loss_scale" in state:
+            self.accelerator.scaler.load_state_dict(state["loss_scale"])
+        if self.config.sync_ref_model and self.reference is not None:
+            if "reference" not in tensors:
+                raise ConfigError("the checkpoint has no reference: resume with model.sync_ref_model as it was started")
+            self.reference.model.load_state_dict(tensors["reference"], strict=False)
+
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """A plain Hugging Face folder: AutoModelForCausalLM.from_pretrained loads it."""
-        attention = self.model.config._attn_implementation
-        self.model.set_attn_implementation("sdpa")
-        self.model.save_pretrained(folder)
-        self.model.set_attn_implementation(attention)
-        tokenizer.save_pretrained(folder)
+        """A plain Hugging Face folder: AutoModelForCausalLM.from_pretrained loads it. With LoRA, merged; the adapter alone
+        is put beside it, in adapter/. Every rank must call it; the main process writes."""
+        main = self.accelerator.is_main_process
+        if self.adapter is None and not is_sharded(self.accelerator):
+            if main:
+                attention = self.model.config._attn_implementation
+                self.model.set_attn_implementation("sdpa")
+                self.model.save_pretrained(folder)
+                self.model.set_attn_implementation(attention)
+        else:
+            save_plain(self.model, folder, write=main)
+        if self.adapter is not None:
+            weights = {name: full(value) for name, value in self.model.named_parameters() if value.requires_grad}
+            if main:
+                save_adapter(self.adapter, folder.parent / "adapter", weights)
+        if main:
+            tokenizer.save_pretrained(folder)
 
 
-def load_model(path: str) -> PreTrainedModel:
-    """A causal LM with float32 weights and every dropout 0, so that sampling and scoring see one and the same policy."""
+def load_model(path: str, config: ModelConfig | None = None, device: torch.device | None = None) -> PreTrainedModel:
+    """A causal LM with every dropout 0, so that sampling and scoring see one and the same policy; its head in float32.
+
+    float32 weights, unless `config` says otherwise (torch_dtype, load_in_4bit, gguf_file).
+    """
+    extra: dict[str, object] = {}
+    dtype = torch.float32
+    if config is not None:
+        dtype = getattr(torch, config.torch_dtype)
+        if config.gguf_file:
+            extra["gguf_file"] = config.gguf_file
+        if config.load_in_4bit:
+            check_quantization()
+            from transformers import BitsAndBytesConfig
+
+            extra["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
+            extra["device_map"] = {"": device or torch.device("cpu")}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", **extra)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name '{path}' cannot be loaded: {error}") from error
     for module in model.modules():
@@ -189,12 +323,15 @@ def load_model(path: str) -> PreTrainedModel:
     for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model.config, key, None) not in (None, 1.0):
             raise ConfigError(f"model.name '{path}': config.{key} changes the logits in a way that is not supported")
+    if type(head) is nn.Linear:
+        head.__class__ = Float32Head
     return model.eval()
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(path, padding_side="left")
+        extra = {"gguf_file": gguf_file} if gguf_file else {}
+        return AutoTokenizer.from_pretrained(path, padding_side="left", **extra)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name '{path}': its tokenizer cannot be loaded: {error}") from error
 
@@ -252,11 +389,3 @@ def probe_batch(vocabulary: int) -> PackedBatch:
         zeros,
         lengths_S,
     )
-
-
-def _check_vocabulary(model: PreTrainedModel, reference: PreTrainedModel, name: str) -> None:
-    if reference.config.vocab_size != model.config.vocab_size:
-        raise ConfigError(
-            f"model.reference '{name}' has a vocabulary of {reference.config.vocab_size}, the policy one of "
-            f"{model.config.vocab_size}: a KL between them means nothing. Use a reference with the same tokenizer"
-        )

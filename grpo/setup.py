@@ -15,8 +15,6 @@ from grpo.advantages import ADVANTAGES, SUBSETS
 from grpo.checkpoint import (
     load_checkpoint,
     newest_valid,
-    optimizer_from_tensors,
-    optimizer_to_tensors,
     save_checkpoint,
 )
 from grpo.config import Config, DataConfig, ObjectiveConfig
@@ -84,29 +82,32 @@ class Run:
         if self.config.tracking.log_completions and rows and (step == 1 or step % every == 0):
             self.display.completions(rows)
 
+    def follow(self, step: int) -> None:
+        """What follows the policy catches up with its weights after `step`: the engine, and a synced reference."""
+        self.policy.sync_reference(step)
+        self.policy.refresh_sampler()
+        self.engine.update_weights(step)
+
     def save(self, step: int) -> None:
         """A checkpoint from which `resume` goes on exactly."""
         self.accelerator.wait_for_everyone()
+        tensors, state = self.policy.state()
         if self.accelerator.is_main_process:
-            moments, groups = optimizer_to_tensors(self.policy.optimizer.state_dict())
-            state = {
+            state |= {
                 "step": step,
                 "progress": vars(self.progress),
                 "stream": self.stream.state_dict(),
-                "optimizer": groups,
-                "scheduler": self.policy.scheduler.state_dict(),
                 "first_eval": self.first_eval,
                 "last_eval": self.last_eval,
             }
-            tensors = {"model": dict(self.policy.model.state_dict()), "optimizer": moments}
             save_checkpoint(self.run_dir, step, tensors, state, self.config.save_total_limit)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> Path:
         """final/, the before/after table, and the path."""
         self.accelerator.wait_for_everyone()
+        self.policy.save(self.run_dir / "final", self.tokenizer)
         if self.accelerator.is_main_process:
-            self.policy.save(self.run_dir / "final", self.tokenizer)
             self.display.table(self.first_eval, self.last_eval, self.run_dir)
         if self.tracker is not None:
             self.tracker.finish()
@@ -143,6 +144,7 @@ def prepare(config: Config) -> Run:
         config.model,
         config.objective,
         config.optimizer,
+        config.lora,
         temperature=config.sampling.temperature,
         optimizer_steps=config.steps * config.objective.num_iterations,
     )
@@ -151,10 +153,7 @@ def prepare(config: Config) -> Run:
     progress = Progress(beta=config.objective.beta)
     if checkpoint is not None:
         tensors, state = load_checkpoint(checkpoint)
-        policy.model.load_state_dict(tensors["model"], strict=False)
-        policy.model.tie_weights()
-        policy.optimizer.load_state_dict(optimizer_from_tensors(tensors["optimizer"], state["optimizer"]))
-        policy.scheduler.load_state_dict(state["scheduler"])
+        policy.load_state(tensors, state)
         progress = Progress(**state["progress"])
         start, first_eval, last_eval = state["step"], state["first_eval"], state["last_eval"]
         data.stream.load_state_dict(state.get("stream", {}))
@@ -162,8 +161,9 @@ def prepare(config: Config) -> Run:
         if start >= config.steps:
             raise ConfigError(f"{checkpoint} has done all {config.steps} steps: raise steps to go on")
     policy.check()
+    policy.refresh_sampler()
     engine = build_engine(
-        config.rollout.engine, policy.model, tokenizer, slots=config.rollout.slots, swapped=policy.swapped
+        config.rollout.engine, policy.sampler, tokenizer, slots=config.rollout.slots, swapped=policy.swapped
     )
     tracker = None
     if accelerator.is_main_process:

@@ -50,10 +50,11 @@ def loop(run: Run) -> None:
         clock.lap("reference")
         # 4. Lay them end to end, and 5. learn.
         update(run, experience, sums, clock)
+        done = step + 1
+        run.follow(done)
         clock.lap("update")
         # 6. What was too easy, or hopeless, is left out for a while. 7. Write it down.
         measured = measure(run, sampled)
-        done = step + 1
         metrics = step_metrics(run, sampled, experience, sums, clock.laps)
         metrics |= measured
         adapt(run, metrics)
@@ -93,7 +94,7 @@ def update(run: Run, experience: Experience, sums: Sums, clock: "Clock") -> None
     real = len(batches)
     batches = [batch.to(policy.device) for batch in batches]
     batches += [probe_batch(policy.model.config.vocab_size).to(policy.device)] * (rounds - real)
-    references = [policy.reference_logprobs(batch) if in_loss else None for batch in batches]
+    references = policy.reference_logprobs(batches) if in_loss else [None] * rounds
     clock.lap("reference")
     old: list[torch.Tensor] = []  # the policy as it was before this step: what the first pass computes anyway
     for iteration in range(config.num_iterations):

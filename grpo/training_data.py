@@ -75,7 +75,7 @@ def training_data(
     say(extraction_report(examples, data, len(bad.rejected)))
     score.check_columns(set(examples[0].columns))
     path = model_path(config, examples, accelerator, say)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, config.model.gguf_file)
     if data.streaming:
         render_prompts(examples, tokenizer, data.max_prompt_length)  # is any of the first ones short enough?
         return TrainingData(path, tokenizer, StreamedPrompts(data, tokenizer, config.seed), None, [])

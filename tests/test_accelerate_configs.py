@@ -32,7 +32,7 @@ def test_no_is_a_word_not_false(path: Path) -> None:
     config = read(path)
 
     assert isinstance(config.mixed_precision, str)
-    assert config.mixed_precision in {"no", "bf16"}
+    assert config.mixed_precision in {"no", "bf16", "fp16"}
     assert config.distributed_type is not False
 
 
@@ -42,7 +42,13 @@ def test_no_is_a_word_not_false(path: Path) -> None:
         ("cpu", "NO", True, 1, "no"),
         ("cpu_2proc", "MULTI_GPU", True, 2, "no"),
         ("single_gpu", "NO", False, 1, "bf16"),
+        ("single_gpu_fp16", "NO", False, 1, "fp16"),
         ("multi_gpu", "MULTI_GPU", False, 8, "bf16"),
+        ("fsdp2", "FSDP", False, 8, "bf16"),
+        ("multi_node_fsdp2", "FSDP", False, 16, "bf16"),
+        ("deepspeed_zero2", "DEEPSPEED", False, 8, "bf16"),
+        ("deepspeed_zero3", "DEEPSPEED", False, 8, "bf16"),
+        ("mps", "NO", False, 1, "no"),
     ],
 )
 def test_values(name: str, distributed_type: str, use_cpu: bool, processes: int, precision: str) -> None:
@@ -52,3 +58,22 @@ def test_values(name: str, distributed_type: str, use_cpu: bool, processes: int,
     assert config.use_cpu is use_cpu
     assert config.num_processes == processes
     assert config.mixed_precision == precision
+
+
+def test_every_file_has_its_row_above() -> None:
+    assert {path.stem for path in FILES} == {
+        *("cpu", "cpu_2proc", "single_gpu", "single_gpu_fp16", "multi_gpu", "fsdp2", "multi_node_fsdp2"),
+        *("deepspeed_zero2", "deepspeed_zero3", "mps"),
+    }
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "multi_node_fsdp2"])
+def test_fsdp_is_version_2_and_shards_layer_by_layer(name: str) -> None:
+    settings = read(FOLDER / f"{name}.yaml").fsdp_config
+    assert settings["fsdp_version"] == 2
+    assert settings["fsdp_auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_stage(stage: int) -> None:
+    assert read(FOLDER / f"deepspeed_zero{stage}.yaml").deepspeed_config["zero_stage"] == stage

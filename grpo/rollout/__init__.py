@@ -16,6 +16,10 @@ class RolloutEngine(Protocol):
         """plan.num_generations completions for each prompt, in the order of the prompts."""
         ...
 
+    def update_weights(self, step: int) -> None:
+        """The model that the engine was built with has changed: it now holds the weights after `step`."""
+        ...
+
 
 class EngineFactory(Protocol):
     def __call__(

@@ -94,6 +94,9 @@ class NativeEngine:
         self.graphs: dict[tuple[int, int, float], torch.cuda.CUDAGraph] = {}
         self._kept: tuple[SlotCache, _State] | None = None
 
+    def update_weights(self, step: int) -> None:
+        """Nothing to do: it reads the live weights."""
+
     @torch.no_grad()
     def generate(self, prompts: list[Prompt], plan: SamplingPlan) -> list[Group]:
         """See RolloutEngine."""

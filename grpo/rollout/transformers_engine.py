@@ -35,6 +35,9 @@ class TransformersEngine:
         self.model, self.tokenizer, self.swapped = model, tokenizer, swapped
         self.end_ids = end_token_ids(model, tokenizer)
 
+    def update_weights(self, step: int) -> None:
+        """Nothing to do: it reads the live weights."""
+
     @torch.no_grad()
     def generate(self, prompts: list[Prompt], plan: SamplingPlan) -> list[Group]:
         before = self.model.config._attn_implementation
