@@ -7,7 +7,8 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
 
 from grpo.errors import ConfigError
 from grpo.metrics import Sums
@@ -28,9 +29,20 @@ def start_accelerator() -> Accelerator:
             f"{asked} processes were asked for, {accelerator.num_processes} started. `accelerate launch --cpu` starts "
             f"only one, whatever --num_processes says: use --config_file accelerate_configs/cpu_2proc.yaml"
         )
+    if accelerator.device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        _shard_on_cpu()
     if accelerator.device.type == "cpu":
         torch.set_num_threads(cpu_threads(accelerator.num_processes))
     return accelerator
+
+
+def _shard_on_cpu() -> None:
+    """FSDP2 over gloo. Accelerate selects FSDP on accelerators only and would silently run DDP, though all of its FSDP2 path
+    works on a CPU: this is how a machine without a GPU tests fsdp2.yaml."""
+    plugin = FullyShardedDataParallelPlugin()
+    for shared in (PartialState._shared_state, AcceleratorState._shared_state):
+        shared["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
 
 
 def asked_processes() -> int:

@@ -176,7 +176,7 @@ def prepare(config: Config) -> Run:
     display.say(
         f"{data.size or 'streamed'} training prompts, {len(held_out)} held out; {config.prompts_per_step} prompts x "
         f"{config.sampling.num_generations} completions = {completions} per step, {config.steps} steps, "
-        f"{accelerator.num_processes} process(es) on {accelerator.device}, {accelerator.mixed_precision} precision"
+        f"{accelerator.num_processes} process(es) on {accelerator.device} ({accelerator.distributed_type.value}), {accelerator.mixed_precision} precision"
     )
     return Run(
         config,

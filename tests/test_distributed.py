@@ -46,32 +46,76 @@ def launch(tmp_path: Path, run: str, launcher: list[str], **changes: object) -> 
     )
 
 
+def profile(name: str, *flags: str) -> list[str]:
+    return [*ACCELERATE, "--config_file", str(ROOT / "accelerate_configs" / f"{name}.yaml"), *flags]
+
+
+CPU_2 = profile("cpu_2proc")
+CPU_3 = profile("cpu_2proc", "--num_processes", "3")
+FSDP_2 = profile("fsdp2", "--num_processes", "2", "--mixed_precision", "no")
+LORA = {"lora.r": 4, "lora.target_modules": "[q_proj, down_proj]"}
+
+
+def records(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cases", "changes"),
+    [
+        ({"two": CPU_2, "fsdp": FSDP_2}, {}),
+        ({"three": CPU_3}, {"prompts_per_step": 2, "tokens_per_batch": 40}),  # the third rank has nothing to train
+        ({"two": CPU_2, "fsdp": FSDP_2}, LORA),
+    ],
+    ids=["full", "idle rank", "lora"],
+)
+def test_any_number_of_processes_does_the_same(
+    tmp_path: Path, cases: dict[str, list[str]], changes: dict[str, object]
+) -> None:
+    """Uneven lengths, 5 prompts over 2 ranks (2 over 3), uneven micro-batches: same groups, rewards, advantages, metrics
+    and weights; evaluation counts each of 11 items once."""
     tiny_folder(tmp_path / "model")
     tiny_data(tmp_path / "data.jsonl", rows=11)
-    one = launch(tmp_path, "one", [sys.executable])
+    one = launch(tmp_path, "one", [sys.executable], **changes)
     assert one.returncode == 0, one.stderr
-    two = launch(tmp_path, "two", [*ACCELERATE, "--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml")])
-    records = []
-    for run in ("one", "two"):
-        assert (tmp_path / run / "final").is_dir(), two.stderr
-        records.append([json.loads(line) for line in (tmp_path / run / "rollouts.jsonl").read_text().splitlines()])
-    for first, second in zip(*records, strict=True):
-        for key in ("step", "draw", "sample", "completion", "reward", "length"):
-            assert first[key] == second[key]
-        assert abs(first["advantage"] - second["advantage"]) < 1e-9
-    weights = [load_file(tmp_path / run / "final" / "model.safetensors") for run in ("one", "two")]
-    for key in weights[0]:
-        assert torch.allclose(weights[0][key], weights[1][key], rtol=1e-5, atol=1e-5), key
-    metrics = [
-        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        for run in ("one", "two")
-    ]
-    for first, second in zip(*metrics, strict=True):
-        for key, value in first.items():
-            if not key.startswith(("time/", "memory/", "rollout/tokens_per_second")):
-                assert second[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
+    expected = load_file(tmp_path / "one" / "final" / "model.safetensors")
+    start = load_file(tmp_path / "model" / "model.safetensors")
+    assert any(not torch.allclose(expected[key], start[key]) for key in start)
+    for case, launcher in cases.items():
+        result = launch(tmp_path, case, launcher, **changes)
+        assert (tmp_path / case / "final").is_dir(), result.stderr
+        assert ("(FSDP)" if case == "fsdp" else "(MULTI_CPU)") in result.stdout + result.stderr
+        for first, second in zip(*(records(tmp_path / run, "rollouts") for run in ("one", case)), strict=True):
+            for key in ("step", "draw", "sample", "completion", "reward", "length"):
+                assert first[key] == second[key], (case, key)
+            assert abs(first["advantage"] - second["advantage"]) < 1e-9
+        weights = load_file(tmp_path / case / "final" / "model.safetensors")
+        assert weights.keys() == expected.keys()
+        for key in expected:
+            assert torch.allclose(weights[key], expected[key], rtol=1e-5, atol=1e-5), (case, key)
+        for first, second in zip(*(records(tmp_path / run, "metrics") for run in ("one", case)), strict=True):
+            for key, value in first.items():
+                if not key.startswith(("time/", "memory/", "rollout/tokens_per_second")):
+                    assert second[key] == pytest.approx(value, rel=1e-3, abs=1e-6), (case, key)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_resumes_exactly_and_alone(tmp_path: Path) -> None:
+    """FSDP2 on two ranks, stopped and resumed on two; then on one process without FSDP: the checkpoint is whole."""
+    tiny_folder(tmp_path / "model")
+    tiny_data(tmp_path / "data.jsonl", rows=11)
+    fixed = {"save_every": 1, "optimizer.lr_scheduler_type": "constant", "eval_every": 0}
+    launch(tmp_path, "whole", FSDP_2, **fixed)
+    expected = load_file(tmp_path / "whole" / "final" / "model.safetensors")
+    for launcher, tolerance in ((FSDP_2, 0.0), ([sys.executable], 1e-5)):
+        run = f"part{tolerance}"
+        launch(tmp_path, run, FSDP_2, steps=1, **fixed)
+        result = launch(tmp_path, run, launcher, resume="auto", **fixed)
+        assert "resuming from" in result.stdout + result.stderr, result.stderr
+        weights = load_file(tmp_path / run / "final" / "model.safetensors")
+        for key in expected:
+            assert torch.allclose(weights[key], expected[key], rtol=0, atol=tolerance), key
 
 
 @pytest.mark.slow
