@@ -14,6 +14,8 @@ from grpo.registry import Registry
 
 EPSILON = 1e-4
 """Added to the standard deviation, as TRL does."""
+LARGEST = 1e30
+"""Rewards beyond it count as it: sums of squares stay finite in float64, and advantages in float32."""
 
 ADVANTAGES: Registry[Callable[..., Tensor]] = Registry("advantage estimator")
 register_advantage = ADVANTAGES.register
@@ -30,10 +32,10 @@ def group_advantages(rewards_PG: Tensor, *, scale: Literal["group", "batch", "no
 
     # rewards [[1, 0, 0, 1]]: mean 0.5, std 0.57735 -> advantages [[0.8659, -0.8659, -0.8659, 0.8659]]
 
-    [P, G] -> [P, G] float64. A reward of NaN means "no reward applied": it is left out of mean and std, and its own
-    advantage is 0. A group whose rewards are all equal teaches nothing: its row is exactly 0, not rounding noise.
+    [P, G] -> [P, G] float64. A reward of NaN (or infinity) means "no reward applied": it is left out of mean and
+    std, and its own advantage is 0. A group whose rewards are all equal teaches nothing: its row is exactly 0, not rounding noise.
     """
-    rewards = rewards_PG.to(torch.float64)
+    rewards = _cleaned(rewards_PG)
     centered = _centered(rewards)
     if scale == "none":
         return centered
@@ -48,8 +50,9 @@ def leave_one_out_advantages(rewards_PG: Tensor) -> Tensor:
 
     The same as (r_i - mean(r)) * n / (n - 1): its own reward is not in its baseline, so the gradient is unbiased.
     """
-    known = (~rewards_PG.isnan()).sum(1, keepdim=True)
-    return _centered(rewards_PG.to(torch.float64)) * known / (known - 1).clamp(min=1)
+    rewards = _cleaned(rewards_PG)
+    known = (~rewards.isnan()).sum(1, keepdim=True)
+    return _centered(rewards) * known / (known - 1).clamp(min=1)
 
 
 @register_advantage("reinforce_plus_plus")
@@ -58,7 +61,7 @@ def whole_batch_advantages(rewards_PG: Tensor) -> Tensor:
 
     Prompts compete with each other: a flat group of an easy prompt has a positive advantage.
     """
-    flat = rewards_PG.to(torch.float64).reshape(1, -1)
+    flat = _cleaned(rewards_PG).reshape(1, -1)
     return (_centered(flat) / (_std(flat) + EPSILON)).reshape(rewards_PG.shape)
 
 
@@ -67,8 +70,9 @@ def whitened_advantages(rewards_PG: Tensor) -> Tensor:
     """A_i = c_i / (std(c) + 1e-4) with c_i = r_i - mean of its group, std over the whole batch (REINFORCE++-baseline,
     arXiv 2501.03262). Unlike scale="batch", the spread between prompts is not part of the std.
     """
-    centered = _centered(rewards_PG.to(torch.float64))
-    known = torch.where(rewards_PG.isnan(), torch.nan, centered)
+    rewards = _cleaned(rewards_PG)
+    centered = _centered(rewards)
+    known = torch.where(rewards.isnan(), torch.nan, centered)
     return centered / (_std(known.reshape(1, -1)) + EPSILON)
 
 
@@ -130,6 +134,12 @@ def overlong_penalty(lengths: Tensor, max_completion_length: int, cache: int) ->
     # max 10, cache 4: length 6 -> 0, 7 -> -0.25, 10 -> -1
     """
     return ((max_completion_length - cache - lengths) / cache).clamp(-1.0, 0.0)
+
+
+def _cleaned(rewards_PG: Tensor) -> Tensor:
+    """float64, infinity as NaN (no reward applied), and no reward beyond LARGEST."""
+    rewards = rewards_PG.to(torch.float64)
+    return torch.where(rewards.isinf(), torch.nan, rewards.clamp(-LARGEST, LARGEST))
 
 
 def _centered(rewards: Tensor) -> Tensor:

@@ -215,6 +215,18 @@ class RolloutConfig:
 
 
 @dataclass
+class ScoringConfig:
+    deadline: float = 60.0
+    """Seconds that one reward function may take for a step's completions, in a process of its own that is killed then;
+    finding the completions to blame may take as long again."""
+    on_error: Literal["mask", "zero", "raise"] = "mask"
+    """What becomes of a completion that a reward cannot judge: left out of its group (and counted), 0, or the end."""
+    workers: int = 2
+    """Processes for each reward that judges completions one by one. 0 = all rewards in the training process, without a
+    deadline, every mistake an error: for debugging."""
+
+
+@dataclass
 class TrackingConfig:
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Any of wandb, tensorboard, trackio. metrics.jsonl and rollouts.jsonl are always written."""
@@ -259,6 +271,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
@@ -326,6 +339,8 @@ def check_config(config: Config) -> None:
         ("lora.r", 1 if config.lora.r is None else config.lora.r, 1),
         ("lora.lora_alpha", config.lora.lora_alpha, 1),
         ("model.ref_model_sync_steps", config.model.ref_model_sync_steps, 1),
+        ("scoring.deadline", config.scoring.deadline, 0.1),
+        ("scoring.workers", config.scoring.workers, 0),
     ]:
         if not value >= lowest:
             raise ConfigError(f"{key} is {value}, needs at least {lowest}")

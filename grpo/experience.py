@@ -9,7 +9,7 @@ Everything here is the plain loop unless a setting asks for more:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,12 +91,15 @@ def varies(rewards_G: Tensor) -> bool:
 
 def scored(run: "Run", groups: list[Group]) -> Scores:
     """The rewards, and DAPO's overlong penalty as one more where it is asked for."""
-    scores = run.score(groups)
+    run.score.submit(groups)
+    scores = run.score.collect()
     cache = run.config.objective.soft_overlong_cache
     if not cache:
         return scores
     penalty_PG = overlong_penalty(lengths_of(groups), run.config.sampling.max_completion_length, cache)
-    return Scores(scores.rewards_PG + penalty_PG, {**scores.by_name, "overlong": penalty_PG})
+    return replace(
+        scores, rewards_PG=scores.rewards_PG + penalty_PG, by_name={**scores.by_name, "overlong": penalty_PG}
+    )
 
 
 def joined(parts: list[Scores]) -> Scores:
@@ -106,6 +109,7 @@ def joined(parts: list[Scores]) -> Scores:
     return Scores(
         torch.cat([part.rewards_PG for part in real]),
         {name: torch.cat([part.by_name[name] for part in real]) for name in names},
+        [failure for part in real for failure in part.failures],
     )
 
 

@@ -29,6 +29,7 @@ from grpo.objective import check_parameters, find_objective
 from grpo.policy import Policy
 from grpo.report import write_report
 from grpo.rewards import RewardSum
+from grpo.rewards.runner import RewardRunner
 from grpo.rollout import ENGINES, RolloutEngine, build_engine
 from grpo.tracking import Tracker, check_trackers, choose_run_dir
 from grpo.training_data import training_data
@@ -127,7 +128,7 @@ def prepare(config: Config) -> Run:
     """Everything that `train` needs. Raises ConfigError before any weight loads for whatever can be known by then."""
     check_names(config.objective)
     check_engine(config.rollout.engine)
-    score = RewardSum(config.rewards)
+    score = build_score(config)
     check_trackers(config.tracking.report_to)
     accelerator = start_accelerator()
     run_dir = broadcast_object_list([choose_run_dir(config, datetime.now())])[0]
@@ -135,6 +136,7 @@ def prepare(config: Config) -> Run:
     held_out_rows = load_examples(config.data, "held_out", config.seed) if config.eval_every else []
     checkpoint = _checkpoint(config, run_dir, display.say)
     data = training_data(config, accelerator, score, model_path, display.say)
+    score.start()
     path, tokenizer = data.model_path, data.tokenizer
     held_out = render_prompts(held_out_rows, tokenizer, config.data.max_prompt_length)[0] if held_out_rows else []
     torch.manual_seed(config.seed)
@@ -203,6 +205,13 @@ def check_names(objective: ObjectiveConfig) -> None:
     ADVANTAGES.get(estimator_of(objective))
     if objective.subset is not None:
         SUBSETS.get(objective.subset)
+
+
+def build_score(config: Config) -> RewardSum:
+    """The rewards, in worker processes unless scoring.workers is 0. Raises ConfigError for one that is not there."""
+    if config.scoring.workers == 0:
+        return RewardSum(config.rewards)
+    return RewardRunner(config.rewards, config.scoring.deadline, config.scoring.on_error, config.scoring.workers)
 
 
 def check_engine(name: str) -> None:

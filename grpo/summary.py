@@ -29,6 +29,9 @@ def step_metrics(
     sums.add_values("reward", scores.rewards_PG)
     for name, values in scores.by_name.items():
         sums.add_values(f"reward/{name}", values)
+        failed = [failure.timed_out for failure in scores.failures if failure.reward == name]
+        sums.add(f"timeouts/{name}", sum(failed), 0)
+        sums.add(f"errors/{name}", len(failed) - sum(failed), 0)
     sums.add("flat", (advantages_PG == 0).all(1).sum(), len(groups))
     sums.add("length", sum(lengths), len(lengths))
     sums.add("truncated", len(ended) - sum(ended), len(ended))
@@ -64,6 +67,8 @@ def step_metrics(
     for name in scores.by_name:
         metrics[f"reward/{name}/mean"] = sums.mean(f"reward/{name}")
         metrics[f"reward/{name}/std"] = sums.std(f"reward/{name}")
+        metrics[f"reward/{name}/errors"] = sums.total(f"errors/{name}")
+        metrics[f"reward/{name}/timeouts"] = sums.total(f"timeouts/{name}")
     return metrics
 
 

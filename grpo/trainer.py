@@ -27,6 +27,7 @@ def train(config: Config) -> Path:
         loop(run)
         return run.finish()
     finally:
+        run.score.close()
         run.display.close()  # a progress bar hides the cursor: give it back, whatever happened
 
 
