@@ -256,6 +256,8 @@ class Config:
     """A checkpoint every so many steps, and at the end. 0 = only at the end."""
     save_total_limit: int = 2
     """Checkpoints to keep."""
+    rank_timeout: float = 600.0
+    """Seconds that processes wait for one of them before the run ends: longer than the longest step or save."""
     prompts_per_step: int = 8
     """P: prompts per step, over all processes."""
     tokens_per_batch: int = 8192
@@ -323,6 +325,7 @@ def check_config(config: Config) -> None:
         ("eval_every", config.eval_every, 0),
         ("save_every", config.save_every, 0),
         ("save_total_limit", config.save_total_limit, 1),
+        ("rank_timeout", config.rank_timeout, 1),
         ("sampling.max_completion_length", sampling.max_completion_length, 1),
         ("sampling.top_k", sampling.top_k, 0),
         ("objective.num_iterations", objective.num_iterations, 1),

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -9,20 +10,23 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import InitProcessGroupKwargs
 
 from grpo.errors import ConfigError
 from grpo.metrics import Sums
 
 
-def start_accelerator() -> Accelerator:
-    """The Accelerator that `accelerate launch` and its config file ask for.
+def start_accelerator(timeout: float = 1800.0) -> Accelerator:
+    """The Accelerator that `accelerate launch` and its config file ask for. A rank that the others have waited for longer
+    than `timeout` seconds ends the run.
 
     Raises ConfigError if fewer processes started than were asked for.
     """
     # Accelerate joins processes on a CPU only if it is told here too that they run on the CPU, and its launcher does not
     # hand `use_cpu` down to several processes: a machine without an accelerator leaves no other choice.
     asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-    accelerator = Accelerator(cpu=asked_for_cpu or not torch.accelerator.is_available())
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
+    accelerator = Accelerator(cpu=asked_for_cpu or not torch.accelerator.is_available(), kwargs_handlers=[patience])
     asked = asked_processes()
     if accelerator.num_processes != asked:
         raise ConfigError(

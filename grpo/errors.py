@@ -3,8 +3,13 @@
 0 done · 2 config or data · 3 storage · 4 numerics · 5 reward function · 130/143 stopped by a signal (saved first).
 """
 
+import contextlib
+import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class GrpoError(Exception):
@@ -37,10 +42,47 @@ class RewardError(GrpoError):
     exit_code = 5
 
 
+class Interrupted(GrpoError):
+    """A signal ended the run, after everything was saved. Exit code 130 for Ctrl-C, else 143."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 130 if number == signal.SIGINT else 143
+
+
 def run_main(main: Callable[[], object]) -> None:
     """Run a command: a GrpoError prints its message (not a traceback) and exits with its code."""
     try:
         main()
     except GrpoError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(error.exit_code) from None
+        _tell(f"{_rank()}error: {error}\n")
+        _leave(error.exit_code)
+    except Exception:
+        _tell(f"{_rank()}{traceback.format_exc()}")
+        _leave(1)
+    finally:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()  # one that is left open aborts the process at exit
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a full disk or a closed terminal
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def _rank() -> str:
+    """ "[rank 1] " in a run of several processes."""
+    return f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def _leave(code: int) -> NoReturn:
+    """With several processes, at once: waiting for the others would let them fail first, and louder, for want of this
+    one, and the launcher ends them as soon as this one is gone."""
+    if _rank():
+        runner = sys.modules.get("grpo.rewards.runner")
+        if runner is not None:
+            runner.close_all()
+        os._exit(code)
+    raise SystemExit(code) from None

@@ -188,16 +188,25 @@ class Policy:
         and the average that DDP and FSDP take is undone here."""
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
-    def step(self) -> float:
-        """Clip, step, clear. -> the gradient norm before clipping. A gradient that is not finite changes no weight."""
+    def step(self, usable: bool = True) -> float:
+        """Clip, step, clear. -> the gradient norm before clipping.
+
+        A gradient that is not finite, or one that is not `usable` (the same on every rank), changes no weight and no
+        moment of the optimizer; `skipped_in_a_row` counts how often that has just happened.
+        """
         norm = self.accelerator.clip_grad_norm_(self.scorer.parameters(), self.max_grad_norm)
         norm = float(full(norm)) if isinstance(norm, Tensor) else float(norm or 0.0)
         # With float16, the loss scaler looks for overflow itself, skips the step, and must be told of it to scale less.
-        if math.isfinite(norm) or self.accelerator.scaler is not None:
+        if (usable and math.isfinite(norm)) or self.accelerator.scaler is not None:
             self.prepared_optimizer.step()
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped_in_a_row += 1
         self.scheduler.step()
         self.prepared_optimizer.zero_grad()
         return norm
+
+    skipped_in_a_row = 0
 
     def check(self) -> None:
         """Raise NumericsError unless logprobs are finite and <= 0, and the KL to the reference is 0 where it must be."""

@@ -17,23 +17,26 @@ from grpo.checkpoint import (
     newest_valid,
     save_checkpoint,
 )
-from grpo.config import Config, DataConfig, ObjectiveConfig
+from grpo.config import Config, DataConfig, ObjectiveConfig, flatten, to_dict
 from grpo.data import Example, load_examples
 from grpo.data.stream import PromptStream, render_prompts
 from grpo.data.streaming import StreamedPrompts
 from grpo.display import Display
-from grpo.distributed import gather_rows, start_accelerator
-from grpo.errors import ConfigError
+from grpo.distributed import gather_rows, max_over_ranks, start_accelerator
+from grpo.errors import ConfigError, StorageError
 from grpo.experience import estimator_of
+from grpo.faults import dump_batches, dump_failures
 from grpo.objective import check_parameters, find_objective
+from grpo.packing import PackedBatch
 from grpo.policy import Policy
 from grpo.report import write_report
-from grpo.rewards import RewardSum
+from grpo.rewards import RewardSum, Scores
 from grpo.rewards.runner import RewardRunner
 from grpo.rollout import ENGINES, RolloutEngine, build_engine
+from grpo.run_lock import RunLock, check_free
 from grpo.tracking import Tracker, check_trackers, choose_run_dir
 from grpo.training_data import training_data
-from grpo.types import Prompt
+from grpo.types import Group, Prompt
 
 
 @dataclass
@@ -63,6 +66,7 @@ class Run:
     tracker: Tracker | None
     display: Display
     progress: Progress
+    lock: RunLock | None
     first_eval: dict[str, float] = field(default_factory=dict)
     last_eval: dict[str, float] = field(default_factory=dict)
 
@@ -89,8 +93,42 @@ class Run:
         self.policy.refresh_sampler()
         self.engine.update_weights(step)
 
-    def save(self, step: int) -> None:
-        """A checkpoint from which `resume` goes on exactly."""
+    def keep_faults(self, step: int, groups: list[Group], scores: Scores, skipped: list[PackedBatch]) -> None:
+        """Write what rewards could not judge, and the batches of a step that changed nothing; and say so."""
+        rank = self.accelerator.process_index
+        for line in dump_failures(self.run_dir, step, rank, groups, scores):
+            self.display.say(line)
+        if skipped:
+            path = dump_batches(self.run_dir, step, rank, skipped)
+            self.display.say(f"step {step} was skipped: its loss or gradient is not finite. Its batches are in {path}")
+
+    def how_to_go_on(self) -> str:
+        return f"Everything is saved: go on with --resume auto --run_dir {self.run_dir}"
+
+    def close(self) -> None:
+        """End and give back everything, however the run ended. A second call does nothing."""
+        self.score.close()
+        if self.tracker is not None:
+            self.tracker.finish()
+        self.display.close()  # a progress bar hides the cursor
+        if self.lock is not None:
+            self.lock.release()
+
+    def save(self, step: int, needed: bool = True) -> None:
+        """A checkpoint from which `resume` goes on exactly. Where it cannot be written, the checkpoints before it stay;
+        that is a StorageError if it is `needed` (the last one), otherwise a warning."""
+        error: StorageError | None = None
+        try:
+            self._save(step)
+        except StorageError as caught:
+            error = caught
+        if not max_over_ranks(self.accelerator, error is not None):
+            return
+        if needed:
+            raise error or StorageError(f"the main process could not save step {step}")
+        self.display.say(f"warning: {error}. Training goes on")
+
+    def _save(self, step: int) -> None:
         self.accelerator.wait_for_everyone()
         tensors, state = self.policy.state()
         if self.accelerator.is_main_process:
@@ -98,11 +136,13 @@ class Run:
                 "step": step,
                 "progress": vars(self.progress),
                 "stream": self.stream.state_dict(),
+                "skipped_in_a_row": self.policy.skipped_in_a_row,
+                "config": flatten(to_dict(self.config)),
+                "processes": self.accelerator.num_processes,
                 "first_eval": self.first_eval,
                 "last_eval": self.last_eval,
             }
             save_checkpoint(self.run_dir, step, tensors, state, self.config.save_total_limit)
-        self.accelerator.wait_for_everyone()
 
     def finish(self) -> Path:
         """final/, the before/after table, and the path."""
@@ -130,8 +170,10 @@ def prepare(config: Config) -> Run:
     check_engine(config.rollout.engine)
     score = build_score(config)
     check_trackers(config.tracking.report_to)
-    accelerator = start_accelerator()
+    accelerator = start_accelerator(config.rank_timeout)
     run_dir = broadcast_object_list([choose_run_dir(config, datetime.now())])[0]
+    if accelerator.is_main_process:
+        check_free(run_dir)
     display = Display(config.steps, 0, enabled=accelerator.is_main_process)
     held_out_rows = load_examples(config.data, "held_out", config.seed) if config.eval_every else []
     checkpoint = _checkpoint(config, run_dir, display.say)
@@ -157,6 +199,7 @@ def prepare(config: Config) -> Run:
         tensors, state = load_checkpoint(checkpoint)
         policy.load_state(tensors, state)
         progress = Progress(**state["progress"])
+        policy.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         start, first_eval, last_eval = state["step"], state["first_eval"], state["last_eval"]
         data.stream.load_state_dict(state.get("stream", {}))
         display.say(f"resuming from {checkpoint}: {start} of {config.steps} steps are done")
@@ -167,8 +210,9 @@ def prepare(config: Config) -> Run:
     engine = build_engine(
         config.rollout.engine, policy.sampler, tokenizer, slots=config.rollout.slots, swapped=policy.swapped
     )
-    tracker = None
+    tracker, lock = None, None
     if accelerator.is_main_process:
+        lock = lock_run(run_dir)
         derived = {**derived_values(config, data.size, run_dir.name), "base_model": str(path)}
         tracker = Tracker(run_dir, config, derived, start + 1 if start else 0)
         if data.rejected:
@@ -194,6 +238,7 @@ def prepare(config: Config) -> Run:
         tracker,
         display=Display(config.steps, start, enabled=accelerator.is_main_process),
         progress=progress,
+        lock=lock,
         first_eval=first_eval,
         last_eval=last_eval,
     )
@@ -205,6 +250,14 @@ def check_names(objective: ObjectiveConfig) -> None:
     ADVANTAGES.get(estimator_of(objective))
     if objective.subset is not None:
         SUBSETS.get(objective.subset)
+
+
+def lock_run(run_dir: Path) -> RunLock:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return RunLock(run_dir)
+    except OSError as error:
+        raise StorageError(f"cannot write the run directory {run_dir}: {error}. Set another --run_dir") from error
 
 
 def build_score(config: Config) -> RewardSum:

@@ -47,7 +47,8 @@ class Recipe:
     hidden_size: int = 128
     layers: int = 2
     heads: int = 4
-    key_value_heads: int = 4
+    key_value_heads: int | None = None
+    """None = as many as heads."""
     vocabulary: int = 600
     problems: int = 20_000
     steps: int = 400
@@ -196,7 +197,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> PreTrained
         intermediate_size=recipe.hidden_size * 3,
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.key_value_heads,
+        num_key_value_heads=recipe.key_value_heads or recipe.heads,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=None,

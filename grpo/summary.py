@@ -24,7 +24,7 @@ def step_metrics(
     groups, scores, advantages_PG = sampled.groups, sampled.scores, experience.all_advantages_PG
     lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
     ended = [completion.ended for group in groups for completion in group.completions]
-    for name in ("kl", "clipped", "entropy", "mismatch", "grad_norm", "loss"):
+    for name in ("kl", "clipped", "entropy", "mismatch", "grad_norm", "loss", "skipped"):
         sums.add(name, 0.0, 0.0)  # so that every rank holds every name
     sums.add_values("reward", scores.rewards_PG)
     for name, values in scores.by_name.items():
@@ -48,6 +48,7 @@ def step_metrics(
         "policy/entropy": sums.mean("entropy"),
         "policy/clip_fraction": sums.mean("clipped"),
         "policy/grad_norm": sums.mean("grad_norm"),
+        "policy/skipped_steps": sums.total("skipped") / run.accelerator.num_processes,
         "policy/learning_rate": sums.mean("learning_rate"),
         "policy/sampling_logprob_difference": sums.mean("mismatch"),
         "rollout/length_mean": sums.mean("length"),

@@ -8,30 +8,36 @@ import torch
 from grpo.config import Config
 from grpo.data.curriculum import Curriculum
 from grpo.distributed import gather_rows, max_over_ranks, sum_over_ranks
+from grpo.errors import Interrupted, NumericsError
 from grpo.evaluation import evaluate
 from grpo.experience import Experience, Sampled, learn_from, sample
 from grpo.kl import adapted_beta
 from grpo.metrics import Sums
 from grpo.objective import Counts, find_objective, importance_correction, policy_loss
-from grpo.packing import pack
+from grpo.packing import PackedBatch, pack
 from grpo.policy import probe_batch
 from grpo.setup import Run, prepare
+from grpo.signals import Signals
 from grpo.summary import rollout_rows, step_metrics
 from grpo.types import SamplingPlan
+
+MOST_SKIPPED = 3
+"""Optimizer steps in a row that may be skipped because their loss or gradient is not finite."""
 
 
 def train(config: Config) -> Path:
     """Train as `config` says; -> the run directory. Raises GrpoError, whose exit_code says what went wrong."""
-    run = prepare(config)
-    try:
-        loop(run)
-        return run.finish()
-    finally:
-        run.score.close()
-        run.display.close()  # a progress bar hides the cursor: give it back, whatever happened
+    with Signals() as signals:
+        run = prepare(config)
+        signals.training = True
+        try:
+            loop(run, signals)
+            return run.finish()
+        finally:
+            run.close()
 
 
-def loop(run: Run) -> None:
+def loop(run: Run, signals: Signals) -> None:
     """What GRPO is: sample, score, compare, learn."""
     config = run.config
     plan = SamplingPlan(
@@ -50,11 +56,12 @@ def loop(run: Run) -> None:
         experience = learn_from(run, sampled, sums)
         clock.lap("reference")
         # 4. Lay them end to end, and 5. learn.
-        update(run, experience, sums, clock)
+        batches = update(run, experience, sums, clock)
         done = step + 1
         run.follow(done)
         clock.lap("update")
         # 6. What was too easy, or hopeless, is left out for a while. 7. Write it down.
+        run.keep_faults(done, sampled.groups, sampled.scores, batches if sums.total("skipped") else [])
         measured = measure(run, sampled)
         metrics = step_metrics(run, sampled, experience, sums, clock.laps)
         metrics |= measured
@@ -62,12 +69,16 @@ def loop(run: Run) -> None:
         if config.eval_every and (done % config.eval_every == 0 or done == config.steps):
             metrics |= held_out(run)
         run.record(done, metrics, rollout_rows(done, sampled.groups, sampled.scores, experience.all_advantages_PG))
-        if done == config.steps or (config.save_every and done % config.save_every == 0):
-            run.save(done)
+        check_skipped(run, done)
+        signal = max_over_ranks(run.accelerator, signals.received)  # to one rank or all: they leave together
+        if signal or done == config.steps or (config.save_every and done % config.save_every == 0):
+            run.save(done, needed=bool(signal) or done == config.steps)
+        if signal and done < config.steps:
+            raise Interrupted(signal, f"stopped by a signal after step {done} of {config.steps}. {run.how_to_go_on()}")
 
 
-def update(run: Run, experience: Experience, sums: Sums, clock: "Clock") -> None:
-    """num_iterations optimizer steps on one set of completions; token sums for the logs go to `sums`.
+def update(run: Run, experience: Experience, sums: Sums, clock: "Clock") -> list[PackedBatch]:
+    """num_iterations optimizer steps on one set of completions; token sums for the logs go to `sums`. -> what was learned from.
 
     Losses are sums, divided once by a count over all ranks, so the gradient does not depend on how tokens were packed.
     """
@@ -97,6 +108,7 @@ def update(run: Run, experience: Experience, sums: Sums, clock: "Clock") -> None
     batches += [probe_batch(policy.model.config.vocab_size).to(policy.device)] * (rounds - real)
     references = policy.reference_logprobs(batches) if in_loss else [None] * rounds
     clock.lap("reference")
+    finite = True
     old: list[torch.Tensor] = []  # the policy as it was before this step: what the first pass computes anyway
     for iteration in range(config.num_iterations):
         for index, batch in enumerate(batches):
@@ -121,6 +133,7 @@ def update(run: Run, experience: Experience, sums: Sums, clock: "Clock") -> None
                     ),
                 )
                 policy.backward(loss.loss)
+            finite = finite and bool(torch.isfinite(loss.loss))
             count = float((batch.weights_N != 0).sum())
             sums.add("loss", loss.loss.detach(), 0)
             if in_loss:
@@ -132,9 +145,13 @@ def update(run: Run, experience: Experience, sums: Sums, clock: "Clock") -> None
                 sums.add("mismatch", (logprobs.detach() - batch.sampling_logprobs_N)[shown].abs().sum(), count)
         sums.add("learning_rate", policy.learning_rate, 1)
         if rounds:
-            sums.add("grad_norm", policy.step(), 1)
+            # A rank whose own loss is not finite speaks for all of them: the step changes nothing anywhere.
+            usable = max_over_ranks(run.accelerator, not finite) == 0
+            sums.add("grad_norm", policy.step(usable), 1)
+            sums.add("skipped", policy.skipped_in_a_row > 0)
         else:  # every group was flat: nothing to learn, and no step that would only decay weights and momentum
             policy.scheduler.step()
+    return batches[:real]
 
 
 def adapt(run: Run, metrics: dict[str, float]) -> None:
@@ -158,6 +175,16 @@ def measure(run: Run, sampled: Sampled) -> dict[str, float]:
     everyone = gather_rows(run.accelerator, mine)
     run.stream.update([(row["draw"], row["mean"]) for row in everyone if row["mean"] == row["mean"]])
     return run.stream.metrics()
+
+
+def check_skipped(run: Run, step: int) -> None:
+    """Raises NumericsError after too many optimizer steps in a row that had to be skipped."""
+    if run.policy.skipped_in_a_row >= MOST_SKIPPED:
+        raise NumericsError(
+            f"{run.policy.skipped_in_a_row} optimizer steps in a row (the last one in step {step}) had a loss or gradient "
+            f"that is not finite; the weights are as they were before. Their batches are in {run.run_dir / 'faults'}: "
+            f"lower optimizer.learning_rate, or resume from an older checkpoint"
+        )
 
 
 def held_out(run: Run) -> dict[str, float]:

@@ -6,15 +6,9 @@ from grpo.errors import run_main
 
 def main() -> None:
     config = load_config()  # before torch is imported: a mistake in the config is told at once
-    from accelerate.state import PartialState
-
     from grpo.trainer import train
 
-    try:
-        train(config)
-    finally:
-        if PartialState._shared_state:  # a process group that is left open aborts the process at exit
-            PartialState().destroy_process_group()
+    train(config)
 
 
 if __name__ == "__main__":
