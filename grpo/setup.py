@@ -247,7 +247,13 @@ def prepare(config: Config) -> Run:
 def check_names(objective: ObjectiveConfig) -> None:
     """Raises ConfigError for a registered name that is not there, and for a loss that asks for what nobody offers."""
     check_parameters(find_objective(objective.loss_type), objective.loss_type, vars(objective))
-    ADVANTAGES.get(estimator_of(objective))
+    estimator = estimator_of(objective)
+    ADVANTAGES.get(estimator)
+    if estimator != "group" and objective.scale_rewards != "group":
+        raise ConfigError(
+            f"objective.scale_rewards is {objective.scale_rewards}, but the advantage estimator {estimator} has a scale of "
+            f"its own: leave scale_rewards out, or set objective.advantage_estimator to group"
+        )
     if objective.subset is not None:
         SUBSETS.get(objective.subset)
 
