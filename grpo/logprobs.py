@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 64 * 2**20
-"""Float32 bytes of logits that exist at a time."""
+CHUNK_BYTES = {"cpu": 16 * 2**20}
+CHUNK_BYTES_ELSEWHERE = 256 * 2**20
+"""Float32 bytes of logits that exist at a time (and up to twice as much for what is made of them): enough rows to keep the
+device busy, no more."""
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
@@ -51,12 +53,12 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         entropies, lses = torch.empty_like(logprobs), torch.empty_like(logprobs)
         weight = head.to(dtype)
-        for part in _chunks(len(targets), len(head)):
+        for part in _chunks(len(targets), head):
             logits = head_logits(hidden[part], weight, dtype).div_(temperature)
             lse = logits.logsumexp(-1)
             logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - lse
             # H = lse - sum(p * logit)
-            entropies[part] = lse - (torch.exp(logits - lse[:, None]) * logits).sum(-1)
+            entropies[part] = lse - torch.linalg.vecdot((logits - lse[:, None]).exp_(), logits)
             lses[part] = lse
         ctx.save_for_backward(hidden, head, targets, lses, entropies)
         ctx.temperature, ctx.entropy_gradient, ctx.dtype = temperature, entropy_gradient, dtype
@@ -73,7 +75,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_head = (
             torch.zeros(head.shape, dtype=torch.float32, device=head.device) if ctx.needs_input_grad[1] else None
         )
-        for part in _chunks(len(targets), len(head)):
+        for part in _chunks(len(targets), head):
             logits = head_logits(hidden[part], weight, ctx.dtype).div_(ctx.temperature)
             scale = (grad_logprobs[part].float() / ctx.temperature)[:, None]
             logits.sub_(lses[part, None])
@@ -95,6 +97,6 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_hidden, grad_head.to(head.dtype) if grad_head is not None else None, None, None, None, None
 
 
-def _chunks(tokens: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_BYTES // (4 * vocabulary))
+def _chunks(tokens: int, head: Tensor) -> list[slice]:
+    size = max(1, CHUNK_BYTES.get(head.device.type, CHUNK_BYTES_ELSEWHERE) // (4 * len(head)))
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]

@@ -10,7 +10,7 @@ from grpo.logprobs import token_logprobs
 def test_equal_to_the_plain_softmax_in_values_and_gradients(monkeypatch, chunk_rows: int, temperature: float) -> None:
     torch.manual_seed(0)
     vocabulary, tokens, size = 50, 17, 8
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * vocabulary * chunk_rows)
+    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 4 * vocabulary * chunk_rows})
     hidden, head = torch.randn(tokens, size, requires_grad=True), torch.randn(vocabulary, size, requires_grad=True)
     targets, upstream = torch.randint(0, vocabulary, (tokens,)), torch.randn(tokens)
 
@@ -34,7 +34,7 @@ def test_no_tokens() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_entropy_has_a_gradient_where_it_is_asked_for(monkeypatch, temperature: float) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 50 * 3)
+    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 4 * 50 * 3})
     hidden, head = torch.randn(17, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     targets, first, second = torch.randint(0, 50, (17,)), torch.randn(17), torch.randn(17)
     plain = torch.log_softmax(hidden @ head.T / temperature, -1)

@@ -16,9 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.errors import ConfigError
-from grpo.logprobs import head_logits, product_dtype
 from grpo.rollout import device_of, end_token_ids, register_engine
-from grpo.rollout.backbones import Backbone, FusedBackbone, ModuleBackbone, full_tensor
+from grpo.rollout.backbones import Backbone, FusedBackbone, ModuleBackbone
 from grpo.rollout.kv_cache import SlotCache
 from grpo.sampling import counted_uniform, draw_tokens, stream_key
 from grpo.types import Completion, Group, Prompt, SamplingPlan
@@ -119,6 +118,7 @@ class NativeEngine:
                 steps = self._decode(rows, cache, state, plan)
                 self._collect(rows, state.new_tokens[:steps], state.new_logprobs[:steps], plan)
                 self._retire(rows, cache, state, plan, done)
+        self.backbone.release()
         return [Group(p, [done[i, s] for s in range(plan.num_generations)]) for i, p in enumerate(prompts)]
 
     def _memory(self, slots: int, length: int) -> tuple[SlotCache, _State]:
@@ -147,7 +147,7 @@ class NativeEngine:
         )
         hidden = self.backbone.prefill(ids.to(device), cache)
         last = torch.tensor(lengths, device=device) - 1
-        logits = self._head(hidden[torch.arange(len(wanted), device=device), last])
+        logits = self.backbone.logits(hidden[torch.arange(len(wanted), device=device), last])
         return {
             index: _Prefilled([(k[row, :, :length], v[row, :, :length]) for k, v in cache.prompt], logits[row], samples)
             for row, (index, length) in enumerate(zip(wanted, lengths, strict=True))
@@ -217,7 +217,7 @@ class NativeEngine:
         cache.aim(positions, longest)
         hidden = self.backbone.step(state.tokens[:active], positions, cache)
         uniform = counted_uniform(state.keys[:active], state.drawn[:active])
-        state.tokens[:active], state.logprobs[:active] = draw_tokens(self._head(hidden), uniform, temperature)
+        state.tokens[:active], state.logprobs[:active] = draw_tokens(self.backbone.logits(hidden), uniform, temperature)
         positions += 1
         positions.clamp_(max=cache.length - 1)  # a finished row that goes on for a few tokens stays inside its slot
         state.drawn[:active] += 1
@@ -280,9 +280,6 @@ class NativeEngine:
             for hole, mover in zip(holes, movers, strict=True):
                 rows[hole] = rows[mover]
         del rows[left:]
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        return head_logits(hidden, full_tensor(self.model.get_output_embeddings().weight), product_dtype(hidden.device))
 
 
 def choose_backbone(model: PreTrainedModel) -> Backbone:
