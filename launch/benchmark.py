@@ -130,6 +130,7 @@ def run_ours(suite: Suite, folder: Path, _name: str) -> dict:
     """Our trainer, as launch/train.py runs it; -> {"steps": [...], "memory_gib": ...}"""
     from grpo.config import load_config
     from grpo.setup import prepare
+    from grpo.signals import Signals
     from grpo.trainer import loop
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -144,7 +145,7 @@ def run_ours(suite: Suite, folder: Path, _name: str) -> dict:
             "sampling.max_completion_length": suite.max_completion_length,
             "optimizer.learning_rate": 1e-5,
             "optimizer.lr_scheduler_type": "constant",
-            "tokens_per_batch": 2048,
+            "tokens_per_batch": 1024,
             "eval_every": 0,
             "tracking.report_to": "[]",
             "tracking.log_completions": "false",
@@ -152,8 +153,10 @@ def run_ours(suite: Suite, folder: Path, _name: str) -> dict:
         }
         run = prepare(load_config([f"--{key}={value}" for key, value in settings.items()]))
         before = loaded_memory()
-        loop(run)
+        with Signals() as signals:
+            loop(run, signals)
         memory = peak_memory() - before
+        run.close()
         rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     completions = suite.prompts_per_step * suite.num_generations
     steps = [
