@@ -265,6 +265,8 @@ class Config:
     gradient."""
     rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "xml_format": 0.2})
     """Reward function -> weight. Registered names, package.module:function, or path/file.py:function."""
+    callbacks: list[str] = field(default_factory=list)
+    """Your own code during training, mostly more metrics: layer_gradient_norms, package.module:Class, or path/file.py:Class."""
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)

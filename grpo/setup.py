@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from grpo.advantages import ADVANTAGES, SUBSETS
+from grpo.callbacks import Callbacks, State, build_callbacks
 from grpo.checkpoint import (
     load_checkpoint,
     newest_valid,
@@ -67,6 +68,8 @@ class Run:
     display: Display
     progress: Progress
     lock: RunLock | None
+    callbacks: Callbacks
+    steps_done: int
     first_eval: dict[str, float] = field(default_factory=dict)
     last_eval: dict[str, float] = field(default_factory=dict)
 
@@ -78,6 +81,8 @@ class Run:
             self.last_eval = evaluated
         rows = gather_rows(self.accelerator, rows) if rows is not None else []
         rows.sort(key=lambda row: (row["draw"], row["sample"]))
+        self.steps_done, state = step, self.state(step, rows)
+        metrics = self.callbacks.after_step(state, metrics, trained=step > self.start, evaluated=bool(evaluated))
         if self.tracker is None or not metrics:
             return
         self.tracker.log(step, metrics)
@@ -86,6 +91,12 @@ class Run:
         every = max(1, self.config.steps // 5)
         if self.config.tracking.log_completions and rows and (step == 1 or step % every == 0):
             self.display.completions(rows)
+
+    def state(self, step: int, rows: list[dict]) -> State:
+        """What callbacks see of the run."""
+        policy = self.policy
+        seen = (rows, self.run_dir, self.config, policy.model, policy.optimizer, self.tokenizer, self.accelerator)
+        return State(step, self.config.steps, *seen)
 
     def follow(self, step: int) -> None:
         """What follows the policy catches up with its weights after `step`: the engine, and a synced reference."""
@@ -108,6 +119,7 @@ class Run:
     def close(self) -> None:
         """End and give back everything, however the run ended. A second call does nothing."""
         self.score.close()
+        self.callbacks.end(self.state(self.steps_done, []))
         if self.tracker is not None:
             self.tracker.finish()
         self.display.close()  # a progress bar hides the cursor
@@ -170,6 +182,7 @@ def prepare(config: Config) -> Run:
     check_engine(config.rollout.engine)
     score = build_score(config)
     check_trackers(config.tracking.report_to)
+    callbacks = build_callbacks(config.callbacks)
     accelerator = start_accelerator(config.rank_timeout)
     run_dir = broadcast_object_list([choose_run_dir(config, datetime.now())])[0]
     if accelerator.is_main_process:
@@ -224,7 +237,7 @@ def prepare(config: Config) -> Run:
         f"{config.sampling.num_generations} completions = {completions} per step, {config.steps} steps, "
         f"{accelerator.num_processes} process(es) on {accelerator.device} ({accelerator.distributed_type.value}), {accelerator.mixed_precision} precision"
     )
-    return Run(
+    run = Run(
         config,
         accelerator,
         run_dir,
@@ -239,9 +252,13 @@ def prepare(config: Config) -> Run:
         display=Display(config.steps, start, enabled=accelerator.is_main_process),
         progress=progress,
         lock=lock,
+        callbacks=Callbacks(config.callbacks, callbacks, accelerator),
+        steps_done=start,
         first_eval=first_eval,
         last_eval=last_eval,
     )
+    run.callbacks.begin(run.state(start, []))
+    return run
 
 
 def check_names(objective: ObjectiveConfig) -> None:
