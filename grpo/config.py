@@ -37,6 +37,9 @@ class ModelConfig:
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
     """Weights in memory. float32 where they are trained: at learning rate 1e-6 AdamW changes almost no bfloat16 weight.
     bfloat16 only with lora.r, whose base is frozen. Compute precision is accelerate's mixed_precision."""
+    attn_implementation: str = "grpo"
+    """grpo = ours, which computes a group's shared prompt once (where a start-up probe finds it exact for this model, else sdpa);
+    or one of transformers' own: sdpa, eager, flash_attention_2, ... with rollout.engine transformers."""
     gguf_file: str | None = None
     """Load this GGUF file (of Ollama, llama.cpp) from the folder or hub id in model.name, dequantized."""
     load_in_4bit: bool = False
@@ -361,6 +364,11 @@ def check_config(config: Config) -> None:
             f"as, so the importance ratios would be biased. Leave top_p at 1.0 and top_k at 0 for training"
         )
     check_model(config.model, config.lora, objective)
+    if config.model.attn_implementation != "grpo" and config.rollout.engine == "native":
+        raise ConfigError(
+            f"model.attn_implementation is {config.model.attn_implementation}, but rollout.engine native decodes with the "
+            f"attention called grpo: leave attn_implementation out, or set rollout.engine to transformers"
+        )
     if not 0 <= optimizer.warmup_ratio <= 1:
         raise ConfigError(f"optimizer.warmup_ratio is {optimizer.warmup_ratio}, needs to be between 0 and 1")
     if config.resume == "auto" and config.run_dir is None and config.tracking.run_name is None:

@@ -89,7 +89,7 @@ class Policy:
         self.accelerator, self.config = accelerator, config
         self.max_grad_norm = optimizer.max_grad_norm
         self.model = load_model(path, config, accelerator.device)
-        self.swapped = use_grpo_attention(self.model)
+        self.swapped = config.attn_implementation == NAME and use_grpo_attention(self.model)
         self.model.to(accelerator.device)
         self.working_copy = WorkingCopy(self.model)
         scorer = Scorer(
@@ -134,11 +134,12 @@ class Policy:
         if name is None:
             other = copy.deepcopy(self.model)
         else:
-            other = load_model(name)
+            other = load_model(name, ModelConfig(attn_implementation=self.config.attn_implementation))
             check_vocabulary(
                 self.model.config.vocab_size, other.config.vocab_size, load_tokenizer(path), load_tokenizer(name), name
             )
-        swapped = self.swapped if name is None else use_grpo_attention(other)
+        wanted = self.config.attn_implementation == NAME
+        swapped = self.swapped if name is None else wanted and use_grpo_attention(other)
         frozen = Scorer(other, swapped=swapped, temperature=scorer.temperature)
         if not self.config.reference_offload:
             frozen.to(self.device)
@@ -301,11 +302,14 @@ class Policy:
 def load_model(path: str, config: ModelConfig | None = None, device: torch.device | None = None) -> PreTrainedModel:
     """A causal LM with every dropout 0, so that sampling and scoring see one and the same policy; its head in float32.
 
-    float32 weights, unless `config` says otherwise (torch_dtype, load_in_4bit, gguf_file).
+    float32 weights and the model's own sdpa attention, unless `config` says otherwise (torch_dtype, attn_implementation,
+    load_in_4bit, gguf_file).
     """
     extra: dict[str, object] = {}
-    dtype = torch.float32
+    dtype, attention = torch.float32, "sdpa"
     if config is not None:
+        if config.attn_implementation != NAME:  # ours takes the place of sdpa later, if a probe finds it exact
+            attention = config.attn_implementation
         dtype = getattr(torch, config.torch_dtype)
         if config.gguf_file:
             extra["gguf_file"] = config.gguf_file
@@ -318,8 +322,8 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
             )
             extra["device_map"] = {"": device or torch.device("cpu")}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", **extra)
-    except (OSError, ValueError) as error:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention, **extra)
+    except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model.name '{path}' cannot be loaded: {error}") from error
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -25,6 +25,7 @@ LAUNCH = Path(__file__).parent.parent / "launch"
         (["--rewards", "{}"], "rewards is empty"),
         (["--tokens_per_batch", "10"], "tokens_per_batch is 10"),
         (["--tracking.report_to", "[mlflow]"], "mlflow"),
+        (["--model.attn_implementation", "sdpa"], "set rollout.engine to transformers"),
         (["--config", "missing.yaml"], "there is no file missing.yaml"),
     ],
 )

@@ -53,6 +53,19 @@ def run(tmp_path: Path, name: str, **changes: object) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_the_models_own_attention_learns_the_same(tmp_path: Path) -> None:
+    ours = run(tmp_path, "ours", steps=2)
+    theirs = run(
+        tmp_path, "eager", steps=2, **{"model.attn_implementation": "eager", "rollout.engine": "transformers"}
+    )
+    for row, other in zip(ours, theirs, strict=True):
+        for key, value in row.items():
+            if not key.startswith(CHANGING):
+                assert other[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    with pytest.raises(ConfigError, match="model.name .* cannot be loaded"):
+        run(tmp_path, "none", **{"model.attn_implementation": "no_such", "rollout.engine": "transformers"})
+
+
 def test_a_run_leaves_everything_behind(tmp_path: Path) -> None:
     rows = run(tmp_path, "run")
     folder = tmp_path / "run"
