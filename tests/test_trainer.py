@@ -55,9 +55,7 @@ def run(tmp_path: Path, name: str, **changes: object) -> list[dict]:
 
 def test_the_models_own_attention_learns_the_same(tmp_path: Path) -> None:
     ours = run(tmp_path, "ours", steps=2)
-    theirs = run(
-        tmp_path, "eager", steps=2, **{"model.attn_implementation": "eager", "rollout.engine": "transformers"}
-    )
+    theirs = run(tmp_path, "eager", steps=2, **{"model.attn_implementation": "eager", "rollout.engine": "transformers"})
     for row, other in zip(ours, theirs, strict=True):
         for key, value in row.items():
             if not key.startswith(CHANGING):
