@@ -46,6 +46,24 @@ class Case:
     factor: float = 1.0
     """what our gradient has to be multiplied with to be TRL's: not 1 where we differ on purpose"""
     micro_batches: int = 1
+    shape: tuple[int, int] = (P, G)
+    """prompts, completions of each"""
+    as_trl_means_it: bool = False
+    """leave out what we set in TRL so that a key left out means the same to both"""
+    flat: float | None = None
+    """what every completion of the first prompt earns, instead of fixed_rewards"""
+    contrast: float = 0.0
+    """how much more those of each prompt earn than those of the prompt before it"""
+
+    def groups(self) -> list[Group]:
+        return fixed_groups(*self.shape)
+
+    def rewards(self) -> dict[str, list[float]]:
+        if self.flat is None:
+            return fixed_rewards()
+        prompts, generations = self.shape
+        earned = [self.flat + self.contrast * p for p in range(prompts) for _ in range(generations)]
+        return {"first": earned, "second": [0.0] * len(earned)}
 
     @property
     def setting(self) -> str:
@@ -60,6 +78,8 @@ class Outcome:
     gradients: list[dict[str, Tensor]]
     weights: dict[str, Tensor]
     clipped: float = 0.0
+    flat_groups: float = 0.0
+    """TRL: its metric for the share of groups whose rewards are all equal"""
 
 
 def cases() -> list[Case]:
@@ -141,8 +161,9 @@ def compare(case: Case) -> dict[str, Any]:
     row |= {"loss": 0.0, "gradient_norm": 0.0, "gradient": 0.0, "clipped": ours.clipped}
     for mine, other, mine_g, other_g in zip(ours.losses, theirs.losses, ours.gradients, theirs.gradients, strict=True):
         norm = total_norm(other_g)
-        # On-policy a loss of advantages that sum to 0 is rounding noise: compared with what its tokens add up to, about 1.
-        row["loss"] = max(row["loss"], abs(mine * case.factor - other) / max(abs(other), 0.1))
+        # A loss is a mean of terms of both signs that cancel (advantages sum to 0), each about 1 in size: float32 rounds
+        # the terms, so that is what a difference is compared with. tests/test_parity.py shows it against float64.
+        row["loss"] = max(row["loss"], abs(mine * case.factor - other) / max(abs(other), 1.0))
         row["gradient_norm"] = max(row["gradient_norm"], abs(total_norm(mine_g) * case.factor - norm) / norm)
         apart = total_norm({name: mine_g[name] * case.factor - other_g[name] for name in other_g})
         row["gradient"] = max(row["gradient"], apart / norm)
@@ -182,18 +203,18 @@ def make_model(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def fixed_groups() -> list[Group]:
-    """P groups of G completions of uneven lengths; some are cut off at LENGTH."""
+def fixed_groups(prompts: int = P, generations: int = G) -> list[Group]:
+    """Groups of completions of uneven lengths; some are cut off at LENGTH."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(low: int, high: int, size: int) -> list[int]:
         return torch.randint(low, high, (size,), generator=generator).tolist()
 
     groups = []
-    for p in range(P):
+    for p in range(prompts):
         prompt = draw(2, VOCABULARY, 3 + 2 * p)
         completions = []
-        for _ in range(G):
+        for _ in range(generations):
             [length] = draw(1, LENGTH + 3, 1)
             ended = length <= LENGTH
             ids = draw(2, VOCABULARY, length - 1) + [0] if ended else draw(2, VOCABULARY, LENGTH)
@@ -223,12 +244,13 @@ def run_ours(case: Case, folder: Path) -> Outcome:
     from grpo.setup import Progress
     from grpo.trainer import Clock, update
 
+    prompts, generations = case.shape
     config = Config(
-        prompts_per_step=P,
+        prompts_per_step=prompts,
         tokens_per_batch=40 if case.micro_batches == 1 else 20,
         objective=ObjectiveConfig(loss_type=case.loss_type, num_iterations=case.steps, **case.ours),
         optimizer=OptimizerConfig(learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=1e9),
-        sampling=SamplingConfig(num_generations=G, max_completion_length=LENGTH),
+        sampling=SamplingConfig(num_generations=generations, max_completion_length=LENGTH),
         model=ModelConfig(name=str(folder)),
     )
     policy = Policy(
@@ -251,14 +273,14 @@ def run_ours(case: Case, folder: Path) -> Outcome:
         running[0] += float(loss.detach())
         backward(loss)
 
-    def watched_step() -> float:
+    def watched_step(usable: bool = True) -> float:
         outcome.gradients.append({name: p.grad.clone() for name, p in policy.model.named_parameters()})
         outcome.losses.append(running[0])
         running[0] = 0.0
-        return step()
+        return step(usable)
 
     policy.backward, policy.step = watched_backward, watched_step  # type: ignore[method-assign]
-    by_name = {name: torch.tensor(v, dtype=torch.float64).reshape(P, G) for name, v in fixed_rewards().items()}
+    by_name = {name: torch.tensor(v, dtype=torch.float64).reshape(case.shape) for name, v in case.rewards().items()}
     scores = Scores(by_name["first"] + 0.5 * by_name["second"], by_name)
     run: Any = SimpleNamespace(
         config=config,
@@ -268,7 +290,7 @@ def run_ours(case: Case, folder: Path) -> Outcome:
         score=SimpleNamespace(weights={"first": 1.0, "second": 0.5}),
     )
     sums = Sums()
-    update(run, learn_from(run, Sampled(fixed_groups(), scores, list(range(P))), sums), sums, Clock())
+    update(run, learn_from(run, Sampled(case.groups(), scores, list(range(prompts))), sums), sums, Clock())
     outcome.weights = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     outcome.clipped = sums.mean("clipped")
     return outcome
@@ -283,12 +305,13 @@ def run_trl(case: Case, folder: Path) -> Outcome:
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
 
-    groups = fixed_groups()
+    generations = case.shape[1]
+    groups, values = case.groups(), case.rewards()
     by_text = {str(group.prompt.messages): group for group in groups}
     rewards = {
-        (str(g.prompt.messages), s): {name: values[p * G + s] for name, values in fixed_rewards().items()}
+        (str(g.prompt.messages), s): {name: earned[p * generations + s] for name, earned in values.items()}
         for p, g in enumerate(groups)
-        for s in range(G)
+        for s in range(generations)
     }
 
     def rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
@@ -328,7 +351,7 @@ def run_trl(case: Case, folder: Path) -> Outcome:
 
     model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     settings: dict[str, Any] = {"loss_type": case.loss_type, **case.ours, **case.theirs}
-    if settings["loss_type"] == "cispo":
+    if settings["loss_type"] == "cispo" and not case.as_trl_means_it:
         settings.setdefault("epsilon_high", 5.0)  # what ours means by default
     if settings["loss_type"] == "luspo":
         settings.setdefault("importance_sampling_level", "sequence")
@@ -336,9 +359,9 @@ def run_trl(case: Case, folder: Path) -> Outcome:
         config = trl.GRPOConfig(
             output_dir=temporary,
             max_steps=case.steps,
-            per_device_train_batch_size=P * G // case.micro_batches,
+            per_device_train_batch_size=math.prod(case.shape) // case.micro_batches,
             gradient_accumulation_steps=case.micro_batches,
-            num_generations=G,
+            num_generations=generations,
             num_iterations=case.steps,
             max_completion_length=LENGTH,
             learning_rate=1e-3,
@@ -375,6 +398,8 @@ def run_trl(case: Case, folder: Path) -> Outcome:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     outcome.weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    logged = [entry["frac_reward_zero_std"] for entry in trainer.state.log_history if "frac_reward_zero_std" in entry]
+    outcome.flat_groups = logged[0]
     return outcome
 
 
