@@ -69,7 +69,7 @@ def sample(run: "Run", plan: SamplingPlan, clock: "Clock") -> Sampled:
         prompts = run.stream.draws(run.progress.draws, count, accelerator.process_index, accelerator.num_processes)
         run.progress.draws += count
         with accelerator.autocast():
-            new = run.engine.generate(prompts, plan)
+            new = run.engine.generate(prompts, plan, finished=run.score.offer)
         clock.lap("rollout")
         scores.append(scored(run, new))
         clock.lap("reward")

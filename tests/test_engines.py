@@ -58,3 +58,12 @@ def test_sampling_and_training_logprobs_are_the_same(temperature: float) -> None
     with torch.no_grad():
         trained = Scorer(model, swapped=True, temperature=temperature)(batch)[0]
     assert torch.allclose(trained, batch.sampling_logprobs_N, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_groups_are_handed_out_as_soon_as_they_are_whole(engine: str) -> None:
+    early: list = []
+    built = build_engine(engine, tiny_model(), CharTokenizer(), slots=3, swapped=True)
+    groups = built.generate(prompts(), SamplingPlan(4, 12, 1.0, seed=7), finished=early.append)
+    assert sorted(g.prompt.draw for g in early) == [g.prompt.draw for g in groups]
+    assert all(any(g is group for group in groups) for g in early)

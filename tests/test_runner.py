@@ -1,5 +1,6 @@
 """Rewards in processes of their own: what fails is masked and counted, what hangs is killed, nothing else is touched."""
 
+import dataclasses
 import itertools
 import math
 import os
@@ -98,7 +99,7 @@ def test_a_slow_reward_makes_no_other_one_wait(runners: list[RewardRunner]) -> N
     runner([group("a", "b", messages="text")])
     runner.submit([group("hang", "b", messages="text")])
     assert runner._pending is not None
-    slow, fast = runner._pending[1]
+    [slow], [fast] = runner._pending[1]
     assert fast.result(timeout=20) == [1.0, 1.0]  # there, while the other one still hangs
     assert not slow.done()
 
@@ -293,3 +294,57 @@ def test_no_reward_vector_makes_a_non_finite_advantage() -> None:
         assert bool(torch.isfinite(advantages.float()).all()), scale
         for row in rows[:50]:
             assert bool(torch.isfinite(group_advantages(torch.tensor([row]), scale=scale).float()).all()), (row, scale)
+
+
+def test_groups_that_are_offered_early_get_the_same_scores_and_are_judged_once(
+    runners: list[RewardRunner], tmp_path: Any
+) -> None:
+    """`each` judges one by one, and may begin early; `relative` compares the completions of a step, and must not."""
+    calls = tmp_path / "calls"
+    (tmp_path / "mine.py").write_text(
+        "from grpo.rewards.registry import one_by_one\n"
+        "@one_by_one(1.0)\n"
+        "def each(completions, **columns):\n"
+        f"    open({str(calls)!r}, 'a').write(completions[0] + chr(10))\n"
+        "    if completions[0] == 'raise':\n"
+        "        raise ValueError\n"
+        "    return [float(len(c)) for c in completions]\n"
+    )
+    weights = {f"{tmp_path}/mine.py:each": 1.0, "tests.faulty_rewards:relative": 1.0}
+    groups = [group("a", "abc", messages="text"), group("ab", "raise1", messages="text")]
+    groups = [dataclasses.replace(g, prompt=dataclasses.replace(g.prompt, draw=draw)) for draw, g in enumerate(groups)]
+    plain, early = RewardRunner(weights), RewardRunner(weights)
+    runners += [plain, early]
+    expected = plain(groups)
+    once = sorted(calls.read_text().split())
+    calls.unlink()
+    for each in reversed(groups):  # in whatever order they are finished
+        early.offer(each)
+    early.submit(groups)
+    got = early.collect()
+    assert sorted(calls.read_text().split()) == once
+    torch.testing.assert_close(got.rewards_PG, expected.rewards_PG, rtol=0, atol=0, equal_nan=True)
+    assert got.failures == expected.failures
+    again = early(groups)  # offered groups are forgotten once they are submitted
+    torch.testing.assert_close(again.rewards_PG, expected.rewards_PG, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_failure_in_a_group_that_was_offered_names_its_place_among_all(
+    runners: list[RewardRunner], tmp_path: Any
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from grpo.rewards.registry import one_by_one\n"
+        "@one_by_one(1.0)\n"
+        "def each(completions, **columns):\n"
+        "    return [1.0 / (completions[0] != 'bad') for c in completions]\n"
+    )
+    runner = RewardRunner({f"{tmp_path}/mine.py:each": 1.0})
+    runners.append(runner)
+    groups = [group(*texts, messages="text") for texts in (["a"] * 4, ["b", "b", "bad", "b"])]
+    groups = [dataclasses.replace(g, prompt=dataclasses.replace(g.prompt, draw=draw)) for draw, g in enumerate(groups)]
+    for each in groups:
+        runner.offer(each)
+    runner.submit(groups)
+    scores = runner.collect()
+    assert [failure.index for failure in scores.failures] == [6]
+    assert scores.rewards_PG.isnan().flatten().nonzero().flatten().tolist() == [6]

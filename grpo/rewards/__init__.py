@@ -99,6 +99,9 @@ class RewardSum:
     def start(self) -> None:
         """Nothing to prepare here; see RewardRunner."""
 
+    def offer(self, group: Group) -> None:
+        """A group that is finished while others are still being sampled. Nothing to do here; see RewardRunner."""
+
     def submit(self, groups: list[Group]) -> None:
         """Begin to score; `collect` gives the Scores. In between there is time for something else."""
         self._scores = self(groups)

@@ -1,8 +1,12 @@
 """The reward runner: groups -> worker processes with deadlines -> Scores. No reward can hang, crash or poison training.
 
+    offer(group)   ---> thread of reward a ---> process a     while other groups are still being sampled
     submit(groups) ---> thread of reward a ---> process a     values, or nothing in time: killed
                    \\--> thread of reward b ---> process b     (a slow reward makes no other one wait)
     collect()      <--- values and failures, combined
+
+Only a reward that judges each completion by itself (@one_by_one) is asked before all completions are there: any other one
+may compare them with each other, and gets a step's completions together.
 
 A reward that fails on all completions together is asked again one by one, to find out which of them it cannot judge;
 those are masked (no advantage, out of their group's mean) and counted, never scored 0 in silence.
@@ -12,6 +16,7 @@ Processes, because neither an endless loop in C code nor 9**9**9**9 can be stopp
 
 import atexit
 import contextlib
+import dataclasses
 import faulthandler
 import json
 import multiprocessing
@@ -54,29 +59,44 @@ class RewardRunner(RewardSum):
         super().__init__(weights)
         self.on_error = on_error
         self._rewards = [Judge(name, function, deadline, workers) for name, function in self.functions.items()]
-        self._threads = ThreadPoolExecutor(max(1, len(self._rewards)), thread_name_prefix="reward")
+        self._offered: dict[int, tuple[Group, dict[str, Future[Values]]]] = {}
         self._silent = dict.fromkeys(weights, 0)
-        self._pending: tuple[list[Group], list[Future[Values]]] | None = None
+        self._pending: tuple[list[Group], list[list[Future[Values]]]] | None = None
         _RUNNERS.add(self)
 
     def start(self) -> None:
         """Start the processes now, beside whatever else is being loaded, instead of at the first step."""
         for reward in self._rewards:
-            self._threads.submit(reward.start)
+            reward.thread.submit(reward.start)
 
     def __call__(self, groups: list[Group]) -> Scores:
         self.submit(groups)
         return self.collect()
 
+    def offer(self, group: Group) -> None:
+        """Let the rewards that judge completions one by one begin with this group, which `submit` will name again."""
+        futures = {
+            reward.name: self._ask(reward, [group]) for reward in self._rewards if reward.seconds_each is not None
+        }
+        self._offered[group.prompt.draw] = group, futures
+
     def submit(self, groups: list[Group]) -> None:
-        """Begin to score; returns at once."""
+        """Begin to score, unless all of them were offered before; returns at once."""
         assert self._pending is None, "collect the scores of the groups before"
-        count = sum(len(group.completions) for group in groups)
-        futures = [
-            self._threads.submit(reward.judge, arguments_for(reward.function, groups), count)
-            for reward in self._rewards
-        ]
+        early = [self._offered[g.prompt.draw] for g in groups if self._offered.get(g.prompt.draw, (None,))[0] is g]
+        futures = []
+        for reward in self._rewards:
+            if len(early) == len(groups) and reward.seconds_each is not None:
+                futures.append([asked[reward.name] for _, asked in early])
+            else:
+                futures.append([self._ask(reward, groups)])
+        for group in groups:
+            self._offered.pop(group.prompt.draw, None)
         self._pending = groups, futures
+
+    def _ask(self, reward: "Judge", groups: list[Group]) -> Future[Values]:
+        count = sum(len(group.completions) for group in groups)
+        return reward.thread.submit(reward.judge, arguments_for(reward.function, groups), count)
 
     def collect(self) -> Scores:
         """The Scores of what was submitted. Raises RewardError for a reward that fails too often."""
@@ -85,8 +105,9 @@ class RewardRunner(RewardSum):
         texts = [completion.text for group in groups for completion in group.completions]
         values: dict[str, list[float | None]] = {}
         failures: list[Failure] = []
-        for reward, future in zip(self._rewards, futures, strict=True):
-            judged = future.result()
+        for reward, parts in zip(self._rewards, futures, strict=True):
+            judged = joined([part.result() for part in parts])
+            reward.used = 0.0
             failed = [value for value in judged if isinstance(value, Failure)]
             self._check(reward.name, failed, texts)
             failures += failed
@@ -98,7 +119,7 @@ class RewardRunner(RewardSum):
         """End every process. A second call does nothing."""
         for reward in self._rewards:
             reward.kill()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+            reward.thread.shutdown(wait=False, cancel_futures=True)
 
     def _check(self, name: str, failed: list[Failure], texts: list[str]) -> None:
         """Failures are told apart: values that come too late may be the completions' doing, the others are a bug."""
@@ -120,13 +141,28 @@ class RewardRunner(RewardSum):
             )
 
 
+def joined(parts: list[Values]) -> Values:
+    """The values of one group after the other -> of all; failures name the completion's place among all."""
+    values: Values = []
+    for part in parts:
+        start = len(values)
+        values += [
+            dataclasses.replace(value, index=start + value.index) if isinstance(value, Failure) else value
+            for value in part
+        ]
+    return values
+
+
 class Judge:
-    """One reward and its processes. Used by one thread at a time."""
+    """One reward and its processes, asked by one thread of its own."""
 
     def __init__(self, name: str, function: RewardFunction, deadline: float, workers: int):
         self.name, self.function, self.deadline = name, function, deadline
         self.seconds_each: float | None = getattr(function, "seconds_each", None)
         self.workers = [Worker(name, function) for _ in range(max(1, workers))]
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"reward {name}")
+        self.used = 0.0
+        """Seconds of `deadline` that this step's completions have taken so far, where they are judged group by group."""
 
     def start(self) -> None:
         for worker in self.workers if self.seconds_each else self.workers[:1]:
@@ -177,7 +213,8 @@ class Judge:
 
     def _one_by_one(self, arguments: dict[str, list[Any]], indices: list[int], seconds: float) -> Values:
         """Shared out over the workers, each completion with its own deadline, all of them within the step's."""
-        ends = time.monotonic() + self.deadline
+        begun = time.monotonic()
+        ends = begun + self.deadline - self.used
         shares = [indices[number :: len(self.workers)] for number in range(len(self.workers))]
         results: dict[int, float | None | Failure] = {}
         with ThreadPoolExecutor(len(shares)) as threads:
@@ -185,6 +222,8 @@ class Judge:
                 lambda worker, share: dict(self._lane(worker, arguments, share, seconds, ends)), self.workers, shares
             ):
                 results |= found
+        if self.seconds_each is not None:
+            self.used += time.monotonic() - begun
         return [results[index] for index in indices]
 
     def _lane(

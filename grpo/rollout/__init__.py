@@ -1,5 +1,6 @@
 """Rollouts: prompts -> groups of completions. One protocol, several engines that agree with each other."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -12,8 +13,11 @@ from grpo.types import Group, Prompt, SamplingPlan
 class RolloutEngine(Protocol):
     """What the trainer needs of an engine."""
 
-    def generate(self, prompts: list[Prompt], plan: SamplingPlan) -> list[Group]:
-        """plan.num_generations completions for each prompt, in the order of the prompts."""
+    def generate(
+        self, prompts: list[Prompt], plan: SamplingPlan, finished: Callable[[Group], None] | None = None
+    ) -> list[Group]:
+        """plan.num_generations completions for each prompt, in the order of the prompts. `finished` gets each group as soon
+        as its last completion is done, in any order, so that it can be scored while others are still being sampled."""
         ...
 
     def update_weights(self, step: int) -> None:

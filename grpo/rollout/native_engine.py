@@ -9,6 +9,7 @@ positions per layer, so memory is known before decoding starts.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -77,6 +78,25 @@ class _Prefilled:
     waiting: int
 
 
+class _Done:
+    """What is finished: completions, and groups, which are handed out as soon as they are whole."""
+
+    def __init__(self, prompts: list[Prompt], samples: int, finished: Callable[[Group], None] | None):
+        self.prompts, self.samples, self.finished = prompts, samples, finished
+        self.groups: dict[int, Group] = {}
+        self._completions: dict[int, dict[int, Completion]] = {}
+
+    def add(self, prompt: int, sample: int, completion: Completion) -> None:
+        found = self._completions.setdefault(prompt, {})
+        found[sample] = completion
+        if len(found) == self.samples:
+            group = Group(self.prompts[prompt], [found[s] for s in range(self.samples)])
+            self.groups[prompt] = group
+            del self._completions[prompt]
+            if self.finished is not None:
+                self.finished(group)
+
+
 @register_engine("native")
 class NativeEngine:
     """Decodes at most `slots` completions at a time with the weights that `model` has when `generate` is called."""
@@ -97,7 +117,9 @@ class NativeEngine:
         """Nothing to do: it reads the live weights."""
 
     @torch.no_grad()
-    def generate(self, prompts: list[Prompt], plan: SamplingPlan) -> list[Group]:
+    def generate(
+        self, prompts: list[Prompt], plan: SamplingPlan, finished: Callable[[Group], None] | None = None
+    ) -> list[Group]:
         """See RolloutEngine."""
         waiting = deque((p, s) for p in range(len(prompts)) for s in range(plan.num_generations))
         if not waiting:
@@ -105,7 +127,7 @@ class NativeEngine:
         self.backbone.refresh()
         longest_prompt = max(len(prompt.token_ids) for prompt in prompts)
         cache, state = self._memory(min(self.slots, len(waiting)), longest_prompt + plan.max_completion_length)
-        done: dict[tuple[int, int], Completion] = {}
+        done = _Done(prompts, plan.num_generations, finished)
         prefilled: dict[int, _Prefilled] = {}
         rows: list[_Row] = []
         while waiting or rows:
@@ -119,7 +141,7 @@ class NativeEngine:
                 self._collect(rows, state.new_tokens[:steps], state.new_logprobs[:steps], plan)
                 self._retire(rows, cache, state, plan, done)
         self.backbone.release()
-        return [Group(p, [done[i, s] for s in range(plan.num_generations)]) for i, p in enumerate(prompts)]
+        return [done.groups[index] for index in range(len(prompts))]
 
     def _memory(self, slots: int, length: int) -> tuple[SlotCache, _State]:
         """The slots of this call. On CUDA they are kept, since captured graphs point at them; elsewhere they are freed."""
@@ -259,7 +281,7 @@ class NativeEngine:
         cache: SlotCache,
         state: _State,
         plan: SamplingPlan,
-        done: dict[tuple[int, int], Completion],
+        done: "_Done",
     ) -> None:
         """Take finished rows out; rows from the end move into the holes, so that active rows are always the first."""
         finished = [
@@ -270,7 +292,7 @@ class NativeEngine:
         for index in finished:
             row = rows[index]
             text = str(self.tokenizer.decode(row.tokens, skip_special_tokens=True))
-            done[row.prompt, row.sample] = Completion(row.tokens, row.logprobs, row.ended, text)
+            done.add(row.prompt, row.sample, Completion(row.tokens, row.logprobs, row.ended, text))
         left = len(rows) - len(finished)
         holes = [index for index in finished if index < left]
         movers = sorted(set(range(left, len(rows))) - set(finished))

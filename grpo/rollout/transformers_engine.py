@@ -4,6 +4,8 @@ Drawing the tokens is ours (same counted seeds, same sampler), through a one-lin
 generate does the caching and the forward passes.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
@@ -39,12 +41,20 @@ class TransformersEngine:
         """Nothing to do: it reads the live weights."""
 
     @torch.no_grad()
-    def generate(self, prompts: list[Prompt], plan: SamplingPlan) -> list[Group]:
+    def generate(
+        self, prompts: list[Prompt], plan: SamplingPlan, finished: Callable[[Group], None] | None = None
+    ) -> list[Group]:
+        """See RolloutEngine."""
         before = self.model.config._attn_implementation
         if self.swapped:
             self.model.set_attn_implementation("sdpa")
         try:
-            return [self._group(prompt, plan) for prompt in prompts]
+            groups = []
+            for prompt in prompts:
+                groups.append(self._group(prompt, plan))
+                if finished is not None:
+                    finished(groups[-1])
+            return groups
         finally:
             self.model.set_attn_implementation(before)
 
