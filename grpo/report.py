@@ -2,6 +2,7 @@
 against correctness, the best and the worst completions. Reads files only, so it works on anybody's run.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,7 @@ def _text(run: RunFolder, first: list[Row], last: list[Row]) -> str:
         f"settings in `config.yaml`, versions and machine in `environment.json`."
     )
     lines += ["", *_before_and_after(metrics), "", "![curves](report_curves.png)", ""]
+    lines += _finding_lines(run.path / "findings.jsonl")
     weights = {str(name): float(weight) for name, weight in (config.get("rewards") or {}).items()}
     lines += _attribution_lines(metrics, weights)
     if first or last:
@@ -182,6 +184,15 @@ def _before_and_after(metrics: MetricsFile) -> list[str]:
     ci = metrics.series("eval/accuracy_ci95")[1]
     note = [] if not ci else ["", f"95 % interval of the accuracy: ±{ci[0]:.3f} before, ±{ci[-1]:.3f} after."]
     return ["## Before and after", "", *_table(["held out", "before", "after", "change"], rows), *note]
+
+
+def _finding_lines(path: Path) -> list[str]:
+    """What the run said about itself while it ran (grpo/watch.py)."""
+    if not path.is_file():
+        return []
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    items = [f"- Step {row['step']}: {_inline(row['text'])}: {_inline(row['mend'])}." for row in found]
+    return ["## What may keep it from learning", "", *items, ""] if items else []
 
 
 def _attribution_lines(metrics: MetricsFile, weights: dict[str, float]) -> list[str]:

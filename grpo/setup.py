@@ -23,7 +23,7 @@ from grpo.data import Example, load_examples
 from grpo.data.stream import PromptStream, render_prompts
 from grpo.data.streaming import StreamedPrompts
 from grpo.display import Display
-from grpo.distributed import gather_rows, max_over_ranks, start_accelerator
+from grpo.distributed import compute_dtype, gather_rows, max_over_ranks, start_accelerator
 from grpo.errors import ConfigError, StorageError
 from grpo.experience import estimator_of
 from grpo.faults import dump_batches, dump_failures
@@ -33,11 +33,13 @@ from grpo.policy import Policy
 from grpo.report import write_report
 from grpo.rewards import RewardSum, Scores
 from grpo.rewards.runner import RewardRunner
+from grpo.rewards.xml_format import only_answer
 from grpo.rollout import ENGINES, RolloutEngine, build_engine
 from grpo.run_lock import RunLock, check_free
 from grpo.tracking import Tracker, check_trackers, choose_run_dir
 from grpo.training_data import training_data
 from grpo.types import Group, Prompt
+from grpo.watch import Watch, patience_for
 
 
 @dataclass
@@ -70,6 +72,7 @@ class Run:
     lock: RunLock | None
     callbacks: Callbacks
     steps_done: int
+    watch: Watch
     first_eval: dict[str, float] = field(default_factory=dict)
     last_eval: dict[str, float] = field(default_factory=dict)
 
@@ -87,6 +90,9 @@ class Run:
             return
         self.tracker.log(step, metrics)
         self.tracker.log_rollouts(rows)
+        for finding in self.watch.observe(step, metrics, rows):
+            self.tracker.log_finding(step, finding)
+            self.display.say(f"finding: {finding}")
         self.display.step(step, metrics)
         every = max(1, self.config.steps // 5)
         if self.config.tracking.log_completions and rows and (step == 1 or step % every == 0):
@@ -254,6 +260,7 @@ def prepare(config: Config) -> Run:
         lock=lock,
         callbacks=Callbacks(config.callbacks, callbacks, accelerator),
         steps_done=start,
+        watch=watch_for(config, accelerator, tracker),
         first_eval=first_eval,
         last_eval=last_eval,
     )
@@ -281,6 +288,19 @@ def lock_run(run_dir: Path) -> RunLock:
         return RunLock(run_dir)
     except OSError as error:
         raise StorageError(f"cannot write the run directory {run_dir}: {error}. Set another --run_dir") from error
+
+
+def watch_for(config: Config, accelerator: Accelerator, tracker: Tracker | None) -> Watch:
+    """What looks for the reasons why this run does not learn."""
+    reads_answers = {"accuracy", "countdown"} & {name for name, weight in config.rewards.items() if weight}
+    return Watch(
+        patience_for(config.steps),
+        config.sampling.max_completion_length,
+        config.optimizer.learning_rate,
+        tolerance=1e-3 if compute_dtype(accelerator) is None else 0.05,
+        has_answer=(lambda text: only_answer(text) is not None) if reads_answers else None,
+        said=tracker.findings_made() if tracker is not None else set(),
+    )
 
 
 def build_score(config: Config) -> RewardSum:

@@ -4,6 +4,7 @@
     run_dir/environment.json    versions, machine, git commit, command line; never an environment variable
     run_dir/metrics.jsonl       {"step": 7, "reward/mean": 0.4, ...}, a line per step
     run_dir/rollouts.jsonl      {"step": 7, "prompt": ..., "completion": ..., ...}, a line per completion
+    run_dir/findings.jsonl      {"step": 20, "name": "dead:soft_format", "text": ..., "mend": ...}, why it does not learn
 
 The files are the interface: reports and dashboards read them. An outside tracker that fails is switched off, and
 training goes on. Only the main process makes a Tracker.
@@ -30,9 +31,10 @@ import yaml
 
 from grpo.config import Config, flatten, to_dict
 from grpo.errors import ConfigError, StorageError
+from grpo.watch import Finding
 
 _log = logging.getLogger(__name__)
-_METRICS, _ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
+_METRICS, _ROLLOUTS, _FINDINGS = "metrics.jsonl", "rollouts.jsonl", "findings.jsonl"
 
 
 def choose_run_dir(config: Config, now: datetime) -> Path:
@@ -75,7 +77,7 @@ class Tracker:
         self.run_dir = run_dir
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            for name in (_METRICS, _ROLLOUTS):
+            for name in (_METRICS, _ROLLOUTS, _FINDINGS):
                 _drop_rows_from(run_dir / name, resume_step)
             _write_whole(run_dir / "config.yaml", yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False))
             _write_whole(
@@ -83,6 +85,7 @@ class Tracker:
             )
             self._metrics = (run_dir / _METRICS).open("a", encoding="utf-8")
             self._rollouts = (run_dir / _ROLLOUTS).open("a", encoding="utf-8")
+            self._findings = (run_dir / _FINDINGS).open("a", encoding="utf-8")
         except OSError as error:
             raise StorageError(f"cannot write the run directory {run_dir}: {error}. Set another --run_dir") from error
         name = config.tracking.run_name or run_dir.name
@@ -102,12 +105,20 @@ class Tracker:
         """Completions, each a row with its "step"."""
         self._write(self._rollouts, rows)
 
+    def log_finding(self, step: int, finding: Finding) -> None:
+        """Why the run does not learn. Said once: `findings_made` holds the names of those that stand there already."""
+        self._write(self._findings, [{"step": step, **dataclasses.asdict(finding)}])
+
+    def findings_made(self) -> set[str]:
+        text = (self.run_dir / _FINDINGS).read_text(encoding="utf-8")
+        return {json.loads(line)["name"] for line in text.splitlines()}
+
     def finish(self) -> None:
         """Close everything. A second call does nothing."""
         for library, outside in list(self._outside.items()):
             self._protected(library, "finish", outside.finish)
         self._outside = {}
-        for file in (self._metrics, self._rollouts):
+        for file in (self._metrics, self._rollouts, self._findings):
             file.close()
 
     def _start(self, library: str, config: Config, settings: dict[str, Any], resume_step: int) -> None:
