@@ -20,13 +20,24 @@ def start_accelerator(timeout: float = 1800.0) -> Accelerator:
     """The Accelerator that `accelerate launch` and its config file ask for. A rank that the others have waited for longer
     than `timeout` seconds ends the run.
 
-    Raises ConfigError if fewer processes started than were asked for.
+    Raises ConfigError if fewer processes started than were asked for, or float16 was asked for on a CPU.
     """
     # Accelerate joins processes on a CPU only if it is told here too that they run on the CPU, and its launcher does not
     # hand `use_cpu` down to several processes: a machine without an accelerator leaves no other choice.
     asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
-    accelerator = Accelerator(cpu=asked_for_cpu or not torch.accelerator.is_available(), kwargs_handlers=[patience])
+    on_cpu = asked_for_cpu or not torch.accelerator.is_available()
+    if on_cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        raise ConfigError(
+            "mixed_precision is fp16, which accelerate computes on GPUs only, and this run is on the CPU: set it to bf16 or "
+            '"no" in the file of --config_file, or with accelerate launch --mixed_precision'
+        )
+    if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        patience.backend = (
+            "gloo"  # and not `cpu`, which would mean plain DDP: how deepspeed_zero*.yaml is tested without a GPU
+        )
+        on_cpu = False
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patience])
     asked = asked_processes()
     if accelerator.num_processes != asked:
         raise ConfigError(

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from grpo import zero
 from grpo.attention import NAME, GroupSpan, grpo_attention
 from grpo.checkpoint import Tensors, optimizer_from_tensors, optimizer_to_tensors
 from grpo.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
@@ -109,8 +110,14 @@ class Policy:
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.model.train()  # checkpointing is only active in train mode; every dropout is 0, so nothing else changes
-        sharded = is_sharded(accelerator)
-        self.working_copy.follow(self.model, compute=compute_dtype(accelerator), sharded=sharded)
+        self.zero_stage = zero.stage(accelerator)
+        if self.zero_stage:
+            zero.configure(accelerator, optimizer.max_grad_norm)
+        self.working_copy.follow(
+            self.model,
+            compute=None if self.zero_stage == 2 else compute_dtype(accelerator),  # ZeRO-2 casts the live weights
+            sharded=is_sharded(accelerator) and self.zero_stage != 2,
+        )
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=optimizer.learning_rate,
@@ -181,13 +188,18 @@ class Policy:
     @contextlib.contextmanager
     def accumulate(self, *, sync: bool) -> Iterator[None]:
         """Ranks exchange gradients only where `sync` is true: at the last batch of an optimizer step."""
+        self.last_of_step = sync
         with contextlib.nullcontext() if sync else self.accelerator.no_sync(self.scorer):
             yield
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, which was divided by counts over all ranks: so gradients must add up over ranks,
-        and the average that DDP and FSDP take is undone here."""
-        self.accelerator.backward(loss * self.accelerator.num_processes)
+        and the average that DDP, FSDP and ZeRO take is undone here."""
+        loss = loss * self.accelerator.num_processes
+        if self.zero_stage:
+            zero.backward(self.scorer, loss, last=self.last_of_step)
+        else:
+            self.accelerator.backward(loss)
 
     def step(self, usable: bool = True) -> float:
         """Clip, step, clear. -> the gradient norm before clipping.
@@ -195,18 +207,24 @@ class Policy:
         A gradient that is not finite, or one that is not `usable` (the same on every rank), changes no weight and no
         moment of the optimizer; `skipped_in_a_row` counts how often that has just happened.
         """
-        norm = self.accelerator.clip_grad_norm_(self.scorer.parameters(), self.max_grad_norm)
-        norm = float(full(norm)) if isinstance(norm, Tensor) else float(norm or 0.0)
-        # With float16, the loss scaler looks for overflow itself, skips the step, and must be told of it to scale less.
-        if (usable and math.isfinite(norm)) or self.accelerator.scaler is not None:
-            self.prepared_optimizer.step()
-            self.skipped_in_a_row = 0
+        if self.zero_stage:
+            norm = zero.step(self.scorer)
+            taken = math.isfinite(norm)
         else:
-            self.skipped_in_a_row += 1
+            norm = float(full(self.accelerator.clip_grad_norm_(self.scorer.parameters(), self.max_grad_norm)))
+            taken = usable and math.isfinite(norm)
+            if self.accelerator.scaler is not None:
+                # It looks for overflow itself, skips the step and scales less: no fault while there is scale to take away.
+                taken = usable and (taken or self.accelerator.scaler.get_scale() > 1)
+                self.prepared_optimizer.step()
+            elif taken:
+                self.prepared_optimizer.step()
+            self.prepared_optimizer.zero_grad()
+        self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
         self.scheduler.step()
-        self.prepared_optimizer.zero_grad()
         return norm
 
+    last_of_step = True
     skipped_in_a_row = 0
 
     def check(self) -> None:
@@ -235,7 +253,9 @@ class Policy:
 
         Weights that never change (the base under an adapter, a frozen reference) are not in it.
         """
-        if is_sharded(self.accelerator):
+        if self.zero_stage:
+            weights, moments = zero.full_state(self.model, self.optimizer)
+        elif is_sharded(self.accelerator):
             from grpo.sharding import full_state
 
             weights, moments = full_state(self.scorer, self.optimizer)
@@ -257,7 +277,9 @@ class Policy:
     def load_state(self, tensors: Tensors, state: dict) -> None:
         """What `state` gave, on every rank. Raises ConfigError if the checkpoint is of another kind of run."""
         moments = optimizer_from_tensors(tensors["optimizer"], state["optimizer"])
-        if is_sharded(self.accelerator):
+        if self.zero_stage:
+            zero.load_full_state(self.model, self.scorer, self.optimizer, tensors["model"], moments)
+        elif is_sharded(self.accelerator):
             from grpo.sharding import load_full_state
 
             load_full_state(self.scorer, self.optimizer, tensors["model"], moments)

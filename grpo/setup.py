@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from grpo.advantages import ADVANTAGES, SUBSETS
+from grpo.agreement import check_agreement
 from grpo.callbacks import Callbacks, State, build_callbacks
 from grpo.checkpoint import (
     load_checkpoint,
@@ -226,9 +227,11 @@ def prepare(config: Config) -> Run:
             raise ConfigError(f"{checkpoint} has done all {config.steps} steps: raise steps to go on")
     policy.check()
     policy.refresh_sampler()
-    engine = build_engine(
-        config.rollout.engine, policy.sampler, tokenizer, slots=config.rollout.slots, swapped=policy.swapped
-    )
+    with accelerator.autocast():
+        engine = build_engine(
+            config.rollout.engine, policy.sampler, tokenizer, slots=config.rollout.slots, swapped=policy.swapped
+        )
+    check_agreement(engine, policy, config.sampling.temperature)
     tracker, lock = None, None
     if accelerator.is_main_process:
         lock = lock_run(run_dir)

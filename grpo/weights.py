@@ -6,7 +6,6 @@
 What is saved, exported or sent to a server comes from `full_weights` too: there is one way to read a policy.
 """
 
-import contextlib
 import copy
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from grpo import zero
 from grpo.lora import delta, lora_layers, plain_name
 
 
@@ -26,11 +26,14 @@ class Float32Head(nn.Linear):
             return nn.functional.linear(hidden.float(), self.weight.float())
 
 
-def full_weights(model: nn.Module, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+def full_weights(
+    model: nn.Module, wanted: Collection[str] | None = None, *, masters: bool = True
+) -> Iterator[tuple[str, Tensor]]:
     """(plain name, tensor) of each parameter of `model`: gathered where it is sharded, its adapter merged in.
 
     Collective where the model is sharded: every rank must go through all of it. `wanted` limits the names. Tied weights
-    come once. The tensors may be the live ones: copy, do not keep.
+    come once. The tensors may be the live ones: copy, do not keep. `masters`: under DeepSpeed, whose live weights are
+    rounded, the float32 ones behind them.
     """
     adapted = {f"{name}.base_layer.weight": layer for name, layer in lora_layers(model)}
     for name, parameter in model.named_parameters():
@@ -38,8 +41,9 @@ def full_weights(model: nn.Module, wanted: Collection[str] | None = None) -> Ite
         if plain is None or (wanted is not None and plain not in wanted):
             continue
         layer = adapted.get(name)
-        with torch.no_grad(), _gathered([parameter] if layer is None else list(layer.parameters())):
-            tensor = dequantized(full(parameter))
+        with torch.no_grad(), zero.gathered([parameter] if layer is None else list(layer.parameters())):
+            tensor = (zero.master(parameter) if masters else None) if layer is None else None
+            tensor = dequantized(full(parameter)) if tensor is None else tensor
             if layer is not None:
                 tensor = tensor + full(delta(layer)).to(tensor.dtype)
             elif hasattr(parameter, "ds_id"):
@@ -59,18 +63,6 @@ def dequantized(tensor: Tensor) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(tensor.data, tensor.quant_state)
-
-
-@contextlib.contextmanager
-def _gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within, parameters that ZeRO-3 has sharded are whole."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(parameters):
-        yield
 
 
 class WorkingCopy:
@@ -125,7 +117,7 @@ class WorkingCopy:
         if not self.own:
             return
         with torch.no_grad():
-            for name, tensor in full_weights(self.live, wanted=self.own):
+            for name, tensor in full_weights(self.live, wanted=self.own, masters=False):
                 self.own[name].copy_(tensor)
 
 
