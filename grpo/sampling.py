@@ -4,6 +4,8 @@ Each drawn token depends on (seed, draw of its prompt, sample index, position) o
 state, and a completion does not depend on which other rows were decoded beside it, nor on how many processes there are.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -41,20 +43,25 @@ def draw_tokens(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tup
     logits = logits_BV.float()
     if temperature not in (0.0, 1.0):
         logits = logits / temperature
-    top = logits.amax(-1, keepdim=True)
-    weights = (logits - top).exp_()  # [B, V], not divided by its sum
-    whole = weights.shape[-1] // BLOCK * BLOCK
-    blocks = weights[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1)
-    blocks = torch.cat([blocks, weights[:, whole:].sum(-1, keepdim=True)], -1).double()
+    weights = logits.softmax(-1)
     if temperature == 0:
         tokens = logits.argmax(-1)
     else:
+        whole = weights.shape[-1] // BLOCK * BLOCK
+        blocks = weights[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1)
+        if whole < weights.shape[-1]:
+            blocks = torch.cat([blocks, weights[:, whole:].sum(-1, keepdim=True)], -1)
+        blocks = blocks.double()
         block, rest = _invert(blocks, uniform_B.double() * blocks.sum(-1))
-        index = block[:, None] * BLOCK + torch.arange(BLOCK, device=logits.device)
+        index = block[:, None] * BLOCK + _block_places(logits.device)
         inside = weights.gather(-1, index.clamp(max=logits.shape[-1] - 1)).double()
         tokens = block * BLOCK + _invert(inside.masked_fill_(index >= logits.shape[-1], 0.0), rest)[0]
-    logprobs = (logits.gather(-1, tokens[:, None]) - top).squeeze(-1) - blocks.sum(-1).log().float()
-    return tokens, logprobs
+    return tokens, weights.gather(-1, tokens[:, None]).squeeze(-1).log()
+
+
+@functools.cache
+def _block_places(device: torch.device) -> Tensor:
+    return torch.arange(BLOCK, device=device)
 
 
 def _invert(weights: Tensor, threshold_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ FusedBackbone    the Llama family (Llama, Qwen2, Qwen3, Mistral, SmolLM, ...) as
                  working weights in the dtype of the run. One token costs a fraction of the modules' bookkeeping.
 """
 
+import functools
 from typing import Any, Protocol, cast
 
 import torch
@@ -81,29 +82,38 @@ class _Layer:
         self.head_dim: int = attention.head_dim
         self.scaling: float = attention.scaling
         self.projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        self.heads = [projection.out_features // self.head_dim for projection in self.projections]
-        self.norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        self.head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self.heads, self.key_heads = (p.out_features // self.head_dim for p in self.projections[:2])
         self.tensors: dict[str, Tensor] = {}
 
     def refresh(self, dtype: torch.dtype) -> None:
         """Copy into the tensors of the last time, where there are any: a captured graph keeps reading them."""
-        attention, mlp = self.source.self_attn, self.source.mlp
+        attention, mlp, size = self.source.self_attn, self.source.mlp, self.head_dim
+        query, key, value = (full_tensor(p.weight) for p in self.projections)
         fresh = {
-            "qkv": torch.cat([full_tensor(p.weight) for p in self.projections]),
+            "qkv": torch.cat([_interleaved(query, size), _interleaved(key, size), value]),
             "out": full_tensor(attention.o_proj.weight),
             "gate_up": torch.cat([full_tensor(mlp.gate_proj.weight), full_tensor(mlp.up_proj.weight)]),
             "down": full_tensor(mlp.down_proj.weight),
         }
         if self.projections[0].bias is not None:
-            fresh["qkv_bias"] = torch.cat([full_tensor(p.bias) for p in self.projections])
+            query, key, value = (full_tensor(p.bias) for p in self.projections)
+            fresh["qkv_bias"] = torch.cat([_interleaved(query, size), _interleaved(key, size), value])
+        if getattr(attention, "q_norm", None) is not None:
+            norms = (_interleaved(full_tensor(norm.weight), size) for norm in (attention.q_norm, attention.k_norm))
+            per_head = [norm.expand(count, -1) for norm, count in zip(norms, (self.heads, self.key_heads), strict=True)]
+            fresh["head_norm"] = torch.cat(per_head)
+        fresh["norm"] = full_tensor(self.source.input_layernorm.weight)
+        fresh["mlp_norm"] = full_tensor(self.source.post_attention_layernorm.weight)
         for name, tensor in fresh.items():
-            if _packs(tensor, dtype) and tensor.ndim == 2:
+            wanted = dtype
+            if name.endswith("norm"):
+                wanted, tensor = torch.float32, _norm_weight(tensor)
+            if _packs(tensor, wanted) and name in ("qkv", "out", "gate_up", "down"):
                 self.tensors[name] = _packed(tensor)
-            elif name in self.tensors and self.tensors[name].dtype == dtype:
+            elif name in self.tensors and self.tensors[name].dtype == wanted:
                 self.tensors[name].copy_(tensor)
             else:
-                self.tensors[name] = tensor.to(dtype, copy=True)
+                self.tensors[name] = tensor.to(wanted, copy=True)
 
 
 class FusedBackbone:
@@ -118,9 +128,9 @@ class FusedBackbone:
         self.model = model
         self.base = cast(Any, model.base_model)  # its submodules are read by name
         self.layers = [_Layer(layer) for layer in self.base.layers]
-        self.table: tuple[Tensor, Tensor] | None = None
+        self.table: Tensor | None = None
         self.dtype = torch.float32
-        self.head = torch.empty(0)
+        self.head = self.norm = torch.empty(0)
 
     @classmethod
     def fits(cls, model: PreTrainedModel) -> bool:
@@ -145,12 +155,26 @@ class FusedBackbone:
         )
 
     def refresh(self) -> None:
-        device = self.model.device.type
-        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        device = self.model.device
+        autocast = torch.is_autocast_enabled(device.type)
+        self.dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
         for layer in self.layers:
             layer.refresh(self.dtype)
-        head = full_tensor(self.model.get_output_embeddings().weight)
-        self.head = _packed(head) if _packs(head, torch.float32) else head
+        self.norm = self._kept(self.norm, _norm_weight(full_tensor(self.base.norm.weight)), torch.float32)
+        head, dtype = full_tensor(self.model.get_output_embeddings().weight), product_dtype(device)
+        if _packs(head, dtype):
+            self.head = _packed(head)
+        elif dtype == head.dtype:
+            self.head = head
+        else:  # cast once here, not at every token
+            self.head = self._kept(self.head, head, dtype)
+
+    @staticmethod
+    def _kept(before: Tensor, fresh: Tensor, dtype: torch.dtype) -> Tensor:
+        """`fresh` in `dtype`, in the memory of last time where there is any: a captured graph keeps reading it."""
+        if before.shape != fresh.shape or before.dtype != dtype:
+            return fresh.to(dtype, copy=True)
+        return before.copy_(fresh)
 
     def logits(self, hidden_BH: Tensor) -> Tensor:
         if self.head.is_mkldnn:
@@ -170,79 +194,91 @@ class FusedBackbone:
         self._rotary(cache.length)
         positions = torch.arange(tokens, device=ids.device).repeat(prompts)
 
-        def attend(_: int, scaling: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            query, key, value = (
-                tensor.unflatten(0, (prompts, tokens)).transpose(1, 2) for tensor in (query, key, value)
-            )
+        def attend(layer: _Layer, _: int, mixed: Tensor) -> Tensor:
+            states = mixed.unflatten(0, (prompts, tokens)).transpose(1, 2)
+            query, key, value = states.split((layer.heads, layer.key_heads, layer.key_heads), dim=1)
             cache.collect(key, value)
-            key, value = (_repeat(tensor, query.shape[1]) for tensor in (key, value))
-            attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+            key, value = (_repeat(tensor, layer.heads) for tensor in (key, value))
+            attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=layer.scaling)
             return attended.transpose(1, 2).flatten(0, 1)
 
         return self._forward(ids.flatten(), positions, attend).unflatten(0, (prompts, tokens))
 
     def step(self, tokens_B: Tensor, positions_B: Tensor, cache: SlotCache) -> Tensor:
-        seen = torch.arange(cache.longest, device=positions_B.device) <= positions_B[:, None]
-        mask = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-        mask = mask[:, None, None]
+        place = torch.arange(cache.longest, device=positions_B.device)
+        unseen = (place > positions_B[:, None])[:, None, None]
+        mask = torch.zeros(unseen.shape, dtype=self.dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)
 
-        def attend(layer: int, scaling: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = cache.write(layer, key, value)
+        def attend(layer: _Layer, index: int, mixed: Tensor) -> Tensor:
+            keys, values = cache.write_joint(index, mixed[:, layer.heads :])
             # The query heads that share a key head stand in for a query length: no key or value is repeated.
-            grouped = query.unflatten(1, (key.shape[1], -1))
-            if grouped.is_cpu:
-                return _attend_on_cpu(grouped, keys, values, mask, scaling).flatten(1, 2)
-            attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
+            query = mixed[:, : layer.heads].unflatten(1, (layer.key_heads, -1))
+            if query.is_cpu:
+                return _attend_on_cpu(query, keys, values, mask, layer.scaling).flatten(1, 2)
+            attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=layer.scaling)
             return attended.flatten(1, 2)
 
         return self._forward(tokens_B, positions_B, attend)
 
     def _forward(self, ids_T: Tensor, positions_T: Tensor, attend) -> Tensor:  # type: ignore[no-untyped-def]
-        """ids [T] -> hidden [T, H]. attend(layer, scaling, query [T, H, D], key, value [T, K, D]) -> [T, H, D]"""
+        """ids [T] -> hidden [T, H]. attend(layer, its index, queries, keys and values [T, H + 2K, D]) -> [T, H, D]"""
         assert self.table is not None
-        device = ids_T.device.type
-        with torch.autocast(device, enabled=False):
-            cos, sin = (part[positions_T][:, None] for part in self.table)  # [T, 1, D]
+        epsilon: float = self.base.norm.variance_epsilon
+        with torch.autocast(ids_T.device.type, enabled=False):
+            turn = self.table[positions_T][:, None]  # [T, 1, D / 2]
             hidden = F.embedding(ids_T, full_tensor(self.base.get_input_embeddings().weight)).float()
             for index, layer in enumerate(self.layers):
                 weights = layer.tensors
-                normed = _norm(hidden, layer.norms[0]).to(self.dtype)
-                mixed = _product(normed, weights["qkv"], weights.get("qkv_bias")).unflatten(-1, (-1, layer.head_dim))
-                query, key, value = mixed.split(layer.heads, dim=1)
-                if layer.head_norms[0] is not None:
-                    query, key = (
-                        _norm(part.float(), norm) for part, norm in zip((query, key), layer.head_norms, strict=True)
-                    )
-                query, key = (_rotate(part, cos, sin).to(self.dtype) for part in (query, key))
-                attended = attend(index, layer.scaling, query, key, value)
-                hidden = hidden + _product(attended.flatten(1), weights["out"])
-                normed = _norm(hidden, layer.norms[1]).to(self.dtype)
+                normed = _norm(hidden, weights["norm"], epsilon).to(self.dtype)
+                mixed = _product(normed, weights["qkv"], weights.get("qkv_bias")).float()
+                mixed = mixed.unflatten(-1, (-1, layer.head_dim))
+                turned = mixed[:, : layer.heads + layer.key_heads]  # values are not turned
+                if "head_norm" in weights:
+                    turned.copy_(_norm(turned, weights["head_norm"], epsilon))
+                torch.view_as_complex(turned.unflatten(-1, (-1, 2))).mul_(turn)
+                attended = attend(layer, index, mixed.to(self.dtype)).flatten(1)
+                hidden += _product(attended, weights["out"])
+                normed = _norm(hidden, weights["mlp_norm"], epsilon).to(self.dtype)
                 gate, up = _product(normed, weights["gate_up"]).chunk(2, dim=-1)
-                hidden = hidden + _product(F.silu(gate).mul_(up), weights["down"])
-            return _norm(hidden, self.base.norm)
+                hidden += _product(F.silu(gate).mul_(up), weights["down"])
+            return _norm(hidden, self.norm, epsilon)
 
     def _rotary(self, length: int) -> None:
-        """cos and sin [length, D] for every position, from the model's own module."""
-        if self.table is None or len(self.table[0]) < length or self.table[0].device != self.model.device:
+        """RoPE (arXiv 2104.09864) as complex numbers [length, D / 2], for every position, from the model's own module."""
+        if self.table is None or len(self.table) < length or self.table.device != self.model.device:
             positions = torch.arange(length, device=self.model.device)[None]
             with torch.autocast(self.model.device.type, enabled=False):
                 cos, sin = self.base.rotary_emb(torch.zeros(1, device=self.model.device), positions)
-            self.table = (cos[0].float(), sin[0].float())
+            self.table = torch.complex(*(part[0, :, : part.shape[-1] // 2].float() for part in (cos, sin)))
 
 
-def _norm(hidden: Tensor, norm: Any) -> Tensor:
-    weight = full_tensor(norm.weight).float()
+def _interleaved(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows of each head in the order 0, D/2, 1, D/2 + 1, ...: the two that RoPE turns together lie side by side, as the real
+    and the imaginary part of one number, so that it is one product. Dot products of queries and keys stay what they are."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm over the last dimension, in float32; `weight` may have one row for each head."""
     if not hidden.is_cpu:
-        return F.rms_norm(hidden, weight.shape, weight, norm.variance_epsilon)
-    # On a CPU, F.rms_norm is eight small operations; this is the same in six, of which three are on [T, 1].
-    size = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
-    return hidden * torch.rsqrt_(size.square_().div_(len(weight)).add_(norm.variance_epsilon)) * weight
+        fused = weight if weight.ndim == 1 else None
+        normed = F.rms_norm(hidden, hidden.shape[-1:], fused, epsilon)
+        return normed if fused is not None else normed * weight
+    # On a CPU, F.rms_norm is eight small operations; this is the same in four, since
+    # sqrt(|h|^2 / size + epsilon) = hypot(|h|, sqrt(size * epsilon)) / sqrt(size), whose last factor is in the weight.
+    size = hidden.shape[-1]
+    length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+    return (hidden / torch.hypot(length, _constant((size * epsilon) ** 0.5))).mul_(weight)
 
 
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE (arXiv 2104.09864) on [T, heads, D], in the half-split layout that transformers uses."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat([-second, first], dim=-1) * sin
+def _norm_weight(weight: Tensor) -> Tensor:
+    """A norm's weight as `_norm` wants it."""
+    return weight.float() * weight.shape[-1] ** 0.5 if weight.is_cpu else weight
+
+
+@functools.cache
+def _constant(value: float) -> Tensor:
+    return torch.tensor(value)
 
 
 def _product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -266,10 +302,9 @@ def _attend_on_cpu(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sc
     """query [B, K, S, D], keys and values [B, K, L, D], mask [B, 1, 1, L] -> [B, K, S, D]: two batched products, which beat
     the CPU's fused attention at a query length of a few."""
     rows, heads, shared, _ = query.shape
-    mask = mask.expand(rows, heads, 1, mask.shape[-1]).flatten(0, 1)
-    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-    scores = torch.baddbmm(mask, query.flatten(0, 1), keys.transpose(1, 2), alpha=scaling)
-    return torch.bmm(scores.softmax(-1), values).unflatten(0, (rows, heads))
+    scores = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)).unflatten(0, (rows, heads))
+    weights = scores.mul_(scaling).add_(mask).softmax(-1).flatten(0, 1)
+    return torch.bmm(weights, values.flatten(0, 1)).unflatten(0, (rows, heads))
 
 
 def _repeat(tensor: Tensor, heads: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The KV cache of the native engine: a fixed number of slots, allocated once, each row at its own position.
 
-keys[layer], values[layer]    [slots, length, K, D]    token-major: one row's new token is one contiguous copy
+keys[layer], values[layer]    [slots, K, length, D]    the two halves of one tensor, so that one copy writes both
 """
 
 import torch
@@ -18,6 +18,7 @@ class SlotCache:
         self.slots, self.length = slots, length
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self._joint: list[Tensor] = []
         self.prompt: list[tuple[Tensor, Tensor]] = []
         """What the last prefill computed: per layer, keys and values [prompts, K, tokens, D]."""
         self.prefilling = False
@@ -40,8 +41,13 @@ class SlotCache:
         self.prompt.append((key, value))
         if layer == len(self.keys):
             shape = (self.slots, key.shape[1], self.length, key.shape[3])
-            self.keys.append(key.new_zeros(shape))
-            self.values.append(value.new_zeros(shape))
+            if value.shape == key.shape:
+                self._joint.append(key.new_zeros((2, *shape)))
+                keys, values = self._joint[layer]
+            else:  # heads whose values have a size of their own
+                keys, values = key.new_zeros(shape), value.new_zeros((*shape[:3], value.shape[3]))
+            self.keys.append(keys)
+            self.values.append(values)
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """One new token per active row, [B, K, D] -> what to attend to: keys and values [B, K, longest, D]."""
@@ -49,11 +55,24 @@ class SlotCache:
         if heads not in self._flat:  # one copy of contiguous pieces per layer, instead of scattered writes
             rows = torch.arange(self.active * heads, device=key.device).view(self.active, heads)
             self._flat[heads] = (rows * self.length + self.places[:, None]).flatten()
-        seen = []
         for cache, new in ((self.keys[layer], key), (self.values[layer], value)):
             cache.flatten(0, 2).index_copy_(0, self._flat[heads], new.flatten(0, 1).to(cache.dtype))
-            seen.append(cache[: self.active, :, : self.longest])
-        return seen[0], seen[1]
+        return self._seen(layer)
+
+    def write_joint(self, layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of keys and values side by side, [B, 2 K, D], in one copy."""
+        joint = self._joint[layer]
+        heads = joint.shape[2]
+        if -heads not in self._flat:
+            kind = torch.arange(2, device=new.device)[:, None] * self.slots  # keys, then values
+            row = torch.arange(self.active, device=new.device)[:, None, None] + kind
+            head = row * heads + torch.arange(heads, device=new.device)
+            self._flat[-heads] = (head * self.length + self.places[:, None, None]).flatten()
+        joint.flatten(0, 3).index_copy_(0, self._flat[-heads], new.flatten(0, 1))
+        return self._seen(layer)
+
+    def _seen(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.keys[layer][: self.active, :, : self.longest], self.values[layer][: self.active, :, : self.longest]
 
     def admit(self, first_slot: int, prompt: list[tuple[Tensor, Tensor]], samples: int) -> None:
         """Copy one prompt's keys and values, [K, tokens, D] per layer, into `samples` slots from `first_slot` on."""

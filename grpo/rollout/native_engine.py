@@ -51,21 +51,23 @@ class _Row:
 class _State:
     """What the device knows of all slots."""
 
-    def __init__(self, slots: int, window: int, device: torch.device):
+    def __init__(self, slots: int, window: int, draws: int, device: torch.device):
         self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
         """The newest token of each row: drawn, but not yet in the cache."""
         self.positions = torch.zeros_like(self.tokens)
         """Where that token goes."""
-        self.keys = torch.zeros_like(self.tokens)
+        self.uniforms = torch.zeros(slots, draws + window, dtype=torch.float64, device=device)
+        """The random numbers of each row, for all that it may draw: they depend on its key and the position alone."""
         self.drawn = torch.zeros_like(self.tokens)
         """Tokens drawn so far: the position in the row's random stream."""
+        self.draws = draws
         self.logprobs = torch.zeros(slots, device=device)
         """Of the newest token."""
         self.new_tokens = torch.zeros(window, slots, dtype=torch.long, device=device)
         self.new_logprobs = torch.zeros(window, slots, device=device)
 
     def move(self, targets: list[int], sources: list[int]) -> None:
-        for tensor in (self.tokens, self.positions, self.keys, self.drawn):
+        for tensor in (self.tokens, self.positions, self.uniforms, self.drawn):
             tensor[targets] = tensor[sources]
 
 
@@ -108,7 +110,7 @@ class NativeEngine:
                 f"set rollout.engine to transformers"
             )
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
-        self.end_ids = torch.tensor(end_token_ids(model, tokenizer), device=device_of(model))
+        self.end_ids = set(end_token_ids(model, tokenizer))
         self.backbone = choose_backbone(model)
         self.graphs: dict[tuple[int, int, float], torch.cuda.CUDAGraph] = {}
         self._kept: tuple[SlotCache, _State] | None = None
@@ -126,7 +128,7 @@ class NativeEngine:
             return []
         self.backbone.refresh()
         longest_prompt = max(len(prompt.token_ids) for prompt in prompts)
-        cache, state = self._memory(min(self.slots, len(waiting)), longest_prompt + plan.max_completion_length)
+        cache, state = self._memory(min(self.slots, len(waiting)), longest_prompt, plan.max_completion_length)
         done = _Done(prompts, plan.num_generations, finished)
         prefilled: dict[int, _Prefilled] = {}
         rows: list[_Row] = []
@@ -143,17 +145,20 @@ class NativeEngine:
         self.backbone.release()
         return [done.groups[index] for index in range(len(prompts))]
 
-    def _memory(self, slots: int, length: int) -> tuple[SlotCache, _State]:
+    def _memory(self, slots: int, prompt: int, draws: int) -> tuple[SlotCache, _State]:
         """The slots of this call. On CUDA they are kept, since captured graphs point at them; elsewhere they are freed."""
-        device = device_of(self.model)
+        device, length = device_of(self.model), prompt + draws
+        window = self._check_every(device)
         if device.type != "cuda":
-            return SlotCache(slots, length), _State(slots, self._check_every(device), device)
-        if self._kept is None or self._kept[0].slots < slots or self._kept[0].length < length:
+            return SlotCache(slots, length), _State(slots, window, draws, device)
+        kept = self._kept
+        if kept is None or kept[0].slots < slots or kept[0].length < length or kept[1].draws < draws:
             self.graphs.clear()
-            window = self._check_every(device)
+            self._kept = None  # the old one's memory is free before the new one takes its own
             rounded = -(-(length + window) // BUCKET) * BUCKET
-            self._kept = (SlotCache(_power_of_two(slots), rounded), _State(_power_of_two(slots), window, device))
-        return self._kept
+            slots = _power_of_two(slots)
+            self._kept = (SlotCache(slots, rounded), _State(slots, window, draws, device))
+        return self._kept  # type: ignore[return-value]
 
     def _check_every(self, device: torch.device) -> int:
         return CHECK_EVERY.get(device.type, CHECK_EVERY_ELSEWHERE)
@@ -199,13 +204,13 @@ class NativeEngine:
             prefilled.update(self._prefill(prompts, batch, plan.num_generations, cache))
         rows = [_Row(prompt, sample, len(prompts[prompt].token_ids)) for prompt, sample in chosen]
         new = slice(taken, taken + len(rows))
-        keys = [stream_key(plan.seed, prompts[prompt].draw, sample) for prompt, sample in chosen]
-        state.keys[new] = torch.tensor(keys, device=state.keys.device)
-        state.positions[new] = torch.tensor([row.cached for row in rows], device=state.keys.device)
+        device = state.tokens.device
+        keys = torch.tensor([stream_key(plan.seed, prompts[prompt].draw, s) for prompt, s in chosen], device=device)
+        state.uniforms[new] = counted_uniform(keys[:, None], torch.arange(state.uniforms.shape[1], device=device))
+        state.positions[new] = torch.tensor([row.cached for row in rows], device=device)
         state.drawn[new] = 1
         logits = torch.stack([prefilled[row.prompt].logits_V for row in rows])
-        uniform = counted_uniform(state.keys[new], torch.zeros_like(state.keys[new]))
-        state.tokens[new], state.new_logprobs[0, new] = draw_tokens(logits, uniform, plan.temperature)
+        state.tokens[new], state.new_logprobs[0, new] = draw_tokens(logits, state.uniforms[new, 0], plan.temperature)
         slot = taken
         for prompt in dict.fromkeys(row.prompt for row in rows):
             samples = sum(row.prompt == prompt for row in rows)
@@ -238,7 +243,7 @@ class NativeEngine:
         positions = state.positions[:active]
         cache.aim(positions, longest)
         hidden = self.backbone.step(state.tokens[:active], positions, cache)
-        uniform = counted_uniform(state.keys[:active], state.drawn[:active])
+        uniform = state.uniforms[:active].gather(1, state.drawn[:active, None]).squeeze(1)
         state.tokens[:active], state.logprobs[:active] = draw_tokens(self.backbone.logits(hidden), uniform, temperature)
         positions += 1
         positions.clamp_(max=cache.length - 1)  # a finished row that goes on for a few tokens stays inside its slot
@@ -265,15 +270,19 @@ class NativeEngine:
         self.graphs[key].replay()
 
     def _collect(self, rows: list[_Row], tokens: Tensor, logprobs: Tensor, plan: SamplingPlan) -> None:
-        """Append what was drawn, [steps, slots] each, up to each row's end token."""
-        ended = torch.isin(tokens[:, : len(rows)], self.end_ids).T.tolist()
-        drawn = zip(rows, ended, tokens[:, : len(rows)].T.tolist(), logprobs[:, : len(rows)].T.tolist(), strict=True)
-        for row, ends, new_tokens, new_logprobs in drawn:
+        """Append what was drawn, [steps, slots] each, up to each row's end."""
+        drawn = zip(rows, tokens[:, : len(rows)].T.tolist(), logprobs[:, : len(rows)].T.tolist(), strict=True)
+        for row, new_tokens, new_logprobs in drawn:
             room = plan.max_completion_length - len(row.tokens)
-            count = min(ends.index(True) + 1 if True in ends else len(ends), room)
-            row.ended = ends[count - 1]
+            end = self.end_of(row, new_tokens)
+            count = min(len(new_tokens) if end is None else end + 1, room)
+            row.ended = end is not None and end < room
             row.tokens += new_tokens[:count]
             row.logprobs += new_logprobs[:count]
+
+    def end_of(self, row: _Row, new_tokens: list[int]) -> int | None:
+        """Which of the tokens that were just drawn ends the row's completion; None if none does."""
+        return next((index for index, token in enumerate(new_tokens) if token in self.end_ids), None)
 
     def _retire(
         self,
