@@ -3,6 +3,7 @@
 P prompts per step, G completions per prompt.
 """
 
+import math
 import multiprocessing
 import random
 import time
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.config import Config
-from grpo.data import Example, load_examples
-from grpo.data.stream import prompt_token_ids
+from grpo.config import Config, flatten, to_dict
+from grpo.data import BadRows, Example, extraction_report, load_examples
+from grpo.data.data_card import check_permission
+from grpo.data.stream import prompt_token_ids, prompts_token_ids
+from grpo.data.streaming import peek
 from grpo.errors import ConfigError, GrpoError
 from grpo.policy import load_tokenizer
 from grpo.rewards import RewardSum
@@ -25,11 +28,14 @@ from grpo.tracking import check_trackers, choose_run_dir
 from grpo.types import Completion, Group, Prompt
 
 PROBED_ROWS = 16
+MEASURED_ROWS = 8_000
+"""Prompts that are tokenised for the lengths; more rows than that are measured at even distances."""
 DEADLINE = 10.0
 """Seconds for one reward on all probes. It runs in a process of its own, so that one that hangs can be ended."""
 
 FORMS: dict[str, str] = {
     "xml": "<reasoning>\n{work}\n</reasoning>\n<answer>\n{answer}\n</answer>\n",
+    "xml, work on one line": "<reasoning>\n{line}\n</reasoning>\n<answer>\n{answer}\n</answer>\n",
     "boxed": "{work}\nThe answer is \\boxed{{{answer}}}.",
     "hash": "{work}\n#### {answer}",
     "plain": "{answer}",
@@ -69,16 +75,25 @@ class PromptCheck:
 class Check:
     """Everything that was found. `problems` are what a run should not start with; `warnings` what one should know."""
 
+    config: dict[str, Any] = field(default_factory=dict)
+    """Every key with its value, flat."""
     run_dir: str = ""
+    data: str = ""
+    """Rows read, used and left out, and the rate of the extractor."""
     rows: int = 0
     held_out: int = 0
     with_answer: int = 0
+    rejected: list[dict[str, str]] = field(default_factory=list)
+    """Rows that cannot be used, with data.bad_rows skip: the place and the reason."""
+    measured: int = 0
+    """Rows whose prompts were tokenised for what follows."""
     too_long: int = 0
     lengths: dict[str, int] = field(default_factory=dict)
     duplicates: int = 0
     overlap: int = 0
     prompts: list[PromptCheck] = field(default_factory=list)
     batch: str = ""
+    steps: int = 0
     form: str = ""
     rewards: dict[str, RewardCheck] = field(default_factory=dict)
     parameters: int = 0
@@ -96,19 +111,30 @@ def check(config: Config) -> Check:
 
     Raises ConfigError for what `train` would refuse as well.
     """
-    found = Check()
+    found = Check(config=flatten(to_dict(config)))
     check_names(config.objective)
     check_engine(config.rollout.engine)
     score = RewardSum(config.rewards)
     check_trackers(config.tracking.report_to)
     found.run_dir = str(choose_run_dir(config, datetime.now()))
-    rows = load_examples(config.data, "train", config.seed)
+    permission = check_permission(config.data)
+    if permission:
+        found.warnings.append(permission)
+    bad = BadRows(skip=config.data.bad_rows == "skip")
+    streaming = config.data.streaming
+    rows = peek(config.data, bad) if streaming else load_examples(config.data, "train", config.seed, bad)
+    if not rows:
+        raise ConfigError(f"data.name {config.data.name} gave no training rows")
+    found.data, found.rejected = extraction_report(rows, config.data, len(bad.rejected)), bad.rejected
+    if streaming:
+        found.data += f" (data.streaming: only the first {len(rows):,} rows were looked at)"
     held_out = load_examples(config.data, "held_out", config.seed) if config.eval_every else []
     score.check_columns(set(rows[0].columns))
     tokenizer, model = tokenizer_and_shape(config, rows)
     _check_data(found, config, rows, held_out, tokenizer)
     _check_rewards(found, score, rows, tokenizer)
-    found.batch = batch_in_words(config, len(rows) - found.too_long)
+    prompts = None if streaming else round(len(rows) * (1 - found.too_long / found.measured))
+    found.batch, found.steps = batch_in_words(config, prompts), steps_of(config, prompts)
     found.parameters = sum(parameter.numel() for parameter in model.parameters())
     found.memory = memory_gib(config, model, found.lengths["max"])
     found.matrix_rate = matrix_rate()
@@ -120,7 +146,7 @@ def tokenizer_and_shape(config: Config, rows: list[Example]) -> tuple[PreTrained
     """The tokenizer, and the model on the "meta" device: shapes, no weights. The starter's are made without warm-up."""
     name = config.model.name
     if name != "starter":
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(name, config.model.gguf_file)
         try:
             shape = AutoConfig.from_pretrained(name)
             with torch.device("meta"):
@@ -141,17 +167,26 @@ def tokenizer_and_shape(config: Config, rows: list[Example]) -> tuple[PreTrained
         return made, make_model(made, recipe)
 
 
-def batch_in_words(config: Config, prompts: int) -> str:
-    """8 prompts x 16 completions = 128 completions per step; ..."""
+def steps_of(config: Config, prompts: int | None) -> int:
+    """How many steps training does: num_train_epochs decides where it is set. `prompts` None = a stream."""
+    if config.num_train_epochs is None or prompts is None:
+        return config.steps
+    return math.ceil(config.num_train_epochs * prompts / config.prompts_per_step)
+
+
+def batch_in_words(config: Config, prompts: int | None) -> str:
+    """8 prompts x 16 completions = 128 completions per step; ... `prompts` of one epoch; None = a stream, of unknown length."""
     P, G = config.prompts_per_step, config.sampling.num_generations
-    epochs = config.steps * P / max(1, prompts)
+    steps = steps_of(config, prompts)
+    drawn = f"{steps} steps = {steps * P:,} prompts"
+    if prompts is not None:
+        drawn += f" = {steps * P / max(1, prompts):.2f} epochs of {prompts:,}"
     tokens = P * G * config.sampling.max_completion_length
     iterations = config.objective.num_iterations
-    steps = "1 optimizer step" if iterations == 1 else f"{iterations} optimizer steps"
+    updates = "1 optimizer step" if iterations == 1 else f"{iterations} optimizer steps"
     return (
-        f"{P} prompts x {G} completions = {P * G} completions per step, at most {tokens:,} tokens; {steps} on them, in "
-        f"batches of up to {config.tokens_per_batch:,} tokens; {config.steps} steps = {config.steps * P:,} prompts = "
-        f"{epochs:.2f} epochs of {prompts:,}; all over all processes together"
+        f"{P} prompts x {G} completions = {P * G} completions per step, at most {tokens:,} tokens; {updates} on them, in "
+        f"batches of up to {config.tokens_per_batch:,} tokens; {drawn}; all over all processes together"
     )
 
 
@@ -216,7 +251,11 @@ def _other(gold: str, golds: list[str]) -> str:
 def _check_data(
     found: Check, config: Config, rows: list[Example], held_out: list[Example], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    lengths = sorted(len(prompt_token_ids(row.messages, tokenizer)) for row in rows)
+    measured = rows if len(rows) <= MEASURED_ROWS else rows[:: -(-len(rows) // MEASURED_ROWS)]
+    many = [row.messages for row in measured]
+    blocks = [prompts_token_ids(many[start : start + 1000], tokenizer) for start in range(0, len(many), 1000)]
+    lengths = sorted(len(ids) for block in blocks for ids in block)
+    found.measured = len(measured)
     found.rows, found.held_out = len(rows), len(held_out)
     found.with_answer = sum(row.columns.get("answer") is not None for row in rows)
     found.lengths = {
@@ -236,9 +275,9 @@ def _check_data(
         ids = prompt_token_ids(row.messages, tokenizer)
         answer = row.columns.get("answer")
         found.prompts.append(PromptCheck(str(tokenizer.decode(ids)), len(ids), None if answer is None else str(answer)))
-    if found.too_long == len(rows):
+    if found.too_long == len(lengths):
         raise ConfigError(
-            f"data.max_prompt_length is {limit}, which leaves none of the {len(rows)} prompts (the shortest has "
+            f"data.max_prompt_length is {limit}, which leaves none of the {len(lengths)} prompts (the shortest has "
             f"{lengths[0]} tokens): raise it"
         )
     if found.overlap:
@@ -249,7 +288,8 @@ def _check_data(
     if found.duplicates:
         found.warnings.append(f"{found.duplicates} training rows repeat a question that is there already")
     if found.too_long:
-        found.warnings.append(f"{found.too_long} prompts are longer than data.max_prompt_length {limit}: left out")
+        of = "" if len(lengths) == len(rows) else f" of the {len(lengths):,} measured"
+        found.warnings.append(f"{found.too_long}{of} prompts are longer than data.max_prompt_length {limit}: left out")
 
 
 def _check_rewards(found: Check, score: RewardSum, rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -289,8 +329,10 @@ def _check_rewards(found: Check, score: RewardSum, rows: list[Example], tokenize
         different = {value for value in mean.values() if value is not None}
         if problem is None and not different:
             problem = "applies to nothing"
-        elif problem is None and with_gold and len({shown["gold"], shown["wrong"], shown["empty"]}) == 1:
-            problem = f"constant: {shown['gold']} for gold, wrong and empty answers alike, so it teaches nothing"
+        elif problem is None and with_gold and len(different) == 1:
+            problem = (
+                f"constant: {shown['empty']} for gold, wrong, empty and hostile answers alike, so it teaches nothing"
+            )
         found.rewards[name] = RewardCheck(weight, shown, given[name].milliseconds, problem)
         if problem is not None:
             (found.problems if given[name].problem else found.warnings).append(f"reward '{name}' is {problem}")
@@ -398,7 +440,8 @@ def _group(row: Example, text: str, tokenizer: PreTrainedTokenizerBase) -> Group
 
 def _written(template: str, row: Example, answer: str) -> str:
     work = str(row.columns.get("solution") or "...").rpartition("####")
-    return template.format(work=(work[0] or work[2]).strip(), answer=answer)
+    text = (work[0] or work[2]).strip()
+    return template.format(work=text, line=text.partition("\n")[0], answer=answer)
 
 
 def _worked(row: Example) -> dict[str, str]:

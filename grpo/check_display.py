@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from grpo.check import Check
 
 _LONGEST = 1500
+_SHOWN_ROWS = 3
 
 
 def show(found: "Check", changed: dict[str, Any]) -> None:
@@ -20,14 +21,20 @@ def show(found: "Check", changed: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=False)
     say = Say(console)
     say.heading("config")
-    say.line(", ".join(f"{key} {value}" for key, value in changed.items()) or "all defaults")
-    say.line(f"run directory {found.run_dir}; all keys and values are in its config.yaml once it runs")
-    say.heading("data")
     say.line(
-        f"{found.rows:,} training rows, {found.held_out:,} held out; an answer in {found.with_answer / found.rows:.1%} of them"
+        "changed: " + (", ".join(f"{key} {_value(value)}" for key, value in changed.items()) or "nothing, all defaults")
     )
+    for section, values in _sections(found.config).items():
+        say.line(f"{section}: " + ", ".join(f"{key} {_value(value)}" for key, value in values.items()), "dim")
+    say.line(f"run directory {found.run_dir}")
+    say.heading("data")
+    say.line(found.data.removeprefix("data: "))
+    for row in found.rejected[:_SHOWN_ROWS]:
+        say.line(f"left out: {row['place']}: {row['reason']}", "yellow")
+    say.line(f"{found.held_out:,} rows held out")
     spread = ", ".join(f"{name} {value}" for name, value in found.lengths.items())
-    say.line(f"prompt tokens: {spread}; {found.too_long} left out as too long")
+    measured = "" if found.measured == found.rows else f" (of {found.measured:,} rows at even distances)"
+    say.line(f"prompt tokens{measured}: {spread}; {found.too_long} left out as too long")
     say.line(f"{found.duplicates} repeated questions, {found.overlap} held-out questions among the training rows")
     for number, prompt in enumerate(found.prompts, start=1):
         text = prompt.text if len(prompt.text) <= _LONGEST else prompt.text[:_LONGEST] + "..."
@@ -47,8 +54,9 @@ def show(found: "Check", changed: dict[str, Any]) -> None:
         f"at least {sum(found.memory.values()):.2f} GiB per process, and activations for the tokens of one batch on top"
     )
     say.line(
-        f"at least {found.least_seconds_per_step:.3g} s per step, were it all matrix products at the "
-        f"{found.matrix_rate / 1e9:,.0f} GFLOP/s measured here; the first step of a run measures it"
+        f"at least {found.least_seconds_per_step:.3g} s per step, {duration(found.least_seconds_per_step * found.steps)} for "
+        f"{found.steps:,} steps, were it all matrix products at the {found.matrix_rate / 1e9:,.0f} GFLOP/s measured here; "
+        f"the first step of a run measures it"
     )
     for warning in found.warnings:
         say.line(f"warning: {warning}", "bold red" if warning.startswith("reward '") else "yellow")
@@ -58,11 +66,33 @@ def show(found: "Check", changed: dict[str, Any]) -> None:
         say.line("ready to train", "bold green")
 
 
+def duration(seconds: float) -> str:
+    """5 s, 12 min, 3.4 h"""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _sections(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Flat keys by the part before the first dot; those without one are "run"."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in config.items():
+        section, dot, name = key.partition(".")
+        sections.setdefault(section if dot else "run", {})[name if dot else key] = value
+    return sections
+
+
+def _value(value: Any) -> str:
+    """As a YAML file would say it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _rewards(found: "Check") -> Table:
     table = Table()
     kinds = ("gold", "wrong", "empty", "hostile")
     for heading in ("reward", "weight", *kinds, "ms each", ""):
         table.add_column(heading, justify="left" if heading in ("reward", "") else "right", overflow="fold")
+    table.columns[0].min_width = min(30, max(map(len, found.rewards)))
     for name, reward in found.rewards.items():
         cells = [name, f"{reward.weight:g}"]
         cells += ["-" if reward.scores[kind] is None else f"{reward.scores[kind]:.3f}" for kind in kinds]

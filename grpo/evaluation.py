@@ -26,7 +26,7 @@ PROSE_SCORES = {"term_match": 1.0, "chrf": 1.0, "token_f1": 1.0}
 @dataclass(frozen=True)
 class Evaluation:
     """Metrics, and one row per completion: draw, sample, question, answer, completion, accuracy, flexible, format, length,
-    ended, and the row's other columns."""
+    ended, and the row's other columns. accuracy and flexible are None where there is no gold answer."""
 
     metrics: dict[str, float]
     rows: list[dict]
@@ -58,16 +58,18 @@ def evaluate(
     if groups:
         accuracy_PG, format_PG, more = judge(groups, prose)
         for p, group in enumerate(groups):
+            gold = group.prompt.columns.get("answer")
+            unknown = gold is None
             for s, completion in enumerate(group.completions):
                 mine.append(
                     {
                         "draw": group.prompt.draw,
                         "sample": s,
                         "question": _question(group.prompt),
-                        "answer": group.prompt.columns.get("answer"),
+                        "answer": gold,
                         "completion": completion.text,
-                        "accuracy": float(accuracy_PG[p, s].nan_to_num()),
-                        "flexible": float(is_right_somehow(completion.text, group.prompt.columns.get("answer"))),
+                        "accuracy": None if unknown else float(accuracy_PG[p, s].nan_to_num()),
+                        "flexible": None if unknown else float(is_right_somehow(completion.text, gold)),
                         "format": float(format_PG[p, s]),
                         "length": len(completion.token_ids),
                         "ended": completion.ended,
@@ -98,15 +100,20 @@ def judge(groups: list[Group], prose: bool) -> tuple[Tensor, Tensor, dict[str, T
 
 
 def summarize(rows: list[dict], samples: int) -> dict[str, float]:
-    """Means over completions; pass@k is a mean over prompts."""
+    """Means over completions; pass@k is a mean over prompts. Accuracies are over the rows that have a gold answer."""
     count = len(rows)
     if not count:
         return {}
-    accuracy = sum(row["accuracy"] for row in rows) / count
-    metrics = {
-        "eval/accuracy": accuracy,
-        "eval/accuracy_ci95": 1.96 * math.sqrt(accuracy * (1 - accuracy) / count),
-        "eval/accuracy_flexible": sum(row["flexible"] for row in rows) / count,
+    judged = [row for row in rows if row["accuracy"] is not None]
+    metrics = {}
+    if judged:
+        accuracy = sum(row["accuracy"] for row in judged) / len(judged)
+        metrics = {
+            "eval/accuracy": accuracy,
+            "eval/accuracy_ci95": 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(judged)),
+            "eval/accuracy_flexible": sum(row["flexible"] for row in judged) / len(judged),
+        }
+    metrics |= {
         "eval/format": sum(row["format"] for row in rows) / count,
         "eval/length_mean": sum(row["length"] for row in rows) / count,
         "eval/truncated_fraction": sum(not row["ended"] for row in rows) / count,
@@ -115,10 +122,10 @@ def summarize(rows: list[dict], samples: int) -> dict[str, float]:
         if name in rows[0]:
             metrics[f"eval/{name}"] = sum(row[name] for row in rows) / count
     right: dict[int, int] = {}
-    for row in rows:
+    for row in judged:
         right[row["draw"]] = right.get(row["draw"], 0) + int(row["accuracy"])
     k = 2
-    while k <= samples:
+    while right and k <= samples:
         metrics[f"eval/pass@{k}"] = sum(pass_at_k(correct, samples, k) for correct in right.values()) / len(right)
         k *= 2
     return metrics
@@ -140,16 +147,20 @@ def intervals(rows: list[dict]) -> dict[str, tuple[float, float]]:
     found: dict[str, tuple[float, float]] = {}
     for name in ("accuracy", "flexible"):
         items = item_means(rows, name)
-        one_each = len(items) == len(rows)
+        if not items:
+            continue
+        one_each = len(items) == sum(row[name] is not None for row in rows)
         right = round(sum(items.values()))
         found[name] = wilson_interval(right, len(items)) if one_each else mean_interval(list(items.values()))
     return found
 
 
 def item_means(rows: list[dict], name: str = "accuracy") -> dict[int, float]:
-    """Each item's mean over its samples: avg@k before it is averaged over items."""
+    """Each item's mean over its samples: avg@k before it is averaged over items. Items without a gold answer are left out."""
     values: dict[int, list[float]] = {}
     for row in rows:
+        if row[name] is None:
+            continue
         values.setdefault(row["draw"], []).append(row[name])
     return {draw: sum(scores) / len(scores) for draw, scores in values.items()}
 
@@ -163,8 +174,8 @@ def compare(base: list[dict], trained: list[dict], name: str = "accuracy") -> di
     assert before.keys() == after.keys(), "both models must have answered the same items"
     changes = [after[draw] - before[draw] for draw in before]
     low, high = mean_interval(changes)
-    first = {row["draw"]: row[name] > 0 for row in base if row["sample"] == 0}
-    second = {row["draw"]: row[name] > 0 for row in trained if row["sample"] == 0}
+    first = {row["draw"]: row[name] > 0 for row in base if row["sample"] == 0 and row["draw"] in before}
+    second = {row["draw"]: row[name] > 0 for row in trained if row["sample"] == 0 and row["draw"] in after}
     only_base = sum(first[draw] and not second[draw] for draw in first)
     only_trained = sum(second[draw] and not first[draw] for draw in first)
     return {

@@ -3,7 +3,8 @@
 python launch/evaluate.py --model DIR --data.path FILE [--base DIR] [--samples 8] [--output FILE.json] [--items FILE.jsonl]
                           [--config FILE] [--key.subkey VALUE ...]
 
-Greedy accuracy with its 95 % interval; with --samples K also avg@K and the unbiased pass@k; with --base the paired change
+Greedy accuracy, strict (the reward's) and flexible (the last number, whatever the format), with 95 % intervals; with
+--samples K also avg@K and the unbiased pass@k of K sampled completions; with --base the paired change of the greedy answers
 and McNemar's exact test. The config of the run that DIR belongs to is read first, so prompts are those of training.
 """
 
@@ -23,7 +24,9 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True, help="a model folder (a run's final/) or a hub id")
     parser.add_argument("--base", help='a second model on the same items; "run" = what the run of --model started from')
-    parser.add_argument("--samples", type=int, default=1, help="completions per question; more than 1 gives pass@k")
+    parser.add_argument(
+        "--samples", type=int, default=1, help="beside the greedy answer, K > 1 sampled ones: avg@K, pass@k"
+    )
     parser.add_argument("--output", help="write the metrics (and every completion) to this JSON file")
     parser.add_argument("--items", help="write a line per completion to this JSONL file")
     ours, rest = parser.parse_known_args(sys.argv[1:])
@@ -39,12 +42,14 @@ def main() -> None:
     accelerator = start_accelerator()
     report: dict[str, Any] = {"model": ours.model}
     rows: dict[str, list[dict]] = {}
+    greedy: dict[str, list[dict]] = {}
     for role, path in {"base": base, "model": ours.model}.items():
         if path is not None:
             result, rows[role] = evaluate_one(config, path, ours.samples, accelerator)
+            greedy[role] = [row for row in rows[role] if row["decoding"] == "greedy"]
             report |= result if role == "model" else {"base": {"model": path, **result}}
-    if base is not None:
-        report["change"] = {name: compare(rows["base"], rows["model"], name) for name in ("accuracy", "flexible")}
+    if base is not None and report["interval95"]:
+        report["change"] = {name: compare(greedy["base"], greedy["model"], name) for name in ("accuracy", "flexible")}
     if accelerator.is_main_process:
         print(json.dumps(report, indent=2))
         if ours.output:
@@ -57,10 +62,10 @@ def main() -> None:
 
 
 def evaluate_one(config: Config, path: str, samples: int, accelerator: Any) -> tuple[dict[str, Any], list[dict]]:
-    """One model -> (its part of the report, a row per completion)."""
+    """One model -> (its part of the report, a row per completion, the greedy ones first)."""
     from grpo.data import load_examples
     from grpo.data.stream import render_prompts
-    from grpo.evaluation import evaluate, intervals
+    from grpo.evaluation import Evaluation, evaluate, intervals
     from grpo.policy import load_model, load_tokenizer, use_grpo_attention
     from grpo.rollout import build_engine
 
@@ -73,21 +78,37 @@ def evaluate_one(config: Config, path: str, samples: int, accelerator: Any) -> t
     swapped = use_grpo_attention(model)
     model.to(accelerator.device)
     engine = build_engine(config.rollout.engine, model, tokenizer, slots=config.rollout.slots, swapped=swapped)
-    result = evaluate(
-        engine,
-        prompts,
-        accelerator,
-        max_completion_length=config.sampling.max_completion_length,
-        samples=samples,
-        temperature=0.0 if samples == 1 else config.sampling.temperature,
-        seed=config.seed,
-        prose=config.data.extractor == "quoted_terms",
-    )
-    metrics = dict(result.metrics)
+
+    def answers(count: int, temperature: float) -> Evaluation:
+        return evaluate(
+            engine,
+            prompts,
+            accelerator,
+            max_completion_length=config.sampling.max_completion_length,
+            samples=count,
+            temperature=temperature,
+            seed=config.seed,
+            prose=config.data.extractor == "quoted_terms",
+        )
+
+    greedy = answers(1, 0.0)
+    rows = [{"decoding": "greedy", **row} for row in greedy.rows]
+    found: dict[str, Any] = {"items": len(prompts), "samples": samples, "dropped": dropped, "metrics": greedy.metrics}
+    found["interval95"] = intervals(greedy.rows)
     if samples > 1:
-        metrics[f"eval/avg@{samples}"] = metrics["eval/accuracy"]
-    found = {"items": len(prompts), "samples": samples, "dropped": dropped, "metrics": metrics}
-    return found | {"interval95": intervals(result.rows)}, result.rows
+        sampled = answers(samples, config.sampling.temperature)
+        rows += [{"decoding": "sampled", **row} for row in sampled.rows]
+        avg = (
+            {} if "eval/accuracy" not in sampled.metrics else {f"eval/avg@{samples}": sampled.metrics["eval/accuracy"]}
+        )
+        passed = {name: value for name, value in sampled.metrics.items() if name.startswith("eval/pass@")}
+        found["metrics"] = greedy.metrics | avg | passed
+        found["sampled"] = {
+            "temperature": config.sampling.temperature,
+            "metrics": sampled.metrics,
+            "interval95": intervals(sampled.rows),
+        }
+    return found, rows
 
 
 def config_of(model: str, flags: list[str]) -> Config:

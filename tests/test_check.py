@@ -47,7 +47,7 @@ def test_what_a_sound_config_shows(flags: list[str], tmp_path: Path) -> None:
 def test_a_dead_reward_is_named_and_one_that_pays_wrong_answers_is_a_problem(flags: list[str]) -> None:
     found = check(load_config([*flags, '--rewards={"accuracy": 1.0, "soft_format": 0.5}']))
     assert found.rewards["soft_format"].problem == (
-        "constant: 0.0 for gold, wrong and empty answers alike, so it teaches nothing"
+        "constant: 0.0 for gold, wrong, empty and hostile answers alike, so it teaches nothing"
     )
     assert found.problems == []
     found = check(load_config([*flags, '--rewards={"xml_format": 1.0}']))
@@ -74,6 +74,34 @@ def test_a_reward_that_hangs_raises_or_dies(
 def test_held_out_questions_among_the_training_rows(flags: list[str], tmp_path: Path) -> None:
     found = check(load_config([*flags, f"--data.eval_path={tmp_path / 'data.jsonl'}"]))
     assert found.overlap == 12 and "12 of 12 held-out questions" in found.problems[0]
+
+
+def test_bad_rows_streams_and_permission_are_looked_at_as_train_does(flags: list[str], tmp_path: Path) -> None:
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.write('{"question": "no mark", "answer": "5"}\n')
+    found = check(load_config([*flags, "--data.bad_rows=skip"]))
+    assert found.data == (
+        "data: 13 rows, 12 used, 1 left out (rejected.jsonl); extractor hash found 12 of 13 answers (92.3%), the first is '1'"
+    )
+    assert found.rejected[0]["place"] == f"{tmp_path / 'data.jsonl'}:13"
+    (tmp_path / "data_card.yaml").write_text("source: here\nlicence: mit\npermission: unknown\n")
+    streamed = check(load_config([*flags, "--data.bad_rows=skip", "--data.streaming=true"]))
+    assert "only the first 12 rows were looked at" in streamed.data and "epochs" not in streamed.batch
+    assert streamed.warnings == [
+        f"data card {tmp_path / 'data_card.yaml'}: permission is unknown. Ask before you publish a model that was trained on it"
+    ]
+    (tmp_path / "data_card.yaml").write_text("source: here\nlicence: mit\npermission: prohibited\n")
+    with pytest.raises(ConfigError, match="permission is prohibited"):
+        check(load_config(flags))
+
+
+def test_large_files_are_measured_at_even_distances(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_module, "MEASURED_ROWS", 5)
+    found = check(load_config([*flags, "--data.max_prompt_length=4", "--num_train_epochs=3"]))
+    # every third of 12 rows: "0+1=", "3+4=", "6+7=", "9+10="; the last has 5 tokens, so a quarter of 12 is left out
+    assert (found.measured, found.too_long) == (4, 1)
+    assert found.warnings == ["1 of the 4 measured prompts are longer than data.max_prompt_length 4: left out"]
+    assert found.steps == 4  # 3 epochs of 9 prompts, 8 a step
 
 
 def test_the_arithmetic_by_hand(flags: list[str]) -> None:

@@ -30,11 +30,13 @@ def test_evaluate_against_a_base(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["items"] == report["base"]["items"] == 6
-    assert report["metrics"]["eval/avg@4"] == report["metrics"]["eval/accuracy"]
+    assert report["metrics"]["eval/avg@4"] == report["sampled"]["metrics"]["eval/accuracy"]
     assert {"eval/pass@2", "eval/pass@4", "eval/accuracy_flexible"} <= report["metrics"].keys()
     assert report["change"]["accuracy"]["mcnemar_p"] == 1.0
+    assert {"accuracy", "flexible"} == report["interval95"].keys() == report["change"].keys()
     items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
-    assert len(items) == 2 * 6 * 4 and {item["model"] for item in items} == {"base", "model"}
+    assert len(items) == 2 * 6 * (1 + 4) and sum(item["decoding"] == "greedy" for item in items) == 2 * 6
+    assert {item["model"] for item in items} == {"base", "model"}
     assert {item["columns"]["pair_id"] for item in items} == set(range(6))
     assert items[-1]["question"] == "5+6=" and items[-1]["answer"] == "11"
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from grpo.evaluation import compare, intervals, is_right_somehow, item_means
+from grpo.evaluation import compare, intervals, is_right_somehow, item_means, summarize
 from grpo.statistics import mcnemar, mean_interval, wilson_interval
 
 
@@ -54,6 +54,17 @@ def test_two_models_on_the_same_items() -> None:
     assert intervals(base)["accuracy"] == wilson_interval(2, 5)
     low, high = intervals(rows([[1, 0], [1, 1]]))["accuracy"]
     assert (low + high) / 2 == pytest.approx(0.75)
+    unjudged = [{"draw": 9, "sample": 0, "accuracy": None, "flexible": None}]
+    assert intervals(base + unjudged) == intervals(base) and compare(base + unjudged, trained + unjudged) == found
+    assert intervals(unjudged) == {}
+
+
+def test_items_without_a_gold_answer_count_for_the_format_only() -> None:
+    known = {"draw": 0, "accuracy": 1.0, "flexible": 1.0, "format": 0.0, "length": 4, "ended": True}
+    unknown = {"draw": 1, "accuracy": None, "flexible": None, "format": 1.0, "length": 2, "ended": True}
+    metrics = summarize([known, unknown], 1)
+    assert metrics["eval/accuracy"] == 1.0 and metrics["eval/format"] == 0.5 and metrics["eval/length_mean"] == 3
+    assert "eval/accuracy" not in summarize([unknown], 1)
 
 
 @pytest.mark.parametrize(
