@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from grpo.config_help import help_text
 from grpo.errors import ConfigError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -285,13 +286,14 @@ class Config:
 def load_config(argv: list[str] | None = None) -> Config:
     """The checked config of a command line (default: sys.argv[1:]).
 
-    Raises ConfigError, naming the key, the value and the mend. `--help` prints the keys and exits 0.
+    Raises ConfigError, naming the key, the value and the mend. `--help [SECTION]` prints the keys and exits 0.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    for word in ("-h", "--help"):
+        if word in argv:
+            print(help_text(Config, "".join(argv[argv.index(word) + 1 :][:1])))
+            raise SystemExit(0)
     parser = build_parser()
-    if "-h" in argv or "--help" in argv:
-        parser.print_help()
-        raise SystemExit(0)
     files, flags = _split_config_files(argv)
     layers = [_read_yaml(path) for path in files]
     config = _parse(parser, layers, flags)
@@ -305,12 +307,10 @@ def build_parser() -> ArgumentParser:
     """The parser: one flag per config key."""
     parser = ArgumentParser(
         prog="launch/train.py",
-        usage="accelerate launch launch/train.py [--config FILE ...] [--key.subkey VALUE ...]",
-        description="GRPO training. Every key of a YAML config file is also a flag; flags win over files.",
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", help="YAML files with the keys below, read left to right")
+    parser.add_argument("--config")
     parser.add_class_arguments(Config)
     return parser
 
@@ -596,8 +596,12 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"--config: there is no file {path}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
+        context = f" ({error.context})" if error.context else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}{context}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -605,6 +609,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     flat = flatten(content)
     for key, value in flat.items():
         if key not in _known_keys():
+            _refuse_secrets(key, f"{path}: ")
             raise ConfigError(f"{path}: unknown key '{key}' (value {value!r}){_did_you_mean(key)}")
     return flat
 
@@ -617,10 +622,33 @@ def _did_you_mean(key: str) -> str:
     return f": did you mean '{best[0]}'?" if best else ". See --help for all keys"
 
 
+def _refuse_secrets(key: str, place: str = "") -> None:
+    """A secret must not be repeated by an error message, nor be in a file or a process list in the first place."""
+    if re.search(r"token$|api_?key|secret|passw", key.lower()):
+        raise ConfigError(
+            f"{place}there is no key '{key}': secrets belong neither into a config nor on a command line, where others can "
+            f"read them. Put HF_TOKEN or WANDB_API_KEY into .env (see .env.example)"
+        )
+
+
+_KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
+
+
 def _readable(message: str, parser: ArgumentParser) -> str:
     """jsonargparse's message in our words: key, value, mend."""
     unknown = re.search(r"unrecognized arguments: --([^\s=]+)(?:[\s=]+(\S+))?", message, re.IGNORECASE)
     if unknown:
         key, value = unknown.groups()
+        _refuse_secrets(key)
         return f"unknown flag --{key}{f' (value {value!r})' if value else ''}{_did_you_mean(key)}"
+    lone = re.fullmatch(r"argument --(\S+): expected one argument", message.strip())
+    if lone:
+        return f"--{lone[1]} has no value: write --{lone[1]} VALUE"
+    typed = re.search(r'"([\w.]+)":\s+Expected a (.+?)\. Got value: (.*)', message, re.DOTALL)
+    if typed:
+        key, kind, value = typed.groups()
+        choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
+        name = re.fullmatch(r"<class '(\w+)'>", kind)
+        needed = f"one of {choices[1]}" if choices else _KINDS.get(name[1] if name else "", kind)
+        return f"{key} is {value.strip()!r}, needs {needed}"
     return message.replace("Parser key ", "").strip()

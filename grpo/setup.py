@@ -358,7 +358,7 @@ def _checkpoint(config: Config, run_dir: Path, say: Callable[[str], None]) -> Pa
         return path
     path_or_none, ignored = newest_valid(run_dir)
     for reason in ignored:
-        say(f"ignoring {reason}")
+        say(reason)
     return path_or_none
 
 

@@ -1,10 +1,12 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from grpo.config import load_config
+from grpo.config import Config, flatten, load_config, to_dict
+from grpo.config_help import COMMON, help_text, sections_of
 from grpo.errors import ConfigError
 
 LAUNCH = Path(__file__).parent.parent / "launch"
@@ -66,3 +68,26 @@ def test_the_command_exits_2_with_the_message_and_no_traceback() -> None:
         done.stderr
         == "error: unknown flag --optimizer.lerning_rate (value '1'): did you mean 'optimizer.learning_rate'?\n"
     )
+
+
+def test_help_is_short_and_holds_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = flatten(to_dict(Config()))
+    with pytest.raises(SystemExit) as ended:
+        load_config(["--help"])
+    short = capsys.readouterr().out
+    assert ended.value.code == 0 and len(short.splitlines()) < 100 and max(map(len, short.splitlines())) <= 120
+    for key in keys:
+        assert f"--{key} " in short or re.search(rf"\b{key.rpartition('.')[2]}\b", short), key
+    assert "--sampling.num_generations 8" in short and "G: completions per prompt" in short
+    with pytest.raises(SystemExit):
+        load_config(["--help", "all"])
+    full = capsys.readouterr().out
+    assert all(f"--{key} " in full for key in keys)
+    assert "--lora.r null" in help_text(Config, "lora") and "--steps" not in help_text(Config, "lora")
+    assert "There is no section 'lorra'." in help_text(Config, "lorra")
+
+
+def test_the_keys_that_help_shows_are_there() -> None:
+    sections = sections_of(Config)
+    for name, common in COMMON.items():
+        assert set(common.split()) <= {key.flag.rpartition(".")[2] for key in sections[name]}, name

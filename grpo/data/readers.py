@@ -21,6 +21,11 @@ class BadRows:
     rejected: list[dict[str, str]] = field(default_factory=list)
     """{"place": "data.jsonl:3", "reason": "not JSON: ..."}, in the order of the file."""
 
+    @property
+    def hint(self) -> str:
+        """What to do about a single bad row, for an error; nothing to say where it is left out."""
+        return "" if self.skip else ": mend it, or leave such rows out with --data.bad_rows skip"
+
     def add(self, place: str, reason: str, cause: Exception | None = None) -> None:
         if not self.skip:
             raise ConfigError(f"{place}: {reason}") from cause
@@ -86,13 +91,16 @@ def _read_jsonl(file: Path, bad: BadRows) -> Iterator[tuple[Row, str]]:
                     continue
                 row = json.loads(text)
             except UnicodeDecodeError as error:
-                bad.add(place, f"not UTF-8 text: {error}", error)
+                bad.add(place, f"not UTF-8 text: {error}{bad.hint}", error)
+                continue
+            except json.JSONDecodeError as error:
+                bad.add(place, f"not JSON: {error.msg.removesuffix(' at')} (column {error.colno}){bad.hint}", error)
                 continue
             except (ValueError, RecursionError) as error:
-                bad.add(place, f"not JSON: {error}", error)
+                bad.add(place, f"not JSON: {error}{bad.hint}", error)
                 continue
             if not isinstance(row, dict):
-                bad.add(place, f"a {type(row).__name__}, each line must be a JSON object {{...}}")
+                bad.add(place, f"a {type(row).__name__}, each line must be a JSON object {{...}}{bad.hint}")
                 continue
             yield row, place
 
@@ -108,7 +116,7 @@ def _read_csv(file: Path, bad: BadRows) -> Iterator[tuple[Row, str]]:
                 place = f"{file}:{row_ends + 1}"  # Where the row starts: a quoted field can go on over many lines.
                 row_ends = reader.line_num
                 if None in row or None in row.values():
-                    bad.add(place, f"this row must have {wanted} fields, as the first line has")
+                    bad.add(place, f"this row must have {wanted} fields, as the first line has{bad.hint}")
                     continue
                 yield row, place
         except UnicodeDecodeError as error:
