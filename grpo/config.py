@@ -212,9 +212,13 @@ class RolloutConfig:
     """native (own decode loop) or transformers (model.generate: slower, the reference)."""
     slots: int = 256
     """Completions that are decoded at the same time on each process; more wait in a queue. Bounds the KV memory."""
-    correction: Literal["none", "truncate", "mask"] = "none"
+    max_staleness: int = 0
+    """Sample the completions of the next so many steps while the policy learns from this one's: each step then learns from
+    completions of the policy of so many steps ago. 0 = never, and exact. Keeps a copy of the weights to sample from."""
+    correction: Literal["none", "truncate", "mask"] | None = None
     """Weight tokens by p(training) / p(sampling), where another policy drew them: capped (TIS), or left out beyond the cap
-    (IcePop). none is exact for the native engine, whose policy is the one that trains."""
+    (IcePop). none is exact where the policy that trains is the one that sampled. Null = truncate with max_staleness above
+    0, else none."""
     correction_cap: float = 2.0
 
 
@@ -344,6 +348,7 @@ def check_config(config: Config) -> None:
         ("optimizer.weight_decay", optimizer.weight_decay, 0),
         ("rollout.slots", config.rollout.slots, 1),
         ("rollout.correction_cap", config.rollout.correction_cap, 1),
+        ("rollout.max_staleness", config.rollout.max_staleness, 0),
         ("lora.r", 1 if config.lora.r is None else config.lora.r, 1),
         ("lora.lora_alpha", config.lora.lora_alpha, 1),
         ("model.ref_model_sync_steps", config.model.ref_model_sync_steps, 1),
@@ -362,6 +367,11 @@ def check_config(config: Config) -> None:
         raise ConfigError(
             f"sampling.{key} is {value}: a truncated sampling distribution is not the one that the policy is trained "
             f"as, so the importance ratios would be biased. Leave top_p at 1.0 and top_k at 0 for training"
+        )
+    if config.rollout.max_staleness and sampling.dynamic_sampling:
+        raise ConfigError(
+            f"rollout.max_staleness is {config.rollout.max_staleness}, but with sampling.dynamic_sampling the rewards of a step "
+            f"decide how many prompts it samples: set one of them back (max_staleness 0, or dynamic_sampling false)"
         )
     check_model(config.model, config.lora, objective)
     if config.model.attn_implementation != "grpo" and config.rollout.engine == "native":
@@ -410,6 +420,11 @@ def check_config(config: Config) -> None:
     for tracker in config.tracking.report_to:
         if tracker not in known_trackers:
             raise ConfigError(f"tracking.report_to has '{tracker}', knows {', '.join(sorted(known_trackers))}")
+
+
+def correction_of(rollout: RolloutConfig) -> str:
+    """rollout.correction, or what null means."""
+    return rollout.correction or ("truncate" if rollout.max_staleness else "none")
 
 
 def check_objective(config: Config) -> None:

@@ -6,6 +6,7 @@ Everything here is the plain loop unless a setting asks for more:
     objective.soft_overlong_cache  one more reward
     objective.subset               only some completions of each group are kept
     objective.kl_in_reward         the KL to the reference is taken off the reward
+    rollout.max_staleness          completions of later steps are sampled meanwhile (grpo/ahead.py)
 """
 
 import math
@@ -16,15 +17,15 @@ import torch
 from torch import Tensor
 
 from grpo.advantages import ADVANTAGES, SUBSETS, overlong_penalty
-from grpo.config import ObjectiveConfig
+from grpo.config import Config, ObjectiveConfig
 from grpo.distributed import gather_rows, max_over_ranks, sum_over_ranks
 from grpo.kl import kl_estimate
 from grpo.metrics import Sums
 from grpo.objective import by_name, find_objective, per_sequence
-from grpo.packing import pack
+from grpo.packing import PackedBatch, pack
 from grpo.policy import probe_batch
 from grpo.rewards import Scores
-from grpo.types import Group, SamplingPlan
+from grpo.types import Group, Prompt
 
 if TYPE_CHECKING:
     from grpo.setup import Run
@@ -40,6 +41,12 @@ class Sampled:
     rows: list[int]
     """indices into groups"""
     rounds: int = 1
+    references: list[Tensor | None] | None = None
+    """logprobs of the reference for each packed batch, where they could be computed while the rewards were"""
+    seconds: float = 0.0
+    """of sampling"""
+    staleness: int = 0
+    """Steps that the policy has taken since it was the one that sampled."""
 
 
 @dataclass(frozen=True)
@@ -50,27 +57,36 @@ class Experience:
     advantages_PG: Tensor
     all_advantages_PG: Tensor
     """Of everything that was sampled, 0 for what was left out: for the records."""
+    references: list[Tensor | None] | None = None
+    """See Sampled."""
 
 
-def sample(run: "Run", plan: SamplingPlan, clock: "Clock") -> Sampled:
+def sample(run: "Run", done: int, clock: "Clock") -> Sampled:
     """The next prompts_per_step prompts, completed and scored; with dynamic_sampling, that many groups that are not flat
     (DAPO, arXiv 2503.14476, section 3.2), or what max_sampling_rounds gave.
 
     Which prompts come next is counted (`run.progress.draws`), so a resumed run, and any number of ranks, sample the same.
+    `done` counts the steps that the policy has taken.
     """
     config, accelerator = run.config, run.accelerator
     dynamic, wanted = config.sampling.dynamic_sampling, config.prompts_per_step
     groups: list[Group] = []
     scores: list[Scores] = []
     kept: list[int] = []
-    found, rounds = 0, 0
+    found, rounds, seconds, version = 0, 0, 0.0, done
+    references: list[Tensor | None] | None = None
     while rounds < (config.sampling.max_sampling_rounds if dynamic else 1) and found < wanted:
         count = math.ceil((wanted - found) * config.sampling.oversample) if dynamic else wanted
-        prompts = run.stream.draws(run.progress.draws, count, accelerator.process_index, accelerator.num_processes)
-        run.progress.draws += count
-        with accelerator.autocast():
-            new = run.engine.generate(prompts, plan, finished=run.score.offer)
+        batch = run.ahead.take(lambda count=count: next_prompts(run, count), done)  # type: ignore[misc]
+        new, version = batch.groups, batch.version
+        seconds += batch.seconds
         clock.lap("rollout")
+        run.score.submit(new)
+        if packed_before_rewards(run.config):
+            references = run.policy.reference_logprobs(
+                packed(run, new, torch.zeros(len(new), config.sampling.num_generations))[0]
+            )
+        clock.lap("reference")
         scores.append(scored(run, new))
         clock.lap("reward")
         kept += [len(groups) + p for p in range(len(new)) if not dynamic or varies(scores[-1].rewards_PG[p])]
@@ -81,7 +97,15 @@ def sample(run: "Run", plan: SamplingPlan, clock: "Clock") -> Sampled:
         everyone = gather_rows(accelerator, [{"draw": groups[row].prompt.draw} for row in kept])
         taken = set(sorted(row["draw"] for row in everyone)[:wanted])
         kept = [row for row in kept if groups[row].prompt.draw in taken]
-    return Sampled(groups, joined(scores), kept, rounds)
+    return Sampled(groups, joined(scores), kept, rounds, references, seconds, done - version)
+
+
+def next_prompts(run: "Run", count: int) -> list[Prompt]:
+    """This rank's share of the next `count` prompts."""
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    prompts = run.stream.draws(run.progress.draws, count, rank, world)
+    run.progress.draws += count
+    return prompts
 
 
 def varies(rewards_G: Tensor) -> bool:
@@ -90,8 +114,7 @@ def varies(rewards_G: Tensor) -> bool:
 
 
 def scored(run: "Run", groups: list[Group]) -> Scores:
-    """The rewards, and DAPO's overlong penalty as one more where it is asked for."""
-    run.score.submit(groups)
+    """The rewards of what was submitted, and DAPO's overlong penalty as one more where it is asked for."""
     scores = run.score.collect()
     cache = run.config.objective.soft_overlong_cache
     if not cache:
@@ -136,17 +159,49 @@ def learn_from(run: "Run", sampled: Sampled, sums: Sums) -> Experience:
     everything = torch.zeros_like(sampled.scores.rewards_PG)
     for row, chosen, advantages in zip(sampled.rows, chosen_PK, advantages_PG, strict=True):
         everything[row, chosen] = advantages
-    return Experience(groups, advantages_PG, everything)
+    return Experience(groups, advantages_PG, everything, sampled.references)
+
+
+def kl_in_loss(objective: ObjectiveConfig) -> bool:
+    return objective.beta > 0 and not objective.kl_in_reward
+
+
+def packed_before_rewards(config: Config) -> bool:
+    """Whether what goes through the model is known before the rewards are: then the reference can go first."""
+    return kl_in_loss(config.objective) and not config.sampling.dynamic_sampling and subset_of(config.objective) is None
+
+
+def packed(run: "Run", groups: list[Group], advantages_PG: Tensor) -> tuple[list[PackedBatch], int]:
+    """-> what goes through the model, on its device, and how many of the batches are real.
+
+    Every rank goes through the model equally often: one with less to train joins with empty-weighted batches.
+    """
+    config, policy = run.config.objective, run.policy
+    batches = pack(
+        groups,
+        advantages_PG,
+        max_tokens=run.config.tokens_per_batch,
+        mask_truncated=config.mask_truncated_completions,
+        skip_flat=not kl_in_loss(config) and config.entropy_coef == 0,  # then a zero advantage means a zero gradient
+    )
+    rounds, real = max_over_ranks(run.accelerator, len(batches)), len(batches)
+    batches += [probe_batch(policy.model.config.vocab_size)] * (rounds - real)
+    return [batch.to(policy.device) for batch in batches], real
 
 
 def chosen_completions(run: "Run", groups: list[Group], rewards_PG: Tensor) -> Tensor:
     """[P, K] indices of the completions that are learned from: all of them, without objective.subset."""
     objective, size = run.config.objective, rewards_PG.shape[1]
-    name = objective.subset or find_objective(objective.loss_type).implied.get("subset")
+    name = subset_of(objective)
     if name is None or not len(groups):
         return torch.arange(size).expand(len(groups), -1)
     keep = objective.subset_size or max(2, size // 2)
     return SUBSETS.get(name)(rewards_PG, lengths_of(groups), keep)
+
+
+def subset_of(objective: ObjectiveConfig) -> str | None:
+    """The config's own, else what loss_type implies."""
+    return objective.subset or find_objective(objective.loss_type).implied.get("subset")
 
 
 def estimated(run: "Run", rewards_PG: Tensor, by_reward: dict[str, Tensor]) -> Tensor:

@@ -73,7 +73,8 @@ class Scorer(nn.Module):
 
 class Policy:
     """Everything that learns. `model` is the live model; `scorer` is what it goes through, wrapped for the machine;
-    `sampler` is the plain model that engines read, brought up to date by `refresh_sampler`."""
+    `sampler` is the plain model that engines read, brought up to date by `refresh_sampler`; with `separate_sampler` it
+    shares no memory with what learns, so that it can be read meanwhile."""
 
     def __init__(
         self,
@@ -86,6 +87,7 @@ class Policy:
         *,
         temperature: float,
         optimizer_steps: int,
+        separate_sampler: bool = False,
     ):
         self.accelerator, self.config = accelerator, config
         self.max_grad_norm = optimizer.max_grad_norm
@@ -117,6 +119,7 @@ class Policy:
             self.model,
             compute=None if self.zero_stage == 2 else compute_dtype(accelerator),  # ZeRO-2 casts the live weights
             sharded=is_sharded(accelerator) and self.zero_stage != 2,
+            separate=separate_sampler,
         )
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.advantages import ADVANTAGES, SUBSETS
 from grpo.agreement import check_agreement
+from grpo.ahead import Ahead
 from grpo.callbacks import Callbacks, State, build_callbacks
 from grpo.checkpoint import (
     load_checkpoint,
@@ -39,7 +40,7 @@ from grpo.rollout import ENGINES, RolloutEngine, build_engine
 from grpo.run_lock import RunLock, check_free
 from grpo.tracking import Tracker, check_trackers, choose_run_dir
 from grpo.training_data import training_data
-from grpo.types import Group, Prompt
+from grpo.types import Group, Prompt, SamplingPlan
 from grpo.watch import Watch, patience_for
 
 
@@ -64,6 +65,7 @@ class Run:
     policy: Policy
     tokenizer: PreTrainedTokenizerBase
     engine: RolloutEngine
+    ahead: Ahead
     stream: PromptStream | StreamedPrompts
     held_out: list[Prompt]
     score: RewardSum
@@ -125,6 +127,7 @@ class Run:
 
     def close(self) -> None:
         """End and give back everything, however the run ended. A second call does nothing."""
+        self.ahead.close()
         self.score.close()
         self.callbacks.end(self.state(self.steps_done, []))
         if self.tracker is not None:
@@ -150,10 +153,12 @@ class Run:
     def _save(self, step: int) -> None:
         self.accelerator.wait_for_everyone()
         tensors, state = self.policy.state()
+        sampled_ahead = gather_rows(self.accelerator, self.ahead.rows())
         if self.accelerator.is_main_process:
             state |= {
                 "step": step,
                 "progress": vars(self.progress),
+                "sampled_ahead": sampled_ahead,
                 "stream": self.stream.state_dict(),
                 "skipped_in_a_row": self.policy.skipped_in_a_row,
                 "config": flatten(to_dict(self.config)),
@@ -211,14 +216,18 @@ def prepare(config: Config) -> Run:
         config.lora,
         temperature=config.sampling.temperature,
         optimizer_steps=config.steps * config.objective.num_iterations,
+        separate_sampler=config.rollout.max_staleness > 0,
     )
     policy.reference_is_start = checkpoint is None and config.model.reference is None
-    start, first_eval, last_eval = 0, {}, {}
+    start, first_eval, last_eval, sampled_ahead = 0, {}, {}, []
     progress = Progress(beta=config.objective.beta)
     if checkpoint is not None:
         tensors, state = load_checkpoint(checkpoint)
         policy.load_state(tensors, state)
-        progress = Progress(**state["progress"])
+        progress = Progress(
+            **state.get("progress", {"draws": state["step"] * config.prompts_per_step, "beta": progress.beta})
+        )
+        sampled_ahead = state.get("sampled_ahead", [])
         policy.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         start, first_eval, last_eval = state["step"], state["first_eval"], state["last_eval"]
         data.stream.load_state_dict(state.get("stream", {}))
@@ -232,6 +241,8 @@ def prepare(config: Config) -> Run:
             config.rollout.engine, policy.sampler, tokenizer, slots=config.rollout.slots, swapped=policy.swapped
         )
     check_agreement(engine, policy, config.sampling.temperature)
+    ahead = sampling_ahead(config, accelerator, engine, score, start)
+    ahead.load(sampled_ahead, accelerator.process_index, accelerator.num_processes)
     tracker, lock = None, None
     if accelerator.is_main_process:
         lock = lock_run(run_dir)
@@ -254,6 +265,7 @@ def prepare(config: Config) -> Run:
         policy,
         tokenizer,
         engine,
+        ahead,
         data.stream,
         held_out,
         score,
@@ -269,6 +281,20 @@ def prepare(config: Config) -> Run:
     )
     run.callbacks.begin(run.state(start, []))
     return run
+
+
+def sampling_ahead(
+    config: Config, accelerator: Accelerator, engine: RolloutEngine, score: RewardSum, start: int
+) -> Ahead:
+    """How the completions of a step are made: the engine's, each group scored as soon as it is whole."""
+    sampling = config.sampling
+    plan = SamplingPlan(sampling.num_generations, sampling.max_completion_length, sampling.temperature, config.seed)
+
+    def generate(prompts: list[Prompt]) -> list[Group]:
+        with accelerator.autocast():
+            return engine.generate(prompts, plan, finished=score.offer)
+
+    return Ahead(generate, config.rollout.max_staleness, config.steps - start, accelerator.device)
 
 
 def check_names(objective: ObjectiveConfig) -> None:

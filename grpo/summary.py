@@ -53,7 +53,7 @@ def step_metrics(
         "policy/sampling_logprob_difference": sums.mean("mismatch"),
         "rollout/length_mean": sums.mean("length"),
         "rollout/truncated_fraction": sums.mean("truncated"),
-        "rollout/tokens_per_second": tokens / laps["rollout"],
+        "rollout/tokens_per_second": tokens / max(sampled.seconds, 1e-9),
         "time/step": sum(laps.values()),
         "time/rollout": laps["rollout"],
         "time/reward": laps["reward"],
@@ -61,6 +61,8 @@ def step_metrics(
         "time/update": laps["update"],
         "memory/peak_gib": peak_gib(run.policy.device),
     }
+    if run.config.rollout.max_staleness:
+        metrics["rollout/staleness"] = float(sampled.staleness)
     if run.config.sampling.dynamic_sampling:
         metrics["rollout/sampling_rounds"] = float(sampled.rounds)
         metrics["rollout/groups_sampled"] = sums.total("sampled_groups")

@@ -5,21 +5,19 @@ from pathlib import Path
 
 import torch
 
-from grpo.config import Config
+from grpo.config import Config, correction_of
 from grpo.data.curriculum import Curriculum
 from grpo.distributed import gather_rows, max_over_ranks, sum_over_ranks
 from grpo.errors import Interrupted, NumericsError
 from grpo.evaluation import evaluate
-from grpo.experience import Experience, Sampled, learn_from, sample
+from grpo.experience import Experience, Sampled, kl_in_loss, learn_from, packed, sample
 from grpo.kl import adapted_beta
 from grpo.metrics import Sums
 from grpo.objective import Counts, find_objective, importance_correction, policy_loss
-from grpo.packing import PackedBatch, pack
-from grpo.policy import probe_batch
+from grpo.packing import PackedBatch
 from grpo.setup import Run, prepare
 from grpo.signals import Signals
 from grpo.summary import rollout_rows, step_metrics
-from grpo.types import SamplingPlan
 
 MOST_SKIPPED = 3
 """Optimizer steps in a row that may be skipped because their loss or gradient is not finite."""
@@ -40,24 +38,20 @@ def train(config: Config) -> Path:
 def loop(run: Run, signals: Signals) -> None:
     """What GRPO is: sample, score, compare, learn."""
     config = run.config
-    plan = SamplingPlan(
-        config.sampling.num_generations,
-        config.sampling.max_completion_length,
-        config.sampling.temperature,
-        config.seed,
-    )
     if run.start == 0 and config.eval_every:
         run.record(0, held_out(run))
     for step in range(run.start, config.steps):
         clock, sums = Clock(), Sums()
         # 1. Sample G completions of each prompt, and 2. score them.
-        sampled = sample(run, plan, clock)
+        sampled = sample(run, step, clock)
         # 3. Compare each with its siblings.
         experience = learn_from(run, sampled, sums)
         clock.lap("reference")
         # 4. Lay them end to end, and 5. learn.
         batches = update(run, experience, sums, clock)
         done = step + 1
+        run.ahead.settle()  # what was being sampled meanwhile: the weights that it reads are about to change
+        clock.lap("rollout")
         run.follow(done)
         clock.lap("update")
         # 6. What was too easy, or hopeless, is left out for a while. 7. Write it down.
@@ -84,14 +78,9 @@ def update(run: Run, experience: Experience, sums: Sums, clock: "Clock") -> list
     """
     config, policy, objective = run.config.objective, run.policy, find_objective(run.config.objective.loss_type)
     settings = vars(config) | {"beta": run.progress.beta}
-    in_loss = config.beta > 0 and not config.kl_in_reward
-    batches = pack(
-        experience.groups,
-        experience.advantages_PG,
-        max_tokens=run.config.tokens_per_batch,
-        mask_truncated=config.mask_truncated_completions,
-        skip_flat=not in_loss and config.entropy_coef == 0,  # then a zero advantage means a zero gradient
-    )
+    in_loss = kl_in_loss(config)
+    batches, real = packed(run, experience.groups, experience.advantages_PG)
+    rounds = len(batches)
     counted = [
         len(completion.token_ids)
         for group in experience.groups
@@ -100,13 +89,8 @@ def update(run: Run, experience: Experience, sums: Sums, clock: "Clock") -> list
     ]
     tokens, sequences = sum_over_ranks(run.accelerator, [float(sum(counted)), float(len(counted))])
     counts = Counts(tokens, sequences, run.config.sampling.max_completion_length)
-    sums.add("tokens_trained", sum(len(batch.tokens_N) for batch in batches))
-    # Every rank goes through the model equally often: a rank with less to train joins with an empty-weighted batch.
-    rounds = max_over_ranks(run.accelerator, len(batches))
-    real = len(batches)
-    batches = [batch.to(policy.device) for batch in batches]
-    batches += [probe_batch(policy.model.config.vocab_size).to(policy.device)] * (rounds - real)
-    references = policy.reference_logprobs(batches) if in_loss else [None] * rounds
+    sums.add("tokens_trained", sum(len(batch.tokens_N) for batch in batches[:real]))
+    references = experience.references or (policy.reference_logprobs(batches) if in_loss else [None] * rounds)
     clock.lap("reference")
     finite = True
     old: list[torch.Tensor] = []  # the policy as it was before this step: what the first pass computes anyway
@@ -128,7 +112,7 @@ def update(run: Run, experience: Experience, sums: Sums, clock: "Clock") -> list
                     correction_N=importance_correction(
                         old[index],
                         batch.sampling_logprobs_N,
-                        run.config.rollout.correction,
+                        correction_of(run.config.rollout),
                         run.config.rollout.correction_cap,
                     ),
                 )
@@ -151,6 +135,7 @@ def update(run: Run, experience: Experience, sums: Sums, clock: "Clock") -> list
             sums.add("skipped", policy.skipped_in_a_row > 0)
         else:  # every group was flat: nothing to learn, and no step that would only decay weights and momentum
             policy.scheduler.step()
+    clock.lap("update")
     return batches[:real]
 
 

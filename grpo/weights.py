@@ -72,6 +72,7 @@ class WorkingCopy:
     # mixed precision                    linear weights in the compute dtype, as autocast would cast them at every call
     # LoRA                               the adapted layers merged, everything else shared
     # FSDP2, ZeRO-3                      all of it, once per rank, in the compute dtype
+    # read while training goes on        all of it (rollout.max_staleness)
 
     `refresh` after every optimizer step. The live weights are only read, so they cannot drift however often it is called.
     """
@@ -90,9 +91,12 @@ class WorkingCopy:
             # deepcopy takes what the memo holds as already copied: the parameters are not.
             self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
 
-    def follow(self, live: PreTrainedModel, *, compute: torch.dtype | None, sharded: bool) -> None:
+    def follow(
+        self, live: PreTrainedModel, *, compute: torch.dtype | None, sharded: bool, separate: bool = False
+    ) -> None:
         """Give memory of its own to what `live` will not hold in the form that sampling wants: called once `live` has
-        its adapter, before it gets a wrapper. `compute`: the dtype of mixed precision, None = as the weights are."""
+        its adapter, before it gets a wrapper. `compute`: the dtype of mixed precision, None = as the weights are.
+        `separate`: share nothing."""
         self.live = live
         adapted = {f"{name}.weight" for name, _ in lora_layers(live)}
         quantized = getattr(live, "is_quantized", False)
@@ -102,7 +106,7 @@ class WorkingCopy:
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 name = f"{module_name}.{leaf}"
                 cast = compute is not None and isinstance(module, nn.Linear) and module is not head and leaf == "weight"
-                if not (sharded or quantized or cast or name in adapted):
+                if not (separate or sharded or quantized or cast or name in adapted):
                     continue
                 if id(parameter) not in shared:
                     dtype = compute if cast else parameter.dtype

@@ -262,7 +262,7 @@ class NativeEngine:
                 self._step(active, longest, cache, state, temperature)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # training may go on meanwhile
                 self._step(active, longest, cache, state, temperature)
             for tensor, before in zip((state.tokens, state.positions, state.drawn), saved, strict=True):
                 tensor.copy_(before)
