@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from grpo.dashboard.readers import RunFolder
+from grpo.data.data_card import card_of_run
 from grpo.display import visible
 from grpo.errors import ConfigError, StorageError
 from grpo.report import fenced
@@ -20,7 +21,7 @@ HELD_OUT = {"eval/accuracy": "accuracy", "eval/accuracy_flexible": "flexible acc
 
 def model_card(run_dir: Path, *, licence: str | None = None, data_card: dict[str, Any] | None = None) -> ModelCard:
     """The card of a run's model. `licence`: an identifier of the hub (apache-2.0, cc-by-4.0, ...). `data_card`: what is
-    known about the data (source, licence, permission, ...)."""
+    known about the data (source, licence, permission, ...); None = what the run recorded."""
     run = RunFolder(run_dir)
     config = run.config()
     if not config or not run.metrics.refresh():
@@ -35,7 +36,9 @@ def model_card(run_dir: Path, *, licence: str | None = None, data_card: dict[str
         eval_results=_results(run, config),
     )
     header = data.to_yaml().strip()
-    return ModelCard(f"---\n{header}\n---\n{_body(run, config, licence, data_card or {})}")
+    return ModelCard(
+        f"---\n{header}\n---\n{_body(run, config, licence, card_of_run(run_dir) if data_card is None else data_card)}"
+    )
 
 
 def push(

@@ -22,6 +22,7 @@ from grpo.checkpoint import (
 )
 from grpo.config import Config, DataConfig, ObjectiveConfig, flatten, to_dict
 from grpo.data import Example, load_examples
+from grpo.data.data_card import record_card
 from grpo.data.stream import PromptStream, render_prompts
 from grpo.data.streaming import StreamedPrompts
 from grpo.display import Display
@@ -246,6 +247,7 @@ def prepare(config: Config) -> Run:
     tracker, lock = None, None
     if accelerator.is_main_process:
         lock = lock_run(run_dir)
+        record_card(run_dir, config.data)
         derived = {**derived_values(config, data.size, run_dir.name), "base_model": str(path)}
         tracker = Tracker(run_dir, config, derived, start + 1 if start else 0)
         if data.rejected:
