@@ -10,7 +10,7 @@ from typing import Any
 from grpo.dashboard.readers import MetricsFile, Row, RunFolder, is_correct, last_step, rows_of_step, thin
 from grpo.display import visible
 from grpo.errors import ConfigError, StorageError
-from grpo.statistics import wilson_interval
+from grpo.statistics import mcnemar, wilson_interval
 
 CURVES: dict[str, list[str]] = {
     "reward": ["reward/mean"],
@@ -159,7 +159,7 @@ def _text(run: RunFolder, first: list[Row], last: list[Row]) -> str:
         f"{_inline(model.get('name', '?'))}; seed {config.get('seed', '?')}. The numbers are in `metrics.jsonl`, the "
         f"settings in `config.yaml`, versions and machine in `environment.json`."
     )
-    lines += ["", *_before_and_after(metrics), "", "![curves](report_curves.png)", ""]
+    lines += ["", *_before_and_after(metrics), *_paired_lines(run), "", "![curves](report_curves.png)", ""]
     lines += _finding_lines(run.path / "findings.jsonl")
     weights = {str(name): float(weight) for name, weight in (config.get("rewards") or {}).items()}
     lines += _attribution_lines(metrics, weights)
@@ -193,6 +193,40 @@ def _finding_lines(path: Path) -> list[str]:
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     items = [f"- Step {row['step']}: {_inline(row['text'])}: {_inline(row['mend'])}." for row in found]
     return ["## What may keep it from learning", "", *items, ""] if items else []
+
+
+def paired_items(run: RunFolder) -> tuple[int, int, int, int, int] | None:
+    """(first step, last step, items, right at the first only, right at the last only) of the held-out items; None where
+    the run has no two evaluations of the same ones."""
+    path = run.path / "evaluations.jsonl"
+    steps, _ = run.metrics.series("eval/accuracy")
+    if len(steps) < 2:
+        return None
+    first, last = (
+        {row["draw"]: row["accuracy"] > 0 for row in rows_of_step(path, step)} for step in (steps[0], steps[-1])
+    )
+    if not first or first.keys() != last.keys():
+        return None
+    lost = sum(first[item] and not last[item] for item in first)
+    gained = sum(last[item] and not first[item] for item in first)
+    return steps[0], steps[-1], len(first), lost, gained
+
+
+def _paired_lines(run: RunFolder) -> list[str]:
+    found = paired_items(run)
+    if found is None:
+        return []
+    before, after, items, lost, gained = found
+    p = mcnemar(lost, gained)
+    if p >= 0.05:
+        verdict = "no change is established"
+    else:
+        verdict = "the gain is established" if gained > lost else "the loss is established"
+    return [
+        "",
+        f"Paired, the same {items} items at step {before} and at step {after}: {gained} gained, {lost} lost; McNemar's exact "
+        f"test p = {p:.2g}, so {verdict} (p < 0.05). Item by item: `evaluations.jsonl`.",
+    ]
 
 
 def _attribution_lines(metrics: MetricsFile, weights: dict[str, float]) -> list[str]:

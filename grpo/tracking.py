@@ -4,6 +4,7 @@
     run_dir/environment.json    versions, machine, git commit, command line; never an environment variable
     run_dir/metrics.jsonl       {"step": 7, "reward/mean": 0.4, ...}, a line per step
     run_dir/rollouts.jsonl      {"step": 7, "prompt": ..., "completion": ..., ...}, a line per completion
+    run_dir/evaluations.jsonl   {"step": 0, "question": ..., "completion": ..., "accuracy": 1.0, ...}, a line per held-out item
     run_dir/findings.jsonl      {"step": 20, "name": "dead:soft_format", "text": ..., "mend": ...}, why it does not learn
 
 The files are the interface: reports and dashboards read them. An outside tracker that fails is switched off, and
@@ -34,7 +35,8 @@ from grpo.errors import ConfigError, StorageError
 from grpo.watch import Finding
 
 _log = logging.getLogger(__name__)
-_METRICS, _ROLLOUTS, _FINDINGS = "metrics.jsonl", "rollouts.jsonl", "findings.jsonl"
+_METRICS, _ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
+_EVALUATIONS, _FINDINGS = "evaluations.jsonl", "findings.jsonl"
 
 
 def choose_run_dir(config: Config, now: datetime) -> Path:
@@ -77,7 +79,7 @@ class Tracker:
         self.run_dir = run_dir
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            for name in (_METRICS, _ROLLOUTS, _FINDINGS):
+            for name in (_METRICS, _ROLLOUTS, _EVALUATIONS, _FINDINGS):
                 _drop_rows_from(run_dir / name, resume_step)
             _write_whole(run_dir / "config.yaml", yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False))
             _write_whole(
@@ -85,6 +87,7 @@ class Tracker:
             )
             self._metrics = (run_dir / _METRICS).open("a", encoding="utf-8")
             self._rollouts = (run_dir / _ROLLOUTS).open("a", encoding="utf-8")
+            self._evaluations = (run_dir / _EVALUATIONS).open("a", encoding="utf-8")
             self._findings = (run_dir / _FINDINGS).open("a", encoding="utf-8")
         except OSError as error:
             raise StorageError(f"cannot write the run directory {run_dir}: {error}. Set another --run_dir") from error
@@ -105,6 +108,10 @@ class Tracker:
         """Completions, each a row with its "step"."""
         self._write(self._rollouts, rows)
 
+    def log_evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """One held-out evaluation, item by item: what a paired test of the run needs."""
+        self._write(self._evaluations, [{"step": step, **row} for row in rows])
+
     def log_finding(self, step: int, finding: Finding) -> None:
         """Why the run does not learn. Said once: `findings_made` holds the names of those that stand there already."""
         self._write(self._findings, [{"step": step, **dataclasses.asdict(finding)}])
@@ -118,7 +125,7 @@ class Tracker:
         for library, outside in list(self._outside.items()):
             self._protected(library, "finish", outside.finish)
         self._outside = {}
-        for file in (self._metrics, self._rollouts, self._findings):
+        for file in (self._metrics, self._rollouts, self._evaluations, self._findings):
             file.close()
 
     def _start(self, library: str, config: Config, settings: dict[str, Any], resume_step: int) -> None:

@@ -39,7 +39,7 @@ def loop(run: Run, signals: Signals) -> None:
     """What GRPO is: sample, score, compare, learn."""
     config = run.config
     if run.start == 0 and config.eval_every:
-        run.record(0, held_out(run))
+        run.record(0, held_out(run, 0))
     for step in range(run.start, config.steps):
         clock, sums = Clock(), Sums()
         # 1. Sample G completions of each prompt, and 2. score them.
@@ -61,7 +61,7 @@ def loop(run: Run, signals: Signals) -> None:
         metrics |= measured
         adapt(run, metrics)
         if config.eval_every and (done % config.eval_every == 0 or done == config.steps):
-            metrics |= held_out(run)
+            metrics |= held_out(run, done)
         run.record(done, metrics, rollout_rows(done, sampled.groups, sampled.scores, experience.all_advantages_PG))
         check_skipped(run, done)
         signal = max_over_ranks(run.accelerator, signals.received)  # to one rank or all: they leave together
@@ -172,17 +172,20 @@ def check_skipped(run: Run, step: int) -> None:
         )
 
 
-def held_out(run: Run) -> dict[str, float]:
-    """Greedy accuracy and format on the held-out prompts; nothing where there are none."""
+def held_out(run: Run, step: int) -> dict[str, float]:
+    """Greedy accuracy and format on the held-out prompts, and every item written down; nothing where there are none."""
     if not run.held_out:
         return {}
-    return evaluate(
+    found = evaluate(
         run.engine,
         run.held_out,
         run.accelerator,
         max_completion_length=run.config.sampling.max_completion_length,
         prose=run.config.data.extractor == "quoted_terms",
-    ).metrics
+    )
+    if run.tracker is not None:
+        run.tracker.log_evaluation(step, found.rows)
+    return found.metrics
 
 
 class Clock:

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from grpo.dashboard.readers import MetricsFile, find_runs, groups_of, last_step, matching, rows_of_step, thin
+from grpo.dashboard.readers import MetricsFile, RunFolder, find_runs, groups_of, last_step, matching, rows_of_step, thin
 from grpo.errors import ConfigError, StorageError
 from grpo.model_card import model_card, push
-from grpo.report import attribution, fenced, length_buckets, write_report
+from grpo.report import attribution, fenced, length_buckets, paired_items, write_report
 
 HOSTILE = "```\n<img src=x onerror=alert(1)>\n[a](javascript:1)\x1b[2J\u202e"
 
@@ -101,6 +101,26 @@ def test_filters_and_groups(tmp_path: Path) -> None:
     assert matching(rows, highest=0.5, text="text 0") == [rows[0], rows[2]]
     assert {draw: len(group) for draw, group in groups_of(rows).items()} == {4: 2, 2: 2}
     assert thin([1, 2, 3, 4], [0.0, 1.0, 4.0, 5.0], points=2) == ([1.5, 3.5], [0.5, 4.5])
+
+
+def test_the_report_tests_the_same_items_before_and_after(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    before, after = [1] * 3 + [0] * 17, [0] + [1] * 2 + [1] * 9 + [0] * 8  # 9 gained, 1 lost
+    rows = [
+        {"step": step, "draw": draw, "question": "q", "accuracy": float(right)}
+        for step, answers in ((0, before), (10, before), (20, after))
+        for draw, right in enumerate(answers)
+    ]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert paired_items(RunFolder(run)) is None  # nothing of metrics.jsonl has been read
+    text = write_report(run).read_text()
+    # 2 * (C(10, 0) + C(10, 1)) / 2^10 = 22 / 1024 = 0.0215
+    assert (
+        "the same 20 items at step 0 and at step 20: 9 gained, 1 lost; McNemar's exact test p = 0.021, so the gain is"
+        in text
+    )
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    assert "Paired" not in write_report(run).read_text()  # not the same items
 
 
 def test_the_report(tmp_path: Path) -> None:

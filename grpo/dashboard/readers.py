@@ -16,8 +16,8 @@ import yaml
 
 Row = dict[str, Any]
 
-CORRECT = ("accuracy", "exact_match", "correctness")
-"""Rewards that say whether an answer is right, the first that a run has."""
+CORRECT = ("accuracy", "exact_match", "correctness", "term_match")
+"""Rewards that say whether an answer is right (1 or more), the first that a run has."""
 
 
 class MetricsFile:
@@ -231,7 +231,7 @@ def is_correct(row: Row) -> bool | None:
     for name in CORRECT:
         value = rewards.get(name)
         if value is not None:
-            return float(value) > 0
+            return float(value) >= 1.0
     return None
 
 
