@@ -29,6 +29,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from grpo.data.arithmetic import generate_problems
 from grpo.data.invented_language import unmarked
+from grpo.rewards.text_match import quoted_terms
 
 VERSION = 1
 """Part of the cache key: raise it when a change here makes another model from the same recipe."""
@@ -64,15 +65,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ProseRecipe(Recipe):
-    """For answers in prose, which hold no `#### N`."""
+    """For answers in prose, which hold no `#### N`. Careful texts are the archive's answers, whole; hasty ones are nothing
+    but their quoted terms."""
 
     unmarked_fraction: float = 0.0
-    """Warm-up texts that are typed without marks ("tagah" for "tâgaẖ"), as people do whose keyboard lacks them. The model
+    """Hasty texts that are typed without marks ("tagah" for "tâgaẖ"), as people do whose keyboard lacks them. The model
     then knows both spellings, and has to find out from the reward which one is asked for."""
 
 
 GSM8K_RECIPE = Recipe(vocabulary=4096, steps=300, batch=32, hasty_fraction=0.5, formatted_fraction=0.3, longest=224)
-PROSE_RECIPE = ProseRecipe(vocabulary=800, steps=600, unmarked_fraction=0.6)
+PROSE_RECIPE = ProseRecipe(vocabulary=450, steps=500, unmarked_fraction=0.75)
 
 
 def make_starter(
@@ -146,9 +148,12 @@ def _make(folder: Path, seed: int, rows: list[dict[str, str]], recipe: Recipe, r
 
 def completion_text(answer: str, recipe: Recipe, chance: random.Random) -> str:
     """A worked answer as a completion in the XML format: all its lines, or, hasty, the result alone.
-    Prose: as it is, or without its marks."""
+    Prose: as it is, or, hasty, its quoted terms alone, with or without their marks."""
     if isinstance(recipe, ProseRecipe):
-        return unmarked(answer) if chance.random() < recipe.unmarked_fraction else answer
+        if chance.random() >= recipe.hasty_fraction:
+            return answer
+        short = " ".join(f"`{term}`" for term in quoted_terms(answer)) or answer
+        return unmarked(short) if chance.random() < recipe.unmarked_fraction else short
     worked, _, result = re.sub(r"<<.*?>>", "", answer).rpartition("####")
     result = result.strip()
     reasoning = f"So {result}." if chance.random() < recipe.hasty_fraction else worked.strip()

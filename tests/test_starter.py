@@ -1,10 +1,11 @@
 import json
+import random
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.data.arithmetic import generate_problems, is_held_out
-from grpo.starter import Recipe, make_starter
+from grpo.starter import GSM8K_RECIPE, PROSE_RECIPE, ProseRecipe, Recipe, completion_text, make_starter, recipe_for
 
 TINY = Recipe(hidden_size=16, layers=1, heads=2, vocabulary=400, problems=200, steps=3, batch=4)
 
@@ -60,3 +61,17 @@ def test_made_from_other_problems(tmp_path: Path) -> None:
     ]
     folder = make_starter(seed=0, problems=rows, cache=tmp_path, report=lambda text: None, recipe=TINY)
     assert (folder / "starter.json").is_file()
+
+
+def test_a_prose_answer_is_read_whole_or_hastily() -> None:
+    answer = "my is mî-, stone is tâga. It is `mîtâgaẖ`."
+    for hasty, unmarked, text in [
+        (0.0, 1.0, answer),
+        (1.0, 0.0, "`mîtâgaẖ`"),
+        (1.0, 1.0, "`mitagah`"),
+    ]:
+        recipe = ProseRecipe(hasty_fraction=hasty, unmarked_fraction=unmarked)
+        assert completion_text(answer, recipe, random.Random(0)) == text
+    assert completion_text("No term.", ProseRecipe(hasty_fraction=1.0), random.Random(0)) == "No term."
+    assert recipe_for([{"question": "q", "answer": answer}]) == PROSE_RECIPE
+    assert recipe_for([{"question": "q", "answer": "#### 1"}]) == GSM8K_RECIPE

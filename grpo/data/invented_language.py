@@ -1,7 +1,7 @@
 """Questions and answers about a language that does not exist: a seed -> rows with the fields and letters of a real archive.
 
     question         How would you say 'my stones' in Velûri?
-    answer           You would say `mîtâgaẖûn`. The word for stone comes with the beginning for my and the ending for many.
+    answer           my is mî-, stone is tâga, many is -ẖûn. You would say `mîtâgaẖûn`.
     source_language  English
     generated_at     2025-10-28T00:00:07.000007
     pair_id          7
@@ -106,8 +106,8 @@ def meanings(lexicon: Lexicon) -> list[Meaning]:
 
 
 def is_held_out(english: str) -> bool:
-    """One meaning in eight, whatever the seed and the wording of the question."""
-    return hashlib.sha256(english.encode()).digest()[0] < 32
+    """One meaning in four, whatever the seed and the wording of the question."""
+    return hashlib.sha256(english.encode()).digest()[0] < 64
 
 
 def generate_rows(
@@ -119,12 +119,16 @@ def generate_rows(
 ) -> list[dict[str, Any]]:
     """Rows about single words, every meaning in every wording; more than there are: about pairs of words.
 
-    The same arguments give the same rows; `count` None = every single word. A lexicon of one's own replaces the seed's.
+    A held-out meaning comes in one wording only, so that held-out items are independent. The same arguments give the same
+    rows; `count` None = every single word. A lexicon of one's own replaces the seed's.
     """
     lexicon = lexicon or make_lexicon(seed)
     chance = random.Random(f"rows {split} {seed}")
     of_split = [m for m in meanings(lexicon) if is_held_out(m.english) == (split == "held_out")]
-    single = [(m, wording) for m in of_split for wording in range(len(QUESTIONS))]
+    if split == "train":
+        single = [(m, wording) for m in of_split for wording in range(len(QUESTIONS))]
+    else:
+        single = [(m, chance.randrange(len(QUESTIONS))) for m in of_split]
     chance.shuffle(single)
     count = len(single) if count is None else count
     rows = [row_of(index, [m], wording, lexicon) for index, (m, wording) in enumerate(single[:count])]
@@ -141,27 +145,25 @@ def generate_rows(
 def row_of(pair_id: int, parts: list[Meaning], wording: int, lexicon: Lexicon) -> dict[str, Any]:
     english = " and ".join(part.english for part in parts)
     terms = " ".join(lexicon.word(part) for part in parts)
-    explained = " ".join(explanation(part) for part in parts)
+    explained = " ".join(explanation(part, lexicon) for part in parts)
     stamp = datetime(2025, 10, 28) + timedelta(seconds=pair_id, microseconds=pair_id % 1_000_000)
     return {
         "question": QUESTIONS[wording].format(meaning=english, language=LANGUAGE),
-        "answer": f"{OPENINGS[wording].format(term=terms)} {explained}",
+        "answer": f"{explained} {OPENINGS[wording].format(term=terms)}",
         "source_language": "English",
         "generated_at": stamp.isoformat(timespec="microseconds"),
         "pair_id": pair_id,
     }
 
 
-def explanation(meaning: Meaning) -> str:
-    """The sentence that says how the word is built."""
-    parts = []
+def explanation(meaning: Meaning, lexicon: Lexicon) -> str:
+    """The sentence that says how the word is built, in the order of its parts."""
+    parts = [f"{meaning.noun} is {lexicon.roots[meaning.noun]}"]
     if meaning.owner:
-        parts.append(f"the beginning for {meaning.owner}")
+        parts.insert(0, f"{meaning.owner} is {lexicon.beginnings[meaning.owner]}-")
     if meaning.many:
-        parts.append("the ending for many")
-    if not parts:
-        return f"This is the word for {meaning.noun} as it is."
-    return f"The word for {meaning.noun} comes with {' and '.join(parts)}."
+        parts.append(f"many is -{lexicon.ending}")
+    return f"{', '.join(parts)}."
 
 
 def plural(noun: str) -> str:

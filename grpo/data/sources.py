@@ -73,7 +73,7 @@ def arithmetic(data: DataConfig, part: Part, seed: int) -> Table:
 
 @register_dataset("invented_language")
 def invented_language(data: DataConfig, part: Part, seed: int) -> Table:
-    """Questions and answers about a made-up language, no download: every word in three wordings, an eighth held out."""
+    """Questions and answers about a made-up language, no download: words in three wordings; a quarter of them held out."""
     from grpo.data.invented_language import generate_rows, make_lexicon
 
     rows = generate_rows(seed=seed, split=part, lexicon=make_lexicon(seed, INVENTED_NOUNS))
