@@ -1,13 +1,14 @@
 """A community in the loop: collect what people say about answers, merge it into the data, train on it, and let a gate decide.
 
-python launch/community.py demo    --root outputs/community [--poison]           the whole cycle, on an invented language
+python launch/community.py demo    --root outputs/community [--poison]           the whole loop, on an invented language
+python launch/community.py cycle   --root DIR --regression ROWS.jsonl [--base ROWS.jsonl] [--model DIR]   merge, train and gate
 python launch/community.py collect --root DIR --prompt TEXT --completion TEXT --verdict accept|reject|correct|withdraw ...
 python launch/community.py merge   --root DIR [--base ROWS.jsonl]                feedback.jsonl -> versions/vN
 python launch/community.py train   --root DIR --model DIR --output DIR [--grpo_steps 10] [-- --any.train.flag VALUE]
 python launch/community.py gate    --root DIR --model OLD --candidate NEW --regression ROWS.jsonl
 
-Everything lies in one folder: feedback.jsonl (chat and dashboard append to it too), versions/, gate-N.md, and current.json,
-which names the model in use. docs/community.md explains each step.
+Everything lies in one folder: feedback.jsonl (chat and dashboard append to it too), versions/, candidates/, gate-N.md, and
+current.json, which names the model in use. docs/community.md explains each step.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from grpo.errors import ConfigError, run_main
 HELD_BACK = 4
 """One corrected row in so many is never trained on: the gate asks it."""
 EXTRACTOR = "quoted_terms"
+ARCHIVE_RECIPE = {"vocabulary": 450, "steps": 400, "hasty_fraction": 0.0}
+"""The demonstration's first model: it answers as the archive does, mistakes included."""
 
 
 def main() -> None:
@@ -36,11 +39,10 @@ def main() -> None:
     elif ours.command == "train":
         train_on(root, ours.model, Path(ours.output), ours, train_flags)
     elif ours.command == "gate":
-        print(
-            gate_between(
-                root, ours.model, ours.candidate, Path(ours.regression), ours.max_completion_length
-            ).read_text()
-        )
+        report = gate_between(root, ours.model, ours.candidate, Path(ours.regression), ours.max_completion_length)
+        print(report.read_text(encoding="utf-8"))
+    elif ours.command == "cycle":
+        cycle(root, ours, train_flags)
     else:
         demo(root, ours, train_flags)
 
@@ -51,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     added = {}
-    for name in ("demo", "collect", "merge", "train", "gate"):
+    for name in ("demo", "cycle", "collect", "merge", "train", "gate"):
         added[name] = commands.add_parser(name, allow_abbrev=False)
         added[name].add_argument("--root", required=True, help="the community's folder")
     added["collect"].add_argument("--verdict", choices=["accept", "reject", "correct", "withdraw"])
@@ -71,22 +73,31 @@ def build_parser() -> argparse.ArgumentParser:
     added["collect"].add_argument("--consent", action="store_true", help="this may be used to train")
     added["collect"].add_argument("--import", dest="records", help="a JSON list of records from an annotation tool")
     added["collect"].add_argument("--export", help="write all feedback as such a list")
-    added["merge"].add_argument("--base", help="the archive (JSONL); needed the first time, and becomes v1")
+    for name in ("merge", "cycle"):
+        added[name].add_argument("--base", help="the archive (JSONL); needed the first time, and becomes v1")
     added["train"].add_argument("--model", required=True, help="the model in use")
     added["train"].add_argument("--output", required=True, help="where the candidate is written")
-    for name in ("train", "demo"):
+    for name in ("train", "cycle", "demo"):
         added[name].add_argument("--steps", type=int, default=100, help="supervised steps on the mix")
         added[name].add_argument("--share", type=float, default=0.3, help="corrected rows in the mix")
         added[name].add_argument("--kl", type=float, default=0.1, help="weight of the KL to the previous model")
         added[name].add_argument("--learning_rate", type=float, default=1e-3)
         added[name].add_argument("--grpo_steps", type=int, default=0, help="GRPO steps on the mix afterwards")
         added[name].add_argument("--seed", type=int, default=0)
+        added[name].add_argument(
+            "--i_have_permission", action="store_true", help="you state that the data's stewards permit this"
+        )
     added["gate"].add_argument("--model", required=True, help="the model in use")
     added["gate"].add_argument("--candidate", required=True)
-    added["gate"].add_argument("--regression", required=True, help="verified rows (JSONL), frozen: never trained on")
-    added["gate"].add_argument("--max_completion_length", type=int, default=64)
+    added["cycle"].add_argument("--model", help="the model in use; needed the first time")
+    for name in ("gate", "cycle"):
+        added[name].add_argument("--regression", required=True, help="verified rows (JSONL), frozen: never trained on")
+    for name in ("gate", "cycle", "demo"):
+        added[name].add_argument("--max_completion_length", type=int, default=64)
     added["demo"].add_argument(
-        "--poison", action="store_true", help="then a second cycle with one reviewer, 60 %% wrong"
+        "--poison",
+        action="store_true",
+        help="then a second cycle with one reviewer, 60 %% wrong, who is then withdrawn",
     )
     return parser
 
@@ -118,6 +129,7 @@ def merge_into(root: Path, base: str | None) -> Path:
     from grpo.data.merge import merge, read_rows_of, versions_in, write_version
     from grpo.data.readers import read_table
     from grpo.feedback import read_feedback
+    from grpo.gate import current
 
     folder = root / "versions"
     if not versions_in(folder):
@@ -133,6 +145,11 @@ def merge_into(root: Path, base: str | None) -> Path:
             if card.is_file() and not (each / "data_card.yaml").exists():
                 shutil.copy(card, each / "data_card.yaml")
     record = json.loads((version / "version.json").read_text(encoding="utf-8"))
+    taught_on = (current(root) or {}).get("data")
+    if taught_on and "withdrawn" in json.loads((Path(taught_on) / "version.json").read_text(encoding="utf-8")):
+        print(
+            f"the model in use was taught {taught_on}, of which something was withdrawn since: go on from an earlier model"
+        )
     print(f"{version}: {'new' if new else 'nothing has changed'}; {record['rows']} rows, {record['counts']}")
     return version
 
@@ -164,18 +181,25 @@ def is_held_back(row: dict) -> bool:
 
 def train_on(root: Path, model: str, output: Path, ours: argparse.Namespace, train_flags: list[str]) -> Path:
     """The newest version -> a candidate: taught the corrections, then, with --grpo_steps, GRPO on the mix."""
+    from grpo.config import DataConfig
     from grpo.continuation import Continuation, continue_training
+    from grpo.data.data_card import check_permission, record_card
     from grpo.data.merge import versions_in
 
     versions = versions_in(root / "versions")
     if not versions:
         raise ConfigError(f"train: {root / 'versions'} holds no version: merge first")
+    data = DataConfig(path=str(versions[-1] / "data.jsonl"), i_have_permission=ours.i_have_permission)
+    warning = check_permission(data)
+    if warning:
+        print(warning)
     corrected, held_back, before = parts_of(versions[-1])
     print(f"{versions[-1]}: {len(corrected)} corrected rows, {len(held_back)} held back, {len(before)} from before")
     plan = Continuation(
         steps=ours.steps, share=ours.share, kl=ours.kl, learning_rate=ours.learning_rate, seed=ours.seed
     )
     taught = continue_training(model, corrected, before, output, plan)
+    record_card(output, data)
     if ours.grpo_steps == 0:
         return taught
     mix = output / "mix.jsonl"
@@ -193,6 +217,7 @@ def train_on(root: Path, model: str, output: Path, ours: argparse.Namespace, tra
         "data.path": mix,
         "data.extractor": EXTRACTOR,
         "data.system_prompt": "null",
+        "data.i_have_permission": ours.i_have_permission,
         "data.card": versions[-1] / "data_card.yaml" if (versions[-1] / "data_card.yaml").is_file() else "null",
         "rewards": json.dumps({"term_match": 0.6, "chrf": 0.4, "feedback": 0.5}),
         "sampling.max_completion_length": 64,
@@ -252,10 +277,32 @@ def rights(model: str, rows: list[dict], max_completion_length: int) -> list[boo
     return [row["accuracy"] == 1.0 for row in found.rows]
 
 
+def cycle(root: Path, ours: argparse.Namespace, train_flags: list[str]) -> Path | None:
+    """What was said up to now -> a new version, a candidate, the gate's report; None where nothing new was said."""
+    from grpo.gate import current, set_current
+
+    version = merge_into(root, ours.base)
+    if ours.model is not None:
+        set_current(root, ours.model)
+    in_use = current(root)
+    if in_use is None:
+        raise ConfigError(f"cycle: {root / 'current.json'} names no model in use yet: give --model DIR")
+    output = root / "candidates" / version.name
+    if output.exists():
+        print(f"{version} was tried already: {output}")
+        return None
+    candidate = train_on(root, in_use["model"], output, ours, train_flags)
+    report = gate_between(root, in_use["model"], str(candidate), Path(ours.regression), ours.max_completion_length)
+    print(report.read_text(encoding="utf-8"))
+    return report
+
+
 def demo(root: Path, ours: argparse.Namespace, train_flags: list[str]) -> None:
-    """One whole cycle: an archive in which 50 of 100 nouns are wrong, 200 corrections, a candidate, the gate."""
+    """The whole loop: an archive in which 50 of 100 nouns are wrong, 200 corrections of them, a candidate, the gate. With
+    --poison: what one reviewer then gets wrong is kept out, and, withdrawn, leaves no trace."""
     from grpo.data.invented_community import make_community
-    from grpo.feedback import append_feedback
+    from grpo.data.merge import read_rows_of
+    from grpo.feedback import append_feedback, new_feedback
     from grpo.gate import set_current
     from grpo.starter import ProseRecipe, make_starter
 
@@ -269,18 +316,22 @@ def demo(root: Path, ours: argparse.Namespace, train_flags: list[str]) -> None:
     (root / "archive.jsonl.card.yaml").write_text(
         "source: generated by grpo/data/invented_community.py\nlicence: CC0-1.0\npermission: granted\n"
     )
-    old = str(make_starter(seed=ours.seed, problems=community.archive, recipe=ProseRecipe(vocabulary=800, steps=300)))
-    set_current(root, old)
-    cycles = {"corrections": community.corrections} | ({"poison": community.poison} if ours.poison else {})
-    for name, records in cycles.items():
-        here = root / name
-        print(f"== {name}: {len(records)} corrections by {len({record.reviewer for record in records})} reviewer(s)")
-        for record in records:
-            append_feedback(here / "feedback.jsonl", record)
-        merge_into(here, str(root / "archive.jsonl"))
-        candidate = train_on(here, old, here / "candidate", ours, train_flags)
-        report = gate_between(here, old, str(candidate), root / "verified.jsonl", 64)
-        print(report.read_text(encoding="utf-8"))
+    recipe = ProseRecipe(**ARCHIVE_RECIPE)
+    set_current(root, str(make_starter(seed=ours.seed, problems=community.archive, recipe=recipe)))
+    ours.base, ours.regression, ours.model = str(root / "archive.jsonl"), str(root / "verified.jsonl"), None
+    print(f"== {len(community.corrections)} corrections by people who know the language")
+    append_feedback(root / "feedback.jsonl", *community.corrections)
+    cycle(root, ours, train_flags)
+    if not ours.poison:
+        return
+    print(f"== {len(community.poison)} corrections by one reviewer, 60 % of them wrong")
+    append_feedback(root / "feedback.jsonl", *community.poison)
+    cycle(root, ours, train_flags)
+    print("== that reviewer is withdrawn")
+    append_feedback(root / "feedback.jsonl", new_feedback("withdraw", reviewer=community.poison[0].reviewer))
+    version = merge_into(root, ours.base)
+    same = read_rows_of(version) == read_rows_of(root / "versions" / "v2")
+    print(f"{version} holds {'the same rows as' if same else 'other rows than'} v2")
 
 
 def _split(argv: list[str]) -> tuple[list[str], str, list[str]]:
