@@ -146,7 +146,11 @@ class Policy:
         else:
             other = load_model(name, ModelConfig(attn_implementation=self.config.attn_implementation))
             check_vocabulary(
-                self.model.config.vocab_size, other.config.vocab_size, load_tokenizer(path), load_tokenizer(name), name
+                self.model.config.vocab_size,
+                other.config.vocab_size,
+                load_tokenizer(path, self.config.gguf_file),
+                load_tokenizer(name),
+                name,
             )
         wanted = self.config.attn_implementation == NAME
         swapped = self.swapped if name is None else wanted and use_grpo_attention(other)
@@ -350,6 +354,9 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention, **extra)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model.name '{path}' cannot be loaded: {error}") from error
+    if extra.get("gguf_file"):  # plain float32 weights by now, though transformers still calls the model quantized
+        model.is_quantized = False  # type: ignore[assignment]
+        del model.config.quantization_config
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -372,6 +379,10 @@ def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokeniz
         return AutoTokenizer.from_pretrained(path, padding_side="left", **extra)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name '{path}': its tokenizer cannot be loaded: {error}") from error
+    except ImportError as error:
+        if gguf_file is None:
+            raise
+        raise ConfigError("model.gguf_file is set, but gguf is missing: pip install gguf==0.19.0") from error
 
 
 def use_grpo_attention(model: PreTrainedModel) -> bool:

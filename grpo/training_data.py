@@ -57,7 +57,7 @@ def training_data(
     found: MappedPrompts | None = None
     mapping = wants_mapping(data) and not data.streaming
     if mapping and config.model.name != "starter":  # the starter is made from the rows: they are read in any case
-        tokenizer = load_tokenizer(config.model.name)
+        tokenizer = load_tokenizer(config.model.name, config.model.gguf_file)
         if accelerator.is_main_process:
             found = open_mapped(mapped_folder(data, tokenizer))
         if broadcast_object_list([found is not None])[0] and found is None:

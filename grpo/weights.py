@@ -83,8 +83,9 @@ class WorkingCopy:
         self.live: PreTrainedModel = model
         if getattr(model, "is_quantized", False):
             config = copy.deepcopy(model.config)
+            dtype = config.quantization_config.bnb_4bit_compute_dtype
             del config.quantization_config
-            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
             self.model.to(model.device).eval().set_attn_implementation(model.config._attn_implementation)
             self.model.generation_config = model.generation_config
         else:
