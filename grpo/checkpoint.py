@@ -76,6 +76,19 @@ def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
     return tensors, state
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """The state alone, before anything large is read. `load_checkpoint` looks at every bit; this does not."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if isinstance(state, dict):
+            return state
+        raise ValueError(f"it holds a {type(state).__name__}")
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"{path / 'state.json'} is damaged: {error}. Choose another checkpoint for --resume"
+        ) from error
+
+
 def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole (None if there is none), and why each newer one is ignored."""
     folder = run_dir / "checkpoints"

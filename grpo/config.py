@@ -258,6 +258,8 @@ class Config:
     """Where everything about the run is written. Null = outputs/<run_name>."""
     resume: str | None = None
     """auto = continue from the newest checkpoint in run_dir, if there is one; or the folder of one checkpoint."""
+    allow_changes: list[str] = field(default_factory=list)
+    """Keys that resume may find changed although that makes it another run, for example [sampling.num_generations]."""
     eval_every: int = 50
     """Held-out evaluation at step 0, every so many steps, and at the end. 0 = never."""
     save_every: int = 100

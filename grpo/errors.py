@@ -5,11 +5,14 @@
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
+
+from grpo.redaction import redacted
 
 
 class GrpoError(Exception):
@@ -57,8 +60,8 @@ def run_main(main: Callable[[], object]) -> None:
     except GrpoError as error:
         _tell(f"{_rank()}error: {error}\n")
         _leave(error.exit_code)
-    except Exception:
-        _tell(f"{_rank()}{traceback.format_exc()}")
+    except Exception as error:
+        _tell(f"{_rank()}{_waited_in_vain(error)}{traceback.format_exc()}")
         _leave(1)
     finally:
         distributed = sys.modules.get("torch.distributed")
@@ -68,13 +71,23 @@ def run_main(main: Callable[[], object]) -> None:
 
 def _tell(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # a full disk or a closed terminal
-        sys.stderr.write(text)
+        sys.stderr.write(redacted(text))
         sys.stderr.flush()
 
 
 def _rank() -> str:
     """ "[rank 1] " in a run of several processes."""
     return f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def _waited_in_vain(error: Exception) -> str:
+    """A line for gloo's and NCCL's way of saying that another process did not come."""
+    if not _rank() or not re.search(r"timed out|connection (closed|reset)", str(error), re.IGNORECASE):
+        return ""
+    return (
+        "error: another process died, or was waited for longer than rank_timeout: its own lines say why. "
+        "Where this one waited:\n"
+    )
 
 
 def _leave(code: int) -> NoReturn:

@@ -90,6 +90,7 @@ class Policy:
         separate_sampler: bool = False,
     ):
         self.accelerator, self.config = accelerator, config
+        self.optimizer_config = optimizer
         self.max_grad_norm = optimizer.max_grad_norm
         self.model = load_model(path, config, accelerator.device)
         self.swapped = config.attn_implementation == NAME and use_grpo_attention(self.model)
@@ -301,12 +302,25 @@ class Policy:
                 self.model.tie_weights()
             self.optimizer.load_state_dict(moments)
         self.scheduler.load_state_dict(state["scheduler"])
+        self._apply(self.optimizer_config)
         if self.accelerator.scaler is not None and "loss_scale" in state:
             self.accelerator.scaler.load_state_dict(state["loss_scale"])
         if self.config.sync_ref_model and self.reference is not None:
             if "reference" not in tensors:
                 raise ConfigError("the checkpoint has no reference: resume with model.sync_ref_model as it was started")
             self.reference.model.load_state_dict(tensors["reference"], strict=False)
+
+    def _apply(self, config: OptimizerConfig) -> None:
+        """The config's own rates, where they are not those of the checkpoint: a resumed run learns as it is told now."""
+        if not isinstance(self.scheduler, torch.optim.lr_scheduler.LambdaLR):
+            return
+        self.scheduler.base_lrs = [config.learning_rate] * len(self.scheduler.base_lrs)
+        for group, factor in zip(self.optimizer.param_groups, self.scheduler.lr_lambdas, strict=True):
+            group["initial_lr"] = config.learning_rate
+            group["lr"] = config.learning_rate * factor(self.scheduler.last_epoch)
+            group["betas"] = (config.adam_beta1, config.adam_beta2)
+            group["weight_decay"] = config.weight_decay
+        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """A plain Hugging Face folder: AutoModelForCausalLM.from_pretrained loads it. With LoRA, merged; the adapter alone

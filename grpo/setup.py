@@ -18,6 +18,7 @@ from grpo.callbacks import Callbacks, State, build_callbacks
 from grpo.checkpoint import (
     load_checkpoint,
     newest_valid,
+    read_state,
     save_checkpoint,
 )
 from grpo.config import Config, DataConfig, ObjectiveConfig, flatten, to_dict
@@ -34,8 +35,10 @@ from grpo.objective import check_parameters, find_objective
 from grpo.packing import PackedBatch
 from grpo.policy import Policy
 from grpo.report import write_report
+from grpo.resumption import check_changes
 from grpo.rewards import RewardSum, Scores
 from grpo.rewards.runner import RewardRunner
+from grpo.rewards.sources import changed_sources, reward_sources
 from grpo.rewards.xml_format import only_answer
 from grpo.rollout import ENGINES, RolloutEngine, build_engine
 from grpo.run_lock import RunLock, check_free
@@ -164,6 +167,7 @@ class Run:
                 "skipped_in_a_row": self.policy.skipped_in_a_row,
                 "config": flatten(to_dict(self.config)),
                 "processes": self.accelerator.num_processes,
+                "reward_sources": reward_sources(self.score.functions),
                 "first_eval": self.first_eval,
                 "last_eval": self.last_eval,
             }
@@ -204,6 +208,9 @@ def prepare(config: Config) -> Run:
     held_out_rows = load_examples(config.data, "held_out", config.seed) if config.eval_every else []
     checkpoint = _checkpoint(config, run_dir, display.say)
     data = training_data(config, accelerator, score, model_path, display.say)
+    if checkpoint is not None:
+        for line in check_resumption(config, read_state(checkpoint), score, accelerator.num_processes):
+            display.say(line)
     score.start()
     path, tokenizer = data.model_path, data.tokenizer
     held_out = render_prompts(held_out_rows, tokenizer, config.data.max_prompt_length)[0] if held_out_rows else []
@@ -225,9 +232,7 @@ def prepare(config: Config) -> Run:
     if checkpoint is not None:
         tensors, state = load_checkpoint(checkpoint)
         policy.load_state(tensors, state)
-        progress = Progress(
-            **state.get("progress", {"draws": state["step"] * config.prompts_per_step, "beta": progress.beta})
-        )
+        progress = Progress(**(state.get("progress") or progress_of_old(state, config)))
         sampled_ahead = state.get("sampled_ahead", [])
         policy.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         start, first_eval, last_eval = state["step"], state["first_eval"], state["last_eval"]
@@ -249,6 +254,10 @@ def prepare(config: Config) -> Run:
         lock = lock_run(run_dir)
         record_card(run_dir, config.data)
         derived = {**derived_values(config, data.size, run_dir.name), "base_model": str(path)}
+        sources = reward_sources(score.functions)
+        for name, source in sources.items():
+            display.say(f"reward '{name}' is {source['file']} (sha256 {source['sha256'][:12]})")
+        derived["reward_sources"] = sources
         tracker = Tracker(run_dir, config, derived, start + 1 if start else 0)
         if data.rejected:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in data.rejected]
@@ -297,6 +306,19 @@ def sampling_ahead(
             return engine.generate(prompts, plan, finished=score.offer)
 
     return Ahead(generate, config.rollout.max_staleness, config.steps - start, accelerator.device)
+
+
+def check_resumption(config: Config, saved: dict, score: RewardSum, processes: int) -> list[str]:
+    """What is not as it was when the checkpoint was written. Raises ConfigError for what may not change."""
+    lines = check_changes(
+        saved["config"], flatten(to_dict(config)), config.allow_changes, (saved["processes"], processes)
+    )
+    return lines + changed_sources(saved.get("reward_sources", {}), reward_sources(score.functions))
+
+
+def progress_of_old(state: dict, config: Config) -> dict:
+    """A checkpoint of before runs counted their draws: each step drew prompts_per_step, and beta was the config's."""
+    return {"draws": state["step"] * state["config"]["prompts_per_step"], "beta": config.objective.beta}
 
 
 def check_names(objective: ObjectiveConfig) -> None:

@@ -19,6 +19,7 @@ from grpo.checkpoint import (
     save_checkpoint,
 )
 from grpo.errors import StorageError
+from tests import syscalls
 
 
 def small(value: float = 1.0) -> dict[str, dict[str, Tensor]]:
@@ -253,6 +254,31 @@ def test_killed_at_any_moment_of_a_save(tmp_path: Path) -> None:
         save(tmp_path / str(moment), 3, keep=1)
         assert names(tmp_path / str(moment)) == ["step-3"]
     assert outcomes == sorted(outcomes) and set(outcomes) == {1, 2, 3}
+
+
+@pytest.mark.skipif(not syscalls.available(), reason="needs ptrace on x86-64 Linux")
+@pytest.mark.parametrize("step", [2, 1], ids=["prunes", "replaces"])
+def test_killed_before_every_call_that_changes_a_file(tmp_path: Path, step: int) -> None:
+    """kill -9 before each write, fsync, rename, removal of a save, found by tracing its system calls: what is loaded
+    afterwards is the checkpoint before or this one, whole; and the next save cleans up."""
+    tensors = {"policy": {"weight": torch.ones(3000)}, "optimizer": {"moment": torch.ones(7)}}
+    killed, names_of_calls, outcomes = True, [], []
+    while killed:
+        point = len(outcomes) + 1
+        run_dir = tmp_path / str(point)
+        save_checkpoint(run_dir, 1, tensors, {"save": 1}, keep=1)
+        killed, names_of_calls = syscalls.killed_before(
+            lambda run_dir=run_dir: save_checkpoint(run_dir, step, tensors, {"save": 2}, keep=1),  # type: ignore[misc]
+            point,
+        )
+        path, reasons = newest_valid(run_dir)
+        assert path is not None and reasons == [], (point, names_of_calls)
+        outcomes.append(load_checkpoint(path)[1]["save"])
+        save(run_dir, 3, keep=1)
+        assert names(run_dir) == ["step-3"], (point, names_of_calls)
+    assert outcomes == sorted(outcomes) and set(outcomes) == {1, 2}
+    assert {"write", "fsync", "rename", "unlinkat", "mkdir"} <= set(names_of_calls)
+    assert len(names_of_calls) == len(outcomes) - 1 >= 20
 
 
 def test_what_is_not_plain_is_refused() -> None:
