@@ -67,8 +67,9 @@ def records(folder: Path, name: str) -> list[dict]:
         ({"two": CPU_2, "fsdp": FSDP_2}, {}),
         ({"three": CPU_3}, {"prompts_per_step": 2, "tokens_per_batch": 40}),  # the third rank has nothing to train
         ({"two": CPU_2, "fsdp": FSDP_2}, LORA),
+        ({"two": CPU_2}, {"rollout.max_staleness": 1}),
     ],
-    ids=["full", "idle rank", "lora"],
+    ids=["full", "idle rank", "lora", "sampled ahead"],
 )
 def test_any_number_of_processes_does_the_same(
     tmp_path: Path, cases: dict[str, list[str]], changes: dict[str, object]
