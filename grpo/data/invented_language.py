@@ -1,7 +1,7 @@
 """Questions and answers about a language that does not exist: a seed -> rows with the fields and letters of a real archive.
 
-    question         How would you say 'my stones' in Velûri?
-    answer           my is mî-, stone is tâga, many is -ẖûn. You would say `mîtâgaẖûn`.
+    question         How would you say my stones in Velûri?
+    answer           In Velûri my is mî-, stone is tâga, many is -ẖûn. You would say `mîtâgaẖûn`.
     source_language  English
     generated_at     2025-10-28T00:00:07.000007
     pair_id          7
@@ -41,9 +41,9 @@ IRREGULAR = {
 OWNERS = ["", "my", "your", "our"]
 
 QUESTIONS = [
-    "How would you say '{meaning}' in {language}?",
-    "What is the {language} term for '{meaning}'?",
-    "Which {language} word means '{meaning}'?",
+    "How would you say {meaning} in {language}?",
+    "What is the {language} term for {meaning}?",
+    "Which {language} word means {meaning}?",
 ]
 OPENINGS = ["You would say `{term}`.", "The term is `{term}`.", "It is `{term}`."]
 
@@ -163,7 +163,7 @@ def explanation(meaning: Meaning, lexicon: Lexicon) -> str:
         parts.insert(0, f"{meaning.owner} is {lexicon.beginnings[meaning.owner]}-")
     if meaning.many:
         parts.append(f"many is -{lexicon.ending}")
-    return f"{', '.join(parts)}."
+    return f"In {LANGUAGE} {', '.join(parts)}."
 
 
 def plural(noun: str) -> str:
