@@ -3,13 +3,17 @@
 python launch/chat.py --model DIR [--base DIR | --base run] [--temperature 0.7] [--max_completion_length 512] [--ask TEXT]
 
 Without --ask it reads questions from the terminal, one a line, until an empty one. Every question starts anew: the model
-was trained on single questions.
+was trained on single questions. With --feedback FILE it asks after each answer what you think of it, and appends that
+(docs/community.md).
 """
 
 import argparse
 import sys
+from collections.abc import Callable
+from typing import Any, cast
 
 from grpo.errors import ConfigError, run_main
+from grpo.feedback import Feedback, append_feedback, checkpoint_sha, new_feedback
 
 
 def main() -> None:
@@ -24,6 +28,10 @@ def main() -> None:
     parser.add_argument("--max_completion_length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ask", help="one question; the answer is printed and the command ends")
+    parser.add_argument("--feedback", help="append what you say about the answers to this file (JSONL)")
+    parser.add_argument("--reviewer", default="anonymous", help="with --feedback: a pseudonym, never your name")
+    parser.add_argument("--consent", action="store_true", help="with --feedback: it may be used to train")
+    parser.add_argument("--licence", default="", help="with --feedback: under which terms")
     ours = parser.parse_args()
     if ours.temperature < 0 or ours.max_completion_length < 1:
         raise ConfigError("--temperature must be at least 0 and --max_completion_length at least 1")
@@ -50,7 +58,7 @@ def main() -> None:
     by_name = speakers(ours.model, base)
     console = Console(highlight=False)
 
-    def reply(question: str) -> None:
+    def reply(question: str) -> str:
         stream = answers(
             by_name,
             question,
@@ -64,22 +72,55 @@ def main() -> None:
                 for so_far in stream:
                     panels = [Panel(Text(visible(text)), title=name, width=width) for name, text in so_far.items()]
                     live.update(Columns(panels, padding=0))
-            return
+            return so_far["trained"]
         *_, whole = stream
         for name, text in whole.items():
             console.print(Text(f"{name}: {visible(text)}"), soft_wrap=True)
+        return whole["trained"]
+
+    def read(what: str) -> str:
+        return console.input(f"{what}: ") if sys.stdin.isatty() else input()
 
     if ours.ask is not None:
         reply(ours.ask)
         return
+    weights = checkpoint_sha(ours.model) if ours.feedback is not None else ""
     while True:
         try:
-            question = console.input("question: ") if sys.stdin.isatty() else input()
+            question = read("question")
+            if not question.strip():
+                return
+            answer = reply(question)
+            if ours.feedback is not None:
+                said = asked(read, question, answer, vars(ours) | {"checkpoint_sha": weights})
+                if said is not None:
+                    append_feedback(ours.feedback, said)
         except (EOFError, KeyboardInterrupt):
             return
-        if not question.strip():
-            return
-        reply(question)
+
+
+def asked(read: Callable[[str], str], question: str, answer: str, about: dict[str, Any]) -> Feedback | None:
+    """What somebody thinks of an answer; None if they do not say. The right answer, the rating and the note are optional."""
+    verdict = {"a": "accept", "r": "reject", "c": "correct"}.get(read("a = right, r = wrong, c = correct it").strip())
+    if verdict is None:
+        return None
+    correction = read("the right answer").strip() if verdict == "correct" else ""
+    if verdict == "correct" and not correction:
+        verdict = "reject"
+    rating = read("1 to 5, or nothing").strip()
+    return new_feedback(
+        cast(Any, verdict),
+        prompt=question,
+        completion=answer,
+        correction=correction or None,
+        rating=int(rating) if rating in ("1", "2", "3", "4", "5") else None,
+        note=read("note, or nothing").strip(),
+        reviewer=about["reviewer"],
+        consent=about["consent"],
+        licence=about["licence"],
+        model_id=str(about["model"]),
+        checkpoint_sha=about["checkpoint_sha"],
+    )
 
 
 if __name__ == "__main__":
