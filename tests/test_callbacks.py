@@ -135,5 +135,6 @@ def test_layer_gradient_norms_are_those_of_the_clipped_gradient(tmp_path: Path) 
         layers = {key: value for key, value in row.items() if key.startswith("gradient/")}
         names = ["embed_tokens", "layer_00", "layer_01", "norm", "lm_head"]
         assert list(layers) == [f"gradient/{name}" for name in names]
-        assert row["policy/grad_norm"] > 0.001
-        assert sum(value**2 for value in layers.values()) ** 0.5 == pytest.approx(0.001, rel=1e-3)
+        clipped = min(row["policy/grad_norm"], 0.001)  # 0 where every group was flat
+        assert sum(value**2 for value in layers.values()) ** 0.5 == pytest.approx(clipped, rel=1e-3)
+    assert any(row["policy/grad_norm"] > 0.001 for row in rows)
