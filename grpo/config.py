@@ -242,7 +242,7 @@ class TrackingConfig:
     run_name: str | None = None
     """Null = model, data and time."""
     log_completions: bool = True
-    """Show a few completions in the terminal now and then."""
+    """Show a few completions in the terminal now and then, and a table of them in W&B, TensorBoard and trackio."""
     report: bool = True
     """Write report.md and its curves into run_dir at the end."""
 

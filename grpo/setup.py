@@ -95,15 +95,18 @@ class Run:
         metrics = self.callbacks.after_step(state, metrics, trained=step > self.start, evaluated=bool(evaluated))
         if self.tracker is None or not metrics:
             return
-        self.tracker.log(step, metrics)
-        self.tracker.log_rollouts(rows)
+        shown = self.config.tracking.log_completions and bool(rows)
+        self.tracker.log(step, metrics, rows, table=shown and self._now_and_then(step, times=20))
         for finding in self.watch.observe(step, metrics, rows):
             self.tracker.log_finding(step, finding)
             self.display.say(f"finding: {finding}")
         self.display.step(step, metrics)
-        every = max(1, self.config.steps // 5)
-        if self.config.tracking.log_completions and rows and (step == 1 or step % every == 0):
+        if shown and self._now_and_then(step, times=5):
             self.display.completions(rows)
+
+    def _now_and_then(self, step: int, times: int) -> bool:
+        """After the first step, and about `times` times in a run."""
+        return step == 1 or step % max(1, self.config.steps // times) == 0
 
     def state(self, step: int, rows: list[dict]) -> State:
         """What callbacks see of the run."""

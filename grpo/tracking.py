@@ -21,17 +21,18 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import torch
 import yaml
 
 from grpo.config import Config, flatten, to_dict
 from grpo.errors import ConfigError, StorageError
+from grpo.trackers import Outside, completions_table, start_tracker
 from grpo.watch import Finding
 
 _log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class Tracker:
         self.run_dir = run_dir
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
+            last_step = _last_step(run_dir / _METRICS)
             for name in (_METRICS, _ROLLOUTS, _EVALUATIONS, _FINDINGS):
                 _drop_rows_from(run_dir / name, resume_step)
             _write_whole(run_dir / "config.yaml", yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False))
@@ -93,20 +95,22 @@ class Tracker:
             raise StorageError(f"cannot write the run directory {run_dir}: {error}. Set another --run_dir") from error
         name = config.tracking.run_name or run_dir.name
         settings = {**flatten(to_dict(config)), **dataclasses.asdict(config.optimizer), "run_name": name, **derived}
-        self._outside: dict[str, _Outside] = {}
+        self._outside: dict[str, Outside] = {}
         for library in config.tracking.report_to:
-            self._protected(library, "start", partial(self._start, library, config, settings, resume_step))
+            start = partial(start_tracker, library, run_dir, config.tracking.project, settings, resume_step, last_step)
+            self._protected(library, "start", lambda: self._outside.update({library: start()}))  # noqa: B023
 
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """One row of metrics. Call it once per step."""
+    def log(
+        self, step: int, metrics: dict[str, Any], rows: Sequence[dict[str, Any]] = (), *, table: bool = False
+    ) -> None:
+        """One step: its metrics, and its completions, each a row with its "step". `table`: completions for the outside
+        trackers, too. Call it once per step."""
+        self._write(self._rollouts, rows)
         self._write(self._metrics, [{"step": step, **metrics}])
         numbers = {key: float(value) for key, value in metrics.items() if value is not None}
+        completions = completions_table(_plain(list(rows))) if table and rows else None
         for library, outside in list(self._outside.items()):
-            self._protected(library, "log", partial(outside.log, step, numbers))
-
-    def log_rollouts(self, rows: list[dict[str, Any]]) -> None:
-        """Completions, each a row with its "step"."""
-        self._write(self._rollouts, rows)
+            self._protected(library, "log", partial(outside.log, step, numbers, completions))
 
     def log_evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
         """One held-out evaluation, item by item: what a paired test of the run needs."""
@@ -128,14 +132,6 @@ class Tracker:
         for file in (self._metrics, self._rollouts, self._evaluations, self._findings):
             file.close()
 
-    def _start(self, library: str, config: Config, settings: dict[str, Any], resume_step: int) -> None:
-        if library == "wandb":
-            self._outside[library] = _Wandb(self.run_dir, config.tracking.project, settings)
-        elif library == "trackio":
-            self._outside[library] = _Trackio(config.tracking.project, settings)
-        else:
-            self._outside[library] = _TensorBoard(self.run_dir, resume_step)
-
     def _protected(self, library: str, doing: str, action: Callable[[], None]) -> None:
         try:
             action()
@@ -146,75 +142,13 @@ class Tracker:
                 *(library, doing, type(error).__name__, error, self.run_dir / _METRICS),
             )
 
-    def _write(self, file: TextIO, rows: list[dict[str, Any]]) -> None:
+    def _write(self, file: TextIO, rows: Sequence[dict[str, Any]]) -> None:
         try:
             for row in rows:
                 file.write(json.dumps(_plain(row), allow_nan=False, default=str) + "\n")
                 file.flush()  # a run that is killed keeps every step that it finished
         except OSError as error:
             raise StorageError(f"cannot write {file.name}: {error}. Free some space, then --resume auto") from error
-
-
-class _Outside(Protocol):
-    """A tracker that belongs to somebody else."""
-
-    def log(self, step: int, metrics: dict[str, float]) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-class _Wandb:
-    def __init__(self, run_dir: Path, project: str, settings: dict[str, Any]) -> None:
-        import wandb
-        from dotenv import dotenv_values
-
-        for name, value in dotenv_values(".env").items():
-            if name.startswith("WANDB_") and value:
-                os.environ.setdefault(name, value)
-        mode: Any = os.environ.get("WANDB_MODE")
-        if not mode:
-            # Decided before init: without a key it would ask for one, or wait for a network that is not there.
-            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-            if mode == "offline":
-                _log.warning(
-                    "no WANDB_API_KEY (.env.example): W&B records offline. Later: wandb sync %s/wandb/*", run_dir
-                )
-        self._run = wandb.init(project=project, name=settings["run_name"], config=settings, dir=str(run_dir), mode=mode)
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._run.log(metrics, step=step)
-
-    def finish(self) -> None:
-        self._run.finish()
-
-
-class _Trackio:
-    def __init__(self, project: str, settings: dict[str, Any]) -> None:
-        import trackio
-
-        self._trackio = trackio
-        trackio.init(project=project, name=settings["run_name"], config=settings)
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._trackio.log(metrics, step=step)
-
-    def finish(self) -> None:
-        self._trackio.finish()
-
-
-class _TensorBoard:
-    def __init__(self, run_dir: Path, resume_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # purge_step hides what was drawn after the checkpoint that the run resumes from.
-        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step or None, flush_secs=10)
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        for key, value in metrics.items():
-            self._writer.add_scalar(key, value, step)
-
-    def finish(self) -> None:
-        self._writer.close()
 
 
 class _Dumper(yaml.SafeDumper):
@@ -260,6 +194,14 @@ def _drop_rows_from(path: Path, step: int) -> None:
         kept.flush()
         os.fsync(kept.fileno())
     os.replace(temporary, path)
+
+
+def _last_step(path: Path) -> int:
+    """The last step of a file; -1 where there is none."""
+    if not path.exists():
+        return -1
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return int(max((step for step in map(_step_of, file) if step < math.inf), default=-1))
 
 
 def _step_of(line: str) -> float:

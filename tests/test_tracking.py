@@ -54,8 +54,8 @@ def test_a_folder_with_a_run_is_refused_unless_resumed(tmp_path: Path) -> None:
 def test_resume_drops_the_rows_that_will_be_made_again(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, quiet(), {}, resume_step=0)
     for step in range(4):
-        tracker.log(step, {"reward/mean": step / 2})
-        tracker.log_rollouts([{"step": step, "completion": "a"}, {"step": step, "completion": "b"}])
+        rows_of_step = [{"step": step, "completion": "a"}, {"step": step, "completion": "b"}]
+        tracker.log(step, {"reward/mean": step / 2}, rows_of_step)
     tracker.finish()
     tracker.finish()
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -74,8 +74,8 @@ def test_resume_drops_the_rows_that_will_be_made_again(tmp_path: Path) -> None:
 
 def test_what_json_cannot_hold_becomes_null_or_a_number(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, quiet(), {}, resume_step=0)
-    tracker.log(0, {"a": float("nan"), "b": torch.tensor(float("inf")), "c": torch.tensor(2.0), "d": None})
-    tracker.log_rollouts([{"step": 0, "rewards": {"x": float("-inf")}, "at": NOW, "text": "\u2028\ud800"}])
+    metrics = {"a": float("nan"), "b": torch.tensor(float("inf")), "c": torch.tensor(2.0), "d": None}
+    tracker.log(0, metrics, [{"step": 0, "rewards": {"x": float("-inf")}, "at": NOW, "text": "\u2028\ud800"}])
     assert rows(tmp_path / "metrics.jsonl") == [{"step": 0, "a": None, "b": None, "c": 2.0, "d": None}]
     [row] = rows(tmp_path / "rollouts.jsonl")
     assert row == {"step": 0, "rewards": {"x": None}, "at": "2026-01-02 03:04:05", "text": "\u2028\ud800"}
@@ -115,6 +115,7 @@ class FakeWandb(types.ModuleType):
 
     def __init__(self, fails_at: str) -> None:
         super().__init__("wandb")
+        self.Table = dict
         self.fails_at, self.calls, self.arguments = fails_at, [], {}
 
     def _called(self, name: str) -> None:

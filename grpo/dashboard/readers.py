@@ -7,21 +7,26 @@ rollouts.jsonl   rows_of_step: the completions of one step, found by bisection; 
 import json
 import math
 import os
-from collections.abc import Iterator
+import time
+from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import yaml
+from numpy.typing import ArrayLike
 
 Row = dict[str, Any]
 
-CORRECT = ("accuracy", "exact_match", "correctness", "term_match")
-"""Rewards that say whether an answer is right (1 or more), the first that a run has."""
+CORRECT = ("accuracy", "exact_match", "correctness")
+"""Rewards that say whether an answer is right, the first that a run has."""
 
 
 class MetricsFile:
-    """metrics.jsonl as columns: `steps`, and for each key a value per step, None where the step has none."""
+    """metrics.jsonl as columns: `steps`, and for each key a value per step, NaN where the step has none.
+    `changes` counts the refreshes that found something new."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -29,7 +34,8 @@ class MetricsFile:
 
     def _clear(self) -> None:
         self.steps: list[int] = []
-        self.columns: dict[str, list[float | None]] = {}
+        self.changes = getattr(self, "changes", 0) + 1
+        self.columns: dict[str, array[float]] = {}
         self._offset, self._identity = 0, (0, 0)
 
     def refresh(self) -> bool:
@@ -47,36 +53,56 @@ class MetricsFile:
         except OSError:
             return False
         whole = added.rfind(b"\n") + 1  # a line that is still being written waits for the next refresh
-        for line in added[:whole].splitlines():
-            self._add(line)
+        loads = _quick_loads()
+        for line in added[:whole].split(b"\n"):
+            try:
+                row = loads(line)
+            except ValueError:
+                continue
+            self._add(row)
         self._offset += whole
+        self.changes += whole > 0
         return anew or whole > 0
 
-    def _add(self, line: bytes) -> None:
+    def _add(self, row: Any) -> None:
         try:
-            row = json.loads(line)
-            step = int(row.pop("step"))
+            self.steps.append(int(row.pop("step")))
         except (ValueError, KeyError, TypeError, AttributeError):
             return  # damaged: the steps around it are still worth showing
+        before = len(self.steps) - 1
         for key, value in row.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                column = self.columns.setdefault(key, [])
-                column.extend([None] * (len(self.steps) - len(column)))
-                column.append(value)
-        self.steps.append(step)
+            if type(value) is not float and type(value) is not int:
+                continue
+            column = self.columns.get(key)
+            if column is None:
+                column = self.columns[key] = array("d")
+            if len(column) != before:
+                column.extend([math.nan] * (before - len(column)))
+            column.append(value)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """The steps that have `key`, and its values there."""
-        pairs = [
-            (step, value)
-            for step, value in zip(self.steps, self.columns.get(key, []), strict=False)
-            if value is not None
-        ]
-        return [step for step, _ in pairs], [value for _, value in pairs]
+        steps, values = self.arrays(key)
+        return steps.tolist(), values.tolist()
+
+    def arrays(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """`series` as arrays: quick for 85,000 steps."""
+        values = np.array(self.columns.get(key, array("d")))  # a copy: a view would stop the column from growing
+        there = np.flatnonzero(~np.isnan(values))
+        return np.array(self.steps[: len(values)], dtype=np.int64)[there], values[there]
 
     def last(self, key: str) -> float | None:
         values = self.series(key)[1]
         return values[-1] if values else None
+
+
+def _quick_loads() -> Callable[[bytes], Any]:
+    """orjson, which comes with gradio, reads three times as fast."""
+    try:
+        from orjson import loads
+    except ImportError:
+        return json.loads
+    return loads
 
 
 @dataclass
@@ -117,6 +143,17 @@ class RunFolder:
         derived = self.environment().get("derived")
         base = derived.get("base_model") if isinstance(derived, dict) else None
         return base if isinstance(base, str) else None
+
+    @property
+    def seconds_quiet(self) -> float:
+        """Since metrics.jsonl was last written."""
+        try:
+            return time.time() - (self.path / "metrics.jsonl").stat().st_mtime
+        except OSError:
+            return math.inf
+
+    def last_rollout_step(self) -> int | None:
+        return last_step(self.path / "rollouts.jsonl")
 
     def rows_of_step(self, step: int) -> list[Row]:
         return rows_of_step(self.path / "rollouts.jsonl", step)
@@ -231,7 +268,7 @@ def is_correct(row: Row) -> bool | None:
     for name in CORRECT:
         value = rewards.get(name)
         if value is not None:
-            return float(value) >= 1.0
+            return float(value) > 0
     return None
 
 
@@ -263,23 +300,17 @@ def groups_of(rows: list[Row]) -> dict[int, list[Row]]:
     return groups
 
 
-def thin(steps: list[int], values: list[float], points: int = 1000) -> tuple[list[float], list[float]]:
+def thin(steps: ArrayLike, values: ArrayLike, points: int = 1000) -> tuple[list[float], list[float]]:
     """At most `points` means over neighbouring steps, so that a curve of 85,000 can be drawn.
 
     # steps 1 2 3 4, values 0 1 4 5, points 2  ->  steps 1.5 3.5, values 0.5 4.5
     """
-    if len(steps) <= points:
-        return [float(step) for step in steps], values
-    size = math.ceil(len(steps) / points)
-    starts = range(0, len(steps), size)
-    return (
-        [_mean([float(step) for step in steps[start : start + size]]) for start in starts],
-        [_mean(values[start : start + size]) for start in starts],
-    )
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    at, value = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    if len(at) > points:
+        starts = np.arange(0, len(at), math.ceil(len(at) / points))
+        counts = np.diff(np.append(starts, len(at)))
+        at, value = np.add.reduceat(at, starts) / counts, np.add.reduceat(value, starts) / counts
+    return at.tolist(), value.tolist()
 
 
 def _reward(row: Row) -> float:

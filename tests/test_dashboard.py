@@ -1,0 +1,224 @@
+"""The dashboard without a browser: what is read, what is drawn, and what nobody may open."""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grpo.dashboard import curves
+from grpo.dashboard.app import Board, check_exposure, serve
+from grpo.dashboard.curves import CURVES, Curve, points_of
+from grpo.dashboard.readers import MetricsFile, RunFolder, find_runs, last_step, matching, rows_of_step, thin
+from grpo.errors import ConfigError
+from launch.dashboard import _auth
+
+DOCS = Path(__file__).parent.parent / "docs" / "metrics.md"
+HOSTILE = (
+    "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script> [x](javascript:alert(1))"
+)
+
+
+def write_run(folder: Path, steps: int = 6, completion: str = "4", **config: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(json.dumps({"steps": 10, "seed": 0} | config))
+    for step in range(1, steps + 1):
+        add_step(folder, step, completion)
+    return folder
+
+
+def add_step(folder: Path, step: int, completion: str = "4") -> None:
+    row = {"step": step, "reward/mean": step / 10, "reward/accuracy/mean": step / 20, "my/own": 7.0, "time/step": 2.0}
+    evaluated = {"eval/accuracy": step / 10} if step % 2 else {}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row | evaluated) + "\n")
+    common = {"step": step, "draw": step, "prompt": f"2+2={completion}", "reward": 0.5, "length": 1, "ended": True}
+    with (folder / "rollouts.jsonl").open("a") as file:
+        for sample in range(4):
+            judged = {"rewards": {"accuracy": float(sample % 2)}, "advantage": sample - 1.5, "sample": sample}
+            columns = {"columns": {"answer": "4", "pair_id": 11}}
+            file.write(json.dumps(common | judged | columns | {"completion": f"{completion} #{sample}"}) + "\n")
+
+
+def test_a_refresh_reads_only_what_was_added(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=3)
+    metrics = MetricsFile(folder / "metrics.jsonl")
+    assert metrics.refresh()
+    changes = metrics.changes
+    assert not metrics.refresh() and metrics.changes == changes
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "late/key": 1.5}\n{"damaged\n{"step": 5, "reward/mean": null}\n{"step": 6, "rew')
+    assert metrics.refresh() and metrics.changes == changes + 1
+    assert metrics.steps == [1, 2, 3, 4, 5]
+    assert metrics.series("late/key") == ([4], [1.5])
+    assert metrics.series("reward/mean") == ([1, 2, 3], [0.1, 0.2, 0.3])
+    assert metrics.series("eval/accuracy") == ([1, 3], [0.1, 0.3])
+    assert metrics.series("no/key") == ([], []) and metrics.last("my/own") == 7.0
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('ard/mean": 0.9}\n')
+    metrics.refresh()
+    assert metrics.series("reward/mean") == ([1, 2, 3, 6], [0.1, 0.2, 0.3, 0.9])
+    (folder / "new").write_text('{"step": 1, "reward/mean": 5}\n')  # a resume rewrites the file
+    (folder / "new").rename(folder / "metrics.jsonl")
+    assert metrics.refresh() and metrics.series("reward/mean") == ([1], [5.0])
+
+
+def test_the_whole_of_a_long_file_in_few_points(tmp_path: Path) -> None:
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step in range(20_000):
+            file.write(json.dumps({"step": step, "reward/mean": float(step), "policy/kl": 1.0}) + "\n")
+    run = RunFolder(tmp_path)
+    run.metrics.refresh()
+    points = points_of(CURVES[0], [run])
+    assert len(points["step"]) == curves.POINTS and points["step"] == points["value"]
+    assert points["step"][:2] == [24.5, 74.5]  # means over 50 steps
+
+
+def test_thin_by_hand() -> None:
+    assert thin([1, 2, 3, 4], [0, 1, 4, 5], points=2) == ([1.5, 3.5], [0.5, 4.5])
+    assert thin([1, 2, 3], [0.0, 1.0, 5.0], points=2) == ([1.5, 3.0], [0.5, 5.0])
+    assert thin([1, 2], [3, 4]) == ([1.0, 2.0], [3.0, 4.0]) and thin([], []) == ([], [])
+
+
+def test_smooth_by_hand() -> None:
+    # 1;  (0.5 * 1 + 3) / 1.5;  (0.25 * 1 + 0.5 * 3 + 5) / 1.75
+    assert curves.smooth(np.array([1.0, 3.0, 5.0]), 0.5).tolist() == pytest.approx([1, 3.5 / 1.5, 6.75 / 1.75])
+    assert curves.smooth(np.array([1.0, 3.0]), 0.0).tolist() == [1.0, 3.0]
+
+
+def test_lines_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
+    runs = [RunFolder(write_run(tmp_path / name, steps=2)) for name in ("a", "b")]
+    for run in runs:
+        run.metrics.refresh()
+    both = Curve("", "reward/mean|my/own", "")
+    assert set(points_of(CURVES[0], runs[:1])["series"]) == {"mean"}
+    assert set(points_of(both, runs[:1])["series"]) == {"mean", "own"}
+    assert set(points_of(CURVES[0], runs)["series"]) == {"a", "b"}
+    assert points_of(both, runs)["series"] == ["mean · a"] * 2 + ["own · a"] * 2 + ["mean · b"] * 2 + ["own · b"] * 2
+    assert curves.other_keys(runs) == ["my/own", "time/step"]
+
+
+def test_every_curve_has_its_hint_in_the_docs() -> None:
+    documented = DOCS.read_text()
+    for curve in CURVES:
+        assert f"| {curve.title} | {curve.hint} |" in documented
+
+
+def test_comparison_and_differences(tmp_path: Path) -> None:
+    first = RunFolder(write_run(tmp_path / "a", steps=5, optimizer={"learning_rate": 1e-6}))
+    second = RunFolder(write_run(tmp_path / "b", steps=1, optimizer={"learning_rate": 1e-5}, run_dir="x"))
+    (second.path / "final").mkdir()
+    for run in (first, second):
+        run.metrics.refresh()
+    headings, rows = curves.comparison([first, second])
+    assert dict(zip(headings, rows[0], strict=True)) == {
+        "run": "a",
+        "state": "training",
+        "steps": "5",
+        "accuracy before": "0.100",
+        "accuracy after": "0.500",
+        "reward, last tenth": "0.500",
+        "tokens/s": "",
+        "hours": "0.00",
+    }
+    assert rows[1][1] == "finished"
+    assert curves.differences([first, second]) == (
+        ["key", "a", "b"],
+        [["optimizer.learning_rate", "1e-06", "1e-05"]],
+    )
+    assert curves.seconds_left(first) == 10.0 and curves.seconds_left(second) is None  # 5 steps of 2 s; done
+
+
+def test_completions_of_a_step_and_filters(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=50, completion="Four")
+    assert last_step(folder / "rollouts.jsonl") == 50
+    for step in (1, 27, 50):
+        rows = rows_of_step(folder / "rollouts.jsonl", step)
+        assert [(row["step"], row["sample"]) for row in rows] == [(step, sample) for sample in range(4)]
+    assert rows_of_step(folder / "rollouts.jsonl", 51) == []
+    assert [row["sample"] for row in matching(rows, correct=True)] == [1, 3]
+    assert [row["sample"] for row in matching(rows, text="fOUR #2")] == [2]
+    assert matching(rows, lowest=0.6) == [] and len(matching(rows, lowest=0.5, highest=0.5)) == 4
+
+
+def test_a_board_opens_only_what_it_has_found(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "a")
+    write_run(tmp_path / "secret")
+    (tmp_path / "runs" / "link").symlink_to(tmp_path / "secret")
+    board = Board(tmp_path / "runs", tmp_path / "feedback.jsonl")
+    assert board.refresh() == ["a"] == [run.name for run in find_runs(tmp_path / "runs")]
+    assert board.chosen(["../secret", "link", "/etc", ""]) == [] and board.models() == {}
+    [run] = board.chosen(["a"])
+    assert run.metrics.steps[-1] == 6
+    board.refresh()
+    assert board.chosen(["a"])[0] is run  # what was read stays read
+
+
+@pytest.mark.parametrize(
+    "host, share", [("0.0.0.0", False), ("127.0.0.1", True), ("192.168.1.5", False), ("box", False)]
+)
+def test_nobody_else_without_a_password(host: str, share: bool, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="GRPO_DASHBOARD_AUTH"):
+        serve(tmp_path, tmp_path / "f.jsonl", host=host, share=share)
+    check_exposure(host, share, ("name", "password"))
+
+
+def test_this_machine_needs_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
+        check_exposure(host, False, None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GRPO_DASHBOARD_AUTH", raising=False)
+    assert _auth() is None
+    (tmp_path / ".env").write_text("GRPO_DASHBOARD_AUTH=me:a:b\n")
+    assert _auth() == ("me", "a:b")
+    monkeypatch.setenv("GRPO_DASHBOARD_AUTH", "nobody")
+    with pytest.raises(ConfigError, match="name:password"):
+        _auth()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    pytest.importorskip("gradio", reason='pip install -e ".[dashboard]"')
+    root = tmp_path_factory.mktemp("served")
+    write_run(root / "runs" / "hostile", completion=HOSTILE)
+    (root / "runs" / "hostile" / ".env").write_text("HF_TOKEN=canary")
+    (root / ".env").write_text("HF_TOKEN=canary")
+    page, address = serve(root / "runs", root / "feedback.jsonl", block=False)
+    yield address, root
+    page.close()
+
+
+def status_and_body(url: str) -> tuple[int, bytes]:
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def test_files_are_not_served(page: tuple[str, Path]) -> None:
+    address, root = page
+    assert address.startswith("http://127.0.0.1:") and status_and_body(address)[0] == 200
+    inside = root / "runs" / "hostile"
+    targets = [inside / ".env", root / ".env", inside / "config.yaml", inside / "rollouts.jsonl", Path("/etc/passwd")]
+    for target in [*targets, Path(__file__), Path.cwd() / "pyproject.toml"]:
+        for route in (
+            "file=",
+            "gradio_api/file=",
+            "gradio_api/file/",
+            "file/",
+            "static/../",
+            "assets/../",
+            "theme.css/",
+        ):
+            status, body = status_and_body(f"{address}{route}{target}")
+            assert status in (403, 404, 405) and b"canary" not in body and b"root:" not in body, (route, target, status)
+
+
+def test_no_event_is_an_open_interface(page: tuple[str, Path]) -> None:
+    _, body = status_and_body(page[0] + "gradio_api/info")
+    assert json.loads(body) == {"named_endpoints": {}, "unnamed_endpoints": {}}
