@@ -1,6 +1,7 @@
 """Display: metrics and completions -> what a person sees in the terminal; a display that breaks never stops training.
 
-On a terminal: a progress bar. In a log file: a plain line now and then. On every process but the first: nothing.
+On a terminal: four lines that follow the run. In a log file: a plain line now and then. On every process but the first:
+nothing.
 """
 
 import contextlib
@@ -10,14 +11,17 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 _SECONDS_BETWEEN_LINES = 5.0
 _COMPLETIONS = 3
+_SPARKS = 40
+"""Steps in the little curve of the reward."""
 _LONGEST = 800
 """Characters shown of a prompt or completion: a model that rambles must not flood the terminal."""
 
@@ -37,13 +41,20 @@ class Display:
         self._last_line: float | None = None
         self._accuracy: float | None = None
         self._console = _Console(highlight=False)
-        self._progress: Progress | None = None
+        self._rewards: list[float] = []
+        self._live: Live | None = None
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Show that `step` steps are done (1 after the first), and their last metrics."""
         accuracy = metrics.get("eval/accuracy")
         self._accuracy = self._accuracy if accuracy is None else accuracy
-        self._guarded(lambda: self._show_step(step, self._summary(step, metrics)))
+        if step == self._start + 1 and "time/step" in metrics:
+            seconds = metrics["time/step"]
+            left = _clock(seconds * (self._total - step))
+            self.say(
+                f"the first step took {seconds:.1f} s: the {self._total - step} left take about {left}, evaluations apart"
+            )
+        self._guarded(lambda: self._show_step(step, metrics))
 
     def completions(self, rows: list[dict[str, Any]]) -> None:
         """Show up to 3 rows of rollouts.jsonl ("prompt", "completion", "reward")."""
@@ -61,9 +72,9 @@ class Display:
 
     def close(self) -> None:
         """Give the terminal back (the bar hides the cursor). A second call does nothing."""
-        progress, self._progress = self._progress, None
-        if progress is not None:
-            self._guarded(progress.stop)
+        live, self._live = self._live, None
+        if live is not None:
+            self._guarded(live.stop)
 
     def _summary(self, step: int, metrics: dict[str, Any]) -> str:
         """reward 0.42, accuracy 0.31, length 118, 512 tokens/s, 0:03:12 left"""
@@ -79,29 +90,67 @@ class Display:
         if speed is not None:
             parts.append(f"{speed:.0f} tokens/s")
         if step > self._start:
-            left = (time.monotonic() - self._began) / (step - self._start) * (self._total - step)
-            minutes, seconds = divmod(round(left), 60)
-            parts.append(f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
+            parts.append(f"{self._left(step)} left")
         return ", ".join(parts)
 
-    def _show_step(self, step: int, summary: str) -> None:
+    def _left(self, step: int) -> str:
+        """Time to the end, at the pace of this run so far, evaluations included."""
+        return _clock((time.monotonic() - self._began) / max(1, step - self._start) * (self._total - step))
+
+    def _show_step(self, step: int, metrics: dict[str, Any]) -> None:
         if self._console.is_terminal:
-            if self._progress is None:
-                columns = (
-                    TextColumn("step {task.completed}/{task.total}"),
-                    BarColumn(24),
-                    TextColumn("{task.description}"),
-                )
+            if self._live is None:
                 # No refresh thread: an error in it could not be caught, and nothing changes between two steps.
-                self._progress = Progress(*columns, console=self._console, auto_refresh=False)
-                self._progress.add_task("", total=self._total, completed=self._start)
-                self._progress.start()
-            self._progress.update(self._progress.task_ids[0], completed=step, description=summary, refresh=True)
+                self._live = Live(console=self._console, auto_refresh=False)
+                self._live.start()
+            self._live.update(self._view(step, metrics), refresh=True)
             return
         now = time.monotonic()
         if self._last_line is None or step >= self._total or now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self._console.print(self._text(f"step {step}/{self._total}: {summary}"), soft_wrap=True)
+            self._console.print(
+                self._text(f"step {step}/{self._total}: {self._summary(step, metrics)}"), soft_wrap=True
+            )
+
+    def _view(self, step: int, metrics: dict[str, Any]) -> Group:
+        """step 12/500 ━━━━╺━━━━━━━━━━━ 0:03:12 left
+        reward 0.420 ▁▂▂▃▅▆▇   accuracy 0.310
+        length 118   KL 0.0012   entropy 0.42   clipped 0 %   truncated 3 %   flat 12 %
+        512 tokens/s   2.1 GiB   rollout 61 %   reward 2 %   reference 8 %   update 29 %
+        """
+        top = Table.grid(padding=(0, 1))
+        top.add_row(
+            f"step {step}/{self._total}",
+            ProgressBar(total=self._total, completed=step, width=min(40, max(10, self._console.width - 40))),
+            f"{self._left(step)} left" if step > self._start else "",
+        )
+        if "reward/mean" in metrics:
+            self._rewards = [*self._rewards, float(metrics["reward/mean"])][-_SPARKS:]
+        first = [f"reward {self._rewards[-1]:.3f} {sparkline(self._rewards)}"] if self._rewards else []
+        if self._accuracy is not None:
+            first.append(f"accuracy {self._accuracy:.3f}")
+        second = _named(
+            metrics,
+            ("length", "rollout/length_mean", ".0f"),
+            ("KL", "policy/kl", ".4f"),
+            ("entropy", "policy/entropy", ".2f"),
+            ("clipped", "policy/clip_fraction", ".0%"),
+            ("truncated", "rollout/truncated_fraction", ".0%"),
+            ("flat", "reward/zero_std_fraction", ".0%"),
+        )
+        third = (
+            [f"{metrics['rollout/tokens_per_second']:.0f} tokens/s"] if "rollout/tokens_per_second" in metrics else []
+        )
+        if "memory/peak_gib" in metrics:
+            third.append(f"{metrics['memory/peak_gib']:.1f} GiB")
+        whole = metrics.get("time/step") or 0.0
+        phases = [f"time/{name}" for name in ("rollout", "reward", "reference", "update")]
+        if whole > 0:
+            third += [f"{key.removeprefix('time/')} {metrics[key] / whole:.0%}" for key in phases if key in metrics]
+        lines = [self._text("   ".join(line)) for line in (first, second, third) if line]
+        for line in lines:
+            line.no_wrap, line.overflow = True, "ellipsis"
+        return Group(top, *lines)
 
     def _panel(self, row: dict[str, Any]) -> Panel:
         prompt = row.get("prompt", "")
@@ -148,9 +197,26 @@ class Display:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._console.file.fileno())
             os.close(nowhere)
-        if self._progress is not None:
+        if self._live is not None:
             with contextlib.suppress(OSError, ValueError):
-                self._progress.stop()
+                self._live.stop()
+
+
+def sparkline(values: list[float]) -> str:
+    """0 1 3 2 -> ▁▃█▆, the least at the bottom and the most at the top; a flat line where all are the same."""
+    low, high = min(values), max(values)
+    levels = "▁▂▃▄▅▆▇█"
+    return "".join(levels[round((value - low) / (high - low) * 7) if high > low else 0] for value in values)
+
+
+def _named(metrics: dict[str, Any], *wanted: tuple[str, str, str]) -> list[str]:
+    """("KL", "policy/kl", ".4f") -> "KL 0.0012", for each metric that is there."""
+    return [f"{name} {metrics[key]:{style}}" for name, key, style in wanted if metrics.get(key) is not None]
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def visible(text: str) -> str:

@@ -1,6 +1,6 @@
 """Errors: one class per exit code, so that a script around the trainer knows what went wrong.
 
-0 done · 2 config or data · 3 storage · 4 numerics · 5 reward function · 130/143 stopped by a signal (saved first).
+0 done · 2 config or data · 3 storage · 4 numerics · 5 reward function · 6 out of memory · 130/143 stopped by a signal (saved first).
 """
 
 import contextlib
@@ -43,6 +43,12 @@ class RewardError(GrpoError):
     """A reward function raised, or returned something that is not one number (or None) per completion."""
 
     exit_code = 5
+
+
+class OutOfMemory(GrpoError):
+    """The GPU, or the machine, has no room for this config; the message says what to change (grpo/advice.py)."""
+
+    exit_code = 6
 
 
 class Interrupted(GrpoError):

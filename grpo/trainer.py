@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from grpo.advice import memory_advice
 from grpo.config import Config, correction_of
 from grpo.data.curriculum import Curriculum
 from grpo.distributed import gather_rows, max_over_ranks, sum_over_ranks
@@ -25,7 +26,7 @@ MOST_SKIPPED = 3
 
 def train(config: Config) -> Path:
     """Train as `config` says; -> the run directory. Raises GrpoError, whose exit_code says what went wrong."""
-    with Signals() as signals:
+    with Signals() as signals, memory_advice(config):
         run = prepare(config)
         signals.training = True
         try:
