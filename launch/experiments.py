@@ -3,19 +3,17 @@
 python launch/experiments.py --grid launch/configs/experiments/starter_grid.yaml [--output docs/results] [--work outputs/grid]
 
 Seed by seed, every variation once; a run that is there already is not repeated, so the command can be broken off and given
-again, and the tables show how many seeds they rest on. With `start_seed`, all runs start from one and the same starter, so
-that a seed changes prompts and samples only, and variations of one seed can be compared in pairs.
+again, on another machine too: runs that the JSON in --output has stay in it. The tables show how many seeds they rest on.
 
-A starter gets everything right sooner or later, so the measure is how soon: `area`, the mean over all steps of the share of
-right training completions (what a run earned with its budget), and the completions it took until 90 % of a step's were
-right. Intervals are 95 % of Student's t over seeds.
+A starter gets everything right sooner or later, so the measure is how soon: the area under the curve of the training reward,
+its mean over all steps. A seed also makes the starter that its runs begin with, so variations are compared seed by seed: the
+difference to the first one. Intervals are 95 % of Student's t over seeds.
 """
 
 import argparse
 import json
 import os
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,6 @@ from grpo.errors import ConfigError, run_main
 
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 """Two-sided 95 % quantile of Student's t, by number of seeds."""
-ENOUGH = 0.9
 
 
 def main() -> None:
@@ -42,28 +39,18 @@ def main() -> None:
     grid = yaml.safe_load(path.read_text())
     work = Path(flags.work) / path.stem
     if not flags.only_report:
-        base = same_start(grid["base"], grid["start_seed"]) if "start_seed" in grid else grid["base"]
         for seed in flags.seeds or grid["seeds"]:
             for name, changes in grid["variations"].items():
-                run_once(work / folder_name(name, seed), base | changes, seed)
-    report = collect(grid, work)
-    report["command"] = f"python launch/experiments.py --grid {flags.grid}"
+                run_once(work / folder_name(name, seed), grid["base"] | changes, seed)
     output = Path(flags.output)
+    stored = output / f"{path.stem}.json"
+    report = collect(grid, work, json.loads(stored.read_text())["variations"] if stored.is_file() else {})
+    report["command"] = f"python launch/experiments.py --grid {flags.grid}"
     output.mkdir(parents=True, exist_ok=True)
     (output / f"{path.stem}.json").write_text(json.dumps(report, indent=1) + "\n")
     (output / f"{path.stem}.md").write_text(table(report))
     plot(report, output / f"{path.stem}.png")
     print(table(report))
-
-
-def same_start(base: dict[str, Any], seed: int) -> dict[str, Any]:
-    """`base` with the starter of this seed as the model of every run, and what the starter's preset says besides."""
-    from grpo.config import PRESETS, flatten
-    from grpo.starter import make_starter
-
-    preset = flatten(yaml.safe_load((PRESETS / "starter.yaml").read_text()))
-    rewards = preset.pop("rewards")
-    return preset | {"rewards": json.dumps(rewards)} | base | {"model.name": str(make_starter(seed=seed, report=print))}
 
 
 def folder_name(variation: str, seed: int) -> str:
@@ -85,48 +72,47 @@ def run_once(folder: Path, settings: dict[str, Any], seed: int) -> None:
         "resume": "auto",
     }
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    begun = time.process_time()
-    train(load_config([f"--{key}={'null' if value is None else value}" for key, value in flags.items()]))
-    (folder / "cpu_seconds.json").write_text(json.dumps(time.process_time() - begun) + "\n")
+    train(load_config([f"--{key}={value}" for key, value in flags.items()]))
 
 
-def collect(grid: dict[str, Any], work: Path) -> dict[str, Any]:
-    """Every finished run's curve, and means over seeds."""
+def collect(grid: dict[str, Any], work: Path, stored: dict[str, Any]) -> dict[str, Any]:
+    """Every finished run's curve, and means over seeds. `stored`: what an earlier report says of runs that are not here."""
     variations: dict[str, Any] = {}
     for name in grid["variations"]:
         runs = {}
-        for seed in grid["seeds"]:
-            folder = work / folder_name(name, seed)
+        for seed in map(str, grid["seeds"]):
+            folder = work / folder_name(name, int(seed))
             if (folder / "final").is_dir():
-                lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-                rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
-                runs[seed] = measured(lines, rollouts) | {
-                    "cpu_seconds": json.loads((folder / "cpu_seconds.json").read_text())
-                }
+                lines = (folder / "metrics.jsonl").read_text().splitlines()
+                runs[seed] = measured([json.loads(line) for line in lines])
+            elif seed in stored.get(name, {}).get("runs", {}):
+                runs[seed] = stored[name]["runs"][seed]
         if runs:
-            keys = ("before", "after", "area", "kl", "length", "cpu_seconds")
+            keys = ("before", "after", "kl", "length", "seconds")
             means = {key: mean_and_interval([run[key] for run in runs.values()]) for key in keys}
-            first = next(iter(variations.values()), {"runs": runs})["runs"]
-            pairs = [run["area"] - first[seed]["area"] for seed, run in runs.items() if seed in first]
-            against_first = {"area_against_first": mean_and_interval(pairs)} if variations else {}
-            variations[name] = {"runs": runs, "seeds": len(runs), **means, **against_first}
-    return {"base": grid["base"], "start_seed": grid.get("start_seed"), "variations": variations}
+            areas = {seed: statistics.mean(run["reward"]) for seed, run in runs.items()}
+            first = next(iter(variations.values()))["areas"] if variations else areas
+            pairs = [area - first[seed] for seed, area in areas.items() if seed in first]
+            means["area"] = mean_and_interval(list(areas.values()))
+            means["area_against_first"] = mean_and_interval(pairs)
+            variations[name] = {"runs": runs, "seeds": len(runs), "areas": areas, **means}
+    return {
+        "base": grid["base"],
+        "variations": variations,
+        "not_run": [n for n in grid["variations"] if n not in variations],
+    }
 
 
-def measured(lines: list[dict[str, Any]], rollouts: list[dict[str, Any]]) -> dict[str, Any]:
-    """One run's numbers from its metrics and its completions."""
-    steps = [line for line in lines if "reward/accuracy/mean" in line]
-    curve = [round(line["reward/accuracy/mean"], 4) for line in steps]
-    enough = next((step + 1 for step, right in enumerate(curve) if right >= ENOUGH), None)
+def measured(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """One run's numbers from its metrics."""
+    steps = [line for line in lines if "reward/mean" in line]
     return {
         "before": lines[0]["eval/accuracy"],
         "after": lines[-1]["eval/accuracy"],
-        "curve": curve,
-        "area": statistics.mean(curve),
-        "completions": len(rollouts),
-        "completions_to_90": None if enough is None else sum(row["step"] <= enough for row in rollouts),
+        "reward": [round(line["reward/mean"], 4) for line in steps],
         "kl": steps[-1]["policy/kl"],
         "length": steps[-1]["rollout/length_mean"],
+        "seconds": sum(line["time/step"] for line in steps),
     }
 
 
@@ -147,19 +133,20 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"`{report['command']}`",
         "",
-        f"Area: share of right completions over the whole run. Mean ± 95 % interval over seeds (Student's t); the difference to "
-        f"`{first}` is taken seed by seed. Completions to 90 %: each seed's; – = never.",
+        f"Area: mean training reward over all steps. Mean ± 95 % interval over seeds (Student's t); the difference to `{first}` is "
+        f"taken seed by seed.",
         "",
-        f"| variation | seeds | area | difference to {first} | completions to 90 % | held out before → after | KL | tokens | CPU s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| variation | seeds | area | difference to {first} | held out before → after | KL at the end | tokens | seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in report["variations"].items():
-        soon = " / ".join(str(run["completions_to_90"] or "–") for run in row["runs"].values())
-        apart = cell(row["area_against_first"], "+") if "area_against_first" in row else ""
+        apart = "" if name == first else cell(row["area_against_first"], "+")
         lines.append(
-            f"| {name} | {row['seeds']} | {cell(row['area'])} | {apart} | {soon} | {row['before']['mean']:.3f} → "
-            f"{row['after']['mean']:.3f} | {row['kl']['mean']:.3f} | {row['length']['mean']:.1f} | {row['cpu_seconds']['mean']:.0f} |"
+            f"| {name} | {row['seeds']} | {cell(row['area'])} | {apart} | {row['before']['mean']:.3f} → {row['after']['mean']:.3f} | "
+            f"{row['kl']['mean']:.3f} | {row['length']['mean']:.1f} | {row['seconds']['mean']:.0f} |"
         )
+    if report["not_run"]:
+        lines += ["", f"In the grid, not run yet: {'; '.join(report['not_run'])}."]
     return "\n".join(lines) + "\n"
 
 
@@ -173,24 +160,25 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6))
     for index, (name, row) in enumerate(report["variations"].items()):
-        curves = [run["curve"] for run in row["runs"].values()]
+        curves = [run["reward"] for run in row["runs"].values()]
         means = [statistics.mean(step) for step in zip(*curves, strict=False)]
         left.plot(range(1, len(means) + 1), means, label=name, linestyle=("-", "--", ":")[index // 10 % 3])
-    left.set(xlabel="step", ylabel="share of right training completions (mean over seeds)", ylim=(0, 1))
+    left.set(xlabel="step", ylabel="mean training reward (mean over seeds)")
     left.legend(fontsize=7)
     names = list(report["variations"])
     rows = list(report["variations"].values())
+    right.axvline(0, color="grey", linewidth=1)
     right.errorbar(
-        [row["area"]["mean"] for row in rows],
+        [row["area_against_first"]["mean"] for row in rows],
         range(len(names)),
-        xerr=[row["area"]["half_width"] or 0.0 for row in rows],
+        xerr=[row["area_against_first"]["half_width"] or 0.0 for row in rows],
         fmt="o",
         capsize=3,
     )
     right.set_yticks(range(len(names)), names)
     right.invert_yaxis()
     right.grid(axis="x", alpha=0.3)
-    right.set(xlabel="area: share of right completions over the run, 95 % interval over seeds")
+    right.set(xlabel=f"mean training reward over the run, difference to {names[0]} seed by seed, 95 % interval")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

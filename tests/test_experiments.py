@@ -6,24 +6,37 @@ import pytest
 import yaml
 
 from grpo.config import load_config
-from launch.experiments import mean_and_interval, measured, table
+from launch.experiments import collect, mean_and_interval, measured, table
 
 GRIDS = sorted((Path(__file__).parent.parent / "launch" / "configs" / "experiments").glob("*.yaml"))
 
 
-def test_measured_by_hand() -> None:
+def run(*rewards: float) -> dict:
     lines = [{"step": 0, "eval/accuracy": 0.2}]
     lines += [
-        {"step": s, "reward/accuracy/mean": a, "policy/kl": 0.1 * s, "rollout/length_mean": 9.0}
-        for s, a in ((1, 0.2), (2, 0.9), (3, 0.7))
+        {"reward/mean": reward, "policy/kl": 0.1, "rollout/length_mean": 9.0, "time/step": 2.0} for reward in rewards
     ]
     lines[-1]["eval/accuracy"] = 0.8
-    rollouts = [{"step": step} for step in (1, 1, 2, 2, 2, 3)]
-    got = measured(lines, rollouts)
-    assert got["area"] == pytest.approx((0.2 + 0.9 + 0.7) / 3)
-    assert (got["completions_to_90"], got["completions"]) == (5, 6)  # those of steps 1 and 2
-    assert (got["before"], got["after"], got["kl"]) == (0.2, 0.8, pytest.approx(0.3))
-    assert measured(lines[:2] + lines[-1:], rollouts)["completions_to_90"] is None
+    return measured(lines)
+
+
+def test_measured_by_hand() -> None:
+    got = run(0.2, 0.9)
+    assert got == {"before": 0.2, "after": 0.8, "reward": [0.2, 0.9], "kl": 0.1, "length": 9.0, "seconds": 4.0}
+
+
+def test_variations_are_compared_seed_by_seed_and_stored_runs_stay(tmp_path: Path) -> None:
+    grid = {"base": {}, "seeds": [0, 1], "variations": {"base": {}, "other": {}, "later": {}}}
+    stored = {"base": {"runs": {"0": run(0.1, 0.3), "1": run(0.5, 0.7)}}, "other": {"runs": {"1": run(0.6, 0.8)}}}
+    report = collect(grid, tmp_path, stored)
+    base, other = report["variations"]["base"], report["variations"]["other"]
+    # areas 0.2 and 0.6: mean 0.4, half-width 12.706 * 0.2828 / sqrt(2); the other one's 0.7 beside seed 1's 0.6
+    assert base["area"] == {"mean": pytest.approx(0.4), "half_width": pytest.approx(12.706 * 0.2)}
+    assert other["area_against_first"] == {"mean": pytest.approx(0.1), "half_width": None}
+    assert report["not_run"] == ["later"]
+    shown = table(report | {"command": "c"}).splitlines()
+    assert "| other | 1 | 0.700 | +0.100 | 0.200 → 0.800 | 0.100 | 9.0 | 4 |" in shown
+    assert shown[-1] == "In the grid, not run yet: later."
 
 
 def test_the_interval_is_students() -> None:
@@ -38,14 +51,3 @@ def test_every_variation_is_a_valid_config(path: Path) -> None:
     assert len(grid["seeds"]) >= 3
     for changes in grid["variations"].values():
         load_config([f"--{key}={value}" for key, value in (grid["base"] | changes).items()])
-
-
-def test_the_table_shows_differences_seed_by_seed() -> None:
-    value = {"mean": 0.5, "half_width": 0.1}
-    keys = ("area", "before", "after", "kl", "length", "cpu_seconds")
-    row = {"seeds": 2, "runs": {0: {"completions_to_90": 64}, 1: {"completions_to_90": None}}} | dict.fromkeys(
-        keys, value
-    )
-    other = row | {"area_against_first": {"mean": -0.02, "half_width": 0.01}}
-    shown = table({"command": "c", "variations": {"base": row, "other": other}}).splitlines()
-    assert shown[-1].startswith("| other | 2 | 0.500 ± 0.100 | -0.020 ± 0.010 | 64 / – | 0.500 → 0.500 |")
