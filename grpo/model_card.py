@@ -1,6 +1,6 @@
 """Model card: a run directory -> the README.md of its published model, with the real config, data, evaluation and licence.
 
-Also the upload itself. Every number is read from the run; what nobody stated, the card says is not stated.
+Also the upload itself, which the data's card must permit (grpo/data/data_card.py). Every number is read from the run; what nobody stated, the card says is not stated.
 """
 
 import re
@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from grpo.dashboard.readers import RunFolder
-from grpo.data.data_card import card_of_run
+from grpo.data.data_card import card_of_run, publishable
 from grpo.display import visible
 from grpo.errors import ConfigError, StorageError
 from grpo.report import fenced
@@ -39,6 +39,17 @@ def model_card(run_dir: Path, *, licence: str | None = None, data_card: dict[str
     return ModelCard(
         f"---\n{header}\n---\n{_body(run, config, licence, card_of_run(run_dir) if data_card is None else data_card)}"
     )
+
+
+def publish(
+    run_dir: Path, folder: Path, repo_id: str, *, licence: str | None = None, private: bool = True, **hub: str | None
+) -> str:
+    """Writes the card of the run's model into `folder` and uploads it; -> its address. `hub`: token, endpoint, as for push.
+
+    Raises ConfigError where the data's card does not permit it, before anything is sent; StorageError as push does.
+    """
+    model_card(run_dir, licence=licence, data_card=publishable(run_dir)).save(folder / "README.md")
+    return push(folder, repo_id, private=private, **hub)
 
 
 def push(
@@ -94,13 +105,13 @@ def _body(run: RunFolder, config: dict[str, Any], licence: str | None, data_card
     source = config["data"].get("path") or config["data"]["name"]
     about = {"source": source, "licence": "not stated", "permission": "not stated", **data_card}
     without_paths = {key: value for key, value in config.items() if key not in ("run_dir", "resume")}
-    settings = yaml.safe_dump(without_paths, sort_keys=False, allow_unicode=True)
+    settings = yaml.safe_dump(_without_places(without_paths), sort_keys=False, allow_unicode=True)
     versions = environment.get("versions", {})
     return "\n".join(
         [
             f"# {_one_line(run.name)}",
             "",
-            f"Trained from {_one_line(str(config['model']['name']))} with Group Relative Policy Optimization "
+            f"Trained from {_one_line(_without_places(str(config['model']['name'])))} with Group Relative Policy Optimization "
             f"(arXiv 2402.03300), {max(run.metrics.steps)} steps.",
             "",
             f"Licence: {licence or 'not stated: ask before you use it'}.",
@@ -139,6 +150,15 @@ def _fenced_whole(text: str) -> list[str]:
 def _one_line(text: str) -> str:
     """Text that Markdown and YAML show as it is: no markup, no HTML, one line."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", visible(text).replace("\n", " "))[:300]
+
+
+def _without_places(value: Any) -> Any:
+    """Absolute paths -> their last part: where somebody keeps their files is nobody's business."""
+    if isinstance(value, dict):
+        return {_without_places(key): _without_places(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_places(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _hub_id(name: str) -> str | None:

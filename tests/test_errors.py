@@ -18,7 +18,7 @@ import torch
 from grpo.checkpoint import load_checkpoint, newest_valid, save_checkpoint
 from grpo.config import DataConfig, load_config
 from grpo.data import load_examples
-from grpo.data.data_card import check_permission, check_publishable
+from grpo.data.data_card import check_permission, publishable, record_card
 from grpo.data.stream import render_prompts
 from grpo.errors import ConfigError, GrpoError, NumericsError, RewardError, StorageError
 from grpo.objective import find_objective
@@ -76,11 +76,20 @@ def too_long(folder: Path) -> None:
     render_prompts(examples, tokenizer, 1)
 
 
-def card(text: str, check: Callable[[DataConfig], Any]) -> Callable[[Path], Any]:
+def card(text: str) -> Callable[[Path], Any]:
+    def provoke(folder: Path) -> None:
+        (folder / "data_card.yaml").write_text(text)
+        check_permission(DataConfig(path=str(written(folder, GOOD))))
+
+    return provoke
+
+
+def publish_trained_on(text: str) -> Callable[[Path], Any]:
     def provoke(folder: Path) -> None:
         if text:
             (folder / "data_card.yaml").write_text(text)
-        check(DataConfig(path=str(written(folder, GOOD))))
+        record_card(folder, DataConfig(path=str(written(folder, GOOD))))
+        publishable(folder)
 
     return provoke
 
@@ -337,24 +346,24 @@ CASES: dict[str, Case] = {
         "data.max_prompt_length is 1, which leaves none of the 1 prompts (the shortest has 2 tokens): raise it",
     ),
     "data that may not be used": Case(
-        card(CARD.format("prohibited"), check_permission),
+        card(CARD.format("prohibited")),
         ConfigError,
         "data card DIR/data_card.yaml: permission is prohibited. Ask its stewards (committee@example.org); if you have their permission in spite of it, say so with --data.i_have_permission true, which the model card will show",
     ),
     "data card without a licence": Case(
-        card("source: here\npermission: granted\n", check_permission),
+        card("source: here\npermission: granted\n"),
         ConfigError,
         "data card DIR/data_card.yaml: 'licence' is missing; it needs source, licence, permission",
     ),
     "publishing without a data card": Case(
-        card("", check_publishable),
+        publish_trained_on(""),
         ConfigError,
-        "data.path DIR/data.jsonl is local and has no data card: write DIR/data.jsonl.card.yaml with source, licence and permission before you publish a model that was trained on it",
+        "DIR: the model was trained on local data without a data card (DIR/data.jsonl): write DIR/data.jsonl.card.yaml with source, licence and permission, and train with it, before you publish",
     ),
     "publishing without permission": Case(
-        card(CARD.format("unknown"), check_publishable),
+        publish_trained_on(CARD.format("unknown")),
         ConfigError,
-        "data card DIR/data_card.yaml: permission is unknown. To publish, it must be granted, or state that you have it with --data.i_have_permission true",
+        "DIR: the data's card says permission: unknown. To publish, it must be granted; or train with --data.i_have_permission true, which states that you have it",
     ),
     "unknown reward": Case(
         lambda _: RewardSum({"acuracy": 1.0}),

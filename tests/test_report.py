@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from grpo.config import DataConfig
 from grpo.dashboard.readers import MetricsFile, RunFolder, find_runs, groups_of, last_step, matching, rows_of_step, thin
+from grpo.data.data_card import record_card
 from grpo.errors import ConfigError, StorageError
-from grpo.model_card import model_card, push
+from grpo.model_card import model_card, publish, push
 from grpo.report import attribution, fenced, length_buckets, paired_items, write_report
 
 HOSTILE = "```\n<img src=x onerror=alert(1)>\n[a](javascript:1)\x1b[2J\u202e"
@@ -223,21 +226,51 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def test_push_to_a_stand_in_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a stand-in of the hub, which keeps its commits."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    Hub.commits.clear()
     server = HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def trained_on_a_file(folder: Path, permission: str | None) -> Path:
+    """A run on a file of one's own, with or without a data card."""
+    run = write_run(folder / "run")
+    (folder / "mine.jsonl").write_text("")
+    if permission is not None:
+        (folder / "data_card.yaml").write_text(f"source: us\nlicence: cc-by-4.0\npermission: {permission}\n")
+    record_card(run, DataConfig(name="question_answer", path=str(folder / "mine.jsonl")))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["path"] = str(folder / "mine.jsonl")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return run
+
+
+def test_publish_to_a_stand_in_of_the_hub(tmp_path: Path, hub: str) -> None:
     folder = tmp_path / "final"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    model_card(write_run(tmp_path / "run"), licence="mit").save(folder / "README.md")
-    try:
-        address = push(folder, "me/model", token="hf_test", endpoint=f"http://127.0.0.1:{server.server_port}")
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert "me/model" in address
+    run = trained_on_a_file(tmp_path, "granted")
+    assert "me/model" in publish(run, folder, "me/model", licence="mit", token="hf_test", endpoint=hub)
     [commit] = Hub.commits
     assert sorted(line["value"]["path"] for line in commit if line["key"] == "file") == ["README.md", "config.json"]
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "mit" and str(tmp_path) not in card.text
+    for line in ("- source: us", "- licence: cc-by-4.0", "- permission: granted", "path: mine.jsonl"):
+        assert line in card.text
     with pytest.raises(StorageError, match="try again with: hf upload me/model"):
-        push(folder, "me/model", token="hf_test", endpoint=f"http://127.0.0.1:{server.server_port}")
+        push(folder, "me/model", token="hf_test", endpoint="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("permission", ["unknown", "prohibited", None])
+def test_nothing_is_sent_that_the_data_card_does_not_permit(tmp_path: Path, hub: str, permission: str | None) -> None:
+    run = trained_on_a_file(tmp_path, permission)
+    message = "local data without a data card" if permission is None else f"permission: {permission}. To publish"
+    with pytest.raises(ConfigError, match=message):
+        publish(run, tmp_path, "me/model", endpoint=hub)
+    assert Hub.commits == [] and not (tmp_path / "README.md").exists()
