@@ -60,8 +60,11 @@ class Interrupted(GrpoError):
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Run a command: a GrpoError prints its message (not a traceback) and exits with its code."""
+    """Run a command: keys are read from .env; a GrpoError prints its message (not a traceback) and exits with its code."""
+    from grpo.keys import load_keys
+
     try:
+        load_keys()
         main()
     except GrpoError as error:
         _tell(f"{_rank()}error: {error}\n")

@@ -19,8 +19,10 @@ from grpo.report import fenced
 HELD_OUT = {"eval/accuracy": "accuracy", "eval/accuracy_flexible": "flexible accuracy", "eval/format": "format"}
 
 
-def model_card(run_dir: Path, *, licence: str | None = None, data_card: dict[str, Any] | None = None) -> ModelCard:
-    """The card of a run's model. `licence`: an identifier of the hub (apache-2.0, cc-by-4.0, ...). `data_card`: what is
+def model_card(
+    run_dir: Path, *, licence: str | None = None, data_card: dict[str, Any] | None = None, step: int | None = None
+) -> ModelCard:
+    """The card of a run's model, or of its checkpoint at `step`. `licence`: an identifier of the hub (apache-2.0, cc-by-4.0, ...). `data_card`: what is
     known about the data (source, licence, permission, ...); None = what the run recorded."""
     run = RunFolder(run_dir)
     config = run.config()
@@ -33,22 +35,28 @@ def model_card(run_dir: Path, *, licence: str | None = None, data_card: dict[str
         tags=["grpo", "reinforcement-learning"],
         base_model=_hub_id(str(config["model"]["name"])),
         model_name=_one_line(run.name),
-        eval_results=_results(run, config),
+        eval_results=_results(run, config, step),
     )
     header = data.to_yaml().strip()
-    return ModelCard(
-        f"---\n{header}\n---\n{_body(run, config, licence, card_of_run(run_dir) if data_card is None else data_card)}"
-    )
+    about_data = card_of_run(run_dir) if data_card is None else data_card
+    return ModelCard(f"---\n{header}\n---\n{_body(run, config, licence, about_data, step)}")
 
 
 def publish(
-    run_dir: Path, folder: Path, repo_id: str, *, licence: str | None = None, private: bool = True, **hub: str | None
+    run_dir: Path,
+    folder: Path,
+    repo_id: str,
+    *,
+    licence: str | None = None,
+    step: int | None = None,
+    private: bool = True,
+    **hub: str | None,
 ) -> str:
     """Writes the card of the run's model into `folder` and uploads it; -> its address. `hub`: token, endpoint, as for push.
 
     Raises ConfigError where the data's card does not permit it, before anything is sent; StorageError as push does.
     """
-    model_card(run_dir, licence=licence, data_card=publishable(run_dir)).save(folder / "README.md")
+    model_card(run_dir, licence=licence, data_card=publishable(run_dir), step=step).save(folder / "README.md")
     return push(folder, repo_id, private=private, **hub)
 
 
@@ -71,37 +79,48 @@ def push(
     return str(address)
 
 
-def _results(run: RunFolder, config: dict[str, Any]) -> list[EvalResult] | None:
+def _series(run: RunFolder, key: str, step: int | None) -> tuple[list[int], list[float]]:
+    """A key's steps and values, up to the step that the card is about."""
+    steps, values = run.metrics.series(key)
+    kept = [index for index, at in enumerate(steps) if step is None or at <= step]
+    return [steps[index] for index in kept], [values[index] for index in kept]
+
+
+def _results(run: RunFolder, config: dict[str, Any], step: int | None) -> list[EvalResult] | None:
     found = []
     for key, name in HELD_OUT.items():
-        value = run.metrics.last(key)
-        if value is not None:
+        _, values = _series(run, key, step)
+        if values:
             found.append(
                 EvalResult(
                     task_type="text-generation",
                     dataset_type="custom",
-                    dataset_name=_one_line(str(config["data"].get("eval_path") or config["data"]["name"])),
+                    dataset_name=_one_line(
+                        str(_without_places(config["data"].get("eval_path") or config["data"]["name"]))
+                    ),
                     metric_type="accuracy",
                     metric_name=f"{name} (held out, greedy)",
-                    metric_value=round(value, 4),
+                    metric_value=round(values[-1], 4),
                 )
             )
     return found or None
 
 
-def _body(run: RunFolder, config: dict[str, Any], licence: str | None, data_card: dict[str, Any]) -> str:
+def _body(
+    run: RunFolder, config: dict[str, Any], licence: str | None, data_card: dict[str, Any], step: int | None
+) -> str:
     environment = run.environment()
     rows = []
     for key, name in HELD_OUT.items():
-        steps, values = run.metrics.series(key)
+        steps, values = _series(run, key, step)
         if values:
             rows.append(f"| {name} | {values[0]:.3f} (step {steps[0]}) | {values[-1]:.3f} (step {steps[-1]}) |")
     evaluation = (
         ["| held out | before | after |", "|---|---|---|", *rows] if rows else ["Not evaluated on held-out data."]
     )
-    ci = run.metrics.last("eval/accuracy_ci95")
-    if ci is not None:
-        evaluation += ["", f"Greedy decoding; 95 % interval of the accuracy: ±{ci:.3f}."]
+    _, ci = _series(run, "eval/accuracy_ci95", step)
+    if ci:
+        evaluation += ["", f"Greedy decoding; 95 % interval of the accuracy: ±{ci[-1]:.3f}."]
     source = config["data"].get("path") or config["data"]["name"]
     about = {"source": source, "licence": "not stated", "permission": "not stated", **data_card}
     without_paths = {key: value for key, value in config.items() if key not in ("run_dir", "resume")}
@@ -112,7 +131,7 @@ def _body(run: RunFolder, config: dict[str, Any], licence: str | None, data_card
             f"# {_one_line(run.name)}",
             "",
             f"Trained from {_one_line(_without_places(str(config['model']['name'])))} with Group Relative Policy Optimization "
-            f"(arXiv 2402.03300), {max(run.metrics.steps)} steps.",
+            f"(arXiv 2402.03300), {max(run.metrics.steps) if step is None else step} steps.",
             "",
             f"Licence: {licence or 'not stated: ask before you use it'}.",
             "",

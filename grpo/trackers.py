@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from grpo.display import visible
+from grpo.keys import load_keys
 from grpo.report import fenced
 
 _log = logging.getLogger(__name__)
@@ -62,11 +63,8 @@ class _Wandb:
 
     def __init__(self, run_dir: Path, project: str, settings: dict[str, Any], resuming: bool) -> None:
         import wandb
-        from dotenv import dotenv_values
 
-        for name, value in dotenv_values(".env").items():
-            if name.startswith("WANDB_") and value:
-                os.environ.setdefault(name, value)
+        load_keys()
         mode: Any = os.environ.get("WANDB_MODE")
         if not mode:
             # Decided before init: without a key it would ask for one, or wait for a network that is not there.

@@ -1,6 +1,8 @@
 """Run directories read back: columns, one step of many, the report, the model card."""
 
 import json
+import runpy
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -18,6 +20,7 @@ from grpo.errors import ConfigError, StorageError
 from grpo.model_card import model_card, publish, push
 from grpo.report import attribution, fenced, length_buckets, paired_items, write_report
 
+ROOT = Path(__file__).parent.parent
 HOSTILE = "```\n<img src=x onerror=alert(1)>\n[a](javascript:1)\x1b[2J\u202e"
 
 
@@ -265,6 +268,39 @@ def test_publish_to_a_stand_in_of_the_hub(tmp_path: Path, hub: str) -> None:
         assert line in card.text
     with pytest.raises(StorageError, match="try again with: hf upload me/model"):
         push(folder, "me/model", token="hf_test", endpoint="http://127.0.0.1:9")
+
+
+def test_export_writes_the_card_and_pushes(
+    tmp_path: Path, hub: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained_on_a_file(tmp_path, "granted")
+    (run / "final").mkdir()
+    (run / "final" / "model.safetensors").write_text("weights")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    command = ["export.py", "--run", str(run), "--format", "merged", "--licence", "mit", "--push", "me/model"]
+    monkeypatch.setattr(sys, "argv", command)
+    main = runpy.run_path(str(ROOT / "launch" / "export.py"))["main"]
+    main()
+    assert "Pushed: " in capsys.readouterr().out
+    [commit] = Hub.commits
+    assert sorted(line["value"]["path"] for line in commit if line["key"] == "file") == [
+        "README.md",
+        "model.safetensors",
+    ]
+    assert ModelCard.load(run / "export" / "merged" / "README.md").data.license == "mit"
+
+    (run / "data_card.json").write_text((run / "data_card.json").read_text().replace("granted", "prohibited"))
+    monkeypatch.setattr(sys, "argv", [*command, "--output", str(tmp_path / "out")])
+    with pytest.raises(ConfigError, match="permission: prohibited. To publish"):
+        main()
+    assert not (tmp_path / "out").exists() and len(Hub.commits) == 1
+
+
+def test_the_card_of_a_checkpoint_tells_of_its_step(tmp_path: Path) -> None:
+    card = model_card(write_run(tmp_path / "run"), step=10)
+    assert "10 steps." in card.text and "| accuracy | 0.250 (step 0) | 0.250 (step 0) |" in card.text
+    assert [result.metric_value for result in card.data.eval_results] == [0.25, 1.0]
 
 
 @pytest.mark.parametrize("permission", ["unknown", "prohibited", None])
