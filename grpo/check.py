@@ -23,7 +23,8 @@ from grpo.errors import ConfigError, GrpoError
 from grpo.policy import load_tokenizer
 from grpo.rewards import RewardSum
 from grpo.rewards.math_answers import parse_number
-from grpo.setup import check_engine, check_names
+from grpo.rollout import find_engine
+from grpo.setup import check_names
 from grpo.tracking import check_trackers, choose_run_dir
 from grpo.types import Completion, Group, Prompt
 
@@ -113,7 +114,7 @@ def check(config: Config) -> Check:
     """
     found = Check(config=flatten(to_dict(config)))
     check_names(config.objective)
-    check_engine(config.rollout.engine)
+    find_engine(config.rollout.engine)
     score = RewardSum(config.rewards)
     check_trackers(config.tracking.report_to)
     found.run_dir = str(choose_run_dir(config, datetime.now()))

@@ -209,7 +209,7 @@ class OptimizerConfig:
 @dataclass
 class RolloutConfig:
     engine: str = "native"
-    """native (own decode loop) or transformers (model.generate: slower, the reference)."""
+    """native (own decode loop), transformers (model.generate: slower, the reference) or vllm (see vllm_mode)."""
     slots: int = 256
     """Completions that are decoded at the same time on each process; more wait in a queue. Bounds the KV memory."""
     max_staleness: int = 0
@@ -218,8 +218,27 @@ class RolloutConfig:
     correction: Literal["none", "truncate", "mask"] | None = None
     """Weight tokens by p(training) / p(sampling), where another policy drew them: capped (TIS), or left out beyond the cap
     (IcePop). none is exact where the policy that trains is the one that sampled. Null = truncate with max_staleness above
-    0, else none."""
+    0, and for vllm, whose rounding is its own; else none."""
     correction_cap: float = 2.0
+    max_logprob_difference: float | None = None
+    """vllm: mean |log p(sampling) - log p(training)| per token that ends the run, at the start and after each step. Null = 1e-3
+    in float32, 2e-2 in float16, 0.1 in bfloat16."""
+    vllm_mode: Literal["server", "colocate"] = "colocate"
+    """vLLM in this process, or a server that launch/vllm_server.py starts. docs/vllm.md"""
+    vllm_server_base_url: str | None = None
+    """For example http://10.0.0.7:8000. Null = from host and port."""
+    vllm_server_host: str = "127.0.0.1"
+    vllm_server_port: int = 8000
+    vllm_server_timeout: float = 240.0
+    """Seconds to wait for the server at the start, and for a sign of life later."""
+    vllm_group_port: int = 0
+    """Port on the main process's machine through which the server's workers meet it. 0 = any (TRL: 51216)."""
+    vllm_weight_transfer: Literal["auto", "nccl", "gloo"] = "auto"
+    """How weights travel to a server. auto = nccl from a GPU, else gloo. nccl cannot connect two processes on one GPU."""
+    vllm_gpu_memory_utilization: float = 0.3
+    """colocate: the share of the GPU's memory that vLLM takes."""
+    vllm_max_model_length: int | None = None
+    """colocate: tokens of the longest prompt and completion. Null = data.max_prompt_length + max_completion_length."""
 
 
 @dataclass
@@ -351,6 +370,7 @@ def check_config(config: Config) -> None:
         ("rollout.slots", config.rollout.slots, 1),
         ("rollout.correction_cap", config.rollout.correction_cap, 1),
         ("rollout.max_staleness", config.rollout.max_staleness, 0),
+        ("rollout.vllm_server_timeout", config.rollout.vllm_server_timeout, 1),
         ("lora.r", 1 if config.lora.r is None else config.lora.r, 1),
         ("lora.lora_alpha", config.lora.lora_alpha, 1),
         ("model.ref_model_sync_steps", config.model.ref_model_sync_steps, 1),
@@ -374,6 +394,11 @@ def check_config(config: Config) -> None:
         raise ConfigError(
             f"rollout.max_staleness is {config.rollout.max_staleness}, but with sampling.dynamic_sampling the rewards of a step "
             f"decide how many prompts it samples: set one of them back (max_staleness 0, or dynamic_sampling false)"
+        )
+    if config.rollout.engine == "vllm" and config.rollout.max_staleness:
+        raise ConfigError(
+            f"rollout.max_staleness is {config.rollout.max_staleness}, which rollout.engine vllm cannot do yet: set it to 0, or "
+            f"the engine to native"
         )
     check_model(config.model, config.lora, objective)
     if config.model.attn_implementation != "grpo" and config.rollout.engine == "native":
@@ -426,7 +451,7 @@ def check_config(config: Config) -> None:
 
 def correction_of(rollout: RolloutConfig) -> str:
     """rollout.correction, or what null means."""
-    return rollout.correction or ("truncate" if rollout.max_staleness else "none")
+    return rollout.correction or ("truncate" if rollout.max_staleness or rollout.engine == "vllm" else "none")
 
 
 def check_objective(config: Config) -> None:

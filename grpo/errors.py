@@ -1,6 +1,7 @@
 """Errors: one class per exit code, so that a script around the trainer knows what went wrong.
 
-0 done · 2 config or data · 3 storage · 4 numerics · 5 reward function · 6 out of memory · 130/143 stopped by a signal (saved first).
+0 done · 2 config or data · 3 storage · 4 numerics · 5 reward function · 6 out of memory · 7 rollout engine (saved first)
+· 130/143 stopped by a signal (saved first).
 """
 
 import contextlib
@@ -49,6 +50,12 @@ class OutOfMemory(GrpoError):
     """The GPU, or the machine, has no room for this config; the message says what to change (grpo/advice.py)."""
 
     exit_code = 6
+
+
+class EngineError(GrpoError):
+    """An engine outside this process died, does not answer, or does not have the weights that it was sent."""
+
+    exit_code = 7
 
 
 class Interrupted(GrpoError):

@@ -88,6 +88,7 @@ class Policy:
         temperature: float,
         optimizer_steps: int,
         separate_sampler: bool = False,
+        sampled_elsewhere: bool = False,
     ):
         self.accelerator, self.config = accelerator, config
         self.optimizer_config = optimizer
@@ -121,6 +122,7 @@ class Policy:
             compute=None if self.zero_stage == 2 else compute_dtype(accelerator),  # ZeRO-2 casts the live weights
             sharded=is_sharded(accelerator) and self.zero_stage != 2,
             separate=separate_sampler,
+            hold=not sampled_elsewhere,
         )
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
@@ -176,6 +178,10 @@ class Policy:
     def refresh_sampler(self) -> None:
         """Bring `sampler` up to date with the weights. Collective where they are sharded."""
         self.working_copy.refresh()
+
+    def plain_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every weight of the plain model, for an engine that is elsewhere. Collective where sharded."""
+        return self.working_copy.stream()
 
     def logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """[N] logprobs with a gradient, [N] entropies without."""

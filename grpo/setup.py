@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from grpo.advantages import ADVANTAGES, SUBSETS
-from grpo.agreement import check_agreement
+from grpo.agreement import check_agreement, prove_updates
 from grpo.ahead import Ahead
 from grpo.callbacks import Callbacks, State, build_callbacks
 from grpo.checkpoint import (
@@ -28,7 +28,7 @@ from grpo.data.stream import PromptStream, render_prompts
 from grpo.data.streaming import StreamedPrompts
 from grpo.display import Display
 from grpo.distributed import compute_dtype, gather_rows, max_over_ranks, start_accelerator
-from grpo.errors import ConfigError, StorageError
+from grpo.errors import ConfigError, EngineError, StorageError
 from grpo.experience import estimator_of
 from grpo.faults import dump_batches, dump_failures
 from grpo.objective import check_parameters, find_objective
@@ -40,7 +40,8 @@ from grpo.rewards import RewardSum, Scores
 from grpo.rewards.runner import RewardRunner
 from grpo.rewards.sources import changed_sources, reward_sources
 from grpo.rewards.xml_format import only_answer
-from grpo.rollout import ENGINES, RolloutEngine, build_engine
+from grpo.rollout import RolloutEngine, build_engine, find_engine, is_separate
+from grpo.rollout.vllm_engine import check_vllm, longest_of
 from grpo.run_lock import RunLock, check_free
 from grpo.tracking import Tracker, check_trackers, choose_run_dir
 from grpo.training_data import training_data
@@ -82,9 +83,16 @@ class Run:
     watch: Watch
     first_eval: dict[str, float] = field(default_factory=dict)
     last_eval: dict[str, float] = field(default_factory=dict)
+    unmeasured: EngineError | None = None
+    """Why the last evaluation is missing, where it is."""
+
+    def __post_init__(self) -> None:
+        self.whole = (self.start, replace(self.progress))  # the last step that is complete, and what it had come to
+        self.saved = self.start
 
     def record(self, step: int, metrics: dict[str, float], rows: list[dict] | None = None) -> None:
-        """Write one step's metrics, and every rank's rollouts. Collective: every rank must call it."""
+        """Write one step's metrics, and every rank's rollouts. Collective: every rank must call it. The step is whole then."""
+        self.whole = (step, replace(self.progress))
         evaluated = {key: value for key, value in metrics.items() if key.startswith("eval/")}
         if evaluated:
             self.first_eval = self.first_eval or evaluated
@@ -128,6 +136,16 @@ class Run:
         if skipped:
             path = dump_batches(self.run_dir, step, rank, skipped)
             self.display.say(f"step {step} was skipped: its loss or gradient is not finite. Its batches are in {path}")
+
+    def rescue(self, error: EngineError) -> EngineError:
+        """Save what there was after the last whole step, which a failed engine cannot have touched; -> the error, with how
+        to go on. Collective: engines fail on every rank at once."""
+        step, self.progress = self.whole
+        if step == self.saved == 0:
+            return EngineError(f"{error}. Nothing was learned yet: start the run again")
+        if step > self.saved:
+            self.save(step)
+        return EngineError(f"{error}. {step} of {self.config.steps} steps are done. {self.how_to_go_on()}")
 
     def how_to_go_on(self) -> str:
         return f"Everything is saved: go on with --resume auto --run_dir {self.run_dir}"
@@ -175,9 +193,10 @@ class Run:
                 "last_eval": self.last_eval,
             }
             save_checkpoint(self.run_dir, step, tensors, state, self.config.save_total_limit)
+        self.saved = step
 
     def finish(self) -> Path:
-        """final/, the before/after table, and the path."""
+        """final/, the before/after table, and the path. Raises EngineError if the last evaluation could not be made."""
         self.accelerator.wait_for_everyone()
         self.policy.save(self.run_dir / "final", self.tokenizer)
         if self.accelerator.is_main_process:
@@ -186,6 +205,11 @@ class Run:
             self.tracker.finish()
             if self.config.tracking.report:
                 self.report()
+        if self.unmeasured is not None:
+            raise EngineError(
+                f"{self.unmeasured}. Training is done, and saved in {self.run_dir / 'final'}; only the last evaluation is "
+                f"missing: python launch/evaluate.py --model {self.run_dir / 'final'}"
+            )
         return self.run_dir
 
     def report(self) -> None:
@@ -199,7 +223,7 @@ class Run:
 def prepare(config: Config) -> Run:
     """Everything that `train` needs. Raises ConfigError before any weight loads for whatever can be known by then."""
     check_names(config.objective)
-    check_engine(config.rollout.engine)
+    find_engine(config.rollout.engine)
     score = build_score(config)
     check_trackers(config.tracking.report_to)
     callbacks = build_callbacks(config.callbacks)
@@ -207,6 +231,8 @@ def prepare(config: Config) -> Run:
     run_dir = broadcast_object_list([choose_run_dir(config, datetime.now())])[0]
     if accelerator.is_main_process:
         check_free(run_dir)
+    if config.rollout.engine == "vllm":
+        check_vllm(config, accelerator.num_processes)
     display = Display(config.steps, 0, enabled=accelerator.is_main_process)
     held_out_rows = load_examples(config.data, "held_out", config.seed) if config.eval_every else []
     checkpoint = _checkpoint(config, run_dir, display.say)
@@ -228,6 +254,7 @@ def prepare(config: Config) -> Run:
         temperature=config.sampling.temperature,
         optimizer_steps=config.steps * config.objective.num_iterations,
         separate_sampler=config.rollout.max_staleness > 0,
+        sampled_elsewhere=config.rollout.engine == "vllm",
     )
     policy.reference_is_start = checkpoint is None and config.model.reference is None
     start, first_eval, last_eval, sampled_ahead = 0, {}, {}, []
@@ -247,9 +274,19 @@ def prepare(config: Config) -> Run:
     policy.refresh_sampler()
     with accelerator.autocast():
         engine = build_engine(
-            config.rollout.engine, policy.sampler, tokenizer, slots=config.rollout.slots, swapped=policy.swapped
+            config.rollout.engine,
+            policy.sampler,
+            tokenizer,
+            slots=config.rollout.slots,
+            swapped=policy.swapped,
+            config=config.rollout,
+            accelerator=accelerator,
+            weights=policy.plain_weights,
+            longest=longest_of(config),
         )
-    check_agreement(engine, policy, config.sampling.temperature)
+    if is_separate(engine):
+        prove_updates(engine, policy, config)
+    check_agreement(engine, policy, config.sampling.temperature, config.rollout.max_logprob_difference)
     ahead = sampling_ahead(config, accelerator, engine, score, start)
     ahead.load(sampled_ahead, accelerator.process_index, accelerator.num_processes)
     tracker, lock = None, None
@@ -364,12 +401,6 @@ def build_score(config: Config) -> RewardSum:
     if config.scoring.workers == 0:
         return RewardSum(config.rewards)
     return RewardRunner(config.rewards, config.scoring.deadline, config.scoring.on_error, config.scoring.workers)
-
-
-def check_engine(name: str) -> None:
-    from grpo.rollout import native_engine, transformers_engine  # noqa: F401 (registers the built-in engines)
-
-    ENGINES.get(name)
 
 
 def model_path(config: Config, rows: list[Example], accelerator: Accelerator, say: Callable[[str], None]) -> str:

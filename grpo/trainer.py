@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from grpo.advice import memory_advice
+from grpo.agreement import check_difference
 from grpo.config import Config, correction_of
 from grpo.data.curriculum import Curriculum
 from grpo.distributed import gather_rows, max_over_ranks, sum_over_ranks
-from grpo.errors import Interrupted, NumericsError
+from grpo.errors import EngineError, Interrupted, NumericsError
 from grpo.evaluation import evaluate
 from grpo.experience import Experience, Sampled, kl_in_loss, learn_from, packed, sample
 from grpo.kl import adapted_beta
@@ -31,6 +32,9 @@ def train(config: Config) -> Path:
         signals.training = True
         try:
             loop(run, signals)
+        except EngineError as error:
+            raise run.rescue(error) from error
+        else:
             return run.finish()
         finally:
             run.close()
@@ -65,6 +69,7 @@ def loop(run: Run, signals: Signals) -> None:
             metrics |= held_out(run, done)
         run.record(done, metrics, rollout_rows(done, sampled.groups, sampled.scores, experience.all_advantages_PG))
         check_skipped(run, done)
+        check_difference(run, done, metrics)
         signal = max_over_ranks(run.accelerator, signals.received)  # to one rank or all: they leave together
         if signal or done == config.steps or (config.save_every and done % config.save_every == 0):
             run.save(done, needed=bool(signal) or done == config.steps)
@@ -174,16 +179,21 @@ def check_skipped(run: Run, step: int) -> None:
 
 
 def held_out(run: Run, step: int) -> dict[str, float]:
-    """Greedy accuracy and format on the held-out prompts, and every item written down; nothing where there are none."""
+    """Greedy accuracy and format on the held-out prompts, and every item written down; nothing where there are none, and where
+    the engine fails: the step before is whole and can be recorded, and the next one's samples will fail like it."""
     if not run.held_out:
         return {}
-    found = evaluate(
-        run.engine,
-        run.held_out,
-        run.accelerator,
-        max_completion_length=run.config.sampling.max_completion_length,
-        prose=run.config.data.extractor == "quoted_terms",
-    )
+    try:
+        found = evaluate(
+            run.engine,
+            run.held_out,
+            run.accelerator,
+            max_completion_length=run.config.sampling.max_completion_length,
+            prose=run.config.data.extractor == "quoted_terms",
+        )
+    except EngineError as error:
+        run.unmeasured = error
+        return {}
     if run.tracker is not None:
         run.tracker.log_evaluation(step, found.rows)
     return found.metrics

@@ -93,11 +93,17 @@ class WorkingCopy:
             self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
 
     def follow(
-        self, live: PreTrainedModel, *, compute: torch.dtype | None, sharded: bool, separate: bool = False
+        self,
+        live: PreTrainedModel,
+        *,
+        compute: torch.dtype | None,
+        sharded: bool,
+        separate: bool = False,
+        hold: bool = True,
     ) -> None:
         """Give memory of its own to what `live` will not hold in the form that sampling wants: called once `live` has
         its adapter, before it gets a wrapper. `compute`: the dtype of mixed precision, None = as the weights are.
-        `separate`: share nothing."""
+        `separate`: share nothing. Not `hold`: nobody samples here, so nothing takes memory; `stream` alone is used."""
         self.live = live
         adapted = {f"{name}.weight" for name, _ in lora_layers(live)}
         quantized = getattr(live, "is_quantized", False)
@@ -111,11 +117,21 @@ class WorkingCopy:
                     continue
                 if id(parameter) not in shared:
                     dtype = compute if cast else parameter.dtype
-                    owned = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+                    place = parameter.device if hold else torch.device("meta")
+                    owned = torch.empty_like(parameter, dtype=dtype, device=place, requires_grad=False)
                     shared[id(parameter)] = self.own[name] = nn.Parameter(owned, requires_grad=False)
                 setattr(module, leaf, shared[id(parameter)])
+        self.dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        if not hold:
+            self.own = {}
         if not self.own:
             self.model = live
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every weight in the dtype that it samples in, one at a time: for an engine that is elsewhere.
+        Collective where the live weights are sharded."""
+        for name, tensor in full_weights(self.live, masters=False):
+            yield name, tensor.to(self.dtypes.get(name, tensor.dtype))
 
     def refresh(self) -> None:
         """Bring the copy up to date with the live weights. Collective where those are sharded."""

@@ -77,7 +77,17 @@ def evaluate_one(config: Config, path: str, samples: int, accelerator: Any) -> t
     model = load_model(path)
     swapped = use_grpo_attention(model)
     model.to(accelerator.device)
-    engine = build_engine(config.rollout.engine, model, tokenizer, slots=config.rollout.slots, swapped=swapped)
+    engine = build_engine(
+        config.rollout.engine,
+        model,
+        tokenizer,
+        slots=config.rollout.slots,
+        swapped=swapped,
+        config=config.rollout,
+        accelerator=accelerator,
+        weights=model.named_parameters,
+    )
+    engine.update_weights(0)
 
     def answers(count: int, temperature: float) -> Evaluation:
         return evaluate(
@@ -117,6 +127,8 @@ def config_of(model: str, flags: list[str]) -> Config:
     files = [f"--config={of_run}"] if of_run.is_file() else []
     config = load_config([*files, *flags, f"--model.name={model}"])
     named = {flag.partition("=")[0] for flag in flags}
+    if config.rollout.engine == "vllm" and "--rollout.engine" not in named:
+        config.rollout.engine = "native"  # the server of the run need not be there any more
     if "--data.path" in named:  # it wins over the run's own held-out file, and over problems that no file holds
         if "--data.eval_path" not in named:
             config.data.eval_path = config.data.path

@@ -64,7 +64,7 @@ def group(draw: int, prompt: list[int], completions: list[list[int]], ended: boo
     return Group(Prompt(draw, "text", tuple(prompt)), made)
 
 
-def tiny_folder(path: Path, seed: int = 0) -> Path:
+def tiny_folder(path: Path, seed: int = 0, **changes: object) -> Path:
     """A model folder as `model.name` takes it: a tiny random Qwen2 with a tokenizer of single characters."""
     characters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + list("0123456789 +=?")
     vocabulary = {"<end>": 0, "<pad>": 1} | {character: 2 + i for i, character in enumerate(characters)}
@@ -73,7 +73,7 @@ def tiny_folder(path: Path, seed: int = 0) -> Path:
     inner.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", pad_token="<pad>", unk_token="?")
     tokenizer.save_pretrained(path)
-    model = tiny_model(seed=seed, spread=2.0, vocab_size=len(vocabulary))
+    model = tiny_model(seed=seed, spread=2.0, vocab_size=len(vocabulary), **changes)
     model.set_attn_implementation("sdpa")
     model.save_pretrained(path)
     return path

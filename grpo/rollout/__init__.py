@@ -1,7 +1,8 @@
 """Rollouts: prompts -> groups of completions. One protocol, several engines that agree with each other."""
 
+import inspect
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,11 +26,8 @@ class RolloutEngine(Protocol):
         ...
 
 
-class EngineFactory(Protocol):
-    def __call__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, slots: int, swapped: bool
-    ) -> RolloutEngine: ...
-
+EngineFactory = Callable[..., RolloutEngine]
+"""(model, tokenizer, *, ...) with any of: slots, swapped, config (RolloutConfig), accelerator, weights, longest."""
 
 ENGINES: Registry[EngineFactory] = Registry("engine")
 register_engine = ENGINES.register
@@ -46,12 +44,26 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def build_engine(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, slots: int, swapped: bool
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **offered: Any
 ) -> RolloutEngine:
-    """The engine called `name`. `swapped`: the model runs with our attention (grpo/attention.py)."""
-    from grpo.rollout import native_engine, transformers_engine  # noqa: F401 (registers the built-in engines)
+    """The engine called `name`, with those of the `offered` values that it names. slots: completions at a time; swapped: the
+    model runs with our attention (grpo/attention.py); for engines with weights of their own see grpo/rollout/vllm_engine.py.
+    """
+    factory = find_engine(name)
+    named = inspect.signature(factory).parameters
+    return factory(model, tokenizer, **{key: value for key, value in offered.items() if key in named})
 
-    return ENGINES.get(name)(model, tokenizer, slots=slots, swapped=swapped)
+
+def find_engine(name: str) -> EngineFactory:
+    """Raises ConfigError if there is none."""
+    from grpo.rollout import native_engine, transformers_engine, vllm_engine  # noqa: F401 (registers the built-in ones)
+
+    return ENGINES.get(name)
+
+
+def is_separate(engine: RolloutEngine) -> bool:
+    """Whether the engine has weights of its own, which may then differ from the trainer's."""
+    return getattr(engine, "separate", False)
 
 
 def device_of(model: torch.nn.Module) -> torch.device:

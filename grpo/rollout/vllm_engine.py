@@ -1,0 +1,311 @@
+"""vLLM as the engine: the only file that knows it. rollout.vllm_mode says where it runs.
+
+    server      a process and an environment of its own, on other GPUs or another machine: launch/vllm_server.py.
+                Every rank sends its own prompts (vLLM batches them all); the main rank sends the weights.
+    colocate    in the trainer's process, on the trainer's device; needs vLLM in the trainer's environment
+
+Either way token ids go in, and sampled ids and their logprobs after the temperature come out; every sample's seed is counted
+from (seed, draw, sample), and after every step the weights are sent and the prefix cache is cleared.
+
+An engine that fails does so in `generate`, on every rank at the same time, and from then on always: between a step's samples
+and its update nothing can be lost, and what was learned so far can be saved.
+"""
+
+import itertools
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo.config import Config, RolloutConfig
+from grpo.distributed import max_over_ranks
+from grpo.errors import ConfigError, EngineError
+from grpo.rollout import end_token_ids, register_engine
+from grpo.sampling import stream_key
+from grpo.types import Completion, Group, Prompt, SamplingPlan
+
+INSTALL = "docs/vllm.md has the install lines for GPU and CPU"
+PLAIN = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""Said every time, or the defaults of the model's generation_config.json would apply (Qwen's: top_k 20, a penalty)."""
+
+Weights = Callable[[], Iterator[tuple[str, Tensor]]]
+"""A pass over all plain weights, merged and whole. Collective where they are sharded."""
+
+
+@register_engine("vllm")
+def vllm_engine(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    config: RolloutConfig,
+    accelerator: Accelerator,
+    weights: Weights,
+    longest: int | None = None,
+) -> "ServerEngine | ColocatedEngine":
+    """The engine of rollout.vllm_mode. `longest`: tokens of prompt and completion that it must have room for."""
+    if config.vllm_mode == "server":
+        return ServerEngine(model, tokenizer, config, accelerator, weights, longest)
+    return ColocatedEngine(model, tokenizer, config, accelerator, weights, longest)
+
+
+class _Engine:
+    """What both have in common: seeds, answers, and how they fail."""
+
+    separate = True
+    """It has weights of its own."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        accelerator: Accelerator,
+        weights: Weights,
+    ):
+        self.tokenizer, self.accelerator, self.weights = tokenizer, accelerator, weights
+        self.end_ids = end_token_ids(model, tokenizer)
+        self.failure: EngineError | None = None
+
+    def update_weights(self, step: int) -> None:
+        """Send the weights. Collective where they are sharded. An error is kept for `generate`."""
+        weights = self.weights()
+        if self.failure is None:
+            try:
+                self._send(weights, step)
+            except EngineError as error:
+                self.failure = error
+        for _ in weights:  # of ranks that send nothing, and after an error: gathering shards takes all ranks
+            pass
+
+    def generate(
+        self, prompts: list[Prompt], plan: SamplingPlan, finished: Callable[[Group], None] | None = None
+    ) -> list[Group]:
+        """See RolloutEngine. Collective. Raises EngineError."""
+        self._fail_together()
+        groups: list[Group] = []
+        try:
+            groups = self._generate(prompts, plan) if prompts else []
+        except EngineError as error:
+            self.failure = error
+        self._fail_together()
+        for group in groups if finished is not None else ():
+            finished(group)
+        return groups
+
+    def _fail_together(self) -> None:
+        if max_over_ranks(self.accelerator, self.failure is not None):
+            self.failure = self.failure or EngineError("the vLLM engine of another process failed")
+            raise self.failure
+
+    def _send(self, weights: Iterator[tuple[str, Tensor]], step: int) -> None:
+        raise NotImplementedError
+
+    def _generate(self, prompts: list[Prompt], plan: SamplingPlan) -> list[Group]:
+        raise NotImplementedError
+
+    def _settings(self, prompt: Prompt, plan: SamplingPlan) -> dict[str, Any]:
+        """vLLM adds 0, 1, 2, ... to the seed for the n samples of a prompt."""
+        return PLAIN | {
+            "n": 1 if plan.temperature == 0 else plan.num_generations,  # greedy ones are all the same
+            "seed": stream_key(plan.seed, prompt.draw, 0) >> 1,
+            "temperature": plan.temperature,
+            "max_tokens": plan.max_completion_length,
+            "logprobs": 0,  # of the sampled token only
+            "stop_token_ids": self.end_ids,
+            "ignore_eos": True,  # the tokenizer's, which need not be among the end tokens here
+        }
+
+    def _group(self, prompt: Prompt, samples: list[tuple[list[int], list[float]]], plan: SamplingPlan) -> Group:
+        """(ids, logprobs) of each sample -> the group."""
+        if plan.temperature == 0:
+            samples = samples * plan.num_generations
+        if len(samples) != plan.num_generations:
+            raise EngineError(f"vLLM gave {len(samples)} completions of a prompt, not {plan.num_generations}")
+        completions = []
+        for ids, logprobs in samples:
+            ended = bool(ids) and ids[-1] in self.end_ids
+            if len(ids) != len(logprobs) or not (ended or len(ids) == plan.max_completion_length):
+                raise EngineError(
+                    f"vLLM gave {len(ids)} of {plan.max_completion_length} tokens with {len(logprobs)} logprobs, and no end "
+                    f"token ({self.end_ids}): something else stops it. Start the server with launch/vllm_server.py"
+                )
+            text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+            completions.append(Completion(ids, logprobs, ended, text))
+        return Group(prompt, completions)
+
+
+class ServerEngine(_Engine):
+    """A vLLM server somewhere else."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RolloutConfig,
+        accelerator: Accelerator,
+        weights: Weights,
+        longest: int | None,
+    ):
+        from grpo.rollout.vllm_client import Server, WeightSender, check_server
+
+        super().__init__(model, tokenizer, accelerator, weights)
+        self.server = Server(server_url(config), config.vllm_server_timeout)
+        self.served = check_server(self.server, longest)
+        self.run = broadcast_object_list([uuid.uuid4().hex[:8]])[0]
+        self.updates = itertools.count()
+        self.version = ""
+        self.sender = None
+        if accelerator.is_main_process:
+            transport = config.vllm_weight_transfer
+            if transport == "auto":
+                transport = "nccl" if accelerator.device.type == "cuda" else "gloo"
+            self.sender = WeightSender(self.server, transport, accelerator.device, config.vllm_group_port)
+
+    def _send(self, weights: Iterator[tuple[str, Tensor]], step: int) -> None:
+        self.version = f"{self.run}-{next(self.updates)}-step-{step}"
+        if self.sender is not None:
+            self.sender.send(weights, self.version)
+
+    def _generate(self, prompts: list[Prompt], plan: SamplingPlan) -> list[Group]:
+        from grpo.rollout.vllm_client import check_version
+
+        check_version(self.server, self.version)
+        bodies = [
+            self._settings(prompt, plan)
+            | {"model": self.served, "prompt": list(prompt.token_ids), "return_token_ids": True}
+            for prompt in prompts
+        ]
+        groups = []
+        for prompt, answer in zip(prompts, self.server.ask_all("/v1/completions", bodies), strict=True):
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            if choices[0]["prompt_token_ids"] != list(prompt.token_ids):
+                raise EngineError("the vLLM server changed a prompt before it completed it: it must not truncate")
+            samples = [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
+            groups.append(self._group(prompt, samples, plan))
+        check_version(self.server, self.version)  # nobody else sent weights meanwhile
+        return groups
+
+
+class ColocatedEngine(_Engine):
+    """vLLM in this process, which keeps a part of the device's memory for itself: vllm_gpu_memory_utilization."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RolloutConfig,
+        accelerator: Accelerator,
+        weights: Weights,
+        longest: int | None,
+    ):
+        super().__init__(model, tokenizer, accelerator, weights)
+        from grpo.rollout.vllm_worker import register
+
+        LLM = vllm_module().LLM
+        register()
+        path = model.config._name_or_path
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision, "float32")
+        try:
+            self.llm = LLM(
+                path,
+                dtype=dtype,
+                load_format="dummy",  # the trainer's weights come before the first token is drawn
+                hf_overrides={"head_dtype": "float32"},
+                generation_config="vllm",
+                logprobs_mode="processed_logprobs",  # after the temperature
+                max_model_len=config.vllm_max_model_length or longest,
+                max_num_seqs=config.slots,
+                gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+                enforce_eager=accelerator.device.type == "cpu",
+                skip_tokenizer_init=True,
+                worker_extension_cls="grpo.rollout.vllm_worker.Extension",
+                seed=0,
+            )
+        except Exception as error:
+            raise ConfigError(f"vLLM cannot load {path} in this process: {error!r}. {INSTALL}") from error
+
+    def _send(self, weights: Iterator[tuple[str, Tensor]], step: int) -> None:
+        from grpo.rollout.vllm_client import forget_prefixes
+
+        try:
+            self.llm.collective_rpc("load_plain_weights", args=(weights,))
+            forget_prefixes(self.llm.reset_prefix_cache)
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineError(f"vLLM did not take the weights after step {step}: {error!r}") from error
+
+    def _generate(self, prompts: list[Prompt], plan: SamplingPlan) -> list[Group]:
+        SamplingParams = vllm_module().SamplingParams
+        params = [SamplingParams(**self._settings(prompt, plan), detokenize=False) for prompt in prompts]
+        inputs = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
+        try:
+            outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        except Exception as error:
+            raise EngineError(f"vLLM failed in this process: {error!r}") from error
+        groups = []
+        for prompt, output in zip(prompts, outputs, strict=True):
+            samples = []
+            for one in sorted(output.outputs, key=lambda one: one.index):
+                ids = list(one.token_ids)
+                scores = [entry[token].logprob for entry, token in zip(one.logprobs, ids, strict=True)]
+                samples.append((ids, scores))
+            groups.append(self._group(prompt, samples, plan))
+        return groups
+
+
+def server_url(config: RolloutConfig) -> str:
+    return config.vllm_server_base_url or f"http://{config.vllm_server_host}:{config.vllm_server_port}"
+
+
+def vllm_module() -> Any:
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, so that weights go by reference
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; on a CPU only
+    try:
+        import vllm
+    except ImportError as error:
+        raise ConfigError(
+            f"rollout.engine is vllm with vllm_mode colocate, but vLLM is not in this environment: {INSTALL}; or set "
+            f"--rollout.vllm_mode server, which needs it only where launch/vllm_server.py runs"
+        ) from error
+    return vllm
+
+
+def check_vllm(config: Config, processes: int) -> None:
+    """Raise ConfigError for what cannot work, before any weight loads."""
+    rollout = config.rollout
+    if rollout.vllm_mode == "server":
+        from grpo.rollout.vllm_client import Server, check_server
+
+        check_server(Server(server_url(rollout), rollout.vllm_server_timeout), longest_of(config))
+        return
+    vllm_module()
+    if processes > 1:
+        raise ConfigError(
+            f"rollout.vllm_mode colocate runs in one process, {processes} were started: use --rollout.vllm_mode server, which "
+            f"any number of processes can share"
+        )
+    if config.model.gguf_file:
+        raise ConfigError(
+            "rollout.vllm_mode colocate cannot read model.gguf_file: use --rollout.vllm_mode server with a plain folder of "
+            "the same model (launch/export.py), or rollout.engine native"
+        )
+
+
+def longest_of(config: Config) -> int | None:
+    """Tokens of the longest prompt and completion; None where prompts have no limit."""
+    if config.data.max_prompt_length is None:
+        return None
+    return config.data.max_prompt_length + config.sampling.max_completion_length
