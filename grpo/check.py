@@ -20,6 +20,7 @@ from grpo.data.data_card import check_permission
 from grpo.data.stream import prompt_token_ids, prompts_token_ids
 from grpo.data.streaming import peek
 from grpo.errors import ConfigError, GrpoError
+from grpo.memory import Machine, estimate
 from grpo.policy import load_tokenizer
 from grpo.rewards import RewardSum
 from grpo.rewards.math_answers import parse_number
@@ -99,7 +100,7 @@ class Check:
     rewards: dict[str, RewardCheck] = field(default_factory=dict)
     parameters: int = 0
     memory: dict[str, float] = field(default_factory=dict)
-    """GiB, on each process."""
+    """GiB on each process, by part; "peak" is the most at one time (grpo/memory.py)."""
     least_seconds_per_step: float = 0.0
     matrix_rate: float = 0.0
     """Floating-point operations per second that this machine was measured to do."""
@@ -107,8 +108,8 @@ class Check:
     warnings: list[str] = field(default_factory=list)
 
 
-def check(config: Config) -> Check:
-    """Everything about `config` that can be known before a weight is loaded.
+def check(config: Config, machine: Machine | None = None) -> Check:
+    """Everything about `config` that can be known before a weight is loaded. `machine`: what to estimate memory for.
 
     Raises ConfigError for what `train` would refuse as well.
     """
@@ -137,7 +138,7 @@ def check(config: Config) -> Check:
     prompts = None if streaming else round(len(rows) * (1 - found.too_long / found.measured))
     found.batch, found.steps = batch_in_words(config, prompts), steps_of(config, prompts)
     found.parameters = sum(parameter.numel() for parameter in model.parameters())
-    found.memory = memory_gib(config, model, found.lengths["max"])
+    found.memory = estimate(config, model, found.lengths["max"], machine or Machine())
     found.matrix_rate = matrix_rate()
     found.least_seconds_per_step = least_operations(config, found) / found.matrix_rate
     return found
@@ -189,25 +190,6 @@ def batch_in_words(config: Config, prompts: int | None) -> str:
         f"{P} prompts x {G} completions = {P * G} completions per step, at most {tokens:,} tokens; {updates} on them, in "
         f"batches of up to {config.tokens_per_batch:,} tokens; {drawn}; all over all processes together"
     )
-
-
-def memory_gib(config: Config, model: PreTrainedModel, longest_prompt: int) -> dict[str, float]:
-    """GiB per process: what training holds for certain. Activations depend on the attention kernels: not in here.
-
-    float32: 4 bytes per weight, 4 per gradient, 8 for AdamW's two moments, 4 for the frozen reference (beta > 0).
-    """
-    size = sum(parameter.numel() for parameter in model.parameters())
-    shape = model.config
-    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    slots = min(config.rollout.slots, config.prompts_per_step * config.sampling.num_generations)
-    longest = longest_prompt + config.sampling.max_completion_length
-    parts = {
-        "weights, gradients, AdamW": 16 * size,
-        "reference": 4 * size if config.objective.beta > 0 else 0,
-        "key/value cache while sampling": 8 * slots * longest * shape.num_hidden_layers * heads * head_size,
-    }
-    return {name: value / 2**30 for name, value in parts.items()}
 
 
 def least_operations(config: Config, found: Check) -> float:

@@ -48,10 +48,10 @@ def show(found: "Check", changed: dict[str, Any]) -> None:
     if found.form:
         say.line(f"gold and wrong answers are written in the form that these rewards pay best: {found.form}")
     say.heading("memory and time")
-    parts = ", ".join(f"{name} {value:.3f} GiB" for name, value in found.memory.items())
+    parts = ", ".join(f"{name} {value:.3f} GiB" for name, value in found.memory.items() if name != "peak")
     say.line(f"{found.parameters / 1e6:,.1f} million parameters; {parts}")
     say.line(
-        f"at least {sum(found.memory.values()):.2f} GiB per process, and activations for the tokens of one batch on top"
+        f"{found.memory['peak']:.2f} GiB per process at the most, beside the program itself (on a GPU: the CUDA context)"
     )
     say.line(
         f"at least {found.least_seconds_per_step:.3g} s per step, {duration(found.least_seconds_per_step * found.steps)} for "

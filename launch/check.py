@@ -1,6 +1,6 @@
 """Look before training: the flags of train.py -> data, prompts, rewards, batch arithmetic, memory and time, without a weight.
 
-python launch/check.py [--config FILE ...] [--key.subkey VALUE ...] [--output CHECK.json]
+python launch/check.py [--config FILE ...] [--key.subkey VALUE ...] [--machine ACCELERATE.yaml] [--output CHECK.json]
 python launch/check.py [...] --completions FILE.jsonl --output SCORES.jsonl     each completion's rewards
 """
 
@@ -19,6 +19,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--completions", help='JSONL of {"prompt", "completion", + columns}, or a rollouts.jsonl')
+    parser.add_argument("--machine", help="an accelerate config file: estimate each process's memory there")
     parser.add_argument("--output", help="what was found as JSON; with --completions, the scores as JSONL")
     ours, rest = parser.parse_known_args(sys.argv[1:])
     config = load_config(rest)
@@ -28,8 +29,9 @@ def main() -> None:
 
     from grpo.check import check
     from grpo.check_display import show
+    from grpo.memory import machine_of
 
-    found = check(config)
+    found = check(config, machine_of(ours.machine) if ours.machine else None)
     show(found, changed_settings(config))
     if ours.output:
         Path(ours.output).write_text(json.dumps(dataclasses.asdict(found), indent=1, ensure_ascii=False))

@@ -1,9 +1,12 @@
 """Real processes: the same seed with one and with two gives the same groups, rewards and weights."""
 
+import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,7 +45,7 @@ def launch(tmp_path: Path, run: str, launcher: list[str], **changes: object) -> 
         capture_output=True,
         text=True,
         env=environment,
-        timeout=240,
+        timeout=600,
     )
 
 
@@ -54,6 +57,27 @@ CPU_2 = profile("cpu_2proc")
 CPU_3 = profile("cpu_2proc", "--num_processes", "3")
 FSDP_2 = profile("fsdp2", "--num_processes", "2", "--mixed_precision", "no")
 LORA = {"lora.r": 4, "lora.target_modules": "[q_proj, down_proj]"}
+
+
+def zero(stage: int) -> list[str]:
+    return profile(f"deepspeed_zero{stage}", "--num_processes", "2", "--mixed_precision", "no")
+
+
+def same_run(tmp_path: Path, case: str) -> None:
+    """The runs "one" and `case` drew, earned and learned the same."""
+    for first, second in zip(*(records(tmp_path / run, "rollouts") for run in ("one", case)), strict=True):
+        for key in ("step", "draw", "sample", "completion", "reward", "length"):
+            assert first[key] == second[key], (case, key)
+        assert abs(first["advantage"] - second["advantage"]) < 1e-9
+    expected = load_file(tmp_path / "one" / "final" / "model.safetensors")
+    weights = load_file(tmp_path / case / "final" / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    for key in expected:
+        assert torch.allclose(weights[key], expected[key], rtol=1e-5, atol=1e-5), (case, key)
+    for first, second in zip(*(records(tmp_path / run, "metrics") for run in ("one", case)), strict=True):
+        for key, value in first.items():
+            if not key.startswith(("time/", "memory/", "rollout/tokens_per_second")):
+                assert second[key] == pytest.approx(value, rel=1e-3, abs=1e-6), (case, key)
 
 
 def records(folder: Path, name: str) -> list[dict]:
@@ -87,18 +111,53 @@ def test_any_number_of_processes_does_the_same(
         result = launch(tmp_path, case, launcher, **changes)
         assert (tmp_path / case / "final").is_dir(), result.stderr
         assert ("(FSDP)" if case == "fsdp" else "(MULTI_CPU)") in result.stdout + result.stderr
-        for first, second in zip(*(records(tmp_path / run, "rollouts") for run in ("one", case)), strict=True):
-            for key in ("step", "draw", "sample", "completion", "reward", "length"):
-                assert first[key] == second[key], (case, key)
-            assert abs(first["advantage"] - second["advantage"]) < 1e-9
-        weights = load_file(tmp_path / case / "final" / "model.safetensors")
-        assert weights.keys() == expected.keys()
-        for key in expected:
-            assert torch.allclose(weights[key], expected[key], rtol=1e-5, atol=1e-5), (case, key)
-        for first, second in zip(*(records(tmp_path / run, "metrics") for run in ("one", case)), strict=True):
-            for key, value in first.items():
-                if not key.startswith(("time/", "memory/", "rollout/tokens_per_second")):
-                    assert second[key] == pytest.approx(value, rel=1e-3, abs=1e-6), (case, key)
+        same_run(tmp_path, case)
+
+
+@pytest.mark.slow
+def test_two_machines_do_the_same(tmp_path: Path) -> None:
+    """multi_node_fsdp2.yaml, one launcher per machine, both on this one: they find each other at an address and a port."""
+    tiny_folder(tmp_path / "model")
+    tiny_data(tmp_path / "data.jsonl", rows=11)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--num_machines", "2", "--num_processes", "2", "--mixed_precision", "no"]
+    flags += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port), "--machine_rank"]
+    with ThreadPoolExecutor() as machines:
+        starts = [
+            machines.submit(launch, tmp_path, "hosts", profile("multi_node_fsdp2", *flags, str(rank)))
+            for rank in (0, 1)
+        ]
+        ends = [start.result() for start in starts]
+    assert (tmp_path / "hosts" / "final").is_dir(), [end.stderr[-2000:] for end in ends]
+    assert "2 process(es) on cpu (FSDP)" in ends[0].stdout + ends[0].stderr
+    one = launch(tmp_path, "one", [sys.executable])
+    assert one.returncode == 0, one.stderr
+    same_run(tmp_path, "hosts")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs pip install deepspeed==0.19.8")
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
+def test_zero_does_the_same_and_resumes(tmp_path: Path, stage: int, changes: dict[str, object]) -> None:
+    """DeepSpeed over gloo on two CPU ranks; the checkpoint of its first step, gone on with, ends in the same weights."""
+    tiny_folder(tmp_path / "model")
+    tiny_data(tmp_path / "data.jsonl", rows=11)
+    fixed = {"save_every": 1, "save_total_limit": 9, "optimizer.lr_scheduler_type": "constant"} | changes
+    one = launch(tmp_path, "one", [sys.executable], **fixed)
+    assert one.returncode == 0, one.stderr
+    result = launch(tmp_path, "zero", zero(stage), **fixed)
+    assert (tmp_path / "zero" / "final").is_dir(), result.stderr[-3000:]
+    assert "(DEEPSPEED)" in result.stdout + result.stderr
+    same_run(tmp_path, "zero")
+    first = tmp_path / "zero" / "checkpoints" / "step-1"
+    resumed = launch(tmp_path, "resumed", zero(stage), resume=first, **fixed)
+    assert (tmp_path / "resumed" / "final").is_dir(), resumed.stderr[-3000:]
+    expected = load_file(tmp_path / "zero" / "final" / "model.safetensors")
+    weights = load_file(tmp_path / "resumed" / "final" / "model.safetensors")
+    assert all(torch.allclose(weights[key], expected[key], rtol=0, atol=1e-6) for key in expected)
 
 
 @pytest.mark.slow

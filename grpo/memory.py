@@ -1,0 +1,274 @@
+"""Memory: a config, the shape of a model and a machine -> the bytes that each process will hold, without a weight.
+
+What stays is arithmetic; N weights, T of them trained, W processes, float32 = 4 bytes (ZeRO: arXiv 1910.02054, section 3.1):
+
+    weights 4 N      gradients 4 T      AdamW's moments 8 T      frozen reference 4 N      what engines sample from: see below
+
+What comes and goes (activations, the gradient's way back) is not guessed: forward and backward are run on fake tensors, which have shapes and no memory, and
+whatever is alive at the same time is counted.
+"""
+
+import copy
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from grpo.attention import NAME
+from grpo.config import Config, LoraConfig
+from grpo.errors import ConfigError
+from grpo.lora import add_adapter
+from grpo.packing import PackedBatch, pack
+from grpo.policy import Scorer
+from grpo.types import Completion, Group, Prompt
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What an accelerate config file says that memory depends on."""
+
+    kind: str = "single"
+    """single, ddp, fsdp2, zero2, zero3"""
+    processes: int = 1
+    precision: str = "no"
+    cpu: bool = True
+
+    @property
+    def compute(self) -> torch.dtype | None:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+
+
+def machine_of(path: str) -> Machine:
+    """An accelerate config file -> what it means for memory."""
+    try:
+        loaded: Any = load_config_from_file(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the accelerate config {path}: {error}") from error
+    kinds = {"FSDP": "fsdp2", "NO": "single"}
+    name = str(getattr(loaded.distributed_type, "value", loaded.distributed_type))
+    kind = kinds.get(name, "ddp")
+    if name == "DEEPSPEED":
+        kind = f"zero{loaded.deepspeed_config['zero_stage']}"
+    return Machine(kind, int(loaded.num_processes), str(loaded.mixed_precision), bool(loaded.use_cpu))
+
+
+def estimate(config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine) -> dict[str, float]:
+    """GiB by part on each process, "peak" among them: what stays and the larger of sampling and learning. `model` is on the
+    "meta" device. Not in it: the program itself, and on GPUs the CUDA context and the allocator's gaps."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    linear = linear_weights(model)
+    lora = config.lora.r is not None
+    shards = machine.processes if machine.kind in ("fsdp2", "zero2", "zero3") else 1
+    used = simulate(model, config, longest_prompt, machine)
+    trained = used.trained
+    base = 2 if lora and config.model.torch_dtype == "bfloat16" else 4
+    weights: float = base * size + (4 * trained if lora else 0)
+    masters = 0.0
+    if machine.kind in ("zero2", "zero3"):  # the live weights are in the compute dtype, the masters apart
+        weights = weights / 2 if machine.compute else weights
+        masters = 4 * trained / shards
+    if machine.kind in ("fsdp2", "zero3"):
+        weights /= shards
+    parts = {
+        "weights": weights + masters,
+        "gradients": 4 * trained / shards + (4 * trained if machine.kind == "ddp" else 0),  # DDP's buckets
+        "AdamW": 8 * trained / shards,
+        "reference": 4 * size if config.objective.beta > 0 and not lora and not config.model.reference_offload else 0,
+        "working copy": working_copy(machine, size, linear, config.lora, model),
+    }
+    unit = largest_unit(model) if machine.kind in ("fsdp2", "zero3") else 0
+    width = 2 if machine.compute else 4
+    learning = used.activations + 2 * width * unit  # a unit's whole weights, and the next one's
+    sampling = cache_bytes(config, model, longest_prompt, machine)
+    sampling += (
+        4 * linear if machine.cpu else width * linear
+    )  # the native engine's own layout of the weights, while it samples
+    stays = sum(parts.values())
+    parts |= {"sampling: cache and packed weights": sampling, "learning: activations": learning}
+    # The gradients of a step are gone while the engine samples.
+    parts["peak"] = stays + max(sampling - 4 * trained / shards, learning)
+    return {name: value / GIB for name, value in parts.items()}
+
+
+def linear_weights(model: nn.Module) -> int:
+    """Weights of linear layers, the head left out."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear) and part is not head)
+
+
+def working_copy(machine: Machine, size: int, linear: int, lora: LoraConfig, model: PreTrainedModel) -> float:
+    """Bytes that WorkingCopy (grpo/weights.py) does not share with the live weights."""
+    width = 2 if machine.compute else 4
+    if machine.kind in ("fsdp2", "zero3"):
+        return width * linear + 4 * (size - linear)
+    if machine.kind == "zero2":
+        return 0
+    if machine.compute:
+        return width * linear
+    return 4 * linear if lora.r is not None and lora.target_modules == ["all-linear"] else _adapted(lora, model)
+
+
+def _adapted(lora: LoraConfig, model: PreTrainedModel) -> float:
+    if lora.r is None:
+        return 0
+    ends = tuple(lora.target_modules)
+    return sum(
+        4 * part.weight.numel()
+        for name, part in model.named_modules()
+        if name.endswith(ends) and hasattr(part, "weight")
+    )
+
+
+def largest_unit(model: PreTrainedModel) -> int:
+    """Weights of the largest part that FSDP and ZeRO-3 gather at once: a layer, or the embedding."""
+    layers = model._no_split_modules or []
+    units = [m for m in model.modules() if type(m).__name__ in layers]
+    units += [model.get_input_embeddings(), model.get_output_embeddings()]
+    return max(sum(parameter.numel() for parameter in unit.parameters()) for unit in units)
+
+
+def cache_bytes(config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine) -> float:
+    """Keys and values of all slots; the logits of a step, and what the draw makes of them (3 more of the same size)."""
+    shape = model.config
+    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    mine = -(-config.prompts_per_step // machine.processes) * config.sampling.num_generations
+    slots = min(config.rollout.slots, mine)
+    longest = longest_prompt + config.sampling.max_completion_length
+    width = 2 if machine.compute else 4
+    cache = 2 * width * slots * longest * shape.num_hidden_layers * heads * head_size
+    return cache + 4 * 4 * slots * shape.vocab_size
+
+
+@dataclass(frozen=True)
+class Simulated:
+    trained: int
+    """Weights that are trained."""
+    activations: int
+    """Most bytes alive at once while learning, beyond weights, gradients and moments."""
+
+
+def simulate(model: PreTrainedModel, config: Config, longest_prompt: int, machine: Machine) -> Simulated:
+    """Forward and backward on fake tensors, with the largest batch that the config makes. Every layer keeps the same, so that
+    2 and 3 of them tell what all of them keep."""
+    layers = model.config.num_hidden_layers
+    if layers <= 4:
+        return _simulate(model.config, config, longest_prompt, machine)
+    two, three = (_simulate(_shorter(model.config, count), config, longest_prompt, machine) for count in (2, 3))
+    return Simulated(
+        two.trained + (layers - 2) * (three.trained - two.trained),
+        two.activations + (layers - 2) * (three.activations - two.activations),
+    )
+
+
+def _shorter(shape: Any, layers: int) -> Any:
+    """The same architecture with fewer layers."""
+    shape = copy.deepcopy(shape)
+    shape.num_hidden_layers = layers
+    if getattr(shape, "layer_types", None):
+        shape.layer_types = shape.layer_types[:layers]
+    return shape
+
+
+def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine) -> Simulated:
+    batch = largest_batch(config, longest_prompt, machine.processes)
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation="sdpa").train()
+        made.set_attn_implementation(NAME)
+        if config.lora.r is not None:
+            add_adapter(made, config.lora, base="")
+        if config.model.gradient_checkpointing:
+            made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trained = sum(parameter.numel() for parameter in made.parameters() if parameter.requires_grad)
+    with FakeTensorMode() as fake:
+        _materialise(made)
+        scorer = Scorer(made, swapped=True, temperature=1.0, entropy_gradient=config.objective.entropy_coef != 0)
+        live = LiveBytes()
+        enabled = machine.compute is not None
+        with live, torch.autocast("cpu", dtype=machine.compute or torch.bfloat16, enabled=enabled):
+            logprobs, _ = scorer(_Faked(batch, fake))
+        with live:
+            logprobs.sum().backward()
+    return Simulated(trained, max(live.peak - 4 * trained, 0))
+
+
+def _materialise(model: nn.Module) -> None:
+    """Give a model on the "meta" device fake tensors on the CPU instead. Tied weights stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(torch.empty(parameter.shape), parameter.requires_grad)
+            setattr(module, name, made[id(parameter)])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+class _Faked:
+    """A packed batch on fake tensors. Its layout is worked out before, since that looks at numbers."""
+
+    def __init__(self, batch: PackedBatch, fake: FakeTensorMode) -> None:
+        for name, value in vars(batch).items():
+            setattr(self, name, fake.from_tensor(value) if isinstance(value, torch.Tensor) else value)
+        with unset_fake_temporarily():
+            self.layout = batch.layout
+            for index in range(len(batch.spans)):
+                self.layout.padding(index)
+                self.layout.completion_mask(index, None)
+        padding, masks = self.layout._padding, self.layout._masks
+        padding.update({key: tuple(map(fake.from_tensor, pair)) for key, pair in padding.items()})  # type: ignore[misc]
+        masks.update({key: fake.from_tensor(mask) for key, mask in masks.items()})
+
+
+def largest_batch(config: Config, longest_prompt: int, processes: int) -> PackedBatch:
+    """A batch as a step makes it when every completion is as long as it may be."""
+    mine = -(-config.prompts_per_step // processes)
+    length = config.sampling.max_completion_length
+    completion = Completion([2] * length, [0.0] * length, False, "")
+    groups = [
+        Group(Prompt(i, "", (2,) * max(longest_prompt, 1)), [completion] * config.sampling.num_generations)
+        for i in range(mine)
+    ]
+    advantages = torch.ones(mine, config.sampling.num_generations)
+    batches = pack(groups, advantages, max_tokens=config.tokens_per_batch)
+    return max(batches, key=lambda batch: len(batch.input_ids_T))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, as long as somebody holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        taken = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, torch.Tensor) and id(leaf.untyped_storage()) not in taken:
+                self._count(leaf.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self._seen:
+            return
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def freed(_: weakref.ref) -> None:
+            self.now -= size
+            self._seen.pop(key, None)
+
+        self._seen[key] = weakref.ref(storage, freed)

@@ -1,0 +1,80 @@
+"""Memory: the arithmetic by hand, the simulation beside real tensors, and the estimate beside the peak of real runs."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo.config import load_config
+from grpo.memory import LiveBytes, Machine, estimate, largest_batch, machine_of, simulate
+from grpo.policy import Scorer
+from tests.fakes import tiny_model
+
+ROOT = Path(__file__).parent.parent
+FLAGS = [
+    "--model.name=x",
+    "--prompts_per_step=2",
+    "--sampling.num_generations=4",
+    "--sampling.max_completion_length=12",
+]
+
+
+@pytest.mark.parametrize("extra", [[], ["--tokens_per_batch=64", "--data.max_prompt_length=16"]])
+def test_fake_tensors_count_what_real_ones_take(extra: list[str]) -> None:
+    config = load_config([*FLAGS, *extra])
+    model = tiny_model().train()
+    batch = largest_batch(config, 6, 1)
+    live = LiveBytes()
+    with live:
+        logprobs, _ = Scorer(model, swapped=True, temperature=1.0)(batch)
+    with live:
+        logprobs.sum().backward()
+    real = live.peak - 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert simulate(model, config, 6, Machine()).activations == pytest.approx(real, rel=0.05)
+
+
+def test_what_stays_by_hand() -> None:
+    config = load_config(FLAGS)
+    model = tiny_model()
+    size = sum(parameter.numel() for parameter in model.parameters())
+    plain = {name: value * 2**30 for name, value in estimate(config, model, 6, Machine()).items()}
+    assert (plain["weights"], plain["gradients"], plain["AdamW"], plain["reference"]) == pytest.approx(
+        (4 * size, 4 * size, 8 * size, 4 * size)
+    )
+    assert plain["working copy"] == 0
+    shards = {name: v * 2**30 for name, v in estimate(config, model, 6, Machine("fsdp2", 4, "bf16")).items()}
+    assert (shards["weights"], shards["gradients"], shards["AdamW"]) == pytest.approx((size, size, 2 * size))
+    zero = {name: v * 2**30 for name, v in estimate(config, model, 6, Machine("zero2", 4, "bf16")).items()}
+    assert zero["weights"] == pytest.approx(2 * size + size)  # bfloat16 whole, float32 masters in four parts
+    lora = {name: v * 2**30 for name, v in estimate(load_config([*FLAGS, "--lora.r=2"]), model, 6, Machine()).items()}
+    assert lora["reference"] == 0 and lora["AdamW"] < plain["AdamW"] / 5
+
+
+def test_checkpointing_and_short_batches_keep_less() -> None:
+    model = tiny_model()
+    whole = simulate(model, load_config(FLAGS), 6, Machine()).activations
+    less = simulate(model, load_config([*FLAGS, "--model.gradient_checkpointing=true"]), 6, Machine()).activations
+    short = ["--tokens_per_batch=40", "--data.max_prompt_length=16"]
+    assert less < 0.8 * whole
+    assert simulate(model, load_config([*FLAGS, *short]), 6, Machine()).activations < 0.8 * whole
+
+
+def test_every_profile_says_what_kind_of_machine_it_is() -> None:
+    kinds = {path.stem: machine_of(str(path)) for path in (ROOT / "accelerate_configs").glob("*.yaml")}
+    assert kinds["cpu"] == Machine("single", 1, "no", True)
+    assert kinds["multi_gpu"] == Machine("ddp", 8, "bf16", False)
+    assert kinds["multi_node_fsdp2"] == Machine("fsdp2", 16, "bf16", False)
+    assert kinds["deepspeed_zero3"] == Machine("zero3", 8, "bf16", False)
+
+
+@pytest.mark.slow
+def test_three_runs_peak_within_a_fifth_of_the_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    sys.modules.pop("memory", None)
+    import memory
+
+    torch.set_num_threads(1)
+    rows = memory.measure(tmp_path, ["full, float32", "full, bf16", "LoRA r 16, float32"])
+    for row in rows:
+        assert 0.8 <= row["estimate_over_measured"] <= 1.25, row
