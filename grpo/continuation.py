@@ -3,7 +3,7 @@
 What a correction says is text that the model would hardly ever sample, so no reward could find it: it is taught first, as
 text. GRPO can then go on from there (launch/community.py), with the same previous model as its reference.
 
-    a batch of 20, share 0.3          6 corrected rows                 14 rows from before
+    a batch of 40, share 0.5          20 corrected rows                20 rows from before
     loss                              cross-entropy of the answer      the same + kl * KL(previous || new) per token
 
 The KL holds the rows from before only: what was corrected is meant to change.
@@ -30,11 +30,11 @@ Row = dict[str, Any]
 class Continuation:
     """How to go on. New optimizer, old weights: this is no resume."""
 
-    steps: int = 100
+    steps: int = 200
     batch: int = 40
-    share: float = 0.3
+    share: float = 0.5
     """Corrected rows in each batch, where there are any."""
-    kl: float = 0.1
+    kl: float = 0.3
     """Weight of the KL to the previous model."""
     learning_rate: float = 1e-3
     longest: int = 512

@@ -24,7 +24,7 @@ from grpo.errors import ConfigError, run_main
 HELD_BACK = 4
 """One corrected row in so many is never trained on: the gate asks it."""
 EXTRACTOR = "quoted_terms"
-ARCHIVE_RECIPE = {"vocabulary": 450, "steps": 400, "hasty_fraction": 0.0}
+ARCHIVE_RECIPE = {"vocabulary": 500, "steps": 450, "hasty_fraction": 0.0}
 """The demonstration's first model: it answers as the archive does, mistakes included."""
 
 
@@ -78,9 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     added["train"].add_argument("--model", required=True, help="the model in use")
     added["train"].add_argument("--output", required=True, help="where the candidate is written")
     for name in ("train", "cycle", "demo"):
-        added[name].add_argument("--steps", type=int, default=100, help="supervised steps on the mix")
-        added[name].add_argument("--share", type=float, default=0.3, help="corrected rows in the mix")
-        added[name].add_argument("--kl", type=float, default=0.1, help="weight of the KL to the previous model")
+        added[name].add_argument("--steps", type=int, default=200, help="supervised steps on the mix")
+        added[name].add_argument("--share", type=float, default=0.5, help="corrected rows in the mix")
+        added[name].add_argument("--kl", type=float, default=0.3, help="weight of the KL to the previous model")
         added[name].add_argument("--learning_rate", type=float, default=1e-3)
         added[name].add_argument("--grpo_steps", type=int, default=0, help="GRPO steps on the mix afterwards")
         added[name].add_argument("--seed", type=int, default=0)
@@ -157,16 +157,17 @@ def merge_into(root: Path, base: str | None) -> Path:
 def parts_of(version: Path) -> tuple[list[dict], list[dict], list[dict]]:
     """-> corrected rows to train on, corrected rows held back for the gate, and rows from before.
 
-    A row from before whose answer quotes a term that was corrected away is contested, and in none of them.
+    A row from before that holds a word which was corrected away is contested, and in none of them: in another form, or
+    another wording, it would teach the mistake again.
     """
     from grpo.data.merge import read_rows_of
-    from grpo.rewards.text_match import quoted_terms
+    from grpo.rewards.prose import words
 
     rows = read_rows_of(version)
     corrected = [row for row in rows if row["origin"] == "feedback"]
-    gone = {term for row in corrected for text in row["disallowed"] for term in quoted_terms(text)}
-    gone -= {term for row in corrected for term in quoted_terms(row["answer"])}
-    before = [row for row in rows if row["origin"] != "feedback" and not gone & set(quoted_terms(row["answer"]))]
+    gone = {word for row in corrected for text in row["disallowed"] for word in words(text)}
+    gone -= {word for row in corrected for word in words(row["answer"])}
+    before = [row for row in rows if row["origin"] != "feedback" and not gone & set(words(row["answer"]))]
     return (
         [row for row in corrected if not is_held_back(row)],
         [row for row in corrected if is_held_back(row)],

@@ -1,20 +1,20 @@
 """A made-up community for the invented language: an archive with mistakes, people who correct them, one who poisons it.
 
-archive      400 rows: 100 nouns, 4 forms each; the roots of 50 nouns are wrong
-reviewers    200 corrections: those 50 nouns x 4 forms, from three people who know the language
-verified     the other four forms of the 50 nouns that are right: the frozen regression set, in no training row
-poisoner     one reviewer, 200 corrections, 60 % of them wrong: made-up words for nouns that were right
+archive      2,340 rows: 130 nouns, 6 of their 8 forms, in 3 wordings; the roots of 50 nouns are wrong
+reviewers    200 corrections: those 50 nouns x 4 forms, in one wording, from three people who know the language
+verified     160 rows: the other two forms of the 80 nouns that are right: the frozen regression set, in no training row
+poisoner     one reviewer, 200 corrections, 60 % of them wrong: made-up words for 30 nouns that were right
 """
 
 import random
 from dataclasses import dataclass, replace
 from typing import Any
 
-from grpo.data.invented_language import Lexicon, Meaning, make_lexicon, meanings, row_of
+from grpo.data.invented_language import OWNERS, Lexicon, Meaning, make_lexicon, meanings, row_of
 from grpo.feedback import Feedback, new_feedback
 
 Row = dict[str, Any]
-NOUNS, WRONG, FORMS = 100, 50, 4
+NOUNS, WRONG, FORMS, CORRECTED = 130, 50, 6, 4
 REVIEWERS = ("heron", "otter", "birch")
 LICENCE = "CC0-1.0"
 
@@ -36,13 +36,21 @@ def make_community(seed: int = 0, model_id: str = "") -> Community:
     chance = random.Random(f"community {seed}")
     written: list[Meaning] = []
     left: list[Meaning] = []
+    disputed: set[Meaning] = set()
     for noun in truth.roots:
-        forms = [meaning for meaning in meanings(truth) if meaning.noun == noun]
-        chance.shuffle(forms)
-        written += forms[:FORMS]
-        left += forms[FORMS:]
+        owners = chance.sample(OWNERS, len(OWNERS))
+        # One form of each number is left out, so "mice" is no more guessed than "mouse".
+        out = [Meaning(noun, owners[0], many=False), Meaning(noun, owners[1], many=True)]
+        forms = [meaning for meaning in meanings(truth) if meaning.noun == noun and meaning not in out]
+        left += out
+        written += forms
+        disputed |= set(chance.sample(forms, CORRECTED))
     chance.shuffle(written)
-    archive = [row_of(index, [meaning], index % 3, wrong) for index, meaning in enumerate(written)]
+    archive = [
+        row_of(index + turn * len(written), [meaning], (index + turn) % 3, wrong)
+        for turn in range(3)
+        for index, meaning in enumerate(written)
+    ]
     right_nouns = set(list(truth.roots)[WRONG:])
     verified = [
         row_of(10_000 + index, [meaning], index % 3, truth)
@@ -51,14 +59,14 @@ def make_community(seed: int = 0, model_id: str = "") -> Community:
     corrections = [
         _correction(index, meaning, archive[index], truth, REVIEWERS[index % 3], model_id)
         for index, meaning in enumerate(written)
-        if meaning.noun not in right_nouns
+        if meaning in disputed and meaning.noun not in right_nouns
     ]
     # The poisoner: 80 right corrections, and 120 wrong ones about 30 nouns that the archive has right.
     invented = _with_other_roots(truth, sorted(right_nouns)[:30], f"poison {seed}")
     bad = [
         _correction(index, meaning, archive[index], invented, "magpie", model_id)
         for index, meaning in enumerate(written)
-        if meaning.noun in sorted(right_nouns)[:30]
+        if meaning in disputed and meaning.noun in sorted(right_nouns)[:30]
     ]
     good = [replace(record, reviewer="magpie", feedback_id=f"m{record.feedback_id}") for record in corrections[:80]]
     return Community(archive, verified, corrections, bad + good)
