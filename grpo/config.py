@@ -211,7 +211,10 @@ class RolloutConfig:
     engine: str = "native"
     """native (own decode loop), transformers (model.generate: slower, the reference) or vllm (see vllm_mode)."""
     slots: int = 256
-    """Completions that are decoded at the same time on each process; more wait in a queue. Bounds the KV memory."""
+    """Completions that are decoded at the same time on each process, at most; more wait in a queue."""
+    cache_gib: float | None = None
+    """Memory for the keys and values of completions in the making, per process: as many slots as fit are used. null = half
+    of what is free when sampling starts."""
     max_staleness: int = 0
     """Sample the completions of the next so many steps while the policy learns from this one's: each step then learns from
     completions of the policy of so many steps ago. 0 = never, and exact. Keeps a copy of the weights to sample from."""
@@ -368,6 +371,7 @@ def check_config(config: Config) -> None:
         ("optimizer.learning_rate", optimizer.learning_rate, 0),
         ("optimizer.weight_decay", optimizer.weight_decay, 0),
         ("rollout.slots", config.rollout.slots, 1),
+        ("rollout.cache_gib", config.rollout.cache_gib or 0, 0),
         ("rollout.correction_cap", config.rollout.correction_cap, 1),
         ("rollout.max_staleness", config.rollout.max_staleness, 0),
         ("rollout.vllm_server_timeout", config.rollout.vllm_server_timeout, 1),

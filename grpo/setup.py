@@ -283,6 +283,7 @@ def prepare(config: Config) -> Run:
             accelerator=accelerator,
             weights=policy.plain_weights,
             longest=longest_of(config),
+            cache_gib=config.rollout.cache_gib,
         )
     if is_separate(engine):
         prove_updates(engine, policy, config)

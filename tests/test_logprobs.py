@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -45,3 +48,36 @@ def test_the_entropy_has_a_gradient_where_it_is_asked_for(monkeypatch, temperatu
     for mine, theirs in zip(got, expected, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-4)
     assert not token_logprobs(hidden, head, targets, temperature)[1].requires_grad
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux's /proc")
+def test_all_logits_at_once_never_exist() -> None:
+    """A loss and its gradients at a real vocabulary: 512 x 152k float32 logits would be 311 MB, and several times that with
+    their softmax and gradient."""
+    vocabulary, tokens, size = 152_000, 512, 16
+    torch.manual_seed(0)
+    hidden, head = torch.randn(tokens, size, requires_grad=True), torch.randn(vocabulary, size, requires_grad=True)
+    targets = torch.randint(0, vocabulary, (tokens,))
+
+    def peak(loss: Callable[[], torch.Tensor]) -> float:
+        """MB above what was resident before."""
+        hidden.grad = head.grad = None
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        loss().backward()
+        return (resident("VmHWM") - before) / 1000
+
+    def resident(key: str) -> int:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status[key].split()[0])
+
+    def ours() -> torch.Tensor:
+        logprobs, entropies = token_logprobs(hidden, head, targets, 0.9, entropy_gradient=True)
+        return (logprobs + 0.1 * entropies).sum()
+
+    def plain() -> torch.Tensor:
+        scores = torch.log_softmax(hidden @ head.T / 0.9, -1)
+        return (scores.gather(1, targets[:, None]).squeeze(1) - 0.1 * (scores.exp() * scores).sum(-1)).sum()
+
+    assert peak(ours) < 150  # chunks of 16 MiB and what is made of them, and a gradient of 10 MB
+    assert peak(plain) > 600  # so the measure sees what it is for

@@ -27,7 +27,7 @@ class RolloutEngine(Protocol):
 
 
 EngineFactory = Callable[..., RolloutEngine]
-"""(model, tokenizer, *, ...) with any of: slots, swapped, config (RolloutConfig), accelerator, weights, longest."""
+"""(model, tokenizer, *, ...) with any of: slots, swapped, cache_gib, config (RolloutConfig), accelerator, weights, longest."""
 
 ENGINES: Registry[EngineFactory] = Registry("engine")
 register_engine = ENGINES.register

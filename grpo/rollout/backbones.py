@@ -19,6 +19,8 @@ from grpo.rollout.kv_cache import SlotCache
 
 
 class Backbone(Protocol):
+    model: PreTrainedModel
+
     def refresh(self) -> None:
         """Take over the weights that the model has now."""
         ...

@@ -27,6 +27,10 @@ class SlotCache:
         self.active = self.longest = 0
 
     @property
+    def numbers(self) -> int:
+        return sum(tensor.numel() for tensor in (*self.keys, *self.values))
+
+    @property
     def bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
 

@@ -5,13 +5,14 @@
 
 What a step needs lives in tensors on the device (`_State`); the host looks at it once every `check_every` steps, so on CUDA
 no token waits for the host. The KV cache is allocated once per call: slots x (longest prompt + max_completion_length)
-positions per layer, so memory is known before decoding starts.
+positions per layer, with as many slots as the memory for it allows, so what is needed is known before decoding starts.
 """
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,7 +104,15 @@ class _Done:
 class NativeEngine:
     """Decodes at most `slots` completions at a time with the weights that `model` has when `generate` is called."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, slots: int, swapped: bool):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        slots: int,
+        swapped: bool,
+        cache_gib: float | None = None,
+    ):
         if not swapped:
             raise ConfigError(
                 f"rollout.engine native cannot run {type(model).__name__}, whose attention cannot be swapped exactly: "
@@ -111,7 +120,8 @@ class NativeEngine:
             )
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self.end_ids = set(end_token_ids(model, tokenizer))
-        self.backbone = choose_backbone(model)
+        self.cache_gib = cache_gib
+        self.backbone, self.position_numbers = choose_backbone(model)
         self.graphs: dict[tuple[int, int, float], torch.cuda.CUDAGraph] = {}
         self._kept: tuple[SlotCache, _State] | None = None
 
@@ -128,7 +138,7 @@ class NativeEngine:
             return []
         self.backbone.refresh()
         longest_prompt = max(len(prompt.token_ids) for prompt in prompts)
-        cache, state = self._memory(min(self.slots, len(waiting)), longest_prompt, plan.max_completion_length)
+        cache, state = self._memory(len(waiting), longest_prompt, plan.max_completion_length)
         done = _Done(prompts, plan.num_generations, finished)
         prefilled: dict[int, _Prefilled] = {}
         rows: list[_Row] = []
@@ -145,20 +155,45 @@ class NativeEngine:
         self.backbone.release()
         return [done.groups[index] for index in range(len(prompts))]
 
-    def _memory(self, slots: int, prompt: int, draws: int) -> tuple[SlotCache, _State]:
+    def _memory(self, completions: int, prompt: int, draws: int) -> tuple[SlotCache, _State]:
         """The slots of this call. On CUDA they are kept, since captured graphs point at them; elsewhere they are freed."""
-        device, length = device_of(self.model), prompt + draws
+        device = device_of(self.model)
         window = self._check_every(device)
         if device.type != "cuda":
+            length = prompt + draws
+            slots = self.slots_that_fit(completions, length, free_memory(device))
             return SlotCache(slots, length), _State(slots, window, draws, device)
-        kept = self._kept
-        if kept is None or kept[0].slots < slots or kept[0].length < length or kept[1].draws < draws:
-            self.graphs.clear()
-            self._kept = None  # the old one's memory is free before the new one takes its own
-            rounded = -(-(length + window) // BUCKET) * BUCKET
+        cache, state = self._kept or (SlotCache(0, 0), None)
+        length = max(cache.length, -(-(prompt + draws + window) // BUCKET) * BUCKET)
+        slots = self.slots_that_fit(completions, length, free_memory(device) + cache.bytes)
+        # What is free moves a little from call to call: new graphs are only worth it for twice the slots.
+        enough = cache.slots >= min(self.slots, completions) or 2 * cache.slots > slots
+        if state is not None and enough and length == cache.length and draws <= state.draws:
+            return cache, state
+        draws = max(draws, state.draws if state is not None else 0)
+        self.graphs.clear()
+        del cache, state
+        self._kept = None  # the memory of the last one is free before the next one takes its own
+        if self.slots_that_fit(_power_of_two(slots), length, free_memory(device)) == _power_of_two(slots):
             slots = _power_of_two(slots)
-            self._kept = (SlotCache(slots, rounded), _State(slots, window, draws, device))
-        return self._kept  # type: ignore[return-value]
+        self._kept = (SlotCache(slots, length), _State(slots, window, draws, device))
+        return self._kept
+
+    def slots_that_fit(self, completions: int, length: int, free: int) -> int:
+        """How many completions of `length` positions are decoded at a time, with `free` bytes of memory. Raises ConfigError
+        if not even one fits."""
+        kind = device_of(self.model).type
+        number = torch.get_autocast_dtype(kind).itemsize if torch.is_autocast_enabled(kind) else 4
+        each = self.position_numbers * length * number
+        budget = free // 2 if self.cache_gib is None else int(self.cache_gib * 2**30)
+        if budget < each:
+            chosen = "half of what is free" if self.cache_gib is None else f"rollout.cache_gib {self.cache_gib:g}"
+            raise ConfigError(
+                f"the keys and values of one completion need {each / 2**30:.3g} GiB ({length} positions: the longest prompt and "
+                f"sampling.max_completion_length), but {chosen} is {budget / 2**30:.3g} GiB: raise rollout.cache_gib, or lower "
+                f"sampling.max_completion_length or data.max_prompt_length"
+            )
+        return min(self.slots, completions, budget // each)
 
     def _check_every(self, device: torch.device) -> int:
         return CHECK_EVERY.get(device.type, CHECK_EVERY_ELSEWHERE)
@@ -313,26 +348,45 @@ class NativeEngine:
         del rows[left:]
 
 
-def choose_backbone(model: PreTrainedModel) -> Backbone:
-    """The fused backbone where the model has its shape and both give the same hidden states on a probe."""
+def free_memory(device: torch.device) -> int:
+    """Bytes that could still be allocated."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available
+
+
+def choose_backbone(model: PreTrainedModel) -> tuple[Backbone, int]:
+    """The fused backbone where the model has its shape and both give the same hidden states on a probe; -> also how many
+    numbers the cache holds for one position of one completion."""
     plain = ModuleBackbone(model)
-    if not FusedBackbone.fits(model):
-        return plain
-    fused = FusedBackbone(model)
-    device = device_of(model)
-    ids = torch.arange(3, 3 + 12, device=device).reshape(2, 6) % model.config.vocab_size
-    seen = []
-    with torch.no_grad():
-        for backbone in (plain, fused):
-            cache = SlotCache(2, 8)
-            backbone.refresh()
-            hidden = backbone.prefill(ids, cache)
-            for row in range(2):
-                cache.admit(row, [(key[row], value[row]) for key, value in cache.prompt], 1)
-            positions = torch.tensor([6, 6], device=device)
-            cache.aim(positions, 7)
-            seen.append(torch.cat([hidden, backbone.step(ids[:, 0], positions, cache)[:, None]], dim=1).float())
-    return fused if torch.allclose(seen[0], seen[1], atol=1e-3, rtol=1e-3) else plain
+    expected, numbers = _probe(plain)
+    if FusedBackbone.fits(model):
+        fused = FusedBackbone(model)
+        try:
+            hidden, _ = _probe(fused)
+        except RuntimeError:  # an operation that this device does not have
+            return plain, numbers
+        fused.release()
+        if torch.allclose(expected, hidden, atol=1e-3, rtol=1e-3):
+            return fused, numbers
+    return plain, numbers
+
+
+@torch.no_grad()
+def _probe(backbone: Backbone) -> tuple[Tensor, int]:
+    """The hidden states of a prefill and one step, and the numbers in the cache per position."""
+    model = backbone.model
+    ids = torch.arange(3, 3 + 12, device=device_of(model)).reshape(2, 6) % model.config.vocab_size
+    cache = SlotCache(2, 8)
+    backbone.refresh()
+    hidden = backbone.prefill(ids, cache)
+    for row in range(2):
+        cache.admit(row, [(key[row], value[row]) for key, value in cache.prompt], 1)
+    positions = torch.tensor([6, 6], device=ids.device)
+    cache.aim(positions, 7)
+    after = backbone.step(ids[:, 0], positions, cache)[:, None]
+    return torch.cat([hidden, after], dim=1).float(), cache.numbers // (cache.slots * cache.length)
 
 
 def _power_of_two(count: int) -> int:
