@@ -1,24 +1,31 @@
 """Benchmark: this trainer and TRL at the same work, alternating in separate processes -> one table and one JSON.
 
-python launch/benchmark.py --suite cpu-tiny [--output FILE.json]
+python launch/benchmark.py --suite cpu-tiny [--output FILE.json] [--profile FILE.txt]
 python launch/benchmark.py --suite cpu-gsm8k --data.path train.jsonl [--output FILE.json]
+python launch/benchmark.py --readme docs/results/cpu-*.json           the table that README shows, from the JSON
 
-Both get the same model folder, the same prompts in the same order, the same reward functions, group size, lengths, optimizer
-and float32. TRL runs twice: as it comes (micro-batches of 8, gradient checkpointing on), and tuned (checkpointing off,
+Both get the same model folder, the same prompts in the same order, the same reward functions, group size, optimizer and
+precision, and the same completion lengths: each completion is ended at a length that was drawn beforehand (log-normal, with the
+suite's mean, the longest at the limit), because models that are not trained do not end, and runs whose lengths differ cannot be
+compared. TRL runs twice: as it comes (micro-batches of 8, gradient checkpointing on), and tuned (checkpointing off, dropout off,
 steps_per_generation equal to accumulation, so that no old-logprob pass runs). Ratios are TRL divided by ours: larger is
 better for us. Needs: pip install -e ".[benchmark]"
 """
 
 import argparse
+import contextlib
 import gc
 import json
+import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,55 +43,127 @@ class Suite:
     prompts_per_step: int
     num_generations: int
     max_completion_length: int
+    mean_length: int
     steps: int
     """Measured steps of each run; one more is done first, and not counted."""
     rounds: int
+    tokens_per_batch: int
+    """Ours: what goes through the model at once. About one group."""
     hidden_size: int
     layers: int
     vocabulary: int
-    gsm8k: bool
+    intermediate_size: int = 0
+    """0 = a starter (a small Qwen2 with a few supervised steps); otherwise random weights in this shape."""
+    heads: int = 0
+    key_value_heads: int = 0
+    gsm8k: bool = True
     """Prompts from a GSM8K file (--data.path), else generated arithmetic."""
-    warm_up_steps: int = 60
+    device: str = "cpu"
+    precision: str = "no"
+    trl_micro_batch: int = 8
+    """TRL tuned; by default it is 8."""
+    warm_up_steps: int = 10
 
 
 SUITES = {
-    "cpu-tiny": Suite(4, 8, 64, steps=4, rounds=2, hidden_size=128, layers=4, vocabulary=600, gsm8k=False),
-    "cpu-gsm8k": Suite(4, 8, 128, steps=3, rounds=2, hidden_size=256, layers=6, vocabulary=8192, gsm8k=True),
-    "cpu-gsm8k-long": Suite(4, 16, 200, steps=2, rounds=2, hidden_size=256, layers=6, vocabulary=8192, gsm8k=True),
+    "cpu-tiny": Suite(4, 8, 64, 32, 4, 2, 512, hidden_size=128, layers=4, vocabulary=600, gsm8k=False),
+    "cpu-gsm8k": Suite(4, 8, 128, 86, 3, 2, 512, hidden_size=256, layers=6, vocabulary=8192),
+    "cpu-gsm8k-long": Suite(4, 16, 200, 86, 2, 2, 512, hidden_size=256, layers=6, vocabulary=8192),
+    # The shapes of Qwen2.5-0.5B and Qwen2.5-1.5B.
+    "gpu-0.5b": Suite(
+        8, 16, 786, 250, 3, 2, 16384, 896, 24, 151936, 4864, 14, 2, device="cuda", precision="bf16", trl_micro_batch=16
+    ),
+    "gpu-1.5b": Suite(
+        8, 16, 786, 250, 3, 2, 16384, 1536, 28, 151936, 8960, 12, 2, device="cuda", precision="bf16", trl_micro_batch=16
+    ),
 }
 RUNNERS = ["ours", "trl_default", "trl_tuned"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", required=True, choices=SUITES)
-    parser.add_argument("--data.path", dest="data_path", help="GSM8K training rows (JSONL), for the gsm8k suites")
+    parser.add_argument("--suite", choices=SUITES)
+    parser.add_argument(
+        "--data.path", dest="data_path", help="GSM8K training rows (JSONL), for the gsm8k and gpu suites"
+    )
     parser.add_argument("--output", help="write the JSON here")
+    parser.add_argument("--profile", help="afterwards, write here where the time of ours and of TRL tuned goes")
     parser.add_argument("--steps", type=int, help="measured steps of each run, instead of the suite's")
     parser.add_argument("--rounds", type=int, help="runs of each trainer, instead of the suite's")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="the same path with a narrow model on the CPU: does it run?"
+    )
+    parser.add_argument(
+        "--readme", nargs="+", metavar="JSON", help="print the README's table of these results, and stop"
+    )
     parser.add_argument("--worker", choices=RUNNERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     flags = parser.parse_args()
-    suite = SUITES[flags.suite]
-    suite = replace(suite, steps=flags.steps or suite.steps, rounds=flags.rounds or suite.rounds)
+    if flags.readme:
+        print(readme_table([json.loads(Path(path).read_text()) for path in flags.readme]))
+        return
+    if not flags.suite:
+        raise ConfigError(f"--suite is missing: one of {', '.join(SUITES)}")
+    suite = chosen_suite(flags)
     if flags.worker:
-        work = run_ours if flags.worker == "ours" else run_trl
-        result = work(suite, Path(flags.folder), flags.worker)
+        with profiled(suite, flags.profile, flags.worker):
+            result = (run_ours if flags.worker == "ours" else run_trl)(suite, Path(flags.folder), flags.worker)
         (Path(flags.folder) / "result.json").write_text(json.dumps(result))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_work(suite, folder, flags.data_path)
+        rates = machine_rates(suite)
         runs: dict[str, list[dict]] = {name: [] for name in RUNNERS}
         for number in range(suite.rounds):
             for name in RUNNERS:
                 print(f"round {number + 1} of {suite.rounds}: {name}", file=sys.stderr, flush=True)
-                runs[name].append(worker(flags, name, folder))
-    report = summarize(flags.suite, suite, runs)
+                runs[name].append(worker(flags, suite, name, folder))
+        report = summarize(flags, suite, runs, rates)
+        if flags.profile:
+            Path(flags.profile).parent.mkdir(parents=True, exist_ok=True)
+            Path(flags.profile).write_text(table(report) + "\n")
+            for name in ("ours", "trl_tuned"):
+                worker(flags, replace(suite, steps=1), name, folder, profile=True)
     print(table(report))
     if flags.output:
         Path(flags.output).parent.mkdir(parents=True, exist_ok=True)
         Path(flags.output).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def chosen_suite(flags: argparse.Namespace) -> Suite:
+    import torch
+
+    suite = SUITES[flags.suite]
+    if flags.dry_run:
+        shape = {"hidden_size": 64, "intermediate_size": 128, "layers": 2, "heads": 4} if suite.heads else {}
+        suite = replace(suite, device="cpu", max_completion_length=24, mean_length=10, prompts_per_step=2, **shape)
+        suite = replace(suite, steps=1, rounds=1, tokens_per_batch=1024, num_generations=4, trl_micro_batch=4)
+    elif suite.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"suite {flags.suite} needs a CUDA device, and torch {torch.__version__} sees none here: run it where there is "
+            f"one, or add --dry_run to walk the same path with a narrow model on the CPU"
+        )
+    return replace(suite, steps=flags.steps or suite.steps, rounds=flags.rounds or suite.rounds)
+
+
+def forced_lengths(suite: Suite, step: int) -> list[int]:
+    """How long each completion of a step becomes: quantiles of a log-normal distribution, scaled to the suite's mean, cut at
+    the limit, which the longest reaches, in an order that depends on the step."""
+    count, limit = suite.prompts_per_step * suite.num_generations, suite.max_completion_length
+    normal = statistics.NormalDist()
+    shape = [math.exp(0.7 * normal.inv_cdf((index + 0.5) / count)) for index in range(count - 1)]
+
+    def scaled(factor: float) -> list[int]:
+        return [max(1, min(limit, round(factor * value))) for value in shape] + [limit]
+
+    low, high = 0.0, float(limit) * 10
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if statistics.fmean(scaled(middle)) < suite.mean_length else (low, middle)
+    lengths = scaled(low)
+    random.Random(f"lengths {step}").shuffle(lengths)
+    return lengths
 
 
 def make_work(suite: Suite, folder: Path, data_path: str | None) -> None:
@@ -99,6 +178,11 @@ def make_work(suite: Suite, folder: Path, data_path: str | None) -> None:
         if suite.gsm8k and data_path
         else list(generate_problems(2000, seed=0, split="train"))
     )
+    needed = suite.prompts_per_step * (suite.steps + 1)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[: max(needed, 64)]))
+    if suite.intermediate_size:
+        make_random_model(suite, folder / "model", [text for row in rows for text in (row["question"], row["answer"])])
+        return
     recipe = replace(
         GSM8K_RECIPE if suite.gsm8k else Recipe(),
         hidden_size=suite.hidden_size,
@@ -111,27 +195,91 @@ def make_work(suite: Suite, folder: Path, data_path: str | None) -> None:
     )
     model = make_starter(seed=0, problems=rows, recipe=recipe, report=lambda text: print(text, file=sys.stderr))
     (folder / "model").symlink_to(model)
-    needed = suite.prompts_per_step * (suite.steps + 1)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[: max(needed, 64)]))
 
 
-def worker(flags: argparse.Namespace, name: str, folder: Path) -> dict:
+def make_random_model(suite: Suite, folder: Path, texts: list[str]) -> None:
+    """Random weights in the shape of a real model, with a tokenizer made from the texts: nothing is downloaded."""
+    import torch
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+    from grpo.starter import make_tokenizer
+
+    tokenizer = make_tokenizer(texts, 8192)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=suite.vocabulary,
+        hidden_size=suite.hidden_size,
+        intermediate_size=suite.intermediate_size,
+        num_hidden_layers=suite.layers,
+        num_attention_heads=suite.heads,
+        num_key_value_heads=suite.key_value_heads,
+        max_position_embeddings=4096,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen2ForCausalLM(config).float()
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def worker(flags: argparse.Namespace, suite: Suite, name: str, folder: Path, profile: bool = False) -> dict:
     words = [sys.executable, __file__, "--suite", flags.suite, "--worker", name, "--folder", str(folder)]
-    for key in ("steps", "rounds"):
-        if getattr(flags, key):
-            words += [f"--{key}", str(getattr(flags, key))]
-    done = subprocess.run(words, capture_output=True, text=True)
+    words += ["--steps", str(suite.steps), "--rounds", "1", *(["--dry_run"] if flags.dry_run else [])]
+    words += ["--profile", flags.profile] if profile else []
+    # Accelerate reads these; the precision and the device are the same for both sides.
+    environment = os.environ | {"ACCELERATE_MIXED_PRECISION": suite.precision}
+    environment |= {"ACCELERATE_USE_CPU": "true"} if suite.device == "cpu" else {}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise ConfigError(f"the benchmark of {name} failed:\n{done.stderr[-2000:]}")
     return json.loads((folder / "result.json").read_text())
 
 
+@contextlib.contextmanager
+def profiled(suite: Suite, path: str | None, name: str) -> Iterator[None]:
+    """Append the most expensive operations of what runs inside to `path`."""
+    if path is None:
+        yield
+        return
+    from torch.profiler import ProfilerActivity, profile
+
+    on_cuda = suite.device == "cuda"
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    with profile(activities=kinds, acc_events=True) as profiler:
+        yield
+    key = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    with Path(path).open("a") as file:
+        file.write(f"\n{name}: two steps under the profiler, which slows small operations down\n")
+        file.write(profiler.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=48) + "\n")
+
+
 def run_ours(suite: Suite, folder: Path, _name: str) -> dict:
-    """Our trainer, as launch/train.py runs it; -> {"steps": [...], "memory_gib": ...}"""
+    """Our trainer, as launch/train.py runs it, with completions of forced lengths; -> {"steps": [...], "memory_gib": ...}"""
     from grpo.config import load_config
+    from grpo.rollout.native_engine import NativeEngine
     from grpo.setup import prepare
     from grpo.signals import Signals
     from grpo.trainer import loop
+
+    prompt_tokens: list[int] = []
+
+    class Forced(NativeEngine):
+        """Ends each completion where the suite says so."""
+
+        def generate(self, prompts: Any, plan: Any, *args: Any, **kwargs: Any) -> Any:
+            self.lengths = forced_lengths(suite, len(prompt_tokens))
+            prompt_tokens.append(sum(len(prompt.token_ids) for prompt in prompts))
+            return super().generate(prompts, plan, *args, **kwargs)
+
+        def end_of(self, row: Any, new_tokens: list[int]) -> int | None:
+            last = self.lengths[row.prompt * suite.num_generations + row.sample] - 1 - len(row.tokens)
+            return last if last < len(new_tokens) else None
 
     with tempfile.TemporaryDirectory() as temporary:
         settings = {
@@ -145,17 +293,21 @@ def run_ours(suite: Suite, folder: Path, _name: str) -> dict:
             "sampling.max_completion_length": suite.max_completion_length,
             "optimizer.learning_rate": 1e-5,
             "optimizer.lr_scheduler_type": "constant",
-            "tokens_per_batch": 1024,
+            "objective.beta": 0.04,
+            "tokens_per_batch": suite.tokens_per_batch,
             "eval_every": 0,
             "tracking.report_to": "[]",
             "tracking.log_completions": "false",
             "rewards": json.dumps(dict.fromkeys(REWARDS, 1.0)),
         }
         run = prepare(load_config([f"--{key}={value}" for key, value in settings.items()]))
-        before = loaded_memory()
+        run.engine = Forced(
+            run.policy.sampler, run.tokenizer, slots=run.config.rollout.slots, swapped=run.policy.swapped
+        )
+        before = loaded_memory(suite.device)
         with Signals() as signals:
             loop(run, signals)
-        memory = peak_memory() - before
+        memory = peak_memory(suite.device) - before
         run.close()
         rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     completions = suite.prompts_per_step * suite.num_generations
@@ -163,13 +315,21 @@ def run_ours(suite: Suite, folder: Path, _name: str) -> dict:
         {phase: row[f"time/{phase}"] for phase in PHASES}
         | {
             "tokens": row["rollout/length_mean"] * completions,
+            "prompt_tokens": prompt_tokens[row["step"] - 1],
             "mean_reward": row["reward/mean"],
             "padding_fraction": 0.0,
         }
         for row in rows
         if row["step"] > 1
     ]
-    return {"steps": steps, "memory_gib": memory}
+    linear = [m for m in run.policy.model.modules() if hasattr(m, "in_features")]
+    head = run.policy.model.get_output_embeddings()
+    shape = {
+        "linear_weights": sum(module.weight.numel() for module in linear if module is not head),
+        "head_weights": head.weight.numel(),
+        "cache_numbers_per_position": run.engine.position_numbers,
+    }
+    return {"steps": steps, "memory_gib": memory, "shape": shape}
 
 
 def run_trl(suite: Suite, folder: Path, name: str) -> dict:
@@ -180,7 +340,7 @@ def run_trl(suite: Suite, folder: Path, name: str) -> dict:
         raise ConfigError('the benchmark compares with TRL: pip install -e ".[benchmark]"') from error
     import torch
     from datasets import Dataset
-    from transformers import TrainerCallback
+    from transformers import LogitsProcessor, LogitsProcessorList, TrainerCallback
 
     from grpo.config import DataConfig
     from grpo.data import load_examples
@@ -194,6 +354,21 @@ def run_trl(suite: Suite, folder: Path, name: str) -> dict:
     clock: dict[str, float] = {}
     steps: list[dict[str, Any]] = []
     positions = [0, 0]  # real, all
+
+    class Forced(LogitsProcessor):
+        """Ends each completion where the suite says so: its end token is impossible before, and certain then."""
+
+        def __init__(self, prompt_width: int) -> None:
+            self.lengths, self.width = forced_lengths(suite, len(steps)), prompt_width
+
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            drawn = input_ids.shape[1] - self.width
+            scores[:, tokenizer.eos_token_id] = -torch.inf
+            last = [row for row, length in enumerate(self.lengths) if length == drawn + 1]
+            if last:
+                scores[last] = -torch.inf
+                scores[last, tokenizer.eos_token_id] = 0.0
+            return scores
 
     class Timed(trl.GRPOTrainer):
         def _timed(self, phase: str, call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -241,21 +416,30 @@ def run_trl(suite: Suite, folder: Path, name: str) -> dict:
     dataset = Dataset.from_list([{"prompt": p.messages, "answer": p.columns["answer"]} for p in order])
     completions = suite.prompts_per_step * suite.num_generations
     tuned = name == "trl_tuned"
+    micro_batch = min(suite.trl_micro_batch if tuned else 8, completions)
+    tokenizer = load_tokenizer(str(folder / "model"))
     with tempfile.TemporaryDirectory() as temporary:
         model = load_model(str(folder / "model"))  # float32 and without dropout, as ours
+        generate = model.generate
+
+        def forced(input_ids: Any, **kwargs: Any) -> Any:
+            assert len(input_ids) == completions, "TRL samples all completions of a step in one call"
+            return generate(input_ids, logits_processor=LogitsProcessorList([Forced(input_ids.shape[1])]), **kwargs)
+
+        model.generate = forced
         config = trl.GRPOConfig(
             output_dir=temporary,
             max_steps=suite.steps + 1,
-            per_device_train_batch_size=min(8, completions),
-            gradient_accumulation_steps=completions // min(8, completions),
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=completions // micro_batch,
             num_generations=suite.num_generations,
             max_completion_length=suite.max_completion_length,
             learning_rate=1e-5,
             lr_scheduler_type="constant",
             beta=0.04,
             temperature=1.0,
-            bf16=False,
-            use_cpu=True,
+            bf16=suite.precision == "bf16",
+            use_cpu=suite.device == "cpu",
             gradient_checkpointing=not tuned,
             disable_dropout=tuned,
             shuffle_dataset=False,
@@ -270,23 +454,33 @@ def run_trl(suite: Suite, folder: Path, name: str) -> dict:
             args=config,
             train_dataset=dataset,
             reward_funcs=[registered.get(reward) for reward in REWARDS],
-            processing_class=load_tokenizer(str(folder / "model")),
+            processing_class=tokenizer,
             callbacks=[Watch()],
         )
-        before = loaded_memory()
+        before = loaded_memory(suite.device)
         trainer.train()
-        memory = peak_memory() - before
+        memory = peak_memory(suite.device) - before
     return {"steps": steps[1:], "memory_gib": memory}
 
 
-def loaded_memory() -> float:
-    """GiB resident now, with the model loaded; the peak is counted from here on."""
+def loaded_memory(device: str) -> float:
+    """GiB in use now, with the model loaded; the peak is counted from here on. On CUDA, what torch has allocated."""
     gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**30
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 
-def peak_memory() -> float:
+def peak_memory(device: str) -> float:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
     return _status("VmHWM")
 
 
@@ -297,9 +491,55 @@ def _status(key: str) -> float:
     raise ConfigError("the benchmark reads memory from /proc: run it on Linux")
 
 
-def summarize(name: str, suite: Suite, runs: dict[str, list[dict]]) -> dict:
+def machine_rates(suite: Suite) -> dict[str, float]:
+    """What this machine reaches here and now: a large matrix product in the suite's precision, and copying memory."""
+    import torch
+
+    device = torch.device(suite.device)
+    dtype = torch.bfloat16 if suite.precision == "bf16" and suite.device == "cuda" else torch.float32
+    size, words = (8192, 2**28) if suite.device == "cuda" else (1024, 2**24)
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    source = torch.zeros(words, device=device)
+    target = torch.empty_like(source)
+
+    def best(call: Any) -> float:
+        seconds = []
+        for _ in range(8):
+            started = time.perf_counter()
+            call()
+            if suite.device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    return {
+        "matrix_gflops": 2 * size**3 / best(lambda: left @ left) / 1e9,
+        "copy_gb_per_second": 8 * words / best(lambda: target.copy_(source)) / 1e9,
+    }
+
+
+def limits(suite: Suite, steps: list[dict], shape: dict, rates: dict[str, float]) -> dict[str, float]:
+    """The least seconds of our phases here: linear layers at the matrix rate, or, for a decoding step of few rows, weights and
+    keys and values at the rate of memory. Attention, norms and softmax count nothing, so no program reaches this."""
+    size = 2 if suite.precision == "bf16" else 4
+    flops, bandwidth = rates["matrix_gflops"] * 1e9, rates["copy_gb_per_second"] * 1e9
+    body, head = shape["linear_weights"], shape["head_weights"]
+    prompts = statistics.fmean(step["prompt_tokens"] for step in steps)
+    lengths = forced_lengths(suite, 1)
+    forward = (2 * body * (prompts + sum(lengths)) + 2 * head * sum(lengths)) / flops
+    decode = 2 * body * prompts / flops
+    for position in range(1, max(lengths)):
+        active = sum(length > position for length in lengths)
+        cached = active * (prompts / suite.prompts_per_step + position) * shape["cache_numbers_per_position"]
+        decode += max(2 * (body + head) * active / flops, size * (body + head + cached) / bandwidth)
+    return {"rollout": decode, "reference": forward, "update": 3 * forward}
+
+
+def summarize(flags: argparse.Namespace, suite: Suite, runs: dict[str, list[dict]], rates: dict[str, float]) -> dict:
     """Medians and ranges over all measured steps of all rounds, and TRL / ours."""
     from importlib.metadata import version
+
+    import torch
 
     def figures(results: list[dict]) -> dict:
         steps = [step for result in results for step in result["steps"]]
@@ -311,28 +551,49 @@ def summarize(name: str, suite: Suite, runs: dict[str, list[dict]]) -> dict:
         made["mean_length"] = sum(step["tokens"] for step in steps) / (
             len(steps) * suite.prompts_per_step * suite.num_generations
         )
-        made["peak_memory_gib"] = statistics.median(result["memory_gib"] for result in results)
+        memory = [result["memory_gib"] for result in results]
+        made["peak_memory_gib"] = {"median": statistics.median(memory), "min": min(memory), "max": max(memory)}
         made["reward_curve"] = [[round(step["mean_reward"], 4) for step in result["steps"]] for result in results]
         return made
 
+    words = [word for word in sys.argv[1:] if word]
     report: dict[str, Any] = {
-        "suite": name,
+        "suite": flags.suite,
+        "command": " ".join(
+            ["python launch/benchmark.py", *(Path(w).name if w == flags.data_path else w for w in words)]
+        ),
         "work": asdict(suite),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": {
+            "processor": torch.cuda.get_device_name() if suite.device == "cuda" else _processor(),
+            "cores": os.cpu_count(),
+            **rates,
+        },
         "versions": {package: version(package) for package in ("torch", "transformers", "accelerate", "trl")},
     }
+    if flags.dry_run:
+        report["dry_run"] = "a narrow model on the CPU: shows that the path runs, says nothing of speed"
     report |= {runner: figures(results) for runner, results in runs.items()}
+    ours = [step for result in runs["ours"] for step in result["steps"]]
+    least = limits(suite, ours, runs["ours"][0]["shape"], rates)
+    report["least_seconds"] = least
+    report["times_the_least"] = {phase: report["ours"][phase]["median"] / least[phase] for phase in least}
     report["ratios"] = {}
     for kind in ("default", "tuned"):
-        theirs, ours = report[f"trl_{kind}"], report["ours"]
+        theirs, mine = report[f"trl_{kind}"], report["ours"]
         report["ratios"][kind] = {
-            phase: theirs[phase]["median"] / ours[phase]["median"] for phase in ("step", "rollout", "update")
+            phase: theirs[phase]["median"] / mine[phase]["median"] for phase in ("step", "rollout", "update")
         } | {
-            "peak_memory": theirs["peak_memory_gib"] / ours["peak_memory_gib"],
-            # Lengths are sampled, so runs may differ in them: the same ratio per completion token.
-            "tokens_per_second": ours["tokens_per_second"] / theirs["tokens_per_second"],
+            "peak_memory": theirs["peak_memory_gib"]["median"] / mine["peak_memory_gib"]["median"],
+            "tokens_per_second": mine["tokens_per_second"] / theirs["tokens_per_second"],
         }
     return report
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def table(report: dict) -> str:
@@ -345,10 +606,40 @@ def table(report: dict) -> str:
         lines.append(
             f"{phase:22}" + "".join(f"{c['median']:10.3f} ({c['min']:.2f} - {c['max']:.2f})".rjust(26) for c in cells)
         )
-    for key in ("tokens_per_second", "mean_length", "peak_memory_gib"):
+    lines.append(
+        f"{'padding fraction':22}" + "".join(f"{report[r]['padding_fraction']['median']:26.2f}" for r in RUNNERS)
+    )
+    lines.append(
+        f"{'peak memory, GiB':22}" + "".join(f"{report[r]['peak_memory_gib']['median']:26.3f}" for r in RUNNERS)
+    )
+    for key in ("tokens_per_second", "mean_length"):
         lines.append(f"{key:22}" + "".join(f"{report[runner][key]:26.2f}" for runner in RUNNERS))
     for kind, ratios in report["ratios"].items():
         lines.append(f"TRL {kind} / ours:  " + "  ".join(f"{key} {value:.2f}" for key, value in ratios.items()))
+    rates = report["machine"]
+    lines.append(
+        f"this machine: {rates['matrix_gflops']:.0f} GFLOP/s in a matrix product, {rates['copy_gb_per_second']:.0f} GB/s of "
+        "memory. Ours / the least that these allow:  "
+        + "  ".join(f"{phase} {times:.2f}" for phase, times in report["times_the_least"].items())
+    )
+    if "dry_run" in report:
+        lines.append(f"dry run: {report['dry_run']}")
+    return "\n".join(lines)
+
+
+def readme_table(reports: list[dict]) -> str:
+    """Markdown, one row for each suite: how many times less ours needs than TRL tuned (and, in brackets, than its defaults)."""
+    lines = [
+        "| suite | step | rollout | update | peak memory | completion tokens/s: ours, TRL tuned |",
+        "|---|---|---|---|---|---|",
+    ]
+    for report in reports:
+        tuned, default = report["ratios"]["tuned"], report["ratios"]["default"]
+        work = report["work"]
+        name = f"`{report['suite']}`: {work['num_generations']} completions of at most {work['max_completion_length']} tokens"
+        cells = [f"{tuned[key]:.1f}x ({default[key]:.1f}x)" for key in ("step", "rollout", "update", "peak_memory")]
+        speeds = f"{report['ours']['tokens_per_second']:.0f}, {report['trl_tuned']['tokens_per_second']:.0f}"
+        lines.append(f"| {' | '.join([name, *cells, speeds])} |")
     return "\n".join(lines)
 
 
