@@ -23,7 +23,7 @@ from grpo import zero
 from grpo.attention import NAME, GroupSpan, grpo_attention
 from grpo.checkpoint import Tensors, optimizer_from_tensors, optimizer_to_tensors
 from grpo.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
-from grpo.distributed import compute_dtype, is_sharded
+from grpo.distributed import compute_dtype, is_sharded, return_freed_memory
 from grpo.errors import ConfigError, NumericsError
 from grpo.logprobs import token_logprobs
 from grpo.lora import add_adapter, check_quantization, head_weight, off, save_adapter
@@ -192,7 +192,9 @@ class Policy:
         if self.reference is None:
             return [None] * len(batches)
         with self.accelerator.autocast():
-            return list(self.reference.logprobs(batches))
+            logprobs = list(self.reference.logprobs(batches))
+        return_freed_memory(self.device)
+        return logprobs
 
     def sync_reference(self, done: int) -> None:
         """After step `done`: move the reference towards the policy, where model.sync_ref_model says so."""
@@ -236,6 +238,7 @@ class Policy:
             self.prepared_optimizer.zero_grad()
         self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
         self.scheduler.step()
+        return_freed_memory(self.device)
         return norm
 
     last_of_step = True
