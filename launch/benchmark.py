@@ -293,7 +293,9 @@ def run_ours(suite: Suite, folder: Path, _name: str) -> dict:
 
         def generate(self, prompts: Any, plan: Any, *args: Any, **kwargs: Any) -> Any:
             self.lengths: list[int] = []
-            if len(prompts) * plan.num_generations == completions:  # not the few that are sampled as a check at the start
+            if (
+                len(prompts) * plan.num_generations == completions
+            ):  # else it is the few that check the engine at the start
                 self.lengths = forced_lengths(suite, len(prompt_tokens))
                 prompt_tokens.append(sum(len(prompt.token_ids) for prompt in prompts))
             return super().generate(prompts, plan, *args, **kwargs)
