@@ -18,7 +18,7 @@ FREE = (
     *("run_dir", "resume", "allow_changes", "save_every", "save_total_limit", "rank_timeout", "tokens_per_batch"),
     *("eval_every", "data.eval_path", "data.eval_split", "data.eval_size", "data.cache", "data.card"),
     *("data.i_have_permission", "model.gradient_checkpointing", "model.reference_offload", "model.attn_implementation"),
-    *("rollout.slots", "rollout.engine", "scoring", "tracking", "callbacks"),
+    *("rollout.slots", "rollout.cache_gib", "rollout.engine", "scoring", "tracking", "callbacks"),
     *("rollout.vllm_mode", "rollout.vllm_server_base_url", "rollout.vllm_server_host", "rollout.vllm_server_port"),
     *("rollout.vllm_server_timeout", "rollout.vllm_group_port", "rollout.vllm_weight_transfer"),
     *("rollout.vllm_gpu_memory_utilization", "rollout.vllm_max_model_length", "rollout.max_logprob_difference"),

@@ -2,6 +2,7 @@
 
 python launch/benchmark.py --suite cpu-tiny [--output FILE.json] [--profile FILE.txt]
 python launch/benchmark.py --suite cpu-gsm8k --data.path train.jsonl [--output FILE.json]
+python launch/benchmark.py --suite cpu-gsm8k --data.path train.jsonl --decode    milliseconds per token of our engine, by rows
 python launch/benchmark.py --readme docs/results/cpu-*.json           the table that README shows, from the JSON
 
 Both get the same model folder, the same prompts in the same order, the same reward functions, group size, optimizer and
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument(
         "--dry_run", action="store_true", help="the same path with a narrow model on the CPU: does it run?"
     )
+    parser.add_argument("--decode", action="store_true", help="only time our engine: milliseconds per token, by rows")
     parser.add_argument(
         "--cpu_time",
         action="store_true",
@@ -120,6 +122,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_work(suite, folder, flags.data_path)
+        if flags.decode:
+            print(decode_times(suite, folder))
+            return
         rates = machine_rates(suite, one_thread=flags.cpu_time)
         runs: dict[str, list[dict]] = {name: [] for name in RUNNERS}
         for number in range(suite.rounds):
@@ -512,6 +517,37 @@ def _status(key: str) -> float:
         if line.startswith(key + ":"):
             return int(line.split()[1]) / 2**20
     raise ConfigError("the benchmark reads memory from /proc: run it on Linux")
+
+
+def decode_times(suite: Suite, folder: Path) -> str:
+    """Milliseconds that one token of each of 32, 16, 8, 4 rows takes, the best of three times 63 tokens, prefill excluded."""
+    import torch
+
+    from grpo.distributed import cpu_threads
+    from grpo.policy import load_model, load_tokenizer, use_grpo_attention
+    from grpo.rollout.native_engine import NativeEngine
+    from grpo.types import Prompt, SamplingPlan
+
+    torch.set_num_threads(cpu_threads(1))
+    model, tokenizer = load_model(str(folder / "model")), load_tokenizer(str(folder / "model"))
+    model.to(suite.device)
+    engine = NativeEngine(model, tokenizer, slots=256, swapped=use_grpo_attention(model))
+    engine.end_ids = set()  # nothing ends early
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()][:4]
+    prompts = [Prompt(i, row["question"], tuple(tokenizer(row["question"])["input_ids"])) for i, row in enumerate(rows)]
+    lines = []
+    for group in (8, 4, 2, 1):
+        seconds = {}
+        for tokens in (1, 64):
+            engine.generate(prompts, SamplingPlan(group, tokens, 1.0, 0))
+            times = []
+            for _ in range(3):
+                started = time.perf_counter()
+                engine.generate(prompts, SamplingPlan(group, tokens, 1.0, 0))
+                times.append(time.perf_counter() - started)
+            seconds[tokens] = min(times)
+        lines.append(f"{4 * group:3} rows: {(seconds[64] - seconds[1]) / 63 * 1000:.2f} ms per token")
+    return "\n".join(lines)
 
 
 def machine_rates(suite: Suite, one_thread: bool) -> dict[str, float]:
