@@ -150,7 +150,7 @@ def tokenizer_and_shape(config: Config, rows: list[Example]) -> tuple[PreTrained
     if name != "starter":
         tokenizer = load_tokenizer(name, config.model.gguf_file)
         try:
-            shape = AutoConfig.from_pretrained(name)
+            shape = AutoConfig.from_pretrained(name, trust_remote_code=False)
             with torch.device("meta"):
                 return tokenizer, AutoModelForCausalLM.from_config(shape)
         except (OSError, ValueError) as error:

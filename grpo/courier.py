@@ -80,6 +80,7 @@ class Courier:
                 doing, call = self._calls.popleft()
                 self._now = doing, time.monotonic()
             try:
-                call()
+                if self.alive:
+                    call()
             except BaseException as error:  # whatever a network or a foreign library does, training is worth more
                 self._give_up(doing, error)

@@ -374,7 +374,9 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
             )
             extra["device_map"] = {"": device or torch.device("cpu")}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention, **extra)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, trust_remote_code=False, **extra
+        )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model.name '{path}' cannot be loaded: {error}") from error
     if extra.get("gguf_file"):  # plain float32 weights by now, though transformers still calls the model quantized
@@ -399,7 +401,7 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
 def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     try:
         extra = {"gguf_file": gguf_file} if gguf_file else {}
-        return AutoTokenizer.from_pretrained(path, padding_side="left", **extra)
+        return AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False, **extra)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name '{path}': its tokenizer cannot be loaded: {error}") from error
     except ImportError as error:

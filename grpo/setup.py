@@ -1,5 +1,6 @@
 """Setup: a config -> everything a run needs, checked in the order of cost: config, data, rewards, then weights."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -44,7 +45,7 @@ from grpo.rollout import RolloutEngine, build_engine, find_engine, is_separate
 from grpo.rollout.vllm_engine import check_vllm, longest_of
 from grpo.run_lock import RunLock, check_free
 from grpo.tracking import Tracker, check_trackers, choose_run_dir
-from grpo.training_data import training_data
+from grpo.training_data import repeated_prompts, training_data
 from grpo.types import Group, Prompt, SamplingPlan
 from grpo.watch import Watch, patience_for
 
@@ -156,7 +157,8 @@ class Run:
         self.score.close()
         self.callbacks.end(self.state(self.steps_done, []))
         if self.tracker is not None:
-            self.tracker.finish()
+            with contextlib.suppress(StorageError):  # `finish` has said so, or something worse is on its way up
+                self.tracker.finish()
         self.display.close()  # a progress bar hides the cursor
         if self.lock is not None:
             self.lock.release()
@@ -243,6 +245,9 @@ def prepare(config: Config) -> Run:
     score.start()
     path, tokenizer = data.model_path, data.tokenizer
     held_out = render_prompts(held_out_rows, tokenizer, config.data.max_prompt_length)[0] if held_out_rows else []
+    if isinstance(data.stream, PromptStream) and isinstance(data.stream.prompts, list):  # large files: launch/check.py
+        for line in repeated_prompts(data.stream.prompts, held_out):
+            display.say(line)
     torch.manual_seed(config.seed)
     policy = Policy(
         accelerator,

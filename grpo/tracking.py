@@ -25,13 +25,16 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import yaml
 
 from grpo.config import Config, flatten, to_dict
+from grpo.courier import Courier
 from grpo.errors import ConfigError, StorageError
+from grpo.lines import Lines
+from grpo.redaction import redacted
 from grpo.trackers import Outside, completions_table, start_tracker
 from grpo.watch import Finding
 
@@ -87,68 +90,68 @@ class Tracker:
             _write_whole(
                 run_dir / "environment.json", json.dumps(_plain(_environment() | {"derived": derived}), indent=2) + "\n"
             )
-            self._metrics = (run_dir / _METRICS).open("a", encoding="utf-8")
-            self._rollouts = (run_dir / _ROLLOUTS).open("a", encoding="utf-8")
-            self._evaluations = (run_dir / _EVALUATIONS).open("a", encoding="utf-8")
-            self._findings = (run_dir / _FINDINGS).open("a", encoding="utf-8")
+            self._files = {
+                name: Lines(run_dir / name, _log.warning) for name in (_METRICS, _ROLLOUTS, _EVALUATIONS, _FINDINGS)
+            }
         except OSError as error:
             raise StorageError(f"cannot write the run directory {run_dir}: {error}. Set another --run_dir") from error
         name = config.tracking.run_name or run_dir.name
         settings = {**flatten(to_dict(config)), **dataclasses.asdict(config.optimizer), "run_name": name, **derived}
         self._outside: dict[str, Outside] = {}
-        for library in config.tracking.report_to:
+        self._couriers = {
+            library: Courier(library, partial(self._failed, library)) for library in config.tracking.report_to
+        }
+        for library, courier in self._couriers.items():
             start = partial(start_tracker, library, run_dir, config.tracking.project, settings, resume_step, last_step)
-            self._protected(library, "start", lambda: self._outside.update({library: start()}))  # noqa: B023
+            courier.post("start", partial(self._start, library, start))
 
     def log(
         self, step: int, metrics: dict[str, Any], rows: Sequence[dict[str, Any]] = (), *, table: bool = False
     ) -> None:
         """One step: its metrics, and its completions, each a row with its "step". `table`: completions for the outside
         trackers, too. Call it once per step."""
-        self._write(self._rollouts, rows)
-        self._write(self._metrics, [{"step": step, **metrics}])
+        self._write(_ROLLOUTS, rows)
+        self._write(_METRICS, [{"step": step, **metrics}])
         numbers = {key: float(value) for key, value in metrics.items() if value is not None}
         completions = completions_table(_plain(list(rows))) if table and rows else None
-        for library, outside in list(self._outside.items()):
-            self._protected(library, "log", partial(outside.log, step, numbers, completions))
+        for library, courier in self._couriers.items():  # by name: the start of one may still be under way
+            courier.post("log", partial(self._log_outside, library, step, numbers, completions))
 
     def log_evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
         """One held-out evaluation, item by item: what a paired test of the run needs."""
-        self._write(self._evaluations, [{"step": step, **row} for row in rows])
+        self._write(_EVALUATIONS, [{"step": step, **row} for row in rows])
 
     def log_finding(self, step: int, finding: Finding) -> None:
         """Why the run does not learn. Said once: `findings_made` holds the names of those that stand there already."""
-        self._write(self._findings, [{"step": step, **dataclasses.asdict(finding)}])
+        self._write(_FINDINGS, [{"step": step, **dataclasses.asdict(finding)}])
 
     def findings_made(self) -> set[str]:
         text = (self.run_dir / _FINDINGS).read_text(encoding="utf-8")
         return {json.loads(line)["name"] for line in text.splitlines()}
 
     def finish(self) -> None:
-        """Close everything. A second call does nothing."""
-        for library, outside in list(self._outside.items()):
-            self._protected(library, "finish", outside.finish)
-        self._outside = {}
-        for file in (self._metrics, self._rollouts, self._evaluations, self._findings):
+        """Close everything. Raises StorageError if a row could not be written until now. A second call does nothing."""
+        couriers, self._couriers = self._couriers, {}
+        for library, courier in couriers.items():
+            courier.close(lambda library=library: self._outside[library].finish())  # type: ignore[misc]
+        for file in self._files.values():
             file.close()
 
-    def _protected(self, library: str, doing: str, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as error:  # whatever a network or a foreign library does, training is worth more
-            self._outside.pop(library, None)
-            _log.warning(
-                "%s failed at %s and is switched off: %s: %s. Training goes on; everything is in %s",
-                *(library, doing, type(error).__name__, error, self.run_dir / _METRICS),
-            )
+    def _start(self, library: str, start: Callable[[], Outside]) -> None:
+        self._outside[library] = start()
 
-    def _write(self, file: TextIO, rows: Sequence[dict[str, Any]]) -> None:
-        try:
-            for row in rows:
-                file.write(json.dumps(_plain(row), allow_nan=False, default=str) + "\n")
-                file.flush()  # a run that is killed keeps every step that it finished
-        except OSError as error:
-            raise StorageError(f"cannot write {file.name}: {error}. Free some space, then --resume auto") from error
+    def _log_outside(self, library: str, step: int, numbers: dict[str, float], completions: Any) -> None:
+        self._outside[library].log(step, numbers, completions)
+
+    def _failed(self, library: str, doing: str, error: BaseException | None) -> None:
+        what = "did not answer in time" if error is None else redacted(f"{type(error).__name__}: {error}")
+        _log.warning(
+            "%s failed at %s and is switched off: %s. Training goes on; everything is in %s",
+            *(library, doing, what, self.run_dir / _METRICS),
+        )
+
+    def _write(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        self._files[name].add([json.dumps(_plain(row), allow_nan=False, default=str) for row in rows])
 
 
 class _Dumper(yaml.SafeDumper):
@@ -166,7 +169,7 @@ _Dumper.add_representer(str, _represent_text)
 
 def _slug(name: str) -> str:
     """A name as one folder name: "Qwen/Qwen3 0.6B" -> "Qwen-Qwen3-0.6B"."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    return re.sub(r"[^\w.-]+", "-", name)[:100].strip("-.")  # file systems take 255 bytes, a letter may need four
 
 
 def _plain(value: Any) -> Any:
@@ -234,7 +237,7 @@ def _environment() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] or ["cpu"],
         "git_commit": _git_commit(),
-        "argv": sys.argv,
+        "argv": [redacted(word) for word in sys.argv],
     }
 
 

@@ -6,6 +6,7 @@ streamed     rows are read when they are drawn                         data.stre
 """
 
 import math
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,26 @@ def training_data(
     if made is None:
         raise ConfigError(f"data.cache: {folder} cannot be read on every process: set GRPO_CACHE to a shared folder")
     return _finish(config, path, tokenizer, made, made.record["dropped"], bad.rejected, say)
+
+
+def repeated_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[str]:
+    """A warning for questions that are asked twice, and for held-out ones that are trained on. Compared in NFC, without regard
+    to spaces."""
+    asked = [_question(prompt) for prompt in prompts]
+    trained, warnings = set(asked), []
+    if twice := len(asked) - len(trained):
+        warnings.append(f"warning: {twice} of {len(asked)} training prompts repeat another one")
+    if known := sum(_question(prompt) in trained for prompt in held_out):
+        warnings.append(
+            f"warning: {known} of {len(held_out)} held-out questions are among the training prompts: eval/accuracy shows what was "
+            f"learned by heart as well. Give another data.eval_path"
+        )
+    return warnings
+
+
+def _question(prompt: Prompt) -> str:
+    text = prompt.messages if isinstance(prompt.messages, str) else prompt.messages[-1]["content"]
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _finish(

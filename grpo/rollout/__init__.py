@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from grpo.errors import ConfigError
 from grpo.registry import Registry
 from grpo.types import Group, Prompt, SamplingPlan
 
@@ -39,7 +40,10 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     ids = configured if isinstance(configured, list) else [configured]
     found = {token for token in [*ids, tokenizer.eos_token_id] if token is not None}
     if not found:
-        raise ValueError("neither the model's generation config nor the tokenizer names an end-of-sequence token")
+        raise ConfigError(
+            "neither the model's generation config nor its tokenizer names an end token, so no completion could ever end: set "
+            "eos_token in tokenizer_config.json, or take a model that has one"
+        )
     return sorted(found)
 
 

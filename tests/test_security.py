@@ -1,0 +1,284 @@
+"""Security: what a model writes, data sets, checkpoints and model folders cannot run code, take secrets along, or leave the run
+directory. SECURITY.md says who is trusted with what."""
+
+import json
+import os
+import pickle
+import re
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo.checkpoint import load_checkpoint, newest_valid
+from grpo.config import Config, TrackingConfig, load_config
+from grpo.data import load_examples
+from grpo.display import Display, visible
+from grpo.errors import ConfigError, GrpoError, StorageError, run_main
+from grpo.policy import load_model, load_tokenizer
+from grpo.redaction import redacted
+from grpo.tracking import Tracker, choose_run_dir
+from tests.fakes import tiny_data, tiny_folder
+from tests.test_trainer import run
+
+ROOT = Path(__file__).parent.parent
+
+
+class Bomb:
+    """A pickle of it makes a file when it is loaded."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.target}",)
+
+
+def sources() -> list[Path]:
+    return [path for folder in ("grpo", "launch") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_code_of_a_model_folder_is_not_run(tmp_path: Path) -> None:
+    """X1. A folder that brings its own modelling code: an error that says so, and the code has not run."""
+    folder, touched = tiny_folder(tmp_path / "model"), tmp_path / "touched"
+    config = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "modeling_x.XConfig", "AutoModelForCausalLM": "modeling_x.X"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of", "auto_map": auto}))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer |= {"tokenizer_class": "XTokenizer", "auto_map": {"AutoTokenizer": ["modeling_x.XTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    code = f"open({str(touched)!r}, 'w')\nclass XConfig: pass\nclass X: pass\nclass XTokenizer: pass\n"
+    (folder / "modeling_x.py").write_text(code)
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ConfigError, match=r"cannot be loaded"):
+            load(str(folder))
+    assert not touched.exists()
+
+
+def test_a_pickle_in_place_of_any_file_is_not_loaded(tmp_path: Path) -> None:
+    """X2. In each file of a checkpoint, and as a model's weights."""
+    touched = tmp_path / "touched"
+    bomb = pickle.dumps(Bomb(touched))
+    run(tmp_path, "run", steps=1, eval_every=0)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-1"
+    for file in sorted(checkpoint.iterdir()):
+        whole = file.read_bytes()
+        file.write_bytes(bomb)
+        with pytest.raises(StorageError, match=re.escape(file.name)):
+            load_checkpoint(checkpoint)
+        assert newest_valid(tmp_path / "run")[0] is None
+        file.write_bytes(whole)
+    load_checkpoint(checkpoint)
+    (checkpoint / "extra.pkl").write_bytes(bomb)  # what the manifest does not name is not looked at
+    assert sorted(load_checkpoint(checkpoint)[0]) == ["model", "optimizer"]
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(bomb)
+    with pytest.raises(Exception) as caught:  # noqa: PT011 (transformers has several)
+        load_model(str(tmp_path / "model"))
+    assert not isinstance(caught.value, AssertionError)
+    assert not touched.exists()
+    pickle.loads(bomb)
+    assert touched.exists()  # the bomb does work
+
+
+@pytest.mark.parametrize(
+    "banned",
+    [
+        r"(?<![.\w])(eval|exec)\(",
+        r"\bpickle\.|\bimport pickle|weights_only=False|\btorch\.load\(|\bshelve\b|\bmarshal\b|\bjoblib\b",
+        r"trust_remote_code=True|shell=True|os\.system\(|yaml\.(unsafe_load|full_load|FullLoader|UnsafeLoader)",
+        r"0\.0\.0\.0|share=True",
+    ],
+)
+def test_what_no_source_file_may_hold(banned: str) -> None:
+    """X1, X2, X3, X8, X11: no eval, no pickle, no remote code, no shell, nothing open to the network by itself."""
+    assert [
+        f"{path}: {line}" for path in sources() for line in path.read_text().splitlines() if re.search(banned, line)
+    ] == []
+    assert any(re.search(r"from_pretrained\(", path.read_text()) for path in sources())
+
+
+CANARIES = {
+    "HF_TOKEN": "hf_CANARYaBcDeFgHiJkLmNoP",
+    "WANDB_API_KEY": "c0ffee0canary0c0ffee0canary0c0ffee0canary",
+    "MY_SERVICE_PASSWORD": "canary-correct-horse",
+}
+
+
+class RecordingWandb:
+    """Keeps everything that it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[Any] = []
+
+    def init(self, **arguments: Any) -> "RecordingWandb":
+        self.given.append(arguments)
+        return self
+
+    def log(self, *arguments: Any, **named: Any) -> None:
+        self.given.append((arguments, named))
+
+    def finish(self) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **named: self.given.append((name, arguments, named))
+
+
+def test_secrets_are_found_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """X7. Secrets in the environment and in .env: not in the run directory, not in what W&B gets, not on the screen."""
+    for name, value in CANARIES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("".join(f"{name}={value}2\n" for name, value in CANARIES.items()))
+    wandb = RecordingWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("grpo.setup.check_trackers", lambda names: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--data.path={CANARIES['HF_TOKEN']}"])
+    settings = {"steps": 2, "tracking.report_to": "[wandb, tensorboard]", "tracking.report": "true"}
+    run(tmp_path, "run", **settings)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {"metrics.jsonl", "environment.json", "config.yaml", "report.md"} <= {path.name for path in files}
+    out, err = capfd.readouterr()
+    everything = [(str(path), path.read_bytes()) for path in files]
+    everything += [("output", (out + err).encode()), ("wandb", repr(wandb.given).encode())]
+    assert [
+        (where, name) for where, text in everything for name, value in CANARIES.items() if value.encode() in text
+    ] == []
+    assert len(wandb.given) >= 3
+
+
+def test_an_error_does_not_tell_a_secret(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in CANARIES.items():
+        monkeypatch.setenv(name, value)
+
+    def fails(kind: type[Exception]) -> Any:
+        def main() -> None:
+            raise kind(f"401 for {' '.join(CANARIES.values())} at https://example.org")
+
+        return main
+
+    for kind in (GrpoError, RuntimeError):
+        with pytest.raises(SystemExit):
+            run_main(fails(kind))
+    err = capsys.readouterr().err
+    assert "401 for *** *** *** at https://example.org" in err
+    assert not any(value in err for value in CANARIES.values())
+    assert redacted("a plain sentence about tokens") == "a plain sentence about tokens"
+    assert redacted("key hf_abcdefghijklmnopqrst.") == "key ***."
+
+
+def test_secrets_are_not_settings(tmp_path: Path) -> None:
+    """X7. Neither a flag nor a key, and the error does not repeat the value."""
+    (tmp_path / "a.yaml").write_text("hub_token: hf_CANARYaBcDeFgHiJkLmNoP\n")
+    for arguments in (
+        ["--hub_token", "CANARY123"],
+        ["--tracking.api_key=CANARY123"],
+        ["--config", str(tmp_path / "a.yaml")],
+    ):
+        with pytest.raises(ConfigError, match=r"\.env") as caught:
+            load_config(arguments)
+        assert "CANARY" not in str(caught.value)
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert ".env" in ignored and not (ROOT / ".env").exists()
+
+
+HOSTILE = [
+    "<img src=x onerror=alert(1)>",
+    "<script>alert(1)</script>",
+    "[link=file:///etc/passwd]x[/link]",
+    "\x1b[2J\x1b]52;c;aGVsbG8=\x07",
+    "a\rb\x08\x9b31m",
+    "\u202etxt.exe",
+    "\ud800\x00",
+    "=cmd|' /C calc'!A0",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=repr)
+def test_hostile_text_is_shown_not_obeyed(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """X9. In the terminal: as its characters, control and direction marks as codes."""
+    display = Display(3)
+    display.completions([{"step": 1, "prompt": text, "completion": text, "reward": 1.0}])
+    display.say(text)
+    out = capsys.readouterr().out
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", out)
+    assert visible(text).replace("\n", "") in out
+
+
+def test_hostile_text_survives_the_files(tmp_path: Path) -> None:
+    """X9, R16. And in the files it is what it was, to the character."""
+    tracker = Tracker(tmp_path, Config(tracking=TrackingConfig(report_to=[])), {}, 0)
+    tracker.log_rollouts([{"step": 1, "completion": text} for text in HOSTILE])
+    tracker.finish()
+    rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().split("\n")[:-1]]
+    assert [row["completion"] for row in rows] == HOSTILE
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../x", "/etc/x", "..", ".", "a\0b", "CON", "n" * 300, "🦜", "-rf", "a/../../b", "~root", "$(touch x)", " "],
+)
+def test_run_names_stay_in_the_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """X10."""
+    monkeypatch.chdir(tmp_path)
+    config = Config(tracking=TrackingConfig(run_name=name))
+    run_dir = choose_run_dir(config, datetime(2026, 1, 2))
+    assert run_dir.parent == Path("outputs") and run_dir.resolve().parent == tmp_path / "outputs"
+    assert not run_dir.name.startswith(("-", ".")) and "\0" not in run_dir.name
+    run_dir.mkdir(parents=True)  # a name that the file system takes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: !!python/object/apply:os.system ['touch pwned']", "not valid YAML|could not determine a constructor"),
+        ("steps: !!python/name:os.system", "YAML"),
+        ("steps: 1\nsteps: 2", "given twice"),
+        ("optimizer: {learning_rate: 1e-6, learning_rate: 1e-5}", "given twice"),
+        ("stepss: 3", "did you mean 'steps'"),
+        ("- 1\n- 2", "key: value"),
+    ],
+)
+def test_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
+    """X11."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(["--config", "a.yaml"])
+    assert os.listdir(tmp_path) == ["a.yaml"]
+
+
+def test_yaml_numbers(tmp_path: Path) -> None:
+    """X11. PyYAML alone reads 5e-6 as text."""
+    (tmp_path / "a.yaml").write_text("optimizer: {learning_rate: 5e-6}\nobjective: {beta: 1E-2}\n")
+    config = load_config(["--config", str(tmp_path / "a.yaml")])
+    assert config.optimizer.learning_rate == 0.000005 and config.objective.beta == 0.01
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids"])
+def test_columns_that_rewards_would_confuse(tmp_path: Path, name: str) -> None:
+    """X12."""
+    data = tiny_data(tmp_path / "data.jsonl")
+    rows = [json.loads(line) | {name: 1} for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load_config([f"--data.path={data}", "--model.name=x"])
+    with pytest.raises(ConfigError, match=rf"data.jsonl:1: a column may not be called '{name}'"):
+        load_examples(config.data, "train", 0)
+
+
+def test_requirements_are_pinned() -> None:
+    """X14. Exact versions, in the core and in every extra."""
+    import tomllib
+
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wanted = [line for line in lines if line and not line.startswith("-")] + [
+        x for extra in extras.values() for x in extra
+    ]
+    assert len(wanted) > 10
+    assert [line for line in wanted if "==" not in line and not line.startswith("grpo-trainer")] == []
