@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from grpo.advantages import ADVANTAGES, SUBSETS
-from grpo.agreement import check_agreement, prove_updates
+from grpo.agreement import TOLERANCE, check_agreement, prove_updates
 from grpo.ahead import Ahead
 from grpo.callbacks import Callbacks, State, build_callbacks
 from grpo.checkpoint import (
@@ -396,7 +396,7 @@ def watch_for(config: Config, accelerator: Accelerator, tracker: Tracker | None)
         patience_for(config.steps),
         config.sampling.max_completion_length,
         config.optimizer.learning_rate,
-        tolerance=1e-3 if compute_dtype(accelerator) is None else 0.05,
+        tolerance=TOLERANCE[compute_dtype(accelerator) or torch.float32],
         has_answer=(lambda text: only_answer(text) is not None) if reads_answers else None,
         said=tracker.findings_made() if tracker is not None else set(),
     )

@@ -160,6 +160,7 @@ def test_odd_lengths_are_finite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ids: list[int], ended: bool, truncated: float, mask: bool
 ) -> None:
     """R12. All cut off, all ended at once, one token each; also where the cut ones are masked, so that nothing is left."""
+    monkeypatch.setattr("grpo.setup.check_agreement", lambda *arguments: 0.0)  # it would notice the made-up ones
     shaped(monkeypatch, ids, ended, "")
     rows = run(tmp_path, "run", steps=2, eval_every=0, save_every=0, **{"objective.mask_truncated_completions": mask})
     for row in rows:
