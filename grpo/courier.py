@@ -12,10 +12,8 @@ from collections.abc import Callable
 
 CALL_SECONDS = 60.0
 """A call that takes longer is an outage: connecting to W&B takes a few seconds."""
-BACKLOG_SECONDS = 5.0
-"""At the end of a run: how long to wait for calls that are still to be made."""
 CLOSE_SECONDS = 30.0
-"""At the end of a run: how long `finish` may take, since it uploads what is left."""
+"""At the end of a run, where training would have to wait: how long a single call may take. `finish` uploads what is left."""
 
 Report = Callable[[str, BaseException | None], None]
 """Called once, with what it was doing and the error (None: it took too long)."""
@@ -41,25 +39,22 @@ class Courier:
             if self.alive:
                 self._calls.append((doing, call))
                 self._change.notify_all()
-        self._check(CALL_SECONDS)
+        now = self._now
+        if now is not None and time.monotonic() - now[1] > CALL_SECONDS:
+            self._give_up(now[0], None)
 
     def close(self, finish: Callable[[], object]) -> None:
         """Have the last call made, and wait for it, though not for ever."""
-        ends = time.monotonic() + BACKLOG_SECONDS
+        began = time.monotonic()
         with self._change:
-            self._change.wait_for(lambda: not self._calls and self._now is None, BACKLOG_SECONDS)
-            idle = not self._calls and self._now is None
             self._calls.append(("finish", finish))
             self._closing = True
             self._change.notify_all()
-        self._thread.join(CLOSE_SECONDS if idle else max(0.0, ends - time.monotonic()))
-        if self._thread.is_alive():
-            self._check(0.0)
-
-    def _check(self, seconds: float) -> None:
-        now = self._now
-        if now is not None and time.monotonic() - now[1] > seconds:
-            self._give_up(now[0], None)
+        while self.alive and self._thread.is_alive():
+            self._thread.join(0.05)
+            now = self._now
+            if now is not None and time.monotonic() - max(began, now[1]) > CLOSE_SECONDS:
+                self._give_up(now[0], None)
 
     def _give_up(self, doing: str, error: BaseException | None) -> None:
         with self._change:

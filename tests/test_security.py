@@ -89,7 +89,7 @@ def test_a_pickle_in_place_of_any_file_is_not_loaded(tmp_path: Path) -> None:
         r"(?<![.\w])(eval|exec)\(",
         r"\bpickle\.|\bimport pickle|weights_only=False|\btorch\.load\(|\bshelve\b|\bmarshal\b|\bjoblib\b",
         r"trust_remote_code=True|shell=True|os\.system\(|yaml\.(unsafe_load|full_load|FullLoader|UnsafeLoader)",
-        r"0\.0\.0\.0|share=True",
+        r"=\s*[\"']0\.0\.0\.0|share=True",
     ],
 )
 def test_what_no_source_file_may_hold(banned: str) -> None:
@@ -213,7 +213,7 @@ def test_hostile_text_is_shown_not_obeyed(text: str, capsys: pytest.CaptureFixtu
 def test_hostile_text_survives_the_files(tmp_path: Path) -> None:
     """X9, R16. And in the files it is what it was, to the character."""
     tracker = Tracker(tmp_path, Config(tracking=TrackingConfig(report_to=[])), {}, 0)
-    tracker.log_rollouts([{"step": 1, "completion": text} for text in HOSTILE])
+    tracker.log(1, {}, [{"step": 1, "completion": text} for text in HOSTILE])
     tracker.finish()
     rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().split("\n")[:-1]]
     assert [row["completion"] for row in rows] == HOSTILE
