@@ -64,3 +64,28 @@ def test_chat_reads_questions_from_a_pipe(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, input="1+1=\n2+2=\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained: ") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
+def test_chat_in_a_real_terminal_side_by_side(tmp_path: Path) -> None:
+    pexpect = pytest.importorskip("pexpect", reason='pip install -e ".[test]"')
+    for name, seed in (("final", 0), ("base", 1)):
+        tiny_folder(tmp_path / name, seed=seed)
+    by_name = speakers(str(tmp_path / "final"), str(tmp_path / "base"))
+    *_, expected = answers(by_name, "1+2=", longest=6)
+    command = ["launch/chat.py", "--model", str(tmp_path / "final"), "--base", str(tmp_path / "base")]
+    command += ["--max_completion_length=6"]
+    screen = pexpect.spawn(sys.executable, command, cwd=ROOT, dimensions=(30, 100), encoding="utf-8", timeout=240)
+    screen.expect("question: ")
+    screen.sendline("1+2=")
+    screen.expect("question: ")
+    last = [line for line in screen.before.splitlines() if expected["base"] in line and expected["trained"] in line]
+    assert last, screen.before  # both answers in one line: side by side
+    assert (
+        "base" in screen.before and "trained" in screen.before and screen.before.count("╭") > 2
+    )  # drawn while it wrote
+    screen.sendline("")
+    screen.expect(pexpect.EOF)
+    screen.close()
+    assert screen.exitstatus == 0
