@@ -19,6 +19,8 @@ _SHOWN_ROWS = 3
 def show(found: "Check", changed: dict[str, Any]) -> None:
     """Print it, in the order in which a person asks: config, data, prompts, batch, rewards, memory, time, verdict."""
     console = Console(highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a pipe or a file has no width of its own, and 80 cuts the table off
     say = Say(console)
     say.heading("config")
     say.line(
