@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 import grpo.experience
 from grpo.ahead import Ahead
+from grpo.checkpoint import load_checkpoint, save_checkpoint
 from grpo.config import correction_of, load_config
 from grpo.errors import ConfigError
 from grpo.policy import load_model, use_grpo_attention
@@ -162,3 +163,17 @@ def test_an_error_while_sampling_ahead_reaches_the_step_that_needs_it() -> None:
     with pytest.raises(ValueError, match="no more"):
         ahead.take(lambda: [Prompt(next(draws), "", ())], 1)
     ahead.close()
+
+
+def test_a_checkpoint_from_before_progress_was_saved_resumes_the_same(tmp_path: Path) -> None:
+    still = {"eval_every": 0}
+    whole = run(tmp_path, "whole", **still)
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    for later in (2, 3, 4):
+        shutil.rmtree(tmp_path / "part" / "checkpoints" / f"step-{later}")
+    shutil.rmtree(tmp_path / "part" / "final")
+    tensors, state = load_checkpoint(tmp_path / "part" / "checkpoints" / "step-1")
+    del state["progress"], state["sampled_ahead"]
+    shutil.rmtree(tmp_path / "part" / "checkpoints" / "step-1")
+    save_checkpoint(tmp_path / "part", 1, tensors, state, 10)
+    assert same(run(tmp_path, "part", resume="auto", **still), whole)

@@ -1,5 +1,6 @@
 """The grid: what is measured of a run, intervals, and a grid that names only what exists."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,11 @@ def test_every_variation_is_a_valid_config(path: Path) -> None:
     assert len(grid["seeds"]) >= 3
     for changes in grid["variations"].values():
         load_config([f"--{key}={value}" for key, value in (grid["base"] | changes).items()])
+
+
+def test_what_the_page_says_is_what_the_table_says() -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    said = re.findall(r"[+-]\d\.\d{3} ± \d\.\d{3}", (docs / "experiments.md").read_text(encoding="utf-8"))
+    table_text = (docs / "results" / "starter_grid.md").read_text(encoding="utf-8")
+    assert len(said) >= 5
+    assert [value for value in said if value not in table_text] == []
