@@ -2,8 +2,8 @@
 
 python launch/overlap.py [--output docs/results/overlap.json] [--rounds 3] [--milliseconds 5]
 
-The starter with a reward that judges completions one by one and takes --milliseconds for each, in worker processes. Three ways,
-alternating: everything in turn (the overlaps switched off from outside), overlapped (what the trainer does), and sampled one
+A model of the starter's shape, hardly trained (so that completions are long), with a reward that judges completions one by one
+and takes --milliseconds for each, in worker processes. Three ways, alternating: everything in turn (the overlaps switched off from outside), overlapped (what the trainer does), and sampled one
 step ahead (rollout.max_staleness 1). Seconds of a step are medians over rounds and steps; the first step of a run is left out.
 """
 
@@ -41,9 +41,10 @@ def main() -> None:
     parser.add_argument("--milliseconds", type=float, default=5.0)
     flags = parser.parse_args()
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in ("in turn", "overlapped", "one step ahead")}
+    model = starter_shape()
     for _ in range(flags.rounds):
         for name, found in seconds.items():
-            for row in run(name, flags.steps, flags.milliseconds)[1:]:
+            for row in run(model, name, flags.steps, flags.milliseconds)[1:]:
                 for phase in PHASES:
                     found.setdefault(phase, []).append(row[f"time/{phase}"])
     medians = {name: {phase: statistics.median(found[phase]) for phase in PHASES} for name, found in seconds.items()}
@@ -52,7 +53,7 @@ def main() -> None:
         print(f"| {name} | " + " | ".join(f"{phases[phase]:.3f} s" for phase in PHASES) + " |")
     if flags.output:
         report = {
-            "command": "python launch/overlap.py --output docs/results/overlap.json",
+            "command": f"python launch/overlap.py --rounds {flags.rounds} --steps {flags.steps} --output docs/results/overlap.json",
             "machine": {"cores": os.cpu_count(), "cuda": torch.cuda.is_available()},
             "versions": {package: version(package) for package in ("torch", "transformers")},
             "milliseconds": flags.milliseconds,
@@ -61,7 +62,14 @@ def main() -> None:
         Path(flags.output).write_text(json.dumps(report, indent=1) + "\n")
 
 
-def run(name: str, steps: int, milliseconds: float) -> list[dict[str, Any]]:
+def starter_shape() -> Path:
+    """The starter after one of its supervised steps: made in seconds, cached."""
+    from grpo.starter import Recipe, make_starter
+
+    return make_starter(seed=0, recipe=Recipe(steps=1, problems=500))
+
+
+def run(model: Path, name: str, steps: int, milliseconds: float) -> list[dict[str, Any]]:
     """-> the metrics of each step."""
     from grpo.config import load_config
     from grpo.rewards.runner import RewardRunner
@@ -71,6 +79,12 @@ def run(name: str, steps: int, milliseconds: float) -> list[dict[str, Any]]:
         reward = Path(folder) / "unhurried.py"
         reward.write_text(REWARD.format(seconds=milliseconds / 1000))
         settings = {
+            "model.name": model,
+            "data.name": "arithmetic",
+            "data.system_prompt": "null",
+            "data.max_prompt_length": 128,
+            "sampling.num_generations": 16,
+            "sampling.max_completion_length": 48,
             "run_dir": Path(folder) / "run",
             "steps": steps,
             "eval_every": 0,
