@@ -124,7 +124,8 @@ class WorkingCopy:
         self.dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         if not hold:
             self.own = {}
-        if not self.own:
+        # Layers that recompute their activations drop the KV cache: sampling then keeps the copy, which shares all memory.
+        if not self.own and not live.is_gradient_checkpointing:
             self.model = live
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:

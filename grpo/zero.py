@@ -16,6 +16,8 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
+from grpo.errors import ConfigError
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, by the optimizer's own names."""
 
@@ -31,6 +33,11 @@ def stage(accelerator: Accelerator) -> int:
 
 def configure(accelerator: Accelerator, max_grad_norm: float) -> None:
     """Before `prepare`: what DeepSpeed wants to know of a data loader that we do not have, and our clipping."""
+    if stage(accelerator) == 3:
+        raise ConfigError(
+            "DeepSpeed ZeRO-3 does not work here yet (its first forward pass fails): use accelerate_configs/fsdp2.yaml, which "
+            "shards the same way, or deepspeed_zero2.yaml"
+        )
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
     settings["train_micro_batch_size_per_gpu"] = 1  # only used to print throughput
     settings["gradient_clipping"] = max_grad_norm

@@ -139,7 +139,7 @@ def test_two_machines_do_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs pip install deepspeed==0.19.8")
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2])
 @pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
 def test_zero_does_the_same_and_resumes(tmp_path: Path, stage: int, changes: dict[str, object]) -> None:
     """DeepSpeed over gloo on two CPU ranks; the checkpoint of its first step, gone on with, ends in the same weights."""
