@@ -1,0 +1,102 @@
+"""The dashboard in a real browser (Debian's chromium): it loads without an error, and obeys no completion."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo.dashboard.app import serve
+from tests.test_dashboard import HOSTILE, add_step, write_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+PATIENCE = 120_000
+"""Milliseconds: a machine may be busy. What is waited for comes within 5 s on one that is not."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    pytest.importorskip("gradio", reason='pip install -e ".[dashboard]"')
+    playwright = pytest.importorskip("playwright.sync_api", reason='pip install -e ".[browser]"')
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+class Visit:
+    """One visitor, who notes what goes wrong."""
+
+    def __init__(self, browser: Any, address: str, colors: str = "light") -> None:
+        self.page = browser.new_page(color_scheme=colors, viewport={"width": 1400, "height": 1000})
+        self.page.set_default_timeout(PATIENCE)
+        self.wrong: list[str] = []
+        self.page.on("console", lambda said: self.wrong.append(said.text) if said.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.wrong.append(dialog.message))
+        self.page.on("response", lambda got: self.wrong.append(got.url) if got.status >= 400 else None)
+        self.page.on(
+            "request",
+            lambda sent: None if sent.url.startswith((address, "data:", "blob:")) else self.wrong.append(sent.url),
+        )
+        self.page.goto(f"{address}?__theme={colors}")
+        self.page.wait_for_selector("#numbers .number")
+
+    def tab(self, name: str) -> None:
+        self.page.get_by_role("tab", name=name).click()
+
+    def shows(self, text: str) -> None:
+        self.page.locator("#numbers").get_by_text(text, exact=True).wait_for()
+
+
+@pytest.mark.parametrize("colors", ["light", "dark"])
+def test_every_page_loads_and_a_hostile_completion_stays_text(tmp_path: Path, browser: Any, colors: str) -> None:
+    run = write_run(tmp_path / "runs" / "<b>hostile", completion=HOSTILE)
+    write_run(tmp_path / "runs" / "other", seed=HOSTILE)
+    feedback = tmp_path / "feedback.jsonl"
+    page, address = serve(tmp_path / "runs", feedback, block=False)
+    try:
+        visit = Visit(browser, address, colors)
+        browser_page = visit.page
+        browser_page.locator("#runs input").click()
+        for name in ("<b>hostile", "other"):
+            if not browser_page.locator("#runs").get_by_text(name, exact=True).count():
+                browser_page.get_by_role("option", name=name).click()
+        browser_page.keyboard.press("Escape")
+        visit.tab("Compare")
+        browser_page.get_by_text("Where their configs differ").wait_for()
+        assert HOSTILE in browser_page.locator(".table").last.inner_text()
+
+        visit.tab("Completions")
+        browser_page.locator("#completions-run input").click()
+        browser_page.get_by_role("option", name="<b>hostile").click()
+        cell = browser_page.locator("#completions").get_by_text(HOSTILE[:30]).locator("visible=true").first
+        cell.wait_for()
+        box = cell.bounding_box()
+        browser_page.mouse.click(box["x"] + 5, box["y"] + 5)
+        browser_page.locator(".card textarea").nth(3).wait_for()
+        assert browser_page.locator(".card textarea").nth(3).input_value() == f"{HOSTILE} #3"
+        assert browser_page.locator(".card.right").count() == 2 and browser_page.locator(".card.wrong").count() == 2
+
+        browser_page.get_by_label("What it should have said").locator("visible=true").fill("4 = 2+2")
+        browser_page.get_by_role("button", name="correct it").locator("visible=true").click()
+        browser_page.get_by_text("Thank you.").wait_for()
+        [said] = [json.loads(line) for line in feedback.read_text().splitlines()]
+        assert (said["verdict"], said["correction"], said["pair_id"]) == ("correct", "4 = 2+2", 11)
+        assert said["completion"] == f"{HOSTILE} #0" and said["consent"] is False
+        browser_page.screenshot(path=tmp_path / f"completions-{colors}.png", full_page=True)
+
+        visit.tab("Curves")
+        add_step(run, 7)
+        visit.tab("Chat")
+        assert browser_page.title() == "GRPO runs"
+        assert browser_page.locator("img[src='x']").count() == 0
+        assert not browser_page.evaluate("[...document.scripts].some(script => script.text.includes('owned'))")
+        assert visit.wrong == []
+    finally:
+        page.close()
