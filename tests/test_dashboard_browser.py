@@ -1,7 +1,10 @@
-"""The dashboard in a real browser (Debian's chromium): it loads without an error, and obeys no completion."""
+"""The dashboard in a real browser (Debian's chromium): it loads without an error, moves with a run, and obeys no completion."""
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,10 @@ import pytest
 
 from grpo.dashboard.app import serve
 from tests.test_dashboard import HOSTILE, add_step, write_run
+from tests.test_trainer import arguments
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+ROOT = Path(__file__).parent.parent
 PATIENCE = 120_000
 """Milliseconds: a machine may be busy. What is waited for comes within 5 s on one that is not."""
 
@@ -100,3 +105,37 @@ def test_every_page_loads_and_a_hostile_completion_stays_text(tmp_path: Path, br
         assert visit.wrong == []
     finally:
         page.close()
+
+
+def test_curves_move_while_a_run_is_training(tmp_path: Path, browser: Any) -> None:
+    flags = arguments(tmp_path, "runs/live", steps=400, save_every=0, eval_every=0, **{"scoring.workers": 0})
+    training = subprocess.Popen(
+        [sys.executable, "launch/train.py", *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    page = None
+    try:
+        metrics = tmp_path / "runs" / "live" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            assert training.poll() is None, training.stderr.read().decode()  # type: ignore[union-attr]
+            time.sleep(0.5)
+        page, address = serve(tmp_path / "runs", tmp_path / "feedback.jsonl", block=False)
+        visit = Visit(browser, address)
+        step = visit.page.locator("#numbers .number b").first
+        curve = visit.page.locator(".vega-embed").first
+        curve.wait_for()
+        before, drawn = step.inner_text(), curve.screenshot()
+        visit.page.wait_for_function(
+            "before => document.querySelector('#numbers .number b').innerText !== before", arg=before
+        )
+        for _ in range(PATIENCE // 500):  # the curve is drawn a moment after the numbers
+            if curve.screenshot() != drawn:
+                break
+            visit.page.wait_for_timeout(500)
+        assert curve.screenshot() != drawn
+        assert int(before.split(" /")[0]) < int(step.inner_text().split(" /")[0]) <= 400
+        assert visit.wrong == []
+    finally:
+        training.kill()
+        training.wait()
+        if page is not None:
+            page.close()
