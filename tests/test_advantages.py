@@ -146,3 +146,16 @@ def test_what_holds_for_every_estimator(name: str, rewards: list, shift: int, sc
     assert torch.allclose(estimate(rewards_PG[:, order]), plain[:, order], atol=1e-9)
     if name != "reinforce_plus_plus":
         assert torch.allclose(plain.sum(1), torch.zeros(len(rewards), dtype=torch.float64), atol=1e-9)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    rows=st.integers(1, 5).flatmap(
+        lambda size: st.lists(st.lists(st.floats(), min_size=size, max_size=size), min_size=1, max_size=3)
+    )
+)
+def test_any_reward_vector_gives_finite_advantages(rows: list[list[float]]) -> None:
+    """Every float64 there is, NaN, infinities and 1e308 among them."""
+    for scale in ("group", "batch", "none"):
+        advantages = group_advantages(torch.tensor(rows, dtype=torch.float64), scale=scale)
+        assert bool(torch.isfinite(advantages.float()).all()), (scale, advantages)

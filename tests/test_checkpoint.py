@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -258,7 +259,7 @@ def test_killed_at_any_moment_of_a_save(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not syscalls.available(), reason="needs ptrace on x86-64 Linux")
 @pytest.mark.parametrize("step", [2, 1], ids=["prunes", "replaces"])
-def test_killed_before_every_call_that_changes_a_file(tmp_path: Path, step: int) -> None:
+def test_killed_before_every_call_that_changes_a_file(tmp_path: Path, step: int, record_property: Any) -> None:
     """kill -9 before each write, fsync, rename, removal of a save, found by tracing its system calls: what is loaded
     afterwards is the checkpoint before or this one, whole; and the next save cleans up."""
     tensors = {"policy": {"weight": torch.ones(3000)}, "optimizer": {"moment": torch.ones(7)}}
@@ -279,6 +280,7 @@ def test_killed_before_every_call_that_changes_a_file(tmp_path: Path, step: int)
     assert outcomes == sorted(outcomes) and set(outcomes) == {1, 2}
     assert {"write", "fsync", "rename", "unlinkat", "mkdir"} <= set(names_of_calls)
     assert len(names_of_calls) == len(outcomes) - 1 >= 20
+    record_property("points killed", len(names_of_calls))
 
 
 def test_what_is_not_plain_is_refused() -> None:

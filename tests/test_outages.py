@@ -1,7 +1,6 @@
 """What fails around a run costs the run nothing: a full disk, a tracker that hangs, a terminal that is gone, a long night."""
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -193,7 +192,7 @@ def test_without_a_terminal_the_weights_are_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_300_steps_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_300_steps_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any) -> None:
     """Memory, open files, threads and processes after 100 steps and after 300; a line per step."""
     me = psutil.Process()
     seen: dict[int, dict[str, int]] = {}
@@ -216,7 +215,7 @@ def test_300_steps_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )  # fmt: skip
     assert [row["step"] for row in rows] == list(range(1, 301))
     slope = (seen[300]["rss"] - seen[100]["rss"]) / 200
-    print(json.dumps({"bytes per step": slope, **{str(step): values for step, values in seen.items()}}))
+    record_property("bytes of memory per step", round(slope))
     assert slope < 20_000
     for kind in ("files", "threads", "processes"):
         assert seen[300][kind] <= seen[100][kind], kind

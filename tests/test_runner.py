@@ -246,7 +246,7 @@ def hostile_completions() -> list[str]:
     return list(itertools.islice(made, 64))
 
 
-def test_64_hostile_completions(runners: list[RewardRunner]) -> None:
+def test_64_hostile_completions(runners: list[RewardRunner], record_property: Any) -> None:
     """Every built-in reward, math_verify among them, on one step of them: bounded, and none earns anything for its
     answer. The bound is on the work: how often a process had to be killed, each time within its second."""
     pytest.importorskip("math_verify")
@@ -260,6 +260,8 @@ def test_64_hostile_completions(runners: list[RewardRunner]) -> None:
     for name in weights:
         assert hostile.by_name[name].nan_to_num().sum() == 0, name
     assert not os.path.exists("/tmp/pwned")
+    record_property("hostile completions tried", len(texts))
+    record_property("killed", sum(failure.timed_out for failure in hostile.failures))
 
 
 @pytest.mark.parametrize(
