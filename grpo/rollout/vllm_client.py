@@ -23,6 +23,9 @@ from grpo.rollout.vllm_worker import rendezvous, transfer_group
 T = TypeVar("T")
 CONNECTIONS = 256
 """Requests that are under way at the same time. vLLM queues them by itself."""
+LIMITS = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=0)
+"""A connection for each request: one that is kept, the server closes after a few seconds, or after an error of its own, and a
+request that crosses with that would look like a dead server."""
 PARCEL_BYTES = 512 * 2**20
 """Weights that are announced together: bounds what is held in memory while it is sent."""
 LOOK_EVERY = 5.0
@@ -34,7 +37,7 @@ class Server:
 
     def __init__(self, url: str, patience: float):
         self.url, self.patience = url.rstrip("/"), patience
-        self.client = httpx.Client(base_url=self.url, timeout=httpx.Timeout(None, connect=10.0))
+        self.client = httpx.Client(base_url=self.url, timeout=httpx.Timeout(None, connect=10.0), limits=LIMITS)
 
     def wait(self) -> None:
         """Until it is up. Raises ConfigError if that takes longer than `patience`."""
@@ -61,11 +64,10 @@ class Server:
             return thread.submit(asyncio.run, self._ask_all(path, bodies)).result()
 
     async def _ask_all(self, path: str, bodies: list[dict]) -> list[Any]:
-        limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
         timeout = httpx.Timeout(None, connect=self.patience)
         async with (
-            httpx.AsyncClient(base_url=self.url, timeout=timeout, limits=limits) as client,
-            httpx.AsyncClient(base_url=self.url, timeout=self.patience) as watching,
+            httpx.AsyncClient(base_url=self.url, timeout=timeout, limits=LIMITS) as client,
+            httpx.AsyncClient(base_url=self.url, timeout=self.patience, limits=LIMITS) as watching,
         ):
 
             async def ask(body: dict) -> Any:
