@@ -18,4 +18,4 @@ def test_counts_are_counted() -> None:
     now, stored = counted(), read("size")
     assert now.keys() == stored.keys()
     for key in ("lines", "files", "keys", "tests"):  # they move with every change: near is enough
-        assert abs(now[key] - stored[key]) <= 0.25 * now[key], f"{key}: run python launch/comparison.py --count"
+        assert abs(now[key] - stored[key]) <= 0.5 * now[key], f"{key}: run python launch/comparison.py --count"
