@@ -26,8 +26,9 @@ from grpo.reference import check_vocabulary
 from grpo.report import write_report
 from grpo.rewards import RewardSum, call_reward
 from grpo.rewards.runner import RewardRunner
+from grpo.rollout import find_engine
 from grpo.run_lock import RunLock, check_free
-from grpo.setup import check_engine, check_names
+from grpo.setup import check_names
 from grpo.tracking import choose_run_dir
 from grpo.trainer import check_skipped
 from grpo.types import Completion, Group, Prompt
@@ -273,7 +274,7 @@ CASES: dict[str, Case] = {
         "unknown objective 'gpro': did you mean 'grpo'? Known: ...; or point to your own with 'package.module:name' or 'path/file.py:name'",
     ),
     "unknown engine": Case(
-        lambda _: check_engine("nativ"),
+        lambda _: find_engine("nativ"),
         ConfigError,
         "unknown engine 'nativ': did you mean 'native'? Known: ...; or point to your own with 'package.module:name' or 'path/file.py:name'",
     ),
@@ -470,6 +471,14 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path: Path) -> None:
     assert path is None and [reason.replace(str(tmp_path), "DIR") for reason in reasons] == [
         "ignoring step-12: " + CASES["checkpoint without its manifest"].message
     ]
+
+
+def test_the_page_lists_every_exit_code() -> None:
+    codes = {kind.exit_code for kind in GrpoError.__subclasses__() if hasattr(kind, "exit_code")} - {
+        GrpoError.exit_code
+    }
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", PAGE.read_text(), re.MULTILINE)}
+    assert codes <= listed | {130, 143} and 0 in listed
 
 
 def test_the_page_explains_every_message_and_no_other() -> None:
