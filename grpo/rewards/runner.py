@@ -314,7 +314,7 @@ class Worker:
         pipe, self._pipe = self._pipe, None
         if pipe is not None:
             pipe.close()
-        if process is None:
+        if process is None or process.pid is None:  # never started: what stopped it is the error to show
             return
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)  # with whatever it has started; it leads its own group
