@@ -224,7 +224,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
         [
             "test_security.py::test_hostile_text_is_shown_not_obeyed",
             "test_report.py::test_a_completion_cannot_leave_its_block",
-            "test_data_card.py::test_the_card_cannot_carry_markup_into_the_model_card",
+            "test_data_card.py::test_a_run_records_its_card_and_the_model_card_shows_it",
         ],
     ),
     "X10": ("run names", ["test_security.py::test_run_names_stay_in_the_output_folder"]),
