@@ -192,7 +192,7 @@ class Policy:
         if self.reference is None:
             return [None] * len(batches)
         with self.accelerator.autocast():
-            logprobs = list(self.reference.logprobs(batches))
+            logprobs: list[Tensor | None] = [*self.reference.logprobs(batches)]
         return_freed_memory(self.device)
         return logprobs
 
@@ -381,6 +381,7 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
         raise ConfigError(f"model.name '{path}' cannot be loaded: {error}") from error
     if extra.get("gguf_file"):  # plain float32 weights by now, though transformers still calls the model quantized
         model.is_quantized = False  # type: ignore[assignment]
+        model.hf_quantizer = None  # type: ignore[assignment]
         del model.config.quantization_config
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -21,7 +21,7 @@ def command(argv: list[str]) -> list[str]:
         "--dtype", default="bfloat16", help="what the trainer computes in: its mixed precision, else float32"
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", help="0.0.0.0 lets any machine in: only in a network of your own"
+        "--host", default="127.0.0.1", help="any machine is let in by 0.0.0.0: only in a network of your own"
     )
     parser.add_argument(
         "--load-format", default="dummy", help="dummy: do not read weights that the trainer sends anyway"

@@ -81,8 +81,8 @@ def test_dividing_by_the_deviation_maximises_the_arcsine(p: float) -> None:
 def test_a_variant_and_an_estimator_of_ones_own_train_in_under_ten_lines(tmp_path: Path) -> None:
     source = (
         "from grpo.objective import register_objective\n"
-        "@register_objective('capped', per='token')\n"
-        "def capped(ratio, advantages, *, epsilon):\n"
+        "@register_objective('capped_from_a_file', per='token')\n"
+        "def capped_from_a_file(ratio, advantages, *, epsilon):\n"
         "    return -ratio.clamp(max=1 + epsilon) * advantages\n"
         "def above_the_median(rewards_PG):\n"
         "    return rewards_PG - rewards_PG.median(dim=1, keepdim=True).values\n"
@@ -96,7 +96,7 @@ def test_a_variant_and_an_estimator_of_ones_own_train_in_under_ten_lines(tmp_pat
         eval_every=0,
         prompts_per_step=6,
         **{
-            "objective.loss_type": f"{tmp_path}/mine.py:capped",
+            "objective.loss_type": f"{tmp_path}/mine.py:capped_from_a_file",
             "objective.advantage_estimator": f"{tmp_path}/mine.py:above_the_median",
             "objective.num_iterations": 2,
         },

@@ -99,8 +99,9 @@ class _Engine:
         except EngineError as error:
             self.failure = error
         self._fail_together()
-        for group in groups if finished is not None else ():
-            finished(group)
+        if finished is not None:
+            for group in groups:
+                finished(group)
         return groups
 
     def _fail_together(self) -> None:
