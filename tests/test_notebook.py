@@ -41,4 +41,4 @@ def test_it_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "--- base" in printed and "--- trained" in printed and "change" in printed
     assert "ready to train" in printed and "reward/accuracy/mean" in printed
     assert (tmp_path / "starter" / "final" / "model.safetensors").is_file()
-    assert (tmp_path / "mine" / "final" / "adapter" / "adapter_config.json").is_file()
+    assert (tmp_path / "mine" / "adapter" / "adapter_config.json").is_file()
