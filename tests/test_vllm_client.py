@@ -1,6 +1,8 @@
 """The vLLM engine without vLLM: a stand-in speaks its protocol (tests/fake_vllm.py). The real one is in tests/test_vllm.py."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,6 +97,25 @@ def test_weights_travel_in_parcels(fake: FakeVLLM, monkeypatch: pytest.MonkeyPat
     fake.fails["/update_weights"] = 500
     with pytest.raises(EngineError, match="as asked"):  # at once: nobody waits for a broadcast that has no receiver
         sender.send(iter(weights.items()), "2")
+
+
+def test_a_refused_update_does_not_hold_the_program_up(fake: FakeVLLM) -> None:
+    """The server answers with an error, and its worker, alive, takes no part: the broadcast would wait for it."""
+    fake.fails["/update_weights"] = 500
+    program = f"""
+import sys, torch
+from grpo.errors import EngineError
+from grpo.rollout.vllm_client import Server, WeightSender
+sender = WeightSender(Server({fake.url!r}, 600.0), "gloo", torch.device("cpu"))
+try:
+    sender.send([("weight", torch.zeros(20_000_000)), ("bias", torch.zeros(10))], "step-1")
+except EngineError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 7, ended.stderr
+    assert "/update_weights: as asked" in ended.stdout
 
 
 def test_the_engine_agrees_with_the_native_one(tmp_path: Path) -> None:

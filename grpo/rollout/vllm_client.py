@@ -5,6 +5,7 @@ WeightSender    weights -> the server's workers, through vLLM's weight-transfer 
 """
 
 import asyncio
+import ctypes
 import socket
 import threading
 import time
@@ -146,6 +147,7 @@ class WeightSender:
     def __init__(self, server: Server, transport: str, device: torch.device, port: int = 0):
         """Meet the workers. `transport` is nccl or gloo; port 0 takes any that is free."""
         self.server, self.transport = server, transport
+        self._abandoned = threading.Event()
         self.place = device if transport == "nccl" else torch.device("cpu")
         world = 1 + int(server.get("/get_world_size")["world_size"])
         host = _address_towards(server.url)
@@ -201,16 +203,26 @@ class WeightSender:
         def broadcast() -> None:
             if self.place.type == "cuda":
                 torch.cuda.set_device(self.place)  # this runs in a thread of its own
-            for _, tensor in parcel:
-                self.group.broadcast(tensor, 0).wait()
+            for work in [self.group.broadcast(tensor, 0) for _, tensor in parcel]:
+                # Asked again and again: a thread that waits inside torch while the program ends would abort it.
+                while not work.is_completed():
+                    if self._abandoned.wait(0.0005):
+                        return
+                work.wait()
             if self.place.type == "cuda":
                 torch.cuda.synchronize(self.place)
 
         self._alongside(lambda: self.server.post("/update_weights", {"update_info": info}), broadcast)
 
+    def _abandon(self) -> None:
+        """Nothing more is sent. A gloo group waits in its destructor for what is under way, so this one gets none."""
+        self._abandoned.set()
+        if hasattr(self, "group"):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
+
     def _alongside(self, request: Callable[[], Any], ours: Callable[[], T]) -> T:
         """Both halves of something that each of them waits for. A half that fails is told at once; the other one, which
-        would wait in vain, is left behind in a thread that ends with the process."""
+        would wait in vain, is left behind in a thread that ends by itself or with the process."""
         answers: dict[str, Any] = {}
         changed = threading.Condition()
 
@@ -229,6 +241,8 @@ class WeightSender:
             changed.wait_for(lambda: len(answers) == 2 or any(error for _, error in answers.values()))
             if "ours" in answers and answers["ours"][1] is not None and "request" not in answers:
                 changed.wait_for(lambda: "request" in answers, timeout=5.0)  # its reason is usually the better one
+        if any(error for _, error in answers.values()):
+            self._abandon()
         for name in ("request", "ours"):
             error = answers.get(name, (None, None))[1]
             if isinstance(error, EngineError):
