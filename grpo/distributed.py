@@ -34,10 +34,10 @@ def start_accelerator(timeout: float = 1800.0) -> Accelerator:
             '"no" in the file of --config_file, or with accelerate launch --mixed_precision'
         )
     if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        patience.backend = (
-            "gloo"  # and not `cpu`, which would mean plain DDP: how deepspeed_zero*.yaml is tested without a GPU
-        )
+        # How deepspeed_zero*.yaml is tested without a GPU. Accelerate would take `cpu` for plain DDP.
+        patience.backend = "gloo"
         on_cpu = False
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patience])
     asked = asked_processes()
     if accelerator.num_processes != asked:

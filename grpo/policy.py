@@ -29,7 +29,7 @@ from grpo.logprobs import token_logprobs
 from grpo.lora import add_adapter, check_quantization, head_weight, off, save_adapter
 from grpo.packing import PackedBatch
 from grpo.reference import Reference, check_vocabulary
-from grpo.weights import Float32Head, WorkingCopy, full, save_plain
+from grpo.weights import Float32Head, WorkingCopy, full, save_plain, whole
 
 AttentionInterface.register(NAME, grpo_attention)
 disable_progress_bar()  # "Loading weights 38/38": noise between our own lines
@@ -93,6 +93,9 @@ class Policy:
         self.accelerator, self.config = accelerator, config
         self.optimizer_config = optimizer
         self.max_grad_norm = optimizer.max_grad_norm
+        self.zero_stage = zero.stage(accelerator)
+        if self.zero_stage:
+            zero.configure(accelerator, optimizer.max_grad_norm)
         self.model = load_model(path, config, accelerator.device)
         self.swapped = config.attn_implementation == NAME and use_grpo_attention(self.model)
         self.model.to(accelerator.device)
@@ -114,9 +117,6 @@ class Policy:
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.model.train()  # checkpointing is only active in train mode; every dropout is 0, so nothing else changes
-        self.zero_stage = zero.stage(accelerator)
-        if self.zero_stage:
-            zero.configure(accelerator, optimizer.max_grad_norm)
         self.working_copy.follow(
             self.model,
             compute=None if self.zero_stage == 2 else compute_dtype(accelerator),  # ZeRO-2 casts the live weights
@@ -131,6 +131,7 @@ class Policy:
             weight_decay=optimizer.weight_decay,
         )
         self.scorer, self.prepared_optimizer = accelerator.prepare(scorer, self.optimizer)
+        zero.announce(scorer, self.model.get_output_embeddings())
         self.scheduler = get_scheduler(
             optimizer.lr_scheduler_type,
             self.optimizer,
@@ -344,7 +345,7 @@ class Policy:
         else:
             save_plain(self.model, folder, write=main)
         if self.adapter is not None:
-            weights = {name: full(value) for name, value in self.model.named_parameters() if value.requires_grad}
+            weights = {name: whole(value) for name, value in self.model.named_parameters() if value.requires_grad}
             if main:
                 save_adapter(self.adapter, folder.parent / "adapter", weights)
         if main:

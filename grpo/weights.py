@@ -42,8 +42,7 @@ def full_weights(
             continue
         layer = adapted.get(name)
         with torch.no_grad(), zero.gathered([parameter] if layer is None else list(layer.parameters())):
-            tensor = (zero.master(parameter) if masters else None) if layer is None else None
-            tensor = dequantized(full(parameter)) if tensor is None else tensor
+            tensor = whole(parameter) if masters and layer is None else dequantized(full(parameter))
             if layer is not None:
                 tensor = tensor + full(delta(layer)).to(tensor.dtype)
             elif hasattr(parameter, "ds_id"):
@@ -54,6 +53,12 @@ def full_weights(
 def full(tensor: Tensor) -> Tensor:
     """The whole of an FSDP2 shard; any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+
+
+def whole(parameter: nn.Parameter) -> Tensor:
+    """What the optimizer moves, whole: under DeepSpeed the float32 master, otherwise the parameter. Collective where sharded."""
+    master = zero.master(parameter)
+    return dequantized(full(parameter)) if master is None else master
 
 
 def dequantized(tensor: Tensor) -> Tensor:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
-
-from grpo.errors import ConfigError
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, by the optimizer's own names."""
@@ -32,21 +31,28 @@ def stage(accelerator: Accelerator) -> int:
 
 
 def configure(accelerator: Accelerator, max_grad_norm: float) -> None:
-    """Before `prepare`: what DeepSpeed wants to know of a data loader that we do not have, and our clipping."""
-    if stage(accelerator) == 3:
-        raise ConfigError(
-            "DeepSpeed ZeRO-3 does not work here yet (its first forward pass fails): use accelerate_configs/fsdp2.yaml, which "
-            "shards the same way, or deepspeed_zero2.yaml"
-        )
+    """Before any model is made: what DeepSpeed wants to know of a data loader that we do not have, our clipping, and that
+    models are made whole. Left to itself, transformers would make every one of them in parts under ZeRO-3: the plain copies,
+    the reference and the probes as well. `prepare` takes apart the one that learns."""
+    unset_hf_deepspeed_config()
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
     settings["train_micro_batch_size_per_gpu"] = 1  # only used to print throughput
     settings["gradient_clipping"] = max_grad_norm
     settings["steps_per_print"] = 10**9
 
 
+def announce(scorer: nn.Module, head: nn.Module) -> None:
+    """After `prepare`: the scorer reads the weight of the head and never calls it, so ZeRO-3 must gather it for the scorer."""
+    if hasattr(next(head.parameters()), "ds_id"):
+        import deepspeed
+
+        for parameter in head.parameters():
+            deepspeed.zero.register_external_parameter(scorer, parameter)
+
+
 def backward(engine: Any, loss: Tensor, *, last: bool) -> None:
     """Add up the gradient of `loss`; at the `last` batch of a step, ranks have exchanged it."""
-    if not math.isfinite(float(loss)):
+    if not math.isfinite(float(loss.detach())):
         loss = loss * math.nan  # seen by every rank, so that all of them skip the step
     engine.set_gradient_accumulation_boundary(last)
     engine.backward(loss)
@@ -76,9 +82,9 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(parameters):
+    with deepspeed.zero.GatheredParameters(parameters):
         yield
 
 
@@ -103,8 +109,7 @@ def load_full_state(
     model: nn.Module, engine: Any, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], moments: dict[str, Any]
 ) -> None:
     """What full_state gave, or a run without DeepSpeed saved (its optimizer state is by number), on every rank."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     saved = moments["state"]
     order = moments["param_groups"][0]["params"]
@@ -113,13 +118,11 @@ def load_full_state(
         _make_moments(engine, optimizer, next(iter(saved.values()))["step"])
     for name, parameter in trained(model):
         value = weights[name].to(parameter.device)
-        safe_set_full_fp32_param(parameter, value.float())
-        with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             parameter.copy_(value)
-        state = by_name[name]
-        if state:
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[key].to(parameter.device), key)
+        _set_master(parameter, value.float())
+        for key in MOMENTS if by_name[name] else ():
+            _set_master(parameter, by_name[name][key].to(parameter.device), key)
     for group, settings in zip(optimizer.param_groups, moments["param_groups"], strict=True):
         group.update({key: value for key, value in settings.items() if key != "params"})
 
@@ -135,6 +138,26 @@ def _make_moments(engine: Any, optimizer: torch.optim.Optimizer, step: Tensor) -
         optimizer.state[part] = {"step": step.clone(), **{key: torch.zeros_like(part) for key in MOMENTS}}
     if parts is None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _set_master(parameter: nn.Parameter, whole: Tensor, key: str | None = None) -> None:
+    """Write this rank's part of the float32 weight, or of the moment `key`."""
+    from deepspeed import utils
+
+    if not hasattr(parameter, "ds_id"):
+        if key is None:
+            utils.safe_set_full_fp32_param(parameter, whole)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, whole, key)
+        return
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # every rank's is the same: the last one is padded
+    rank = torch.distributed.get_rank()
+    part = nn.functional.pad(whole.flatten(), (0, size * torch.distributed.get_world_size() - whole.numel()))
+    part = part[rank * size : (rank + 1) * size]
+    if key is None:
+        utils.safe_set_local_fp32_param(parameter, part)
+    else:
+        utils.safe_set_local_optimizer_state(parameter, part, key)
 
 
 def _on_cpu(tensor: Tensor | None) -> Tensor:

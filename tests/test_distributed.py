@@ -21,7 +21,9 @@ ROOT = Path(__file__).parent.parent
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
-def launch(tmp_path: Path, run: str, launcher: list[str], **changes: object) -> subprocess.CompletedProcess:
+def launch(
+    tmp_path: Path, run: str, launcher: list[str], script: str = "launch/train.py", **changes: object
+) -> subprocess.CompletedProcess:
     settings = {
         "model.name": tmp_path / "model",
         "data.path": tmp_path / "data.jsonl",
@@ -40,9 +42,9 @@ def launch(tmp_path: Path, run: str, launcher: list[str], **changes: object) -> 
         "rewards": '{"tests.letters:count_letters": 1.0}',
     } | changes
     flags = [f"--{key}={value}" for key, value in settings.items()]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLLECTIVES": str(tmp_path / run)}
     return subprocess.run(
-        [*launcher, str(ROOT / "launch" / "train.py"), *flags],
+        [*launcher, str(ROOT / script), *flags],
         capture_output=True,
         text=True,
         env=environment,
@@ -140,7 +142,7 @@ def test_two_machines_do_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs pip install deepspeed==0.19.8")
-@pytest.mark.parametrize("stage", [2])
+@pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
 def test_zero_does_the_same_and_resumes(tmp_path: Path, stage: int, changes: dict[str, object]) -> None:
     """DeepSpeed over gloo on two CPU ranks; the checkpoint of its first step, gone on with, ends in the same weights."""
@@ -177,6 +179,38 @@ def test_a_sharded_run_resumes_exactly_and_alone(tmp_path: Path) -> None:
         weights = load_file(tmp_path / run / "final" / "model.safetensors")
         for key in expected:
             assert torch.allclose(weights[key], expected[key], rtol=0, atol=tolerance), key
+
+
+@pytest.mark.slow
+def test_one_collective_per_log_not_one_per_metric(tmp_path: Path) -> None:
+    """Two gloo ranks: four rewards, which are eight metrics more than one, take the same collectives in every step, and one of
+    them carries all the sums of the log."""
+    tiny_folder(tmp_path / "model")
+    tiny_data(tmp_path / "data.jsonl")
+    four = {f"{tmp_path}/lengths.py:{name}": 1.0 for name in "abcd"}
+    (tmp_path / "lengths.py").write_text(
+        "".join(
+            f"def {name}(completions, **rest):\n    return [1.0 * len(str(c)) for c in completions]\n"
+            for name in "abcd"
+        )
+    )
+    found = {}
+    for run, rewards in (("one", dict([next(iter(four.items()))])), ("four", four)):
+        (tmp_path / run).mkdir()
+        result = launch(
+            tmp_path, run, CPU_2, "tests/counted_train.py", rewards=json.dumps(rewards), **{"scoring.workers": 0}
+        )
+        assert (tmp_path / run / "final").is_dir(), result.stderr
+        ranks = [records(tmp_path / run, f"rank-{rank}") for rank in (0, 1)]
+        assert ranks[0] == ranks[1]
+        found[run] = [row for row in ranks[0] if row["step"] == 2]
+    kinds = {run: [row["kind"] for row in rows] for run, rows in found.items()}
+    print(found)
+    assert kinds["one"] == kinds["four"]
+    wide = {run: [row["numbers"] for row in rows if (row["numbers"] or 0) > 2] for run, rows in found.items()}
+    assert len(wide["one"]) == len(wide["four"]) == 1
+    logged = {run: len(records(tmp_path / run, "metrics")[1]) for run in found}
+    assert logged["four"] >= logged["one"] + 6
 
 
 @pytest.mark.slow
