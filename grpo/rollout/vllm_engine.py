@@ -70,12 +70,19 @@ class _Engine:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        config: RolloutConfig,
         accelerator: Accelerator,
         weights: Weights,
+        longest: int | None,
     ):
         self.tokenizer, self.accelerator, self.weights = tokenizer, accelerator, weights
         self.end_ids = end_token_ids(model, tokenizer)
         self.failure: EngineError | None = None
+        self._open(model, config, longest)
+
+    def _open(self, model: PreTrainedModel, config: RolloutConfig, longest: int | None) -> None:
+        """Reach the server, or start vLLM here, with room for `longest` tokens. Raises ConfigError."""
+        raise NotImplementedError
 
     def update_weights(self, step: int) -> None:
         """Send the weights. Collective where they are sharded. An error is kept for `generate`."""
@@ -149,29 +156,20 @@ class _Engine:
 class ServerEngine(_Engine):
     """A vLLM server somewhere else."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        config: RolloutConfig,
-        accelerator: Accelerator,
-        weights: Weights,
-        longest: int | None,
-    ):
+    def _open(self, model: PreTrainedModel, config: RolloutConfig, longest: int | None) -> None:
         from grpo.rollout.vllm_client import Server, WeightSender, check_server
 
-        super().__init__(model, tokenizer, accelerator, weights)
         self.server = Server(server_url(config), config.vllm_server_timeout)
         self.served = check_server(self.server, longest)
         self.run = broadcast_object_list([uuid.uuid4().hex[:8]])[0]
         self.updates = itertools.count()
         self.version = ""
         self.sender = None
-        if accelerator.is_main_process:
+        if self.accelerator.is_main_process:
             transport = config.vllm_weight_transfer
             if transport == "auto":
-                transport = "nccl" if accelerator.device.type == "cuda" else "gloo"
-            self.sender = WeightSender(self.server, transport, accelerator.device, config.vllm_group_port)
+                transport = "nccl" if self.accelerator.device.type == "cuda" else "gloo"
+            self.sender = WeightSender(self.server, transport, self.accelerator.device, config.vllm_group_port)
 
     def _send(self, weights: Iterator[tuple[str, Tensor]], step: int) -> None:
         self.version = f"{self.run}-{next(self.updates)}-step-{step}"
@@ -201,22 +199,13 @@ class ServerEngine(_Engine):
 class ColocatedEngine(_Engine):
     """vLLM in this process, which keeps a part of the device's memory for itself: vllm_gpu_memory_utilization."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        config: RolloutConfig,
-        accelerator: Accelerator,
-        weights: Weights,
-        longest: int | None,
-    ):
-        super().__init__(model, tokenizer, accelerator, weights)
+    def _open(self, model: PreTrainedModel, config: RolloutConfig, longest: int | None) -> None:
         from grpo.rollout.vllm_worker import register
 
         LLM = vllm_module().LLM
         register()
         path = model.config._name_or_path
-        dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision, "float32")
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision, "float32")
         try:
             self.llm = LLM(
                 path,
@@ -228,7 +217,7 @@ class ColocatedEngine(_Engine):
                 max_model_len=config.vllm_max_model_length or longest,
                 max_num_seqs=config.slots,
                 gpu_memory_utilization=config.vllm_gpu_memory_utilization,
-                enforce_eager=accelerator.device.type == "cpu",
+                enforce_eager=self.accelerator.device.type == "cpu",
                 skip_tokenizer_init=True,
                 worker_extension_cls="grpo.rollout.vllm_worker.Extension",
                 seed=0,
