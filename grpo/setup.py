@@ -45,7 +45,7 @@ from grpo.rollout import RolloutEngine, build_engine, find_engine, is_separate
 from grpo.rollout.vllm_engine import check_vllm, longest_of
 from grpo.run_lock import RunLock, check_free
 from grpo.tracking import Tracker, check_trackers, choose_run_dir
-from grpo.training_data import repeated_prompts, training_data
+from grpo.training_data import TrainingData, repeated_prompts, training_data
 from grpo.types import Group, Prompt, SamplingPlan
 from grpo.watch import Watch, patience_for
 
@@ -222,6 +222,18 @@ class Run:
             self.display.say(f"no report: {error!r}. Later: python launch/report.py --run {self.run_dir}")
 
 
+@dataclass
+class Before:
+    """What a run had come to when it was interrupted; as it stands, that of a run that starts."""
+
+    start: int = 0
+    """Steps that are done."""
+    progress: Progress = field(default_factory=Progress)
+    sampled_ahead: list[dict] = field(default_factory=list)
+    first_eval: dict[str, float] = field(default_factory=dict)
+    last_eval: dict[str, float] = field(default_factory=dict)
+
+
 def prepare(config: Config) -> Run:
     """Everything that `train` needs. Raises ConfigError before any weight loads for whatever can be known by then."""
     check_names(config.objective)
@@ -229,25 +241,83 @@ def prepare(config: Config) -> Run:
     score = build_score(config)
     check_trackers(config.tracking.report_to)
     callbacks = build_callbacks(config.callbacks)
+
+    accelerator, run_dir = start_processes(config)
+    say = Display(config.steps, 0, enabled=accelerator.is_main_process).say
+    held_out_rows = load_examples(config.data, "held_out", config.seed) if config.eval_every else []
+    checkpoint = _checkpoint(config, run_dir, say)
+    data = training_data(config, accelerator, score, model_path, say)
+    if checkpoint is not None:
+        for line in check_resumption(config, read_state(checkpoint), score, accelerator.num_processes):
+            say(line)
+    score.start()
+    held_out = held_out_prompts(config, held_out_rows, data, say)
+
+    policy = build_policy(config, accelerator, data.model_path, starts=checkpoint is None)
+    before = Before(progress=Progress(beta=config.objective.beta))
+    if checkpoint is not None:
+        before = continue_from(checkpoint, config, policy, data, say)
+    policy.check()
+    policy.refresh_sampler()
+    engine = checked_engine(config, accelerator, policy, data.tokenizer)
+    ahead = sampling_ahead(config, accelerator, engine, score, before.start)
+    ahead.load(before.sampled_ahead, accelerator.process_index, accelerator.num_processes)
+
+    lock, tracker = None, None
+    if accelerator.is_main_process:
+        lock = lock_run(run_dir)
+        tracker = first_records(config, run_dir, data, score, before.start, say)
+    say(in_one_line(config, accelerator, data, held_out))
+    run = Run(
+        config,
+        accelerator,
+        run_dir,
+        before.start,
+        policy,
+        data.tokenizer,
+        engine,
+        ahead,
+        data.stream,
+        held_out,
+        score,
+        tracker,
+        display=Display(config.steps, before.start, enabled=accelerator.is_main_process),
+        progress=before.progress,
+        lock=lock,
+        callbacks=Callbacks(config.callbacks, callbacks, accelerator),
+        steps_done=before.start,
+        watch=watch_for(config, accelerator, tracker),
+        first_eval=before.first_eval,
+        last_eval=before.last_eval,
+    )
+    run.callbacks.begin(run.state(run.start, []))
+    return run
+
+
+def start_processes(config: Config) -> tuple[Accelerator, Path]:
+    """The accelerator, and the run directory, which is free: the same on every process."""
     accelerator = start_accelerator(config.rank_timeout)
     run_dir = broadcast_object_list([choose_run_dir(config, datetime.now())])[0]
     if accelerator.is_main_process:
         check_free(run_dir)
     if config.rollout.engine == "vllm":
         check_vllm(config, accelerator.num_processes)
-    display = Display(config.steps, 0, enabled=accelerator.is_main_process)
-    held_out_rows = load_examples(config.data, "held_out", config.seed) if config.eval_every else []
-    checkpoint = _checkpoint(config, run_dir, display.say)
-    data = training_data(config, accelerator, score, model_path, display.say)
-    if checkpoint is not None:
-        for line in check_resumption(config, read_state(checkpoint), score, accelerator.num_processes):
-            display.say(line)
-    score.start()
-    path, tokenizer = data.model_path, data.tokenizer
-    held_out = render_prompts(held_out_rows, tokenizer, config.data.max_prompt_length)[0] if held_out_rows else []
+    return accelerator, run_dir
+
+
+def held_out_prompts(
+    config: Config, rows: list[Example], data: TrainingData, say: Callable[[str], None]
+) -> list[Prompt]:
+    """The prompts that evaluation asks. Says which of them are trained on."""
+    held_out = render_prompts(rows, data.tokenizer, config.data.max_prompt_length)[0] if rows else []
     if isinstance(data.stream, PromptStream) and isinstance(data.stream.prompts, list):  # large files: launch/check.py
         for line in repeated_prompts(data.stream.prompts, held_out):
-            display.say(line)
+            say(line)
+    return held_out
+
+
+def build_policy(config: Config, accelerator: Accelerator, path: str, *, starts: bool) -> Policy:
+    """The weights of `path`, ready to learn. `starts`: they are not about to be replaced by a checkpoint's."""
     torch.manual_seed(config.seed)
     policy = Policy(
         accelerator,
@@ -261,22 +331,30 @@ def prepare(config: Config) -> Run:
         separate_sampler=config.rollout.max_staleness > 0,
         sampled_elsewhere=config.rollout.engine == "vllm",
     )
-    policy.reference_is_start = checkpoint is None and config.model.reference is None
-    start, first_eval, last_eval, sampled_ahead = 0, {}, {}, []
-    progress = Progress(beta=config.objective.beta)
-    if checkpoint is not None:
-        tensors, state = load_checkpoint(checkpoint)
-        policy.load_state(tensors, state)
-        progress = Progress(**(state.get("progress") or progress_of_old(state, config)))
-        sampled_ahead = state.get("sampled_ahead", [])
-        policy.skipped_in_a_row = state.get("skipped_in_a_row", 0)
-        start, first_eval, last_eval = state["step"], state["first_eval"], state["last_eval"]
-        data.stream.load_state_dict(state.get("stream", {}))
-        display.say(f"resuming from {checkpoint}: {start} of {config.steps} steps are done")
-        if start >= config.steps:
-            raise ConfigError(f"{checkpoint} has done all {config.steps} steps: raise steps to go on")
-    policy.check()
-    policy.refresh_sampler()
+    policy.reference_is_start = starts and config.model.reference is None
+    return policy
+
+
+def continue_from(
+    checkpoint: Path, config: Config, policy: Policy, data: TrainingData, say: Callable[[str], None]
+) -> Before:
+    """Put the policy and the stream where the checkpoint left them. Raises ConfigError if all steps are done."""
+    tensors, state = load_checkpoint(checkpoint)
+    policy.load_state(tensors, state)
+    policy.skipped_in_a_row = state.get("skipped_in_a_row", 0)
+    data.stream.load_state_dict(state.get("stream", {}))
+    start = state["step"]
+    say(f"resuming from {checkpoint}: {start} of {config.steps} steps are done")
+    if start >= config.steps:
+        raise ConfigError(f"{checkpoint} has done all {config.steps} steps: raise steps to go on")
+    progress = Progress(**(state.get("progress") or progress_of_old(state, config)))
+    return Before(start, progress, state.get("sampled_ahead", []), state["first_eval"], state["last_eval"])
+
+
+def checked_engine(
+    config: Config, accelerator: Accelerator, policy: Policy, tokenizer: PreTrainedTokenizerBase
+) -> RolloutEngine:
+    """The engine, proven to sample from the policy: its updates arrive, and its logprobs are the trainer's."""
     with accelerator.autocast():
         engine = build_engine(
             config.rollout.engine,
@@ -293,51 +371,34 @@ def prepare(config: Config) -> Run:
     if is_separate(engine):
         prove_updates(engine, policy, config)
     check_agreement(engine, policy, config.sampling.temperature, config.rollout.max_logprob_difference)
-    ahead = sampling_ahead(config, accelerator, engine, score, start)
-    ahead.load(sampled_ahead, accelerator.process_index, accelerator.num_processes)
-    tracker, lock = None, None
-    if accelerator.is_main_process:
-        lock = lock_run(run_dir)
-        record_card(run_dir, config.data)
-        derived = {**derived_values(config, data.size, run_dir.name), "base_model": str(path)}
-        sources = reward_sources(score.functions)
-        for name, source in sources.items():
-            display.say(f"reward '{name}' is {source['file']} (sha256 {source['sha256'][:12]})")
-        derived["reward_sources"] = sources
-        tracker = Tracker(run_dir, config, derived, start + 1 if start else 0)
-        if data.rejected:
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in data.rejected]
-            (run_dir / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
+    return engine
+
+
+def first_records(
+    config: Config, run_dir: Path, data: TrainingData, score: RewardSum, start: int, say: Callable[[str], None]
+) -> Tracker:
+    """What is written before the first step: whose the data is, which rewards judge, which rows were rejected."""
+    record_card(run_dir, config.data)
+    sources = reward_sources(score.functions)
+    for name, source in sources.items():
+        say(f"reward '{name}' is {source['file']} (sha256 {source['sha256'][:12]})")
+    derived = derived_values(config, data.size, run_dir.name)
+    derived |= {"base_model": str(data.model_path), "reward_sources": sources}
+    tracker = Tracker(run_dir, config, derived, start + 1 if start else 0)
+    if data.rejected:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in data.rejected]
+        (run_dir / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
+    return tracker
+
+
+def in_one_line(config: Config, accelerator: Accelerator, data: TrainingData, held_out: list[Prompt]) -> str:
+    """What is about to run, on what."""
     completions = config.prompts_per_step * config.sampling.num_generations
-    display.say(
+    return (
         f"{data.size or 'streamed'} training prompts, {len(held_out)} held out; {config.prompts_per_step} prompts x "
         f"{config.sampling.num_generations} completions = {completions} per step, {config.steps} steps, "
         f"{accelerator.num_processes} process(es) on {accelerator.device} ({accelerator.distributed_type.value}), {accelerator.mixed_precision} precision"
     )
-    run = Run(
-        config,
-        accelerator,
-        run_dir,
-        start,
-        policy,
-        tokenizer,
-        engine,
-        ahead,
-        data.stream,
-        held_out,
-        score,
-        tracker,
-        display=Display(config.steps, start, enabled=accelerator.is_main_process),
-        progress=progress,
-        lock=lock,
-        callbacks=Callbacks(config.callbacks, callbacks, accelerator),
-        steps_done=start,
-        watch=watch_for(config, accelerator, tracker),
-        first_eval=first_eval,
-        last_eval=last_eval,
-    )
-    run.callbacks.begin(run.state(start, []))
-    return run
 
 
 def sampling_ahead(
