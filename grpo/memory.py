@@ -27,6 +27,7 @@ from grpo.errors import ConfigError
 from grpo.lora import add_adapter
 from grpo.packing import PackedBatch, pack
 from grpo.policy import Scorer
+from grpo.rollout.backbones import FusedBackbone
 from grpo.types import Completion, Group, Prompt
 
 GIB = 2**30
@@ -65,7 +66,6 @@ def estimate(config: Config, model: PreTrainedModel, longest_prompt: int, machin
     """GiB by part on each process, "peak" among them: what stays and the larger of sampling and learning. `model` is on the
     "meta" device. Not in it: the program itself, and on GPUs the CUDA context and the allocator's gaps."""
     size = sum(parameter.numel() for parameter in model.parameters())
-    linear = linear_weights(model)
     lora = config.lora.r is not None
     shards = machine.processes if machine.kind in ("fsdp2", "zero2", "zero3") else 1
     used = simulate(model, config, longest_prompt, machine)
@@ -78,22 +78,23 @@ def estimate(config: Config, model: PreTrainedModel, longest_prompt: int, machin
         masters = 4 * trained / shards
     if machine.kind in ("fsdp2", "zero3"):
         weights /= shards
+    copies = config.objective.beta > 0 and (not lora or config.model.reference is not None)
     parts = {
         "weights": weights + masters,
         "gradients": 4 * trained / shards + (4 * trained if machine.kind == "ddp" else 0),  # DDP's buckets
         "AdamW": 8 * trained / shards,
-        "reference": 4 * size if config.objective.beta > 0 and not lora and not config.model.reference_offload else 0,
-        "working copy": working_copy(machine, size, linear, config.lora, model),
+        "reference": 4 * size if copies and not (config.model.reference_offload and not machine.cpu) else 0,
+        "working copy": working_copy(machine, config, model),
     }
+    engine = engine_bytes(config, model, longest_prompt, machine)
+    if not machine.cpu:  # its captured graphs point at it
+        parts["engine: cache and its own layout of the weights"] = engine
+    stays = sum(parts.values())
     unit = largest_unit(model) if machine.kind in ("fsdp2", "zero3") else 0
     width = 2 if machine.compute else 4
     learning = used.activations + 2 * width * unit  # a unit's whole weights, and the next one's
-    sampling = cache_bytes(config, model, longest_prompt, machine)
-    sampling += (
-        4 * linear if machine.cpu else width * linear
-    )  # the native engine's own layout of the weights, while it samples
-    stays = sum(parts.values())
-    parts |= {"sampling: cache and packed weights": sampling, "learning: activations": learning}
+    sampling = draw_bytes(config, model, machine) + (engine if machine.cpu else 0)
+    parts |= {"sampling": sampling, "learning: activations": learning}
     # The gradients of a step are gone while the engine samples.
     parts["peak"] = stays + max(sampling - 4 * trained / shards, learning)
     return {name: value / GIB for name, value in parts.items()}
@@ -105,16 +106,24 @@ def linear_weights(model: nn.Module) -> int:
     return sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear) and part is not head)
 
 
-def working_copy(machine: Machine, size: int, linear: int, lora: LoraConfig, model: PreTrainedModel) -> float:
+def working_copy(machine: Machine, config: Config, model: PreTrainedModel) -> float:
     """Bytes that WorkingCopy (grpo/weights.py) does not share with the live weights."""
-    width = 2 if machine.compute else 4
-    if machine.kind in ("fsdp2", "zero3"):
-        return width * linear + 4 * (size - linear)
-    if machine.kind == "zero2":
+    if config.rollout.engine == "vllm":
         return 0
-    if machine.compute:
+    size, linear = sum(parameter.numel() for parameter in model.parameters()), linear_weights(model)
+    base = 2 if config.lora.r is not None and config.model.torch_dtype == "bfloat16" else 4
+    width = 2 if machine.compute and machine.kind != "zero2" else base
+    if machine.kind in ("fsdp2", "zero3") or config.rollout.max_staleness > 0:
+        return width * linear + base * (size - linear)
+    if machine.kind == "zero2" and config.lora.r is None:
+        return 0
+    if machine.compute and machine.kind != "zero2":
         return width * linear
-    return 4 * linear if lora.r is not None and lora.target_modules == ["all-linear"] else _adapted(lora, model)
+    return (
+        base * linear
+        if config.lora.target_modules == ["all-linear"] and config.lora.r
+        else _adapted(config.lora, model)
+    )
 
 
 def _adapted(lora: LoraConfig, model: PreTrainedModel) -> float:
@@ -136,17 +145,43 @@ def largest_unit(model: PreTrainedModel) -> int:
     return max(sum(parameter.numel() for parameter in unit.parameters()) for unit in units)
 
 
-def cache_bytes(config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine) -> float:
-    """Keys and values of all slots; the logits of a step, and what the draw makes of them (3 more of the same size)."""
+def engine_bytes(config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine) -> float:
+    """What the engine holds while it samples: keys and values, and where it is the native one, the weights in a layout of its own
+    (grpo/rollout/backbones.py)."""
+    if config.rollout.engine == "vllm":
+        return 0
+    cache = slots_of(config, model, longest_prompt, machine) * cache_per_slot(config, model, longest_prompt, machine)
+    if config.rollout.engine != "native" or not FusedBackbone.fits(model):
+        return cache
+    width = 2 if machine.compute else 4
+    head = model.get_output_embeddings().weight.numel()  # type: ignore[operator]
+    # A CPU's float32 products and its head are packed; on a GPU the head is cast where precision is mixed.
+    return cache + width * linear_weights(model) + (4 * head if machine.cpu else 2 * head if machine.compute else 0)
+
+
+def cache_per_slot(config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine) -> float:
+    """Bytes of keys and values of one completion."""
     shape = model.config
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    width = 2 if machine.compute else 4
+    longest = longest_prompt + config.sampling.max_completion_length
+    return 2 * width * longest * shape.num_hidden_layers * heads * head_size
+
+
+def slots_of(config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine) -> int:
+    """How many completions are decoded at a time: all of this process's, as far as slots and rollout.cache_gib go."""
     mine = -(-config.prompts_per_step // machine.processes) * config.sampling.num_generations
     slots = min(config.rollout.slots, mine)
-    longest = longest_prompt + config.sampling.max_completion_length
-    width = 2 if machine.compute else 4
-    cache = 2 * width * slots * longest * shape.num_hidden_layers * heads * head_size
-    return cache + 4 * 4 * slots * shape.vocab_size
+    if config.rollout.engine == "native" and config.rollout.cache_gib is not None:
+        slots = min(slots, int(config.rollout.cache_gib * GIB / cache_per_slot(config, model, longest_prompt, machine)))
+    return max(slots, 1)
+
+
+def draw_bytes(config: Config, model: PreTrainedModel, machine: Machine) -> float:
+    """The logits of a step, and what the draw makes of them: 3 more of the same size."""
+    mine = -(-config.prompts_per_step // machine.processes) * config.sampling.num_generations
+    return 0 if config.rollout.engine == "vllm" else 4 * 4 * min(config.rollout.slots, mine) * model.config.vocab_size
 
 
 @dataclass(frozen=True)

@@ -21,34 +21,35 @@ from typing import Any
 from grpo.errors import run_main
 
 ROOT = Path(__file__).parent.parent
-TWO = ["--num_processes", "2", "--mixed_precision", "no"]
-PROFILES: dict[str, list[str]] = {
-    "cpu": [],
-    "cpu_2proc": [],
-    "single_gpu": [],
-    "single_gpu_fp16": [],
-    "multi_gpu": ["--num_processes", "2"],
-    "fsdp2": TWO,
-    "deepspeed_zero2": TWO,
-    "deepspeed_zero3": TWO,
-    "multi_node_fsdp2": ["--num_machines", "2", *TWO],
-    "mps": [],
+TWO = ["--num_processes", "2"]
+FLOAT32 = ["--mixed_precision", "no"]
+TRIES: dict[str, list[list[str]]] = {  # an accelerate config -> the flags of each try
+    "cpu": [[]],
+    "cpu_2proc": [[]],
+    "single_gpu": [[]],
+    "single_gpu_fp16": [[]],
+    "multi_gpu": [TWO],
+    "fsdp2": [TWO + FLOAT32, TWO],
+    "deepspeed_zero2": [TWO + FLOAT32, TWO],
+    "deepspeed_zero3": [TWO + FLOAT32, TWO],
+    "multi_node_fsdp2": [["--num_machines", "2", *TWO, *FLOAT32]],
+    "mps": [[]],
 }
 WAYS = {"full": {}, "LoRA": {"lora.r": "4"}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=list(PROFILES), help="these profiles only")
+    parser.add_argument("--only", nargs="*", choices=list(TRIES), help="these profiles only")
     parser.add_argument("--table", action="store_true", help="only write docs/machines.md")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "machines.json")
     arguments = parser.parse_args()
     if not arguments.table:
-        rows = try_all(arguments.only or list(PROFILES))
+        rows = try_all(arguments.only or list(TRIES))
         if arguments.only and arguments.output.is_file():
             kept = json.loads(arguments.output.read_text())["rows"]
             rows = [row for row in kept if row["profile"] not in arguments.only] + rows
-            rows.sort(key=lambda row: list(PROFILES).index(row["profile"]))
+            rows.sort(key=lambda row: list(TRIES).index(row["profile"]))
         report = {"command": "python launch/machines.py", "machine": machine(), "rows": rows}
         arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     path = ROOT / "docs" / "machines.md"
@@ -71,15 +72,14 @@ def try_all(names: list[str]) -> list[dict[str, Any]]:
         for way, changes in WAYS.items():
             start(folder, f"plain {way}", [sys.executable], changes)
             for name in names:
-                launch = ["--config_file", f"accelerate_configs/{name}.yaml", *PROFILES[name]]
-                row = {
-                    "profile": name,
-                    "way": way,
-                    "command": " ".join(["accelerate launch", *launch, "launch/train.py"]),
-                }
-                rows.append(row | attempt(folder, way, name, launch, changes))
-                print(json.dumps(rows[-1]), flush=True)
-    return sorted(rows, key=lambda row: list(PROFILES).index(row["profile"]))
+                for flags in TRIES[name]:
+                    launch = ["--config_file", f"accelerate_configs/{name}.yaml", *flags]
+                    settings = [f"--{key} {value}" for key, value in changes.items()]
+                    command = " ".join(["accelerate launch", *launch, "launch/train.py", *settings])
+                    row = {"profile": name, "way": way, "command": command}
+                    rows.append(row | attempt(folder, f"{name} {way} {len(rows)}", way, launch, changes))
+                    print(json.dumps(rows[-1]), flush=True)
+    return sorted(rows, key=lambda row: list(TRIES).index(row["profile"]))
 
 
 def prepare(folder: Path) -> None:
@@ -93,11 +93,10 @@ def prepare(folder: Path) -> None:
     )
 
 
-def attempt(folder: Path, way: str, name: str, launch: list[str], changes: dict[str, str]) -> dict[str, Any]:
+def attempt(folder: Path, run: str, way: str, launch: list[str], changes: dict[str, str]) -> dict[str, Any]:
     """One try -> what happened, and the numbers that show it."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", *launch]
-    run = f"{name} {way}"
-    if name == "multi_node_fsdp2":  # two launchers, as on two machines
+    if "--num_machines" in launch:  # two launchers, as on two machines
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])

@@ -29,6 +29,7 @@ CASES: dict[str, tuple[str, list[str], dict[str, str]]] = {
     "full, bf16": ("cpu", ["--mixed_precision", "bf16"], {}),
     "LoRA r 16, float32": ("cpu", [], {"lora.r": "16"}),
     "LoRA r 16, bf16": ("cpu", ["--mixed_precision", "bf16"], {"lora.r": "16", "model.torch_dtype": "bfloat16"}),
+    "full, float32, DDP over 2": ("cpu_2proc", [], {}),
     "full, float32, FSDP2 over 2": ("fsdp2", ["--num_processes", "2", "--mixed_precision", "no"], {}),
 }
 SHAPE = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2)
