@@ -2,26 +2,16 @@
 against correctness, the best and the worst completions. Reads files only, so it works on anybody's run.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+from grpo.dashboard.curves import CURVES, keys_of, short_name
 from grpo.dashboard.readers import MetricsFile, Row, RunFolder, is_correct, last_step, rows_of_step, thin
 from grpo.display import visible
 from grpo.errors import ConfigError, StorageError
 from grpo.statistics import mcnemar, wilson_interval
 
-CURVES: dict[str, list[str]] = {
-    "reward": ["reward/mean"],
-    "held-out accuracy": ["eval/accuracy"],
-    "KL to the reference": ["policy/kl"],
-    "entropy": ["policy/entropy"],
-    "completion tokens": ["rollout/length_mean"],
-    "truncated, clipped, flat": ["rollout/truncated_fraction", "policy/clip_fraction", "reward/zero_std_fraction"],
-    "gradient norm": ["policy/grad_norm"],
-    "tokens per second": ["rollout/tokens_per_second"],
-}
 EXAMPLES = 2
 _LONGEST = 1200
 _ROLLOUT_STEPS = 5
@@ -86,10 +76,7 @@ def length_buckets(rows: list[Row], buckets: int = 5) -> list[tuple[int, int, in
 def draw_curves(metrics: MetricsFile, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    names = sorted(
-        key for key in metrics.columns if re.fullmatch(r"reward/.+/mean", key) and any(metrics.series(key)[1])
-    )
-    panels = [("rewards, one by one", names), *CURVES.items()]
+    panels = [(curve.title, keys_of(curve, metrics)) for curve in CURVES]
     panels = [(title, keys) for title, keys in panels if any(metrics.series(key)[0] for key in keys)]
     lines = (len(panels) + 2) // 3
     figure = Figure(figsize=(12, 2.7 * lines))
@@ -132,7 +119,7 @@ def draw_lengths(first: list[Row], last: list[Row], path: Path) -> None:
 
 def _plain_label(key: str) -> str:
     """A key as matplotlib shows it literally: a dollar sign would start a formula."""
-    return visible(key.removeprefix("reward/").removesuffix("/mean")).replace("$", r"\$")
+    return visible(short_name(key)).replace("$", r"\$")
 
 
 def _rollouts(run: RunFolder) -> tuple[list[Row], list[Row]]:
@@ -160,7 +147,7 @@ def _text(run: RunFolder, first: list[Row], last: list[Row]) -> str:
         f"settings in `config.yaml`, versions and machine in `environment.json`."
     )
     lines += ["", *_before_and_after(metrics), *_paired_lines(run), "", "![curves](report_curves.png)", ""]
-    lines += _finding_lines(run.path / "findings.jsonl")
+    lines += _finding_lines(run.findings())
     weights = {str(name): float(weight) for name, weight in (config.get("rewards") or {}).items()}
     lines += _attribution_lines(metrics, weights)
     if first or last:
@@ -186,11 +173,8 @@ def _before_and_after(metrics: MetricsFile) -> list[str]:
     return ["## Before and after", "", *_table(["held out", "before", "after", "change"], rows), *note]
 
 
-def _finding_lines(path: Path) -> list[str]:
+def _finding_lines(found: list[Row]) -> list[str]:
     """What the run said about itself while it ran (grpo/watch.py)."""
-    if not path.is_file():
-        return []
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     items = [f"- Step {row['step']}: {_inline(row['text'])}: {_inline(row['mend'])}." for row in found]
     return ["## What may keep it from learning", "", *items, ""] if items else []
 

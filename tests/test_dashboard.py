@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from grpo.dashboard import curves
-from grpo.dashboard.app import Board, check_exposure, serve
+from grpo.dashboard.app import Board, _findings, check_exposure, serve
+from grpo.dashboard.completions_tab import WIDTHS, _cell, _told, columns_of, find
 from grpo.dashboard.curves import CURVES, Curve, points_of
-from grpo.dashboard.readers import MetricsFile, RunFolder, find_runs, last_step, matching, rows_of_step, thin
+from grpo.dashboard.readers import MetricsFile, RunFolder, find_runs, last_step, matching, rows_of_step, search, thin
 from grpo.errors import ConfigError
 from launch.dashboard import _auth
 
@@ -75,7 +76,7 @@ def test_the_whole_of_a_long_file_in_few_points(tmp_path: Path) -> None:
     run.metrics.refresh()
     points = points_of(CURVES[0], [run])
     assert len(points["step"]) == curves.POINTS and points["step"] == points["value"]
-    assert points["step"][:2] == [24.5, 74.5]  # means over 50 steps
+    assert points["step"][:2] == [66.5, 200.5]  # means over 134 steps
 
 
 def test_thin_by_hand() -> None:
@@ -143,6 +144,58 @@ def test_completions_of_a_step_and_filters(tmp_path: Path) -> None:
     assert [row["sample"] for row in matching(rows, correct=True)] == [1, 3]
     assert [row["sample"] for row in matching(rows, text="fOUR #2")] == [2]
     assert matching(rows, lowest=0.6) == [] and len(matching(rows, lowest=0.5, highest=0.5)) == 4
+
+
+@pytest.mark.parametrize("block", [1, 300, 1 << 20])  # shorter than a line, a line or so, the whole file
+def test_a_search_over_steps_finds_the_newest_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr("grpo.dashboard.readers._BLOCK", block)
+    path = write_run(tmp_path / "run", steps=30) / "rollouts.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 30, "draw": 30, "half a li')  # it is being written
+
+    def found(newest: int, oldest: int, most: int = 100) -> tuple[list[tuple[int, int]], int]:
+        rows, reached = search(path, newest, oldest, lambda rows: matching(rows, text="4 #2"), most, seconds=60)
+        return [(row["step"], row["sample"]) for row in rows], reached
+
+    assert found(30, 0) == ([(step, 2) for step in range(30, 0, -1)], 0)
+    assert found(12, 10) == ([(12, 2), (11, 2), (10, 2)], 10) and found(30, 30) == ([(30, 2)], 30)
+    assert found(0, 0) == ([], 0) and found(99, 31) == ([], 31)
+    newest, reached = found(30, 0, most=2)
+    assert newest == [(30, 2), (29, 2)] and reached <= 29
+    everything, _ = search(path, 30, 0, lambda rows: rows, 1000, seconds=60)
+    assert [(row["step"], row["sample"]) for row in everything] == [(s, i) for s in range(30, 0, -1) for i in range(4)]
+    assert search(tmp_path / "none", 3, 1, lambda rows: rows, 9) == ([], 3)
+
+
+def test_the_board_searches_only_the_steps_that_it_is_asked_for(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "a", steps=20)
+    board = Board(tmp_path / "runs", tmp_path / "feedback.jsonl")
+    board.refresh()
+    rows, oldest = find(board, "a", 15, 10, {"correct": True})
+    assert len(rows) == 20 and oldest == 6 and {row["step"] for row in rows} == set(range(6, 16))
+    assert _told(rows, 15, oldest) == "20 completions of steps 6 to 15. Click one for its whole group."
+    assert _told(*find(board, "a", 15, 1, {"text": "nowhere"})[:1], 15, 15) == "No completion of step 15 fits."
+    assert find(board, "a", 15, None, {})[1] == 0 and find(board, None, 15, 1, {}) == ([], 15)
+
+
+def test_a_run_whose_rewards_do_not_say_what_is_right_has_no_such_column() -> None:
+    row = {"step": 1, "prompt": "a", "completion": "b", "reward": 0.5, "advantage": 0.1, "length": 3}
+    prose, judged = (row | {"rewards": rewards} for rewards in ({"chrf": 0.5}, {"accuracy": 1.0}))
+    assert columns_of([prose]) == ["step", "prompt", "completion", "reward", "advantage", "tokens"]
+    assert columns_of([prose, judged]) == columns_of([]) == list(WIDTHS)
+    assert [_cell(judged, name) for name in WIDTHS] == ["1", "a", "b", "0.500", "+0.100", "yes", "3"]
+
+
+def test_what_a_run_found_about_itself_is_shown_and_stays_text(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    assert _findings([RunFolder(folder)]) == ""
+    found = {"step": 20, "name": "dead:x", "text": "reward 'x' has been 0", "mend": HOSTILE}
+    (folder / "findings.jsonl").write_text(json.dumps(found) + '\n{"step": 21, "na')
+    shown = _findings([RunFolder(folder)])
+    assert "<b>reward &#x27;x&#x27; has been 0</b> <i>run, step 20</i>" in shown and shown.count("<li>") == 1
+    assert "<script>" not in shown and "&lt;script&gt;" in shown
 
 
 def test_a_board_opens_only_what_it_has_found(tmp_path: Path) -> None:

@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from grpo.chat import answers, speakers
 from grpo.dashboard.app import serve
+from grpo.display import visible
+from tests.fakes import tiny_folder
 from tests.test_dashboard import HOSTILE, add_step, write_run
 from tests.test_trainer import arguments
 
@@ -63,11 +67,15 @@ class Visit:
 def test_every_page_loads_and_a_hostile_completion_stays_text(tmp_path: Path, browser: Any, colors: str) -> None:
     run = write_run(tmp_path / "runs" / "<b>hostile", completion=HOSTILE)
     write_run(tmp_path / "runs" / "other", seed=HOSTILE)
+    finding = {"step": 5, "name": "dead:x", "text": f"reward 'x' has been 0 {HOSTILE}", "mend": "mend it"}
+    for name in ("<b>hostile", "other"):
+        (tmp_path / "runs" / name / "findings.jsonl").write_text(json.dumps(finding) + "\n")
     feedback = tmp_path / "feedback.jsonl"
     page, address = serve(tmp_path / "runs", feedback, block=False)
     try:
         visit = Visit(browser, address, colors)
         browser_page = visit.page
+        assert HOSTILE in browser_page.locator("#findings").inner_text()
         browser_page.locator("#runs input").click()
         for name in ("<b>hostile", "other"):
             if not browser_page.locator("#runs").get_by_text(name, exact=True).count():
@@ -94,7 +102,13 @@ def test_every_page_loads_and_a_hostile_completion_stays_text(tmp_path: Path, br
         [said] = [json.loads(line) for line in feedback.read_text().splitlines()]
         assert (said["verdict"], said["correction"], said["pair_id"]) == ("correct", "4 = 2+2", 11)
         assert said["completion"] == f"{HOSTILE} #0" and said["consent"] is False
-        browser_page.screenshot(path=tmp_path / f"completions-{colors}.png", full_page=True)
+
+        browser_page.locator("#search textarea, #search input").first.fill("#3")
+        browser_page.locator("#scope input").click()
+        browser_page.get_by_role("option", name="all steps").click()
+        browser_page.get_by_text("6 completions of steps 0 to 6.").wait_for()  # sample 3 of each of 6 steps
+        browser_page.get_by_label("wrong", exact=True).locator("visible=true").click()
+        browser_page.get_by_text("No completion of steps 0 to 6 fits.").wait_for()
 
         visit.tab("Curves")
         add_step(run, 7)
@@ -103,6 +117,49 @@ def test_every_page_loads_and_a_hostile_completion_stays_text(tmp_path: Path, br
         assert browser_page.locator("img[src='x']").count() == 0
         assert not browser_page.evaluate("[...document.scripts].some(script => script.text.includes('owned'))")
         assert visit.wrong == []
+    finally:
+        page.close()
+
+
+def test_asking_a_model_beside_its_base(tmp_path: Path, browser: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "runs" / "one")
+    tiny_folder(run / "final", seed=0)
+    tiny_folder(tmp_path / "base", seed=1)
+    (run / "environment.json").write_text(json.dumps({"derived": {"base_model": str(tmp_path / "base")}}))
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"system_prompt": None}, "steps": 10}))
+    *_, expected = answers(speakers(str(run / "final"), str(tmp_path / "base")), "1+2=", longest=256)
+    assert expected["base"] != expected["trained"]
+    feedback = tmp_path / "feedback.jsonl"
+    page, address = serve(tmp_path / "runs", feedback, block=False)
+    try:
+        visit = Visit(browser, address)
+        visit.tab("Chat")
+        visit.page.locator("#question textarea, #question input").first.fill("1+2=")
+        visit.page.locator("#ask").click()
+        for name, wanted in (("base", expected["base"]), ("trained", expected["trained"])):
+            visit.page.wait_for_function(
+                "([name, wanted]) => document.querySelector(`#${name}-answer textarea`).value === wanted",
+                arg=[name, visible(wanted)],
+            )
+        visit.page.get_by_role("button", name="✓ right").locator("visible=true").click()
+        visit.page.get_by_text("Thank you.").locator("visible=true").wait_for()
+
+        monkeypatch.setattr("grpo.chat.answers", lambda *_, **__: iter([{"base": HOSTILE, "trained": HOSTILE}]))
+        visit.page.locator("#ask").click()
+        visit.page.wait_for_function(
+            "wanted => document.querySelector('#base-answer textarea').value === wanted", arg=HOSTILE
+        )
+        visit.page.get_by_label("What it should have said").locator("visible=true").fill("3")
+        visit.page.get_by_label("May be used to train").locator("visible=true").check()
+        visit.page.get_by_role("button", name="correct it").locator("visible=true").click()
+        while feedback.read_text().count("\n") < 2:
+            visit.page.wait_for_timeout(200)
+        first, second = (json.loads(line) for line in feedback.read_text().splitlines())
+        assert (first["verdict"], first["prompt"], first["completion"]) == ("accept", "1+2=", expected["trained"])
+        assert (second["verdict"], second["completion"], second["correction"]) == ("correct", HOSTILE, "3")
+        assert first["consent"] is False and second["consent"] is True
+        assert first["checkpoint_sha"] == second["checkpoint_sha"] and first["checkpoint_sha"]
+        assert visit.page.title() == "GRPO runs" and visit.wrong == []
     finally:
         page.close()
 

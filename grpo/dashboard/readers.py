@@ -2,6 +2,8 @@
 
 metrics.jsonl    MetricsFile: every column, read once; a refresh reads only what was added since
 rollouts.jsonl   rows_of_step: the completions of one step, found by bisection; steps only ever grow in the file
+                 search: those of many steps that fit, the newest first, for as long as somebody waits
+findings.jsonl   why the run does not learn, in its own words
 """
 
 import json
@@ -19,6 +21,12 @@ import yaml
 from numpy.typing import ArrayLike
 
 Row = dict[str, Any]
+Fits = Callable[[list[Row]], list[Row]]
+"""Rows -> those of them that are looked for."""
+
+SEARCH_SECONDS = 2.0
+"""A search that takes longer shows what it has found until then."""
+_BLOCK = 1 << 20
 
 CORRECT = ("accuracy", "exact_match", "correctness")
 """Rewards that say whether an answer is right, the first that a run has."""
@@ -158,6 +166,17 @@ class RunFolder:
     def rows_of_step(self, step: int) -> list[Row]:
         return rows_of_step(self.path / "rollouts.jsonl", step)
 
+    def search(self, newest: int, oldest: int, fits: Fits, most: int) -> tuple[list[Row], int]:
+        return search(self.path / "rollouts.jsonl", newest, oldest, fits, most)
+
+    def findings(self) -> list[Row]:
+        """findings.jsonl: "step", "name", "text", "mend" of each; what is half written or damaged is left out."""
+        try:
+            lines = (self.path / "findings.jsonl").read_bytes().splitlines()
+        except OSError:
+            return []
+        return [row for row in _parsed(lines) if {"step", "text", "mend"} <= row.keys()]
+
 
 def find_runs(root: Path) -> list[RunFolder]:
     """`root` itself if it is a run, and the runs in its folders; the newest first. Links are not followed."""
@@ -183,6 +202,59 @@ def rows_of_step(path: Path, step: int) -> list[Row]:
         return []
 
 
+def search(
+    path: Path, newest: int, oldest: int, fits: Fits, most: int, seconds: float = SEARCH_SECONDS
+) -> tuple[list[Row], int]:
+    """Rows of the steps `newest` down to `oldest` that fit, the newest step first, at most `most`; and the oldest step that was
+    looked at: enough rows, or `seconds`, end the search. The file is read from its end, so that new rows come soon."""
+    found: list[Row] = []
+    reached, until = newest, time.monotonic() + seconds
+    try:
+        with path.open("rb") as file:
+            start, end = _first_at_least(file, oldest), _first_at_least(file, newest + 1)
+            for lines in _blocks_back(file, start, end):
+                rows = _parsed(lines)
+                if rows:
+                    reached = int(rows[0].get("step", reached))
+                    found = fits(rows) + found
+                if len(found) >= most or time.monotonic() > until:
+                    break
+            else:
+                reached = oldest
+    except OSError:
+        return [], newest
+    found.sort(key=lambda row: -int(row.get("step", 0)))
+    return found[:most], reached
+
+
+def _blocks_back(file: BinaryIO, start: int, end: int) -> Iterator[list[bytes]]:
+    """The whole lines between two offsets, in blocks from the last to the first."""
+    span = _BLOCK
+    while end > start:
+        begin = max(start, end - span)
+        file.seek(begin)
+        data = file.read(end - begin)
+        skipped = 0 if begin == start else data.find(b"\n") + 1
+        if begin > start and skipped in (0, len(data)):  # no whole line: it is longer than the block
+            span *= 2
+            continue
+        yield data[skipped:].split(b"\n")
+        end = begin + skipped
+
+
+def _parsed(lines: list[bytes]) -> list[Row]:
+    """The lines that hold an object."""
+    loads, rows = _quick_loads(), []
+    for line in lines:
+        try:
+            row = loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
 def last_step(path: Path) -> int | None:
     """The newest step of rollouts.jsonl that has a whole line."""
     try:
@@ -204,8 +276,8 @@ def last_step(path: Path) -> int | None:
 
 
 def _first_at_least(file: BinaryIO, step: int) -> int:
-    """The offset of the first line of `step` or a later one."""
-    low, high = 0, file.seek(0, os.SEEK_END)
+    """The offset of the first line of `step` or a later one; the end of the file where there is none."""
+    low, high = 0, (size := file.seek(0, os.SEEK_END))
     while low < high:
         middle = (low + high) // 2
         found = _line_after(file, middle)
@@ -214,7 +286,7 @@ def _first_at_least(file: BinaryIO, step: int) -> int:
         else:
             low = max(middle + 1, found[0] + 1)
     found = _line_after(file, low)
-    return found[0] if found is not None else low
+    return found[0] if found is not None else size
 
 
 def _line_after(file: BinaryIO, offset: int) -> tuple[int, int] | None:
