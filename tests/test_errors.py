@@ -4,6 +4,7 @@ DIR stands for the folder that a test works in.
 """
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -15,12 +16,13 @@ from typing import Any, cast
 import pytest
 import torch
 
+from grpo.advice import memory_advice
 from grpo.checkpoint import load_checkpoint, newest_valid, save_checkpoint
 from grpo.config import DataConfig, load_config
 from grpo.data import load_examples
 from grpo.data.data_card import check_permission, publishable, record_card
 from grpo.data.stream import render_prompts
-from grpo.errors import ConfigError, GrpoError, NumericsError, RewardError, StorageError
+from grpo.errors import ConfigError, GrpoError, NumericsError, OutOfMemory, RewardError, StorageError
 from grpo.objective import find_objective
 from grpo.reference import check_vocabulary
 from grpo.report import write_report
@@ -32,8 +34,11 @@ from grpo.setup import check_names
 from grpo.tracking import choose_run_dir
 from grpo.trainer import check_skipped
 from grpo.types import Completion, Group, Prompt
+from grpo.watch import Watch
+from tests.test_watch import observe
 
 PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
+NO_LEARNING = "## A run that does not learn"
 GOOD = {"question": "a", "answer": "#### 1"}
 
 
@@ -177,6 +182,14 @@ def other_vocabulary(_: Path) -> None:
 
 def skipped(folder: Path) -> None:
     check_skipped(cast(Any, SimpleNamespace(policy=SimpleNamespace(skipped_in_a_row=3), run_dir=folder)), 7)
+
+
+def no_memory_left(_: Path) -> None:
+    """A real allocator's refusal, in what looks like the loop's own update."""
+    loop: dict[str, Any] = {"torch": torch}
+    exec(compile("def update():\n    torch.empty(1 << 50)", "grpo/trainer.py", "exec"), loop)
+    with memory_advice(load_config(["--model.name=m"])):
+        loop["update"]()
 
 
 CARD = "source: the committee\nlicence: cc-by-4.0\npermission: {}\nsteward: committee@example.org\n"
@@ -449,7 +462,34 @@ CASES: dict[str, Case] = {
         NumericsError,
         "3 optimizer steps in a row (the last one in step 7) had a loss or gradient that is not finite; the weights are as they were before. Their batches are in DIR/faults: lower optimizer.learning_rate, or resume from an older checkpoint",
     ),
+    "out of memory": Case(
+        no_memory_left,
+        OutOfMemory,
+        "out of memory while learning: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4503599627370496 bytes. Error code 12 (Cannot allocate memory)\n"
+        "Change one of these, in this order, and start again (--resume auto goes on from the last checkpoint):\n"
+        "  1. --tokens_per_batch 4096 (now 8192): fewer tokens in the model at once; the gradient stays the same\n"
+        "  2. --model.gradient_checkpointing true (now false): one layer's activations instead of all, for about a third more compute; the gradient stays the same\n"
+        "  3. --lora.r 16 (now off): gradients and AdamW's moments, 12 bytes for each weight, for an adapter only; no second model as the reference\n"
+        "  4. --model.reference_offload true (now false): the reference, 4 bytes for each weight, is on the GPU only while it is used",
+    ),
 }
+
+FINDINGS: dict[str, dict[str, Any]] = {
+    "dead": {"rewards": [{"a": 0.0, "b": 1.0}, {"a": 0.0, "b": 2.0}]},
+    "dead, soft_format": {"rewards": [{"soft_format": 0.0}] * 2},
+    "constant": {"rewards": [{"a": 0.5}] * 2},
+    "silent": {"rewards": [{"a": math.nan}] * 2},
+    "flat": {"reward/zero_std_fraction": 1.0},
+    "truncated": {"rollout/truncated_fraction": 1.0},
+    "no_end_token": {"ended": False},
+    "no_answer_found": {"text": "It is 4."},
+    "kl": {"policy/kl": lambda step: 0.4 * step},
+    "entropy_rise": {"policy/entropy": lambda step: 0.5 + 0.2 * step},
+    "entropy_fall": {"policy/entropy": lambda step: 2.0 * 0.5**step},
+    "sampler": {"policy/sampling_logprob_difference": 0.2},
+    "learning_rate": {"policy/learning_rate": 0.0},
+}
+"""What a run looks like in which each finding is made (tests/test_watch.py), in the order of the page."""
 
 
 def message_of(case: Case, folder: Path) -> str:
@@ -481,7 +521,23 @@ def test_the_page_lists_every_exit_code() -> None:
     assert codes <= listed | {130, 143} and 0 in listed
 
 
+def test_the_page_shows_every_finding_as_the_run_says_it() -> None:
+    found = {}
+    for name, changes in FINDINGS.items():
+        [(_, finding)] = observe(
+            Watch(max_completion_length=512, has_answer=lambda text: "<answer>" in text), **changes
+        )
+        assert finding.name.partition(":")[0] == name.partition(",")[0]
+        found[name] = str(finding)
+    assert dict(explained(PAGE.read_text().partition(NO_LEARNING)[2])) == found
+
+
+def explained(page: str) -> list[tuple[str, str]]:
+    """(title, text) of each message on the page."""
+    return re.findall(r"^\*\*(.+)\*\*\n\n```text\n((?:.+\n)*?.+)\n```$", page, re.MULTILINE)
+
+
 def test_the_page_explains_every_message_and_no_other() -> None:
-    shown = re.findall(r"^\*\*(.+)\*\*\n\n```text\n(.+)\n```$", PAGE.read_text(), re.MULTILINE)
+    shown = explained(PAGE.read_text().partition(NO_LEARNING)[0])
     assert {name.lower(): text for name, text in shown} == {name.lower(): case.message for name, case in CASES.items()}
     assert len(shown) == len(CASES) >= 25
