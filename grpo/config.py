@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from grpo.config_help import help_text
+from grpo.config_help import help_text, show_help
 from grpo.errors import ConfigError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -319,7 +319,7 @@ def load_config(argv: list[str] | None = None) -> Config:
     argv = sys.argv[1:] if argv is None else list(argv)
     for word in ("-h", "--help"):
         if word in argv:
-            print(help_text(Config, "".join(argv[argv.index(word) + 1 :][:1])))
+            show_help(help_text(Config, "".join(argv[argv.index(word) + 1 :][:1])))
             raise SystemExit(0)
     parser = build_parser()
     files, flags = _split_config_files(argv)

@@ -8,6 +8,7 @@
 import ast
 import dataclasses
 import inspect
+import os
 import sys
 import textwrap
 from typing import Any
@@ -39,6 +40,16 @@ class Key:
     default: Any
     text: str
     """What stands below the field in its class; "" where its name says it all."""
+
+
+def show_help(text: str) -> None:
+    """Print it. `--help | head` closes the pipe before everything is written: that is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # what is left would fail again when Python exits
 
 
 def help_text(settings: type, topic: str = "") -> str:

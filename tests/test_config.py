@@ -1,4 +1,5 @@
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,10 @@ def test_the_keys_that_help_shows_are_there() -> None:
     sections = sections_of(Config)
     for name, common in COMMON.items():
         assert set(common.split()) <= {key.flag.rpartition(".")[2] for key in sections[name]}, name
+
+
+def test_help_into_a_pipe_that_closes_early_is_no_error() -> None:
+    program = "from grpo.config import load_config; load_config(['--help', 'all'])"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout == "run\n"
