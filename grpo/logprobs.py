@@ -42,7 +42,10 @@ def token_logprobs(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Keeps hidden, head, targets and one log-sum-exp per token; the backward pass forms each chunk's logits again.
+    """Keeps hidden, head, targets, one log-sum-exp per token, and the probabilities of the last chunk; the backward pass
+    starts with that chunk, and forms the logits of every other one again. The backward pass of the head follows its forward
+    pass at once, and would have a chunk in memory too: what is kept costs nothing, and a batch of one chunk is done in one
+    pass.
 
     d logp / d logits = (onehot(target) - p) / temperature
     d H    / d logits = -p * (log p + H) / temperature
@@ -58,8 +61,10 @@ class _TokenLogprobs(torch.autograd.Function):
             lse = logits.logsumexp(-1)
             logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - lse
             # H = lse - sum(p * logit)
-            entropies[part] = lse - torch.linalg.vecdot((logits - lse[:, None]).exp_(), logits)
+            probabilities = (logits - lse[:, None]).exp_()
+            entropies[part] = lse - torch.linalg.vecdot(probabilities, logits)
             lses[part] = lse
+        ctx.last = probabilities if len(targets) and any(ctx.needs_input_grad) and not entropy_gradient else None
         ctx.save_for_backward(hidden, head, targets, lses, entropies)
         ctx.temperature, ctx.entropy_gradient, ctx.dtype = temperature, entropy_gradient, dtype
         if not entropy_gradient:
@@ -75,16 +80,19 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_head = (
             torch.zeros(head.shape, dtype=torch.float32, device=head.device) if ctx.needs_input_grad[1] else None
         )
-        for part in _chunks(len(targets), head):
-            logits = head_logits(hidden[part], weight, ctx.dtype).div_(ctx.temperature)
+        kept, ctx.last = ctx.last, None
+        for part in reversed(_chunks(len(targets), head)):
             scale = (grad_logprobs[part].float() / ctx.temperature)[:, None]
-            logits.sub_(lses[part, None])
-            if ctx.entropy_gradient:
-                slope = (grad_entropies[part].float() / ctx.temperature)[:, None]
-                factor = (logits + entropies[part, None]).mul_(slope).add_(scale)
-                grad_logits = logits.exp_().mul_(-factor)
+            if kept is not None:
+                grad_logits, kept = kept.mul_(-scale), None
             else:
-                grad_logits = logits.exp_().mul_(-scale)
+                logits = head_logits(hidden[part], weight, ctx.dtype).div_(ctx.temperature).sub_(lses[part, None])
+                if ctx.entropy_gradient:
+                    slope = (grad_entropies[part].float() / ctx.temperature)[:, None]
+                    factor = (logits + entropies[part, None]).mul_(slope).add_(scale)
+                    grad_logits = logits.exp_().mul_(-factor)
+                else:
+                    grad_logits = logits.exp_().mul_(-scale)
             grad_logits.scatter_add_(-1, targets[part, None], scale)
             grad_logits = grad_logits.to(ctx.dtype)
             if grad_hidden is not None:
