@@ -215,7 +215,8 @@ def _shorter(shape: Any, layers: int) -> Any:
 
 
 def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine) -> Simulated:
-    batch = largest_batch(config, longest_prompt, machine.processes)
+    batches = step_batches(config, longest_prompt, machine.processes)
+    batch = max(batches, key=lambda batch: len(batch.input_ids_T))
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation="sdpa").train()
         made.set_attn_implementation(NAME)
@@ -227,13 +228,16 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
     with FakeTensorMode() as fake:
         _materialise(made)
         scorer = Scorer(made, swapped=True, temperature=1.0, entropy_gradient=config.objective.entropy_coef != 0)
+        if len(batches) > 1:  # the gradients of the batches before are there, and take in this one's
+            for parameter in made.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         live = LiveBytes()
         enabled = machine.compute is not None
         with live, torch.autocast("cpu", dtype=machine.compute or torch.bfloat16, enabled=enabled):
             logprobs, _ = scorer(_Faked(batch, fake))
         with live:
             logprobs.sum().backward()
-    return Simulated(trained, max(live.peak - 4 * trained, 0))
+    return Simulated(trained, live.peak if len(batches) > 1 else max(live.peak - 4 * trained, 0))
 
 
 def _materialise(model: nn.Module) -> None:
@@ -264,8 +268,8 @@ class _Faked:
         masks.update({key: fake.from_tensor(mask) for key, mask in masks.items()})
 
 
-def largest_batch(config: Config, longest_prompt: int, processes: int) -> PackedBatch:
-    """A batch as a step makes it when every completion is as long as it may be."""
+def step_batches(config: Config, longest_prompt: int, processes: int) -> list[PackedBatch]:
+    """The batches that one process makes of a step in which every completion is as long as it may be."""
     mine = -(-config.prompts_per_step // processes)
     length = config.sampling.max_completion_length
     completion = Completion([2] * length, [0.0] * length, False, "")
@@ -274,8 +278,7 @@ def largest_batch(config: Config, longest_prompt: int, processes: int) -> Packed
         for i in range(mine)
     ]
     advantages = torch.ones(mine, config.sampling.num_generations)
-    batches = pack(groups, advantages, max_tokens=config.tokens_per_batch)
-    return max(batches, key=lambda batch: len(batch.input_ids_T))
+    return pack(groups, advantages, max_tokens=config.tokens_per_batch)
 
 
 class LiveBytes(TorchDispatchMode):

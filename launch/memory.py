@@ -42,7 +42,12 @@ PUBLISHED = {  # hidden, MLP, layers, heads, key/value heads, vocabulary, tied: 
     "Qwen2.5-14B": (5120, 13824, 48, 40, 8, 152064, False),
     "Qwen2.5-32B": (5120, 27648, 64, 40, 8, 152064, False),
 }
-STEP = {"prompts_per_step": "4", "sampling.num_generations": "4", "sampling.max_completion_length": "128"}
+STEP = {
+    "tokens_per_batch": "1024",
+    "prompts_per_step": "4",
+    "sampling.num_generations": "4",
+    "sampling.max_completion_length": "128",
+}
 
 
 def main() -> None:
@@ -208,7 +213,6 @@ def run(folder: Path, model: str, profile: str, launch: list[str], changes: dict
         "steps": "2",
         "eval_every": "0",
         "save_every": "0",
-        "tokens_per_batch": "1024",
         "scoring.workers": "0",
         "tracking.report_to": "[]",
         "tracking.report": "false",
