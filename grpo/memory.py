@@ -8,8 +8,10 @@ What comes and goes (activations, the gradient's way back) is not guessed: forwa
 whatever is alive at the same time is counted.
 """
 
+import contextlib
 import copy
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from grpo.attention import NAME
 from grpo.config import Config, LoraConfig
 from grpo.errors import ConfigError
+from grpo.logprobs import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
 from grpo.lora import add_adapter
 from grpo.packing import PackedBatch, pack
 from grpo.policy import Scorer
@@ -62,13 +65,16 @@ def machine_of(path: str) -> Machine:
     return Machine(kind, int(loaded.num_processes), str(loaded.mixed_precision), bool(loaded.use_cpu))
 
 
-def estimate(config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine) -> dict[str, float]:
+def estimate(
+    config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine, used: "Simulated | None" = None
+) -> dict[str, float]:
     """GiB by part on each process, "peak" among them: what stays and the larger of sampling and learning. `model` is on the
-    "meta" device. Not in it: the program itself, and on GPUs the CUDA context and the allocator's gaps."""
+    "meta" device. Not in it: the program itself, and on GPUs the CUDA context and the allocator's gaps.
+    `used`: what `simulate` said of the same batches, where it is known."""
     size = sum(parameter.numel() for parameter in model.parameters())
     lora = config.lora.r is not None
     shards = machine.processes if machine.kind in ("fsdp2", "zero2", "zero3") else 1
-    used = simulate(model, config, longest_prompt, machine)
+    used = used or simulate(model, config, longest_prompt, machine)
     trained = used.trained
     base = 2 if lora and config.model.torch_dtype == "bfloat16" else 4
     weights: float = base * size + (4 * trained if lora else 0)
@@ -93,10 +99,16 @@ def estimate(config: Config, model: PreTrainedModel, longest_prompt: int, machin
     unit = largest_unit(model) if machine.kind in ("fsdp2", "zero3") else 0
     width = 2 if machine.compute else 4
     learning = used.activations + 2 * width * unit  # a unit's whole weights, and the next one's
+    if machine.compute and not machine.cpu:  # a GPU's head product reads a 16-bit copy
+        learning += 2 * model.get_output_embeddings().weight.numel()  # type: ignore[operator]
     sampling = draw_bytes(config, model, machine) + (engine if machine.cpu else 0)
     parts |= {"sampling": sampling, "learning: activations": learning}
     # The gradients of a step are gone while the engine samples.
     parts["peak"] = stays + max(sampling - 4 * trained / shards, learning)
+    if machine.kind in ("fsdp2", "zero3"):  # every process loads the whole model, and then keeps its part
+        parts["start: the whole model"] = base * size
+        start = base * size + parts["weights"] + parts["reference"] + parts["working copy"]
+        parts["peak"] = max(parts["peak"], start)
     return {name: value / GIB for name, value in parts.items()}
 
 
@@ -233,11 +245,23 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         live = LiveBytes()
         enabled = machine.compute is not None
-        with live, torch.autocast("cpu", dtype=machine.compute or torch.bfloat16, enabled=enabled):
-            logprobs, _ = scorer(_Faked(batch, fake))
-        with live:
-            logprobs.sum().backward()
+        with _chunks_of(machine):
+            with live, torch.autocast("cpu", dtype=machine.compute or torch.bfloat16, enabled=enabled):
+                logprobs, _ = scorer(_Faked(batch, fake))
+            with live:
+                logprobs.sum().backward()
     return Simulated(trained, live.peak if len(batches) > 1 else max(live.peak - 4 * trained, 0))
+
+
+@contextlib.contextmanager
+def _chunks_of(machine: Machine) -> Iterator[None]:
+    """Within, logits come in chunks of the machine's size, although the fake tensors are on the CPU."""
+    usual = CHUNK_BYTES["cpu"]
+    CHUNK_BYTES["cpu"] = usual if machine.cpu else CHUNK_BYTES_ELSEWHERE
+    try:
+        yield
+    finally:
+        CHUNK_BYTES["cpu"] = usual
 
 
 def _materialise(model: nn.Module) -> None:

@@ -119,7 +119,8 @@ class Policy:
             self.model.train()  # checkpointing is only active in train mode; every dropout is 0, so nothing else changes
         self.working_copy.follow(
             self.model,
-            compute=None if self.zero_stage == 2 else compute_dtype(accelerator),  # ZeRO-2 casts the live weights
+            compute=None if self.zero_stage == 2 else compute_dtype(accelerator),
+            rounded=compute_dtype(accelerator) if self.zero_stage == 2 else None,  # it casts the live weights
             sharded=is_sharded(accelerator) and self.zero_stage != 2,
             separate=separate_sampler,
             hold=not sampled_elsewhere,

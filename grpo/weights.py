@@ -102,13 +102,15 @@ class WorkingCopy:
         live: PreTrainedModel,
         *,
         compute: torch.dtype | None,
+        rounded: torch.dtype | None = None,
         sharded: bool,
         separate: bool = False,
         hold: bool = True,
     ) -> None:
         """Give memory of its own to what `live` will not hold in the form that sampling wants: called once `live` has
         its adapter, before it gets a wrapper. `compute`: the dtype of mixed precision, None = as the weights are.
-        `separate`: share nothing. Not `hold`: nobody samples here, so nothing takes memory; `stream` alone is used."""
+        `rounded`: the dtype that the live weights themselves are about to get (ZeRO-2). `separate`: share nothing. Not
+        `hold`: nobody samples here, so nothing takes memory; `stream` alone is used."""
         self.live = live
         adapted = {f"{name}.weight" for name, _ in lora_layers(live)}
         quantized = getattr(live, "is_quantized", False)
@@ -121,7 +123,7 @@ class WorkingCopy:
                 if not (separate or sharded or quantized or cast or name in adapted):
                     continue
                 if id(parameter) not in shared:
-                    dtype = compute if cast else parameter.dtype
+                    dtype = compute if cast else rounded or parameter.dtype
                     place = parameter.device if hold else torch.device("meta")
                     owned = torch.empty_like(parameter, dtype=dtype, device=place, requires_grad=False)
                     shared[id(parameter)] = self.own[name] = nn.Parameter(owned, requires_grad=False)

@@ -159,7 +159,8 @@ def page(results: Path) -> str:
         lines += [
             "",
             "On a machine without a GPU, profiles for GPUs run on the CPU over gloo: their path through the code is tested, their "
-            "speed is not. GPUs: not measured.",
+            "speed is not. GPUs: not measured. The two DeepSpeed profiles need `pip install deepspeed==0.19.8` "
+            "(`DS_BUILD_OPS=0`, where there is no compiler).",
         ]
     measured = read(results / "memory.json")
     if measured:

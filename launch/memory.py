@@ -90,7 +90,7 @@ def fits() -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     from grpo.config import load_config
-    from grpo.memory import Machine, estimate
+    from grpo.memory import Machine, estimate, simulate
 
     machines = {
         "single_gpu": Machine("single", 1, "bf16", False),
@@ -126,8 +126,13 @@ def fits() -> dict[str, Any]:
             model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
         for way, flags in ways.items():
             config = load_config(flags)
+            used = {
+                m.processes: simulate(model, config, 256, m)
+                for m in {m.processes: m for m in machines.values()}.values()
+            }  # the same for every kind
             found = {
-                where: round(estimate(config, model, 256, machine)["peak"], 1) for where, machine in machines.items()
+                where: round(estimate(config, model, 256, machine, used[machine.processes])["peak"], 1)
+                for where, machine in machines.items()
             }
             rows.append({"model": name, "way": way, "gib_per_gpu": found})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from grpo.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, load_config
 from grpo.errors import ConfigError
-from grpo.lora import load_adapter, lora_layers
+from grpo.lora import add_adapter, load_adapter, lora_layers
 from grpo.policy import Policy, load_model, load_tokenizer, probe_batch
 from grpo.trainer import train
-from grpo.weights import full_weights
+from grpo.weights import WorkingCopy, full_weights
 from tests.fakes import tiny_data, tiny_folder, tiny_model
 
 
@@ -174,3 +174,11 @@ def test_resume_is_exact_with_an_adapter(tmp_path: Path, folder: Path) -> None:
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     with pytest.raises(ConfigError, match="resume with the lora"):
         run("part", 4, resume="auto", **{"lora.r": "null"})
+
+
+def test_merged_layers_get_the_dtype_that_zero2_gives_the_live_ones(folder: Path) -> None:
+    model = load_model(str(folder))
+    copied = WorkingCopy(model)
+    add_adapter(model, LoraConfig(r=4), base="")
+    copied.follow(model, compute=None, rounded=torch.bfloat16, sharded=False)
+    assert {parameter.dtype for parameter in copied.own.values()} == {torch.bfloat16}
