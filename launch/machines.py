@@ -166,16 +166,19 @@ def page(results: Path) -> str:
     if measured:
         lines += [
             "",
-            "## Memory and time, measured on a CPU",
+            "## Memory, measured on a CPU",
             "",
             f"`{measured['command']}`; {measured['model']}. {measured['how']}.",
             "",
         ]
-        lines += ["| run | estimate MiB | measured MiB | estimate / measured | s per step |", "|---|---|---|---|---|"]
+        lines += ["| run | estimate MiB | measured MiB | estimate / measured |", "|---|---|---|---|"]
         for row in measured["rows"]:
-            cells = (row["estimate_mib"], row["measured_mib"], row["estimate_over_measured"], row["seconds_per_step"])
+            cells = (row["estimate_mib"], row["measured_mib"], row["estimate_over_measured"])
             lines.append(f"| {row['case']} | " + " | ".join(map(str, cells)) + " |")
-        lines += ["", f"Seconds: {measured['machine']}."]
+        lines += [
+            "",
+            "Step times beside each other: not measured (these runs give every freed block back at once, which takes time).",
+        ]
     fits = read(results / "memory_fits.json")
     if fits:
         where = list(fits["rows"][0]["gib_per_gpu"])

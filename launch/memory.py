@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -67,8 +68,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), arguments.only or list(CASES))
     report: dict[str, Any] = {
-        "command": "python launch/memory.py --output docs/results/memory.json",
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), other work on them: seconds are rough",
+        "command": shlex.join(["python", "launch/memory.py", *sys.argv[1:]]),
+        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}); seconds are with a frugal allocator",
         "model": f"random Qwen2, {rows[0]['parameters']:,} weights; " + json.dumps(SHAPE),
         "how": "largest resident set of the main process, less that of a one-layer model under the same config",
         "rows": rows,
