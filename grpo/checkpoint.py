@@ -11,6 +11,7 @@ Pure storage: what belongs into a checkpoint is the caller's business.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -39,6 +40,9 @@ def save_checkpoint(run_dir: Path, step: int, tensors: Tensors, state: dict[str,
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _clean_up(folder)
+        free = _free(folder)
+        if free is not None and free < _size(tensors):  # rather than fill the disk for everybody else first
+            raise OSError(errno.ENOSPC, f"only {_megabytes(free)} are free")
         temporary.mkdir()
         for name, group in tensors.items():
             save_file(_storable(group), temporary / f"{name}.safetensors")
@@ -61,6 +65,22 @@ def save_checkpoint(run_dir: Path, step: int, tensors: Tensors, state: dict[str,
         ) from error
     _prune(folder, step, keep)
     return final
+
+
+def check_room(run_dir: Path, checkpoint: int, final: int, keep: int) -> list[str]:
+    """Before anything is written: has the disk room for what a run will leave? `checkpoint`, `final`: bytes of one checkpoint and of
+    the trained model. Raises StorageError if not even these two fit; -> a warning if `keep` checkpoints, and one that is being
+    written before an old one goes, do not."""
+    free = _free(run_dir)
+    if free is None:
+        return []
+    numbers = f"{_megabytes(free)} are free for {run_dir}; a checkpoint takes about {_megabytes(checkpoint)}, final/ {_megabytes(final)}"
+    if free < checkpoint + final:
+        raise StorageError(f"{numbers}: this run could not be saved. Free some space, or set another run_dir")
+    there = len(_saved(run_dir / "checkpoints")) if (run_dir / "checkpoints").is_dir() else 0
+    if free < checkpoint * max(1, keep + 1 - there) + final:
+        return f"warning: {numbers}: save_total_limit {keep} will not fit, for which one more than that must fit for a moment"
+    return []
 
 
 def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
@@ -241,6 +261,17 @@ def _clean_up(folder: Path) -> None:
 
 def _size(tensors: Tensors) -> int:
     return sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+
+
+def _free(path: Path) -> int | None:
+    """Bytes that may still be written where `path` is, or will be. None = the file system does not say."""
+    while not path.exists():
+        path = path.parent
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError:
+        return None
+    return usage.free if usage.total else None
 
 
 def _megabytes(size: int) -> str:

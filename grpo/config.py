@@ -267,6 +267,8 @@ class TrackingConfig:
     """Show a few completions in the terminal now and then, and a table of them in W&B, TensorBoard and trackio."""
     report: bool = True
     """Write report.md and its curves into run_dir at the end."""
+    finish_timeout: float = 5.0
+    """Seconds that the end of a run waits for W&B to upload what is left, after final/ and report.md; longer is an outage."""
 
 
 @dataclass
@@ -380,6 +382,7 @@ def check_config(config: Config) -> None:
         ("model.ref_model_sync_steps", config.model.ref_model_sync_steps, 1),
         ("scoring.deadline", config.scoring.deadline, 0.1),
         ("scoring.workers", config.scoring.workers, 0),
+        ("tracking.finish_timeout", config.tracking.finish_timeout, 0),
     ]:
         if not value >= lowest:
             raise ConfigError(f"{key} is {value}, needs at least {lowest}")

@@ -1,6 +1,6 @@
 """Courier: calls to somebody else's tracker -> made one after another in a thread of their own, so that training never waits.
 
-post(start) -> post(log) -> post(log) -> ... -> close(finish)      returns at once, but for close
+post(start) -> post(log) -> post(log) -> ... -> close(finish) -> wait(5.0)      return at once, but for wait
                    |
                    `- raises, or takes longer than CALL_SECONDS: switched off, with one warning
 """
@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 CALL_SECONDS = 60.0
 """A call that takes longer is an outage: connecting to W&B takes a few seconds."""
-CLOSE_SECONDS = 30.0
-"""At the end of a run, where training would have to wait: how long a single call may take. `finish` uploads what is left."""
+
+THREAD = "courier"
 
 Report = Callable[[str, BaseException | None], None]
 """Called once, with what it was doing and the error (None: it took too long)."""
@@ -30,7 +30,7 @@ class Courier:
         self._closing = False
         self._change = threading.Condition()
         # A daemon: a call that never returns must not keep the program from ending.
-        self._thread = threading.Thread(target=self._work, name=f"courier {name}", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=f"{THREAD} {name}", daemon=True)
         self._thread.start()
 
     def post(self, doing: str, call: Callable[[], object]) -> None:
@@ -44,16 +44,19 @@ class Courier:
             self._give_up(now[0], None)
 
     def close(self, finish: Callable[[], object]) -> None:
-        """Have the last call made, and wait for it, though not for ever."""
-        began = time.monotonic()
+        """Have the last call made, after those before. Returns at once."""
         with self._change:
             self._calls.append(("finish", finish))
             self._closing = True
             self._change.notify_all()
+
+    def wait(self, seconds: float) -> None:
+        """Until the last call was made, though not for ever: one that takes longer than `seconds` from now on is an outage."""
+        began = time.monotonic()
         while self.alive and self._thread.is_alive():
             self._thread.join(0.05)
             now = self._now
-            if now is not None and time.monotonic() - max(began, now[1]) > CLOSE_SECONDS:
+            if now is not None and time.monotonic() - max(began, now[1]) > seconds:
                 self._give_up(now[0], None)
 
     def _give_up(self, doing: str, error: BaseException | None) -> None:
@@ -79,3 +82,8 @@ class Courier:
                     call()
             except BaseException as error:  # whatever a network or a foreign library does, training is worth more
                 self._give_up(doing, error)
+
+
+def one_is_left_behind() -> bool:
+    """Whether some call never returned. What its library has registered for the end of the program may wait for it, too."""
+    return any(thread.name.startswith(THREAD) for thread in threading.enumerate())

@@ -1,7 +1,9 @@
 """Distributed: the only collectives. One process or many, the rest of the code asks this file."""
 
+import contextlib
 import ctypes
 import os
+import socket
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -49,7 +51,34 @@ def start_accelerator(timeout: float = 1800.0) -> Accelerator:
         _shard_on_cpu()
     if accelerator.device.type == "cpu":
         torch.set_num_threads(cpu_threads(accelerator.num_processes))
+    _BESIDE[:] = _others_here(accelerator)
     return accelerator
+
+
+_BESIDE: list[psutil.Process] = []
+"""The other ranks that the same launcher started on this machine."""
+
+
+def _others_here(accelerator: Accelerator) -> list[psutil.Process]:
+    if accelerator.num_processes == 1:
+        return []
+    mine = {"host": socket.gethostname(), "pid": os.getpid()}
+    others = []
+    for place in gather_rows(accelerator, [mine]):
+        with contextlib.suppress(psutil.Error):
+            if place["host"] == mine["host"] and place["pid"] != mine["pid"]:
+                process = psutil.Process(place["pid"])
+                if process.ppid() == os.getppid():  # and not a stranger with that number, in another container
+                    others.append(process)
+    return others
+
+
+def end_others_here() -> None:
+    """Kill the other ranks on this machine, for a rank that has waited for them in vain: one that hangs does not heed the
+    launcher's SIGTERM, and the launcher gives it half a minute more."""
+    for process in _BESIDE:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def _shard_on_cpu() -> None:

@@ -73,11 +73,13 @@ def run_main(main: Callable[[], object]) -> None:
     try:
         load_keys()
         main()
+        _leave_behind(0)
     except GrpoError as error:
         _tell(f"{_rank()}error: {error}\n")
         _leave(error.exit_code)
     except Exception as error:
         _tell(f"{_rank()}{_waited_in_vain(error)}{traceback.format_exc()}")
+        _end_who_hangs(error)
         _leave(1)
     finally:
         distributed = sys.modules.get("torch.distributed")
@@ -106,12 +108,34 @@ def _waited_in_vain(error: Exception) -> str:
     )
 
 
+def _end_who_hangs(error: Exception) -> None:
+    """After a timeout, not where a connection was closed: then the launcher knows already, and who is saving may finish."""
+    distributed = sys.modules.get("grpo.distributed")
+    if distributed is not None and _rank() and re.search(r"timed out|timeout", str(error), re.IGNORECASE):
+        distributed.end_others_here()
+
+
 def _leave(code: int) -> NoReturn:
     """With several processes, at once: waiting for the others would let them fail first, and louder, for want of this
     one, and the launcher ends them as soon as this one is gone."""
     if _rank():
-        runner = sys.modules.get("grpo.rewards.runner")
-        if runner is not None:
-            runner.close_all()
-        os._exit(code)
+        _at_once(code)
+    _leave_behind(code)
     raise SystemExit(code) from None
+
+
+def _leave_behind(code: int) -> None:
+    """Where a tracker does not answer: what W&B does when a program ends would wait for its server once more."""
+    courier = sys.modules.get("grpo.courier")
+    if courier is not None and courier.one_is_left_behind():
+        _at_once(code)
+
+
+def _at_once(code: int) -> NoReturn:
+    runner = sys.modules.get("grpo.rewards.runner")
+    if runner is not None:
+        runner.close_all()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -115,9 +116,11 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         from peft import PeftModel
     except ImportError as error:
         raise ConfigError(f"{folder} holds a LoRA adapter, but peft is missing: pip install peft==0.21.2") from error
+    if not (folder / "adapter_model.safetensors").is_file():  # peft would look for a pickle next, then on the hub
+        raise ConfigError(f"{folder} holds no adapter_model.safetensors; adapter_model.bin, a pickle, is not read")
     try:
         merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, SafetensorError) as error:
         raise ConfigError(f"the adapter in {folder} does not fit this base model: {error}") from error
     return merged
 

@@ -72,9 +72,9 @@ def push(
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Model trained with GRPO")
     except Exception as error:  # the hub raises dozens of kinds; to the person they are one: it is not there
+        again = f"hf upload {repo_id} {folder}{' --private' if private else ''}"
         raise StorageError(
-            f"cannot push {folder} to {repo_id}: {type(error).__name__}: {error}. The folder is complete; try again with: "
-            f"hf upload {repo_id} {folder}"
+            f"cannot push {folder} to {repo_id}: {type(error).__name__}: {error}. The folder is complete; try again with: {again}"
         ) from error
     return str(address)
 

@@ -293,6 +293,22 @@ class Policy:
             state["loss_scale"] = self.accelerator.scaler.state_dict()
         return tensors, state
 
+    def bytes_on_disk(self) -> tuple[int, int]:
+        """About how much `state` and `save` will write: weights and two moments in float32 of what is trained, and the whole model."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))  # a tied head is written under both its names
+        count = {name: getattr(parameter, "ds_numel", parameter.numel()) for name, parameter in named.items()}  # ZeRO-3
+        whole = sum(count[name] * parameter.element_size() for name, parameter in named.items())
+        moments = 8 * sum(
+            getattr(parameter, "ds_numel", parameter.numel())
+            for parameter in self.model.parameters()
+            if parameter.requires_grad
+        )
+        adapter = 4 * sum(count[name] for name, parameter in named.items() if parameter.requires_grad)
+        synced = whole if self.reference is not None and self.config.sync_ref_model else 0
+        if self.adapter is None:
+            return whole + moments + synced, whole
+        return adapter + moments + synced, whole + adapter
+
     def load_state(self, tensors: Tensors, state: dict) -> None:
         """What `state` gave, on every rank. Raises ConfigError if the checkpoint is of another kind of run."""
         moments = optimizer_from_tensors(tensors["optimizer"], state["optimizer"])

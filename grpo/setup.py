@@ -17,6 +17,7 @@ from grpo.agreement import TOLERANCE, check_agreement, prove_updates
 from grpo.ahead import Ahead
 from grpo.callbacks import Callbacks, State, build_callbacks
 from grpo.checkpoint import (
+    check_room,
     load_checkpoint,
     newest_valid,
     read_state,
@@ -199,14 +200,16 @@ class Run:
 
     def finish(self) -> Path:
         """final/, the before/after table, and the path. Raises EngineError if the last evaluation could not be made."""
+        if self.tracker is not None:
+            self.tracker.let_go()
         self.accelerator.wait_for_everyone()
         self.policy.save(self.run_dir / "final", self.tokenizer)
         if self.accelerator.is_main_process:
             self.display.table(self.first_eval, self.last_eval, self.run_dir)
         if self.tracker is not None:
-            self.tracker.finish()
             if self.config.tracking.report:
                 self.report()
+            self.tracker.finish()
         if self.unmeasured is not None:
             raise EngineError(
                 f"{self.unmeasured}. Training is done, and saved in {self.run_dir / 'final'}; only the last evaluation is "
@@ -265,6 +268,8 @@ def prepare(config: Config) -> Run:
 
     lock, tracker = None, None
     if accelerator.is_main_process:
+        for line in check_room(run_dir, *policy.bytes_on_disk(), config.save_total_limit):
+            say(line)
         lock = lock_run(run_dir)
         tracker = first_records(config, run_dir, data, score, before.start, say)
     say(in_one_line(config, accelerator, data, held_out))

@@ -17,6 +17,8 @@ from grpo.report import fenced
 
 _log = logging.getLogger(__name__)
 _MOST_ROWS = 256
+REMOTE = {"wandb"}
+"""Those that wait for a network."""
 
 
 @dataclass(frozen=True)

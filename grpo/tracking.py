@@ -31,11 +31,11 @@ import torch
 import yaml
 
 from grpo.config import Config, flatten, to_dict
-from grpo.courier import Courier
+from grpo.courier import CALL_SECONDS, Courier
 from grpo.errors import ConfigError, StorageError
 from grpo.lines import Lines
 from grpo.redaction import redacted
-from grpo.trackers import Outside, completions_table, start_tracker
+from grpo.trackers import REMOTE, Outside, completions_table, start_tracker
 from grpo.watch import Finding
 
 _log = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ class Tracker:
             raise StorageError(f"cannot write the run directory {run_dir}: {error}. Set another --run_dir") from error
         name = config.tracking.run_name or run_dir.name
         settings = {**flatten(to_dict(config)), **dataclasses.asdict(config.optimizer), "run_name": name, **derived}
+        self._patience, self._ending = config.tracking.finish_timeout, False
         self._outside: dict[str, Outside] = {}
         self._couriers = {
             library: Courier(library, partial(self._failed, library)) for library in config.tracking.report_to
@@ -129,11 +130,22 @@ class Tracker:
         text = (self.run_dir / _FINDINGS).read_text(encoding="utf-8")
         return {json.loads(line)["name"] for line in text.splitlines()}
 
+    def let_go(self) -> None:
+        """No step follows: the outside trackers may upload what is left, while the run does what it still has to."""
+        if self._ending:
+            return
+        self._ending = True
+        for file in self._files.values():
+            file.add([])  # what a full disk held up, so that the report has it
+        for library, courier in self._couriers.items():
+            courier.close(lambda library=library: self._outside[library].finish())  # type: ignore[misc]
+
     def finish(self) -> None:
         """Close everything. Raises StorageError if a row could not be written until now. A second call does nothing."""
+        self.let_go()
         couriers, self._couriers = self._couriers, {}
         for library, courier in couriers.items():
-            courier.close(lambda library=library: self._outside[library].finish())  # type: ignore[misc]
+            courier.wait(self._patience if library in REMOTE else CALL_SECONDS)
         for file in self._files.values():
             file.close()
 
@@ -145,9 +157,14 @@ class Tracker:
 
     def _failed(self, library: str, doing: str, error: BaseException | None) -> None:
         what = "did not answer in time" if error is None else redacted(f"{type(error).__name__}: {error}")
+        if doing == "finish" and error is None:
+            what += f" (tracking.finish_timeout {self._patience:g} s)"
+        later = ""
+        if library == "wandb" and doing != "start":
+            later = f"; to upload it later: wandb sync {self.run_dir}/wandb/*run-*"
         _log.warning(
-            "%s failed at %s and is switched off: %s. Training goes on; everything is in %s",
-            *(library, doing, what, self.run_dir / _METRICS),
+            "%s failed at %s and is switched off: %s. Training goes on; everything is in %s%s",
+            *(library, doing, what, self.run_dir / _METRICS, later),
         )
 
     def _write(self, name: str, rows: Sequence[dict[str, Any]]) -> None:

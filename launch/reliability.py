@@ -46,15 +46,19 @@ ROWS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "R4": (
-        "full disk (the system refuses the write): training goes on, the older checkpoint stays; exit 3 if the last save fails",
+        "full disk (the system refuses the write): training goes on, the older checkpoint stays; exit 3 if the last save fails; "
+        "free space is looked up before training and before each checkpoint",
         [
             "test_outages.py::test_a_full_disk_does_not_stop_training",
             "test_outages.py::test_a_last_save_that_fails_is_exit_code_3_and_costs_nothing_else",
             "test_outages.py::test_lines_wait_for_room_and_none_is_torn_or_doubled",
+            "test_outages.py::test_too_little_room_is_said_before_training",
+            "test_outages.py::test_a_checkpoint_that_will_not_fit_is_not_begun",
         ],
     ),
     "R5": (
-        "SIGTERM, SIGUSR1, Ctrl-C in each phase, to one rank or all; a second one",
+        "SIGTERM, SIGUSR1, Ctrl-C in each phase, to one rank or all; a second one; what is resumed then equals an "
+        "unstopped run to the bit",
         [
             "test_signals.py::test_a_signal_in_each_phase",
             "test_signals.py::test_a_second_signal_a_locked_directory_and_the_exit_code",
@@ -168,6 +172,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
         [
             "test_outages.py::test_a_tracker_that_hangs_is_left_behind",
             "test_outages.py::test_a_call_that_overstays_is_noticed_while_the_run_goes_on",
+            "test_outages.py::test_a_call_that_never_returns_does_not_hold_up_the_end_of_the_program",
             "test_tracking.py::test_a_tracker_that_raises_is_switched_off_with_one_warning",
             "test_tracking.py::test_without_a_key_wandb_is_offline_from_the_start",
         ],
@@ -177,6 +182,14 @@ ROWS: dict[str, tuple[str, list[str]]] = {
         [
             "test_outages.py::test_without_a_terminal_the_weights_are_the_same",
             "test_tracking.py::test_exit_code_stays_0_when_stdout_is_gone",
+        ],
+    ),
+    "R23": (
+        "no network: training, evaluation and resume try no connection; a push that the hub refuses: exit 3, nothing lost, the "
+        "command that tries again",
+        [
+            "test_outages.py::test_without_a_network_none_is_asked_for",
+            "test_report.py::test_a_push_that_fails_loses_nothing",
         ],
     ),
     "R24": (
@@ -197,7 +210,10 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "X1": ("code in a model folder", ["test_security.py::test_code_of_a_model_folder_is_not_run"]),
     "X2": (
         "pickles in checkpoints and weights",
-        ["test_security.py::test_a_pickle_in_place_of_any_file_is_not_loaded"],
+        [
+            "test_security.py::test_a_pickle_in_place_of_any_file_is_not_loaded",
+            "test_security.py::test_a_pickle_in_place_of_any_file_of_a_lora_run_is_not_loaded",
+        ],
     ),
     "X3": (
         "code in what the model writes",
@@ -219,6 +235,15 @@ ROWS: dict[str, tuple[str, list[str]]] = {
             "test_security.py::test_secrets_are_not_settings",
         ],
     ),
+    "X8": (
+        "the dashboard: this machine only, or a password; no file of the run directory is served",
+        [
+            "test_dashboard.py::test_nobody_else_without_a_password",
+            "test_dashboard.py::test_this_machine_needs_none",
+            "test_dashboard.py::test_files_are_not_served",
+            "test_dashboard.py::test_no_event_is_an_open_interface",
+        ],
+    ),
     "X9": (
         "markup, escape codes, direction marks",
         [
@@ -237,12 +262,16 @@ ROWS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "X13": ("a reward file that has changed", ["test_resumption.py::test_a_changed_reward_file_is_warned_about"]),
-    "X14": ("versions", ["test_security.py::test_requirements_are_pinned"]),
+    "X14": (
+        "versions: pinned, and a lock file with hashes that agrees with them",
+        [
+            "test_security.py::test_requirements_are_pinned",
+            "test_security.py::test_the_lock_holds_what_is_required_with_hashes",
+        ],
+    ),
 }
 NOT_HERE = {
-    "R23": "training, evaluation and resume in all tests run without a network; a hub push that fails is not tested",
     "X4": "no reward executes what a model writes, so there is no sandbox to test (SECURITY.md)",
-    "X8": "the dashboard's own tests",
 }
 TRL_FAULTS = {
     "window": "resume from a checkpoint inside a generation window (steps_per_generation 4, stopped after 2 of 4 steps)",

@@ -1,5 +1,5 @@
 """launch/train.py with a fault put in from outside: FAULT="nan:RANK:CALL[:COUNT]" makes the loss of COUNT optimizer steps of one rank
-NaN, from step CALL on. Each rank writes what every optimizer step did to its weights and moments into FAULT_LOG/rank-R.jsonl."""
+NaN, from step CALL on; "loop:RANK:CALL" lets that rank never come back from there. Each rank writes what every optimizer step did to its weights and moments into FAULT_LOG/rank-R.jsonl."""
 
 import hashlib
 import json
@@ -34,6 +34,8 @@ def main() -> None:
 
     def faulty_backward(self: Policy, loss: torch.Tensor) -> None:
         bad = mine and kind == "nan" and int(first) <= steps + 1 < last
+        while mine and kind == "loop" and int(first) <= steps + 1:
+            pass
         backward(self, loss * float("nan") if bad else loss)
 
     def logged_step(self: Policy, usable: bool = True) -> float:

@@ -17,12 +17,14 @@ import pytest
 import torch
 
 from grpo.advice import memory_advice
-from grpo.checkpoint import load_checkpoint, newest_valid, save_checkpoint
+from grpo.checkpoint import check_room, load_checkpoint, newest_valid, save_checkpoint
 from grpo.config import DataConfig, load_config
 from grpo.data import load_examples
 from grpo.data.data_card import check_permission, publishable, record_card
 from grpo.data.stream import render_prompts
 from grpo.errors import ConfigError, GrpoError, NumericsError, OutOfMemory, RewardError, StorageError
+from grpo.lora import load_adapter
+from grpo.model_card import push
 from grpo.objective import find_objective
 from grpo.reference import check_vocabulary
 from grpo.report import write_report
@@ -172,6 +174,27 @@ def full_disk(folder: Path) -> None:
 
         patch.setattr("grpo.checkpoint.save_file", fails)
         saved(folder)
+
+
+def no_room(folder: Path, call: Callable[[], Any]) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10**9, free=1_200_000))
+        return call()
+
+
+def no_room_for_a_checkpoint(folder: Path) -> None:
+    no_room(folder, lambda: save_checkpoint(folder, 12, {"policy": {"a": torch.ones(600_000)}}, {}, keep=1))
+
+
+def a_push_in_vain(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        push(folder / "final", "me/model", token="hf_test", endpoint="http://127.0.0.1:9")
+
+
+def pickled_adapter(folder: Path) -> None:
+    (folder / "adapter_model.bin").write_bytes(b"")
+    load_adapter(cast(Any, None), folder)
 
 
 def other_vocabulary(_: Path) -> None:
@@ -456,6 +479,26 @@ CASES: dict[str, Case] = {
         full_disk,
         StorageError,
         "cannot save the checkpoint DIR/checkpoints/step-12: [Errno 28] No space left on device. It needs 0.0 MB of free space; older checkpoints are untouched. Free some space, lower save_total_limit, or set another run_dir",
+    ),
+    "no room for a checkpoint": Case(
+        no_room_for_a_checkpoint,
+        StorageError,
+        "cannot save the checkpoint DIR/checkpoints/step-12: [Errno 28] only 1.2 MB are free. It needs 2.4 MB of free space; older checkpoints are untouched. Free some space, lower save_total_limit, or set another run_dir",
+    ),
+    "no room for a run": Case(
+        lambda folder: no_room(folder, lambda: check_room(folder / "run", 2_400_000, 800_000, keep=2)),
+        StorageError,
+        "1.2 MB are free for DIR/run; a checkpoint takes about 2.4 MB, final/ 0.8 MB: this run could not be saved. Free some space, or set another run_dir",
+    ),
+    "push to the hub that failed": Case(
+        a_push_in_vain,
+        StorageError,
+        "cannot push DIR/final to me/model: ConnectError: [Errno 111] Connection refused. The folder is complete; try again with: hf upload me/model DIR/final --private",
+    ),
+    "pickled adapter": Case(
+        pickled_adapter,
+        ConfigError,
+        "DIR holds no adapter_model.safetensors; adapter_model.bin, a pickle, is not read",
     ),
     "numbers that are not finite": Case(
         skipped,

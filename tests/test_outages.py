@@ -4,21 +4,27 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from grpo import courier, setup
-from grpo.checkpoint import newest_valid
+from grpo.checkpoint import load_checkpoint, newest_valid, save_checkpoint
 from grpo.config import Config, TrackingConfig, load_config
 from grpo.errors import StorageError
 from grpo.lines import Lines
+from grpo.policy import Policy
 from grpo.tracking import Tracker
 from grpo.trainer import train
 from tests.test_signals import ROOT, rows_of, same_weights
@@ -131,22 +137,35 @@ class HangingWandb:
     ("at", "calls"), [("init", ["init"]), ("log", ["init", "log"]), ("finish", ["init", "log", "log", "finish"])]
 )
 def test_a_tracker_that_hangs_is_left_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at: str, calls: list[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    record_property: Any,
+    at: str,
+    calls: list[str],
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr(courier, "CLOSE_SECONDS", 2.0)
     wandb = HangingWandb(at)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     with caplog.at_level(logging.WARNING):
-        tracker = Tracker(tmp_path, Config(tracking=TrackingConfig(report_to=["wandb"])), {}, 0)
+        settings = TrackingConfig(report_to=["wandb"])
+        assert settings.finish_timeout == 5.0  # what an outage costs a run, and that at its end only
+        tracker = Tracker(tmp_path, Config(tracking=settings), {}, 0)
+        began = time.monotonic()
         tracker.log(0, {"x": 1.0})
         tracker.log(1, {"x": 2.0})
+        tracker.let_go()
+        record_property("seconds until the end of training", round(time.monotonic() - began, 1))
         tracker.finish()
+        record_property("seconds in all", round(time.monotonic() - began, 1))
     assert wandb.calls == calls
-    assert [record.message.split(".")[0] for record in caplog.records] == [
+    [said] = [record.message for record in caplog.records]
+    assert said.startswith(
         f"wandb failed at {'start' if at == 'init' else at} and is switched off: did not answer in time"
-    ]
+    )
+    assert (f"to upload it later: wandb sync {tmp_path}/wandb/*run-*" in said) == (at != "init")
+    assert ("(tracking.finish_timeout 5 s)" in said) == (at == "finish")
     assert [row["x"] for row in rows_of(tmp_path)] == [1.0, 2.0]
     wandb.never.set()
 
@@ -162,6 +181,96 @@ def test_a_call_that_overstays_is_noticed_while_the_run_goes_on(monkeypatch: pyt
     made.post("log", lambda: None)
     assert failures == [("start", None)] and not made.alive
     never.set()
+
+
+def test_a_call_that_never_returns_does_not_hold_up_the_end_of_the_program() -> None:
+    """Real W&B, with a server that is silent, waits 90 s more when the interpreter ends."""
+    program = (
+        "import atexit, threading\n"
+        "from grpo.courier import Courier\n"
+        "from grpo.errors import GrpoError, run_main\n"
+        "atexit.register(threading.Event().wait)\n"
+        "def main():\n"
+        "    courier = Courier('x', lambda doing, error: print(doing, error))\n"
+        "    courier.close(threading.Event().wait)\n"
+        "    courier.wait(0.1)\n"
+        "    print('done')\n"
+        "    if FAILS: raise GrpoError('and this')\n"
+        "run_main(main)\n"
+    )
+    for fails, code in (("False", 0), ("True", 1)):
+        words = [sys.executable, "-c", program.replace("FAILS", fails)]
+        ended = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert (ended.returncode, ended.stdout) == (code, "finish None\ndone\n"), ended.stderr
+
+
+def test_without_a_network_none_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training, evaluation and resume on a local model and a local file: not one connection is tried."""
+    tried: list[Any] = []
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: Any) -> None:
+        if self.family == socket.AF_UNIX:  # the reward workers
+            return connect(self, address)
+        tried.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    run(tmp_path, "run", steps=4, eval_every=2)
+    run(tmp_path, "again", steps=4, eval_every=2, resume=tmp_path / "run" / "checkpoints" / "step-2")
+    assert rows_of(tmp_path / "again")[-1]["step"] == 4 and tried == []
+
+
+def test_too_little_room_is_said_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is foreseen is what is written; a disk that holds one checkpoint only is warned about, a smaller one refused."""
+    for name, lora in (("full", {}), ("lora", {"lora.r": 2, "lora.target_modules": "[q_proj]"})):
+        sizes: list[tuple[int, int]] = []
+        foreseen = Policy.bytes_on_disk
+
+        def noted(policy: Policy, sizes: list = sizes, foreseen: Any = foreseen) -> tuple[int, int]:
+            sizes.append(foreseen(policy))
+            return sizes[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Policy, "bytes_on_disk", noted)
+            run(tmp_path, name, steps=1, eval_every=0, **lora)
+        [(checkpoint, final)] = sizes
+        tensors = load_checkpoint(tmp_path / name / "checkpoints" / "step-1")[0]
+        written = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+        counters = 4 * sum(key.endswith(".step") for key in tensors["optimizer"])  # one number for each parameter
+        assert checkpoint == written - counters
+        model = sum(tensor.nbytes for tensor in load_file(tmp_path / name / "final" / "model.safetensors").values())
+        assert model <= final
+    capsys.readouterr()
+
+    def free(size: int) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10**9, free=size))
+
+    free(checkpoint + final)
+    run(tmp_path, "tight", steps=1, eval_every=0, **lora)
+    assert "MB are free for" in (said := capsys.readouterr().out) and "save_total_limit 10 will not fit" in said
+    free(checkpoint + final - 1)
+    with pytest.raises(StorageError, match="MB are free for .* this run could not be saved"):
+        run(tmp_path, "none", steps=1, eval_every=0, **lora)
+    assert not (tmp_path / "none" / "checkpoints").exists()
+
+
+def test_a_checkpoint_that_will_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"policy": {"weight": torch.ones(1000, 1000)}}
+    save_checkpoint(tmp_path, 1, tensors, {}, keep=1)
+    for total, free, fits in ((10**9, 3_999_999, False), (10**9, 4_000_000, True), (0, 0, True)):  # 0 of 0: not told
+        usage = SimpleNamespace(total=total, free=free)
+        monkeypatch.setattr("shutil.disk_usage", lambda path, usage=usage: usage)
+        if fits:
+            save_checkpoint(tmp_path, 3, tensors, {}, keep=1)
+            continue
+        with pytest.raises(StorageError, match=r"only 4.0 MB are free\. It needs 4.0 MB of free space"):
+            save_checkpoint(tmp_path, 2, tensors, {}, keep=1)
+        assert os.listdir(tmp_path / "checkpoints") == ["step-1"]
+    assert os.listdir(tmp_path / "checkpoints") == ["step-3"]
 
 
 def command(shell: str, folder: Path, name: str) -> subprocess.CompletedProcess:

@@ -85,11 +85,22 @@ def test_a_signal_to_one_rank_or_all_of_them(tmp_path: Path, to: str) -> None:
     assert newest is not None and newest.name == "step-2" and ignored == []
     assert "stopped by a signal after step 2 of 4" in errors
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]
+    # The gate is open now: the same run goes on, and one that nothing stops, and they are equal to the last bit.
+    settings["rewards"] = json.dumps({f"{tmp_path}/gate.py:gate": 1.0})
+    assert launch(tmp_path, "run", resume="auto", **settings).returncode == 0
+    assert launch(tmp_path, "whole", **settings).returncode == 0
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4]
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
+    assert draws(tmp_path / "run") == draws(tmp_path / "whole")
+    assert checkpoints_equal(tmp_path / "run", tmp_path / "whole")
 
 
 def _is_rank(process: psutil.Process) -> bool:
     words = process.cmdline()
-    return any(word.endswith("launch/train.py") for word in words) and "accelerate.commands.launch" not in words
+    return (
+        any(word.endswith(("launch/train.py", "tests/faulty_train.py")) for word in words)
+        and "accelerate.commands.launch" not in words
+    )
 
 
 def first_error(errors: str) -> str:
@@ -115,19 +126,26 @@ def test_a_rank_that_fails_ends_the_job_with_its_own_words_first(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_ends_the_job(tmp_path: Path) -> None:
-    """It is stopped (SIGSTOP) while it waits for its reward; the other one gives up after rank_timeout."""
-    process = start(tmp_path, "run", CPU_2, eval_every=0, rank_timeout=15)
+@pytest.mark.parametrize("how", ["stopped", "endless loop"])
+def test_a_rank_that_hangs_ends_the_job(tmp_path: Path, record_property: Any, how: str) -> None:
+    """Rank 1 is stopped (SIGSTOP), or never comes back from its second backward pass. The other one gives up after
+    rank_timeout, and ends it: the launcher would wait 30 s more for it to heed a SIGTERM."""
+    script = "launch/train.py" if how == "stopped" else "tests/faulty_train.py"
+    fault = {"FAULT": "loop:1:2", "FAULT_LOG": str(tmp_path)}
+    process = start(tmp_path, "run", CPU_2, script, fault, eval_every=0, rank_timeout=15)
     for rank in (0, 1):
         wait_for(tmp_path / f"waiting-{rank}", process)
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if _is_rank(child)]
-    ranks[1].suspend()
+    assert len(ranks) == 2
+    if how == "stopped":
+        ranks[1].suspend()
     (tmp_path / "open").touch()
     before = time.monotonic()
     code, errors = ended(process)
-    print(f"ended after {time.monotonic() - before:.0f} s")
+    record_property("seconds after the hang, 15 of them rank_timeout", round(time.monotonic() - before))
     assert code != 0
     assert first_error(errors).startswith("[rank 0] error: another process died, or was waited for longer than"), errors
+    assert "forcefully exiting via" not in errors  # the launcher's words when it had to kill a rank itself
     assert not any(rank.is_running() for rank in ranks)
     assert newest_valid(tmp_path / "run")[0] is not None
 

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from grpo.config import DataConfig
 from grpo.dashboard.readers import MetricsFile, RunFolder, find_runs, groups_of, last_step, matching, rows_of_step, thin
 from grpo.data.data_card import record_card
-from grpo.errors import ConfigError, StorageError
+from grpo.errors import ConfigError, StorageError, run_main
 from grpo.model_card import model_card, publish, push
 from grpo.report import attribution, fenced, length_buckets, paired_items, write_report
 
@@ -191,9 +191,16 @@ class Hub(BaseHTTPRequestHandler):
     """The four calls of the hub's HTTP API that a small upload makes."""
 
     commits: list[list[dict]] = []
+    refuses: str | None = None
+    """A part of the addresses that are answered with 405."""
 
     def do_POST(self) -> None:  # noqa: N802
         body = self.rfile.read(int(self.headers["Content-Length"] or 0)).decode()
+        if self.refuses is not None and self.refuses in self.path:
+            self.send_response(405)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if self.path == "/api/repos/create":
             answer: dict = {"url": "https://huggingface.co/me/model", "name": "me/model"}
         elif self.path == "/api/validate-yaml":
@@ -266,8 +273,37 @@ def test_publish_to_a_stand_in_of_the_hub(tmp_path: Path, hub: str) -> None:
     assert card.data.license == "mit" and str(tmp_path) not in card.text
     for line in ("- source: us", "- licence: cc-by-4.0", "- permission: granted", "path: mine.jsonl"):
         assert line in card.text
-    with pytest.raises(StorageError, match="try again with: hf upload me/model"):
+    with pytest.raises(StorageError, match=rf"try again with: hf upload me/model {folder} --private$"):
         push(folder, "me/model", token="hf_test", endpoint="http://127.0.0.1:9")
+    with pytest.raises(StorageError, match=rf"try again with: hf upload me/model {folder}$"):
+        push(folder, "me/model", token="hf_test", endpoint="http://127.0.0.1:9", private=False)
+
+
+@pytest.mark.parametrize("refused", ["/api/repos/create", "/preupload/", "/commit/"])
+def test_a_push_that_fails_loses_nothing(
+    tmp_path: Path, hub: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refused: str
+) -> None:
+    """At each of its calls: exit code 3 and the command that tries again; the folder is complete, and a second try works."""
+    run = trained_on_a_file(tmp_path, "granted")
+    (run / "final").mkdir()
+    (run / "final" / "model.safetensors").write_text("weights")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnopqrst")
+    monkeypatch.setattr(sys, "argv", ["export.py", "--run", str(run), "--format", "merged", "--push", "me/model"])
+    monkeypatch.setattr(Hub, "refuses", refused)
+    main = runpy.run_path(str(ROOT / "launch" / "export.py"))["main"]
+    with pytest.raises(SystemExit) as ended:
+        run_main(main)
+    out, err = capsys.readouterr()
+    folder = run / "export" / "merged"
+    assert ended.value.code == 3 and "Pushed" not in out and str(folder) in out
+    assert f"error: cannot push {folder} to me/model: " in err and "405" in err and "hf_abc" not in err
+    assert err.endswith(f"The folder is complete; try again with: hf upload me/model {folder} --private\n")
+    assert (folder / "model.safetensors").read_text() == "weights" and (folder / "README.md").is_file()
+    assert Hub.commits == []
+    monkeypatch.setattr(Hub, "refuses", None)
+    main()
+    assert "Pushed: " in capsys.readouterr().out and len(Hub.commits) == 1
 
 
 def test_export_writes_the_card_and_pushes(

@@ -17,6 +17,7 @@ from grpo.config import Config, TrackingConfig, load_config
 from grpo.data import load_examples
 from grpo.display import Display, visible
 from grpo.errors import ConfigError, GrpoError, StorageError, run_main
+from grpo.lora import load_adapter
 from grpo.policy import load_model, load_tokenizer
 from grpo.redaction import redacted
 from grpo.tracking import Tracker, choose_run_dir
@@ -83,11 +84,64 @@ def test_a_pickle_in_place_of_any_file_is_not_loaded(tmp_path: Path) -> None:
     assert touched.exists()  # the bomb does work
 
 
+def test_a_pickle_in_place_of_any_file_of_a_lora_run_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """X2. Its checkpoint, and everything in final/ and adapter/, one file at a time; and a pickled adapter beside them."""
+    touched = tmp_path / "touched"
+    bomb = pickle.dumps(Bomb(touched))
+    run(tmp_path, "run", steps=1, eval_every=0, **{"lora.r": 2, "lora.target_modules": "[q_proj]"})
+    folder = tmp_path / "run"
+    checkpoint = folder / "checkpoints" / "step-1"
+    files = [file for part in (checkpoint, folder / "final", folder / "adapter") for file in sorted(part.iterdir())]
+    assert {"optimizer.safetensors", "adapter_model.safetensors", "tokenizer.json"} <= {file.name for file in files}
+    for file in files:
+        if not file.is_file():
+            continue
+        whole = file.read_bytes()
+        file.write_bytes(bomb)
+        load_everything(folder)
+        file.write_bytes(whole)
+    adapter = folder / "adapter" / "adapter_model.safetensors"
+    adapter.rename(tmp_path / "away.safetensors")
+    (folder / "adapter" / "adapter_model.bin").write_bytes(bomb)
+    with pytest.raises(
+        ConfigError, match="holds no adapter_model.safetensors; adapter_model.bin, a pickle, is not read"
+    ):
+        load_adapter(load_model(str(tmp_path / "model")), folder / "adapter")
+    for name in ("training_args.bin", "optimizer.pt", "rng_state.pth", "custom_checkpoint_0.pkl", "pytorch_model.bin"):
+        for part in (checkpoint, folder / "final", folder / "adapter"):
+            (part / name).write_bytes(bomb)
+    (tmp_path / "away.safetensors").rename(adapter)
+    assert load_everything(folder) == 4
+    assert not touched.exists()
+
+
+def load_everything(folder: Path) -> int:
+    """Whatever the commands load of a run. -> how many of four loads worked."""
+    loads = [
+        lambda: load_checkpoint(folder / "checkpoints" / "step-1"),
+        lambda: load_model(str(folder / "final")),
+        lambda: load_tokenizer(str(folder / "final")),
+        lambda: load_adapter(load_model(str(folder.parent / "model")), folder / "adapter"),
+    ]
+    worked = 0
+    for load in loads:
+        try:
+            load()
+        except Exception as error:
+            assert not isinstance(error, AssertionError)
+        else:
+            worked += 1
+    return worked
+
+
 @pytest.mark.parametrize(
     "banned",
     [
         r"(?<![.\w])(eval|exec)\(",
         r"\bpickle\.|\bimport pickle|weights_only=False|\btorch\.load\(|\bshelve\b|\bmarshal\b|\bjoblib\b",
+        r"allow_pickle|\b(np|numpy)\.load\(|\bdill\b|cloudpickle|read_pickle|register_for_checkpointing|\.load_state\(\s*[\"']",
         r"trust_remote_code=True|shell=True|os\.system\(|yaml\.(unsafe_load|full_load|FullLoader|UnsafeLoader)",
         r"=\s*[\"']0\.0\.0\.0|share=True",
     ],
@@ -269,6 +323,28 @@ def test_columns_that_rewards_would_confuse(tmp_path: Path, name: str) -> None:
     config = load_config([f"--data.path={data}", "--model.name=x"])
     with pytest.raises(ConfigError, match=rf"data.jsonl:1: a column may not be called '{name}'"):
         load_examples(config.data, "train", 0)
+
+
+def pins(text: str) -> dict[str, str]:
+    """Lines "name[extras]==version ..." -> {name: version}."""
+    found = re.findall(r"^([\w.-]+)(?:\[[\w,-]+\])?==([^\s;\\#]+)", text, re.MULTILINE)
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
+
+
+def test_the_lock_holds_what_is_required_with_hashes() -> None:
+    """X14. requirements.lock has every line of requirements.txt at its version, and a sha256 for every file of every package;
+    nothing comes from an address."""
+    text = (ROOT / "requirements.lock").read_text()
+    wanted, locked = pins((ROOT / "requirements.txt").read_text()), pins(text)
+    assert len(wanted) >= 18 and {name: locked.get(name) for name in wanted} == wanted
+    assert len(locked) > 80 and {"huggingface-hub", "jinja2", "nvidia-nccl-cu13"} <= locked.keys()
+    entries = re.split(r"\n(?=[a-z0-9])", text)[1:]
+    assert len(entries) == len(re.findall(r"^[a-z0-9]", text, re.MULTILINE))
+    for entry in entries:
+        assert re.match(r"[\w.-]+==\S+( ; [^\n]+)? \\\n    --hash=sha256:[0-9a-f]{64}\b", entry), entry[:80]
+    assert not re.search(r"://|^-e|^--|file:", text, re.MULTILINE)
+    # The command that makes it is its second line, and stands in SECURITY.md.
+    assert text.splitlines()[1].removeprefix("#").strip() in (ROOT / "SECURITY.md").read_text()
 
 
 def test_requirements_are_pinned() -> None:

@@ -107,7 +107,14 @@ def test_a_signal_before_the_first_step(tmp_path: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / "run").exists()
 
 
-def start(tmp_path: Path, name: str, launcher: list[str] | None = None, **changes: object) -> subprocess.Popen:
+def start(
+    tmp_path: Path,
+    name: str,
+    launcher: list[str] | None = None,
+    script: str = "launch/train.py",
+    environment: dict[str, str] | None = None,
+    **changes: object,
+) -> subprocess.Popen:
     """A training run in a process of its own, whose reward waits for a file before it goes on from the second step."""
     (tmp_path / "gate.py").write_text(
         "import os, pathlib, time\n"
@@ -124,10 +131,10 @@ def start(tmp_path: Path, name: str, launcher: list[str] | None = None, **change
     )
     rewards = {"rewards": json.dumps({f"{tmp_path}/gate.py:gate": 1.0})}
     flags = arguments(tmp_path, name, **(rewards | changes))
-    command = [*(launcher or [sys.executable]), str(ROOT / "launch" / "train.py"), *flags]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*(launcher or [sys.executable]), str(ROOT / script), *flags]
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (environment or {})
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
