@@ -79,7 +79,8 @@ def check_room(run_dir: Path, checkpoint: int, final: int, keep: int) -> list[st
         raise StorageError(f"{numbers}: this run could not be saved. Free some space, or set another run_dir")
     there = len(_saved(run_dir / "checkpoints")) if (run_dir / "checkpoints").is_dir() else 0
     if free < checkpoint * max(1, keep + 1 - there) + final:
-        return f"warning: {numbers}: save_total_limit {keep} will not fit, for which one more than that must fit for a moment"
+        more = f"save_total_limit {keep} will not fit, for which one more than that must fit for a moment"
+        return [f"warning: {numbers}: {more}"]
     return []
 
 
