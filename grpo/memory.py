@@ -100,7 +100,7 @@ def estimate(
     width = 2 if machine.compute else 4
     learning = used.activations + 2 * width * unit  # a unit's whole weights, and the next one's
     if machine.compute and not machine.cpu:  # a GPU's head product reads a 16-bit copy
-        learning += 2 * model.get_output_embeddings().weight.numel()  # type: ignore[operator]
+        learning += 2 * model.get_output_embeddings().weight.numel()
     sampling = draw_bytes(config, model, machine) + (engine if machine.cpu else 0)
     parts |= {"sampling": sampling, "learning: activations": learning}
     # The gradients of a step are gone while the engine samples.
@@ -166,7 +166,7 @@ def engine_bytes(config: Config, model: PreTrainedModel, longest_prompt: int, ma
     if config.rollout.engine != "native" or not FusedBackbone.fits(model):
         return cache
     width = 2 if machine.compute else 4
-    head = model.get_output_embeddings().weight.numel()  # type: ignore[operator]
+    head = model.get_output_embeddings().weight.numel()
     # A CPU's float32 products and its head are packed; on a GPU the head is cast where precision is mixed.
     return cache + width * linear_weights(model) + (4 * head if machine.cpu else 2 * head if machine.compute else 0)
 
