@@ -158,13 +158,13 @@ def plot(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 7.5))
     for index, (name, row) in enumerate(report["variations"].items()):
         curves = [run["reward"] for run in row["runs"].values()]
         means = [statistics.mean(step) for step in zip(*curves, strict=False)]
         left.plot(range(1, len(means) + 1), means, label=name, linestyle=("-", "--", ":")[index // 10 % 3])
     left.set(xlabel="step", ylabel="mean training reward (mean over seeds)")
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))  # below: it would hide the curves
     names = list(report["variations"])
     rows = list(report["variations"].values())
     right.axvline(0, color="grey", linewidth=1)
@@ -178,7 +178,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     right.set_yticks(range(len(names)), names)
     right.invert_yaxis()
     right.grid(axis="x", alpha=0.3)
-    right.set(xlabel=f"mean training reward over the run, difference to {names[0]} seed by seed, 95 % interval")
+    right.set(xlabel=f"mean training reward over the run:\ndifference to {names[0]} seed by seed, 95 % interval")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
