@@ -4,7 +4,7 @@ import json
 import runpy
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -279,19 +279,25 @@ def test_publish_to_a_stand_in_of_the_hub(tmp_path: Path, hub: str) -> None:
         push(folder, "me/model", token="hf_test", endpoint="http://127.0.0.1:9", private=False)
 
 
-@pytest.mark.parametrize("refused", ["/api/repos/create", "/preupload/", "/commit/"])
-def test_a_push_that_fails_loses_nothing(
-    tmp_path: Path, hub: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refused: str
-) -> None:
-    """At each of its calls: exit code 3 and the command that tries again; the folder is complete, and uploading it works later."""
+def export_command(tmp_path: Path, hub: str, monkeypatch: pytest.MonkeyPatch, *flags: str) -> tuple[Path, Callable]:
+    """A finished run on permitted data, and launch/export.py's main, about to push it to the stand-in of the hub."""
     run = trained_on_a_file(tmp_path, "granted")
     (run / "final").mkdir()
     (run / "final" / "model.safetensors").write_text("weights")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnopqrst")
-    monkeypatch.setattr(sys, "argv", ["export.py", "--run", str(run), "--format", "merged", "--push", "me/model"])
+    command = ["export.py", "--run", str(run), "--format", "merged", *flags, "--push", "me/model"]
+    monkeypatch.setattr(sys, "argv", command)
+    return run, runpy.run_path(str(ROOT / "launch" / "export.py"))["main"]
+
+
+@pytest.mark.parametrize("refused", ["/api/repos/create", "/preupload/", "/commit/"])
+def test_a_push_that_fails_loses_nothing(
+    tmp_path: Path, hub: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refused: str
+) -> None:
+    """At each of its calls: exit code 3 and the command that tries again; the folder is complete, and uploading it works later."""
+    run, main = export_command(tmp_path, hub, monkeypatch)
     monkeypatch.setattr(Hub, "refuses", refused)
-    main = runpy.run_path(str(ROOT / "launch" / "export.py"))["main"]
     with pytest.raises(SystemExit) as ended:
         run_main(main)
     out, err = capsys.readouterr()
@@ -311,14 +317,7 @@ def test_a_push_that_fails_loses_nothing(
 def test_export_writes_the_card_and_pushes(
     tmp_path: Path, hub: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = trained_on_a_file(tmp_path, "granted")
-    (run / "final").mkdir()
-    (run / "final" / "model.safetensors").write_text("weights")
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
-    command = ["export.py", "--run", str(run), "--format", "merged", "--licence", "mit", "--push", "me/model"]
-    monkeypatch.setattr(sys, "argv", command)
-    main = runpy.run_path(str(ROOT / "launch" / "export.py"))["main"]
+    run, main = export_command(tmp_path, hub, monkeypatch, "--licence", "mit")
     main()
     assert "Pushed: " in capsys.readouterr().out
     [commit] = Hub.commits
@@ -329,7 +328,7 @@ def test_export_writes_the_card_and_pushes(
     assert ModelCard.load(run / "export" / "merged" / "README.md").data.license == "mit"
 
     (run / "data_card.json").write_text((run / "data_card.json").read_text().replace("granted", "prohibited"))
-    monkeypatch.setattr(sys, "argv", [*command, "--output", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--output", str(tmp_path / "out")])
     with pytest.raises(ConfigError, match="permission: prohibited. To publish"):
         main()
     assert not (tmp_path / "out").exists() and len(Hub.commits) == 1
