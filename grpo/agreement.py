@@ -14,8 +14,9 @@ from grpo.config import Config
 from grpo.distributed import compute_dtype
 from grpo.errors import NumericsError
 from grpo.packing import pack
-from grpo.policy import Policy, probe_batch
+from grpo.policy import Policy
 from grpo.rollout import RolloutEngine, is_separate
+from grpo.scorer import probe_batch
 from grpo.types import Prompt, SamplingPlan
 
 if TYPE_CHECKING:

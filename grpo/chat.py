@@ -15,7 +15,7 @@ from transformers import TextIteratorStreamer
 from grpo.config import DataConfig, load_config
 from grpo.data.messages import messages_for
 from grpo.data.stream import prompt_token_ids
-from grpo.policy import load_model, load_tokenizer
+from grpo.loading import load_model, load_tokenizer
 from grpo.rollout import end_token_ids
 
 

@@ -20,8 +20,8 @@ from grpo.data.data_card import check_permission
 from grpo.data.stream import prompt_token_ids, prompts_token_ids
 from grpo.data.streaming import peek
 from grpo.errors import ConfigError, GrpoError
+from grpo.loading import load_tokenizer
 from grpo.memory import Machine, estimate
-from grpo.policy import load_tokenizer
 from grpo.rewards import RewardSum
 from grpo.rewards.math_answers import parse_number
 from grpo.rollout import find_engine

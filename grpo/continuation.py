@@ -21,7 +21,7 @@ from torch import Tensor
 
 from grpo.data.stream import prompts_token_ids
 from grpo.errors import ConfigError
-from grpo.policy import load_model, load_tokenizer
+from grpo.loading import load_model, load_tokenizer
 
 Row = dict[str, Any]
 

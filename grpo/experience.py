@@ -23,8 +23,8 @@ from grpo.kl import kl_estimate
 from grpo.metrics import Sums
 from grpo.objective import by_name, find_objective, per_sequence
 from grpo.packing import PackedBatch, pack
-from grpo.policy import probe_batch
 from grpo.rewards import Scores
+from grpo.scorer import probe_batch
 from grpo.types import Group, Prompt
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from grpo.config import Config, DataConfig, load_config
 from grpo.dashboard.readers import RunFolder
 from grpo.data.messages import SYSTEM_PROMPT
 from grpo.errors import ConfigError, StorageError
+from grpo.loading import load_model, load_tokenizer
 from grpo.lora import add_adapter, save_adapter
-from grpo.policy import load_model, load_tokenizer
 from grpo.weights import save_plain
 
 FORMATS = ("merged", "adapter", "gguf-ready")

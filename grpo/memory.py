@@ -29,8 +29,8 @@ from grpo.errors import ConfigError
 from grpo.logprobs import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
 from grpo.lora import add_adapter
 from grpo.packing import PackedBatch, pack
-from grpo.policy import Scorer
 from grpo.rollout.backbones import FusedBackbone
+from grpo.scorer import Scorer
 from grpo.types import Completion, Group, Prompt
 
 GIB = 2**30
@@ -45,6 +45,8 @@ class Machine:
     processes: int = 1
     precision: str = "no"
     cpu: bool = True
+    reads_once: bool = False
+    """The main process reads the weights for all, on its CPU."""
 
     @property
     def compute(self) -> torch.dtype | None:
@@ -62,7 +64,8 @@ def machine_of(path: str) -> Machine:
     kind = kinds.get(name, "ddp")
     if name == "DEEPSPEED":
         kind = f"zero{loaded.deepspeed_config['zero_stage']}"
-    return Machine(kind, int(loaded.num_processes), str(loaded.mixed_precision), bool(loaded.use_cpu))
+    once = kind == "fsdp2" and bool(loaded.fsdp_config.get("fsdp_cpu_ram_efficient_loading"))
+    return Machine(kind, int(loaded.num_processes), str(loaded.mixed_precision), bool(loaded.use_cpu), once)
 
 
 def estimate(
@@ -105,10 +108,12 @@ def estimate(
     parts |= {"sampling": sampling, "learning: activations": learning}
     # The gradients of a step are gone while the engine samples.
     parts["peak"] = stays + max(sampling - 4 * trained / shards, learning)
-    if machine.kind in ("fsdp2", "zero3"):  # every process loads the whole model, and then keeps its part
-        parts["start: the whole model"] = base * size
-        start = base * size + parts["weights"] + parts["reference"] + parts["working copy"]
-        parts["peak"] = max(parts["peak"], start)
+    if machine.kind in ("fsdp2", "zero3"):  # a process that has the whole model keeps its part
+        whole = base * size
+        if machine.reads_once and not machine.cpu:  # one weight at a time comes from the main process
+            whole = base * max(parameter.numel() for parameter in model.parameters())
+        parts["start: what is not sharded yet"] = whole
+        parts["peak"] = max(parts["peak"], whole + parts["weights"] + parts["reference"] + parts["working copy"])
     return {name: value / GIB for name, value in parts.items()}
 
 

@@ -3,72 +3,26 @@
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    get_scheduler,
-)
-from transformers.utils.logging import disable_progress_bar
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from grpo import zero
-from grpo.attention import NAME, GroupSpan, grpo_attention
+from grpo import sharding, zero
 from grpo.checkpoint import Tensors, optimizer_from_tensors, optimizer_to_tensors
 from grpo.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.distributed import compute_dtype, is_sharded, return_freed_memory
 from grpo.errors import ConfigError, NumericsError
-from grpo.logprobs import token_logprobs
-from grpo.lora import add_adapter, check_quantization, head_weight, off, save_adapter
+from grpo.loading import load_to_train, load_tokenizer
+from grpo.lora import add_adapter, off, save_adapter
 from grpo.packing import PackedBatch
 from grpo.reference import Reference, check_vocabulary
-from grpo.weights import Float32Head, WorkingCopy, full, save_plain, whole
-
-AttentionInterface.register(NAME, grpo_attention)
-disable_progress_bar()  # "Loading weights 38/38": noise between our own lines
-
-
-class Scorer(nn.Module):
-    """A causal LM whose forward pass is what training needs: packed batch -> logprobs [N] and entropies [N].
-
-    It is a module of its own, because wrappers (DDP, FSDP, autocast) only see what goes through `forward`.
-    """
-
-    def __init__(self, model: PreTrainedModel, *, swapped: bool, temperature: float, entropy_gradient: bool = False):
-        super().__init__()
-        self.model, self.swapped, self.temperature = model, swapped, temperature
-        self.entropy_gradient = entropy_gradient
-        self._no_split_modules = model._no_split_modules  # the layers that FSDP shards one by one
-
-    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        if self.swapped:
-            hidden = self.model.base_model(
-                input_ids=batch.input_ids_T[None],
-                position_ids=batch.positions_T[None],
-                use_cache=False,
-                layout=batch.layout,
-            ).last_hidden_state[0]
-            hidden_NH = hidden[batch.predictor_N]
-        else:
-            ids, predictor = batch.rows()
-            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            hidden_NH = hidden.flatten(0, 1)[predictor]
-        head = self.model.get_output_embeddings()
-        with torch.autocast(hidden_NH.device.type, enabled=False):  # the head in float32: see Float32Head
-            return token_logprobs(
-                hidden_NH.float(),
-                head_weight(head).float(),
-                batch.tokens_N,
-                self.temperature,
-                entropy_gradient=self.entropy_gradient,
-            )
+from grpo.scorer import Scorer, probe_batch
+from grpo.weights import WorkingCopy, full, save_plain, whole
 
 
 class Policy:
@@ -96,9 +50,8 @@ class Policy:
         self.zero_stage = zero.stage(accelerator)
         if self.zero_stage:
             zero.configure(accelerator, optimizer.max_grad_norm)
-        self.model = load_model(path, config, accelerator.device)
-        self.swapped = config.attn_implementation == NAME and use_grpo_attention(self.model)
-        self.model.to(accelerator.device)
+        self.read_once = sharding.reads_once(accelerator) and not config.load_in_4bit
+        self.model, self.swapped = load_to_train(path, config, accelerator, once=self.read_once)
         self.working_copy = WorkingCopy(self.model)
         scorer = Scorer(
             self.model,
@@ -119,6 +72,7 @@ class Policy:
             self.model.train()  # checkpointing is only active in train mode; every dropout is 0, so nothing else changes
         self.working_copy.follow(
             self.model,
+            accelerator.device,
             compute=None if self.zero_stage == 2 else compute_dtype(accelerator),
             rounded=compute_dtype(accelerator) if self.zero_stage == 2 else None,  # it casts the live weights
             sharded=is_sharded(accelerator) and self.zero_stage != 2,
@@ -131,7 +85,8 @@ class Policy:
             betas=(optimizer.adam_beta1, optimizer.adam_beta2),
             weight_decay=optimizer.weight_decay,
         )
-        self.scorer, self.prepared_optimizer = accelerator.prepare(scorer, self.optimizer)
+        prepare: Callable = partial(sharding.shard, accelerator) if self.read_once else accelerator.prepare
+        self.scorer, self.prepared_optimizer = prepare(scorer, self.optimizer)
         zero.announce(scorer, self.model.get_output_embeddings())
         self.scheduler = get_scheduler(
             optimizer.lr_scheduler_type,
@@ -147,9 +102,10 @@ class Policy:
         """A frozen copy of the policy, or the model that model.reference names."""
         name = self.config.reference
         if name is None:
-            other = copy.deepcopy(self.model)
+            other, swapped = copy.deepcopy(self.model), self.swapped
         else:
-            other = load_model(name, ModelConfig(attn_implementation=self.config.attn_implementation))
+            plain = ModelConfig(attn_implementation=self.config.attn_implementation)
+            other, swapped = load_to_train(name, plain, self.accelerator, once=self.read_once)
             check_vocabulary(
                 self.model.config.vocab_size,
                 other.config.vocab_size,
@@ -157,11 +113,9 @@ class Policy:
                 load_tokenizer(name),
                 name,
             )
-        wanted = self.config.attn_implementation == NAME
-        swapped = self.swapped if name is None else wanted and use_grpo_attention(other)
+        if self.read_once:
+            sharding.hand_out(other, self.device)
         frozen = Scorer(other, swapped=swapped, temperature=scorer.temperature)
-        if not self.config.reference_offload:
-            frozen.to(self.device)
         return Reference(frozen, self.device, offload=self.config.reference_offload)
 
     @property
@@ -275,9 +229,7 @@ class Policy:
         if self.zero_stage:
             weights, moments = zero.full_state(self.model, self.optimizer)
         elif is_sharded(self.accelerator):
-            from grpo.sharding import full_state
-
-            weights, moments = full_state(self.scorer, self.optimizer)
+            weights, moments = sharding.full_state(self.scorer, self.optimizer)
         else:
             learned = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
             weights = dict(self.model.state_dict())
@@ -315,9 +267,7 @@ class Policy:
         if self.zero_stage:
             zero.load_full_state(self.model, self.scorer, self.optimizer, tensors["model"], moments)
         elif is_sharded(self.accelerator):
-            from grpo.sharding import load_full_state
-
-            load_full_state(self.scorer, self.optimizer, tensors["model"], moments)
+            sharding.load_full_state(self.scorer, self.optimizer, tensors["model"], moments)
         else:
             unknown = self.model.load_state_dict(tensors["model"], strict=False).unexpected_keys
             if unknown:
@@ -367,118 +317,3 @@ class Policy:
                 save_adapter(self.adapter, folder.parent / "adapter", weights)
         if main:
             tokenizer.save_pretrained(folder)
-
-
-def load_model(path: str, config: ModelConfig | None = None, device: torch.device | None = None) -> PreTrainedModel:
-    """A causal LM with every dropout 0, so that sampling and scoring see one and the same policy; its head in float32.
-
-    float32 weights and the model's own sdpa attention, unless `config` says otherwise (torch_dtype, attn_implementation,
-    load_in_4bit, gguf_file).
-    """
-    extra: dict[str, object] = {}
-    dtype, attention = torch.float32, "sdpa"
-    if config is not None:
-        if config.attn_implementation != NAME:  # ours takes the place of sdpa later, if a probe finds it exact
-            attention = config.attn_implementation
-        dtype = getattr(torch, config.torch_dtype)
-        if config.gguf_file:
-            extra["gguf_file"] = config.gguf_file
-        if config.load_in_4bit:
-            check_quantization()
-            from transformers import BitsAndBytesConfig
-
-            extra["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-            )
-            extra["device_map"] = {"": device or torch.device("cpu")}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, trust_remote_code=False, **extra
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.name '{path}' cannot be loaded: {error}") from error
-    if extra.get("gguf_file"):  # plain float32 weights by now, though transformers still calls the model quantized
-        model.is_quantized = False  # type: ignore[assignment]
-        model.hf_quantizer = None  # type: ignore[assignment]
-        del model.config.quantization_config
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        raise ConfigError(f"model.name '{path}': the output head has a bias, which the chunked logprobs do not support")
-    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config, key, None) not in (None, 1.0):
-            raise ConfigError(f"model.name '{path}': config.{key} changes the logits in a way that is not supported")
-    if type(head) is nn.Linear:
-        head.__class__ = Float32Head
-    return model.eval()
-
-
-def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    try:
-        extra = {"gguf_file": gguf_file} if gguf_file else {}
-        return AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False, **extra)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name '{path}': its tokenizer cannot be loaded: {error}") from error
-    except ImportError as error:
-        if gguf_file is None:
-            raise
-        raise ConfigError("model.gguf_file is set, but gguf is missing: pip install gguf==0.19.0") from error
-
-
-def use_grpo_attention(model: PreTrainedModel) -> bool:
-    """Switch to our attention if it gives the same logprobs as the model's own on a probe; else leave the model as it is.
-
-    -> whether it was switched. The probe is two groups with prompts and completions of different lengths.
-    """
-    batch = probe_batch(model.config.vocab_size).to(next(model.parameters()).device)
-    with torch.no_grad():
-        plain = Scorer(model, swapped=False, temperature=1.0)(batch)[0]
-        try:
-            model.set_attn_implementation(NAME)
-            packed = Scorer(model, swapped=True, temperature=1.0)(batch)[0]
-        except (NotImplementedError, TypeError, ValueError):
-            packed = None
-    if packed is None or not torch.allclose(plain, packed, atol=1e-3, rtol=1e-3):
-        model.set_attn_implementation("sdpa")
-        return False
-    return True
-
-
-def probe_batch(vocabulary: int) -> PackedBatch:
-    """A small made-up batch: two groups, prompts of 5 and 3 tokens, completions of 4, 2 and 3."""
-    ids: list[int] = []
-    positions: list[int] = []
-    predictor: list[int] = []
-    tokens: list[int] = []
-    spans, lengths = [], []
-    for prompt_length, completion_lengths in ((5, (4, 2)), (3, (3,))):
-        start = len(ids)
-        spans.append(GroupSpan(start, prompt_length, completion_lengths))
-        positions += range(prompt_length)
-        ids += [(7 * (start + i) + 3) % vocabulary for i in range(prompt_length)]
-        for length in completion_lengths:
-            first = len(ids)
-            new = [(11 * (first + i) + 5) % vocabulary for i in range(length)]
-            predictor += [start + prompt_length - 1, *range(first, first + length - 1)]
-            ids += new
-            tokens += new
-            positions += range(prompt_length, prompt_length + length)
-            lengths.append(length)
-    lengths_S = torch.tensor(lengths)
-    zeros = torch.zeros(len(tokens))
-    return PackedBatch(
-        torch.tensor(ids),
-        torch.tensor(positions),
-        spans,
-        torch.tensor(predictor),
-        torch.tensor(tokens),
-        torch.arange(len(lengths)).repeat_interleave(lengths_S),
-        zeros,
-        zeros,
-        zeros,
-        lengths_S,
-    )

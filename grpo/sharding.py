@@ -1,11 +1,15 @@
-"""Sharding: the state of an FSDP2 model and its optimizer, whole on the main process -> the same again on any number of ranks.
+"""Sharding: a model that only the main process has read -> FSDP2's shards of it on every rank; and the state of a sharded model
+and its optimizer, whole on the main process -> the same again on any number of ranks.
 
 Names are the plain model's, so a checkpoint can be resumed with another number of processes, or without FSDP's help.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -14,9 +18,77 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers import PreTrainedModel
 
 PREFIX = "model."
 """The live model is the `model` of the scorer that is wrapped."""
+
+
+def reads_once(accelerator: Accelerator) -> bool:
+    """Whether the main process is to read the weights for all: fsdp_cpu_ram_efficient_loading, with FSDP2."""
+    return bool(accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading)
+
+
+def shard(
+    accelerator: Accelerator, scorer: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """`accelerator.prepare` for a scorer with its parameters on the CPU of the main process and the meta device of the others:
+    laid out without memory, then filled shard by shard, one parameter at a time.
+
+    Accelerate's own way wants persistent buffers to be shards too, and finds the optimizer's parameters by their address, which
+    all of them share on the meta device.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    plugin.cpu_ram_efficient_loading = False
+    source = scorer.state_dict() if accelerator.is_main_process else {}
+    with _buffers_kept(scorer):
+        scorer.to("meta")
+    retie(scorer)
+    trains(optimizer, scorer)
+    prepared = accelerator.prepare(scorer, optimizer)
+    offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    with _buffers_kept(scorer):
+        scorer.to_empty(device=torch.device("cpu") if offloaded else accelerator.device)
+    retie(scorer)
+    trains(optimizer, scorer)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offloaded)
+    set_model_state_dict(scorer, source, options=options)
+    plugin.cpu_ram_efficient_loading = True
+    return prepared
+
+
+def hand_out(model: PreTrainedModel, device: torch.device) -> None:
+    """A model with its parameters on the CPU of the main process and the meta device of the others -> whole, on `device`, everywhere.
+    Collective."""
+    if torch.distributed.get_rank() == 0:
+        model.to(device)  # type: ignore[arg-type]
+    else:
+        with _buffers_kept(model):
+            model.to_empty(device=device)
+        model.tie_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            torch.distributed.broadcast(parameter, src=0)
+
+
+@contextlib.contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Within, parameters may move; afterwards, buffers are what they were."""
+    kept = [(part, dict(part._buffers)) for part in module.modules()]
+    yield
+    for part, buffers in kept:
+        part._buffers.update(buffers)
+
+
+def retie(scorer: nn.Module) -> None:
+    """A parameter that moves to another kind of device becomes a new one under each of its names."""
+    scorer.model.tie_weights()  # type: ignore[operator, union-attr]
+
+
+def trains(optimizer: torch.optim.Optimizer, scorer: nn.Module) -> None:
+    [group] = optimizer.param_groups
+    group["params"] = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
 
 
 def full_state(scorer: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

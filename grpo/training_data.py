@@ -22,7 +22,7 @@ from grpo.data.mapped import MappedPrompts, map_prompts, mapped_folder, open_map
 from grpo.data.stream import PromptStream, render_prompts
 from grpo.data.streaming import StreamedPrompts, peek
 from grpo.errors import ConfigError
-from grpo.policy import load_tokenizer
+from grpo.loading import load_tokenizer
 from grpo.rewards import RewardSum
 from grpo.types import Prompt
 

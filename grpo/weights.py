@@ -100,6 +100,7 @@ class WorkingCopy:
     def follow(
         self,
         live: PreTrainedModel,
+        device: torch.device,
         *,
         compute: torch.dtype | None,
         rounded: torch.dtype | None = None,
@@ -108,7 +109,7 @@ class WorkingCopy:
         hold: bool = True,
     ) -> None:
         """Give memory of its own to what `live` will not hold in the form that sampling wants: called once `live` has
-        its adapter, before it gets a wrapper. `compute`: the dtype of mixed precision, None = as the weights are.
+        its adapter, before it gets a wrapper. `device`: where sampling is. `compute`: the dtype of mixed precision, None = as the weights are.
         `rounded`: the dtype that the live weights themselves are about to get (ZeRO-2). `separate`: share nothing. Not
         `hold`: nobody samples here, so nothing takes memory; `stream` alone is used."""
         self.live = live
@@ -124,7 +125,7 @@ class WorkingCopy:
                     continue
                 if id(parameter) not in shared:
                     dtype = compute if cast else rounded or parameter.dtype
-                    place = parameter.device if hold else torch.device("meta")
+                    place = device if hold else torch.device("meta")
                     owned = torch.empty_like(parameter, dtype=dtype, device=place, requires_grad=False)
                     shared[id(parameter)] = self.own[name] = nn.Parameter(owned, requires_grad=False)
                 setattr(module, leaf, shared[id(parameter)])

@@ -374,7 +374,7 @@ def run_trl(suite: Suite, folder: Path, name: str) -> dict:
     from grpo.data import load_examples
     from grpo.data.stream import PromptStream
     from grpo.distributed import cpu_threads
-    from grpo.policy import load_model, load_tokenizer
+    from grpo.loading import load_model, load_tokenizer
     from grpo.rewards import REWARDS as registered
     from grpo.types import Prompt
 
@@ -524,8 +524,9 @@ def decode_times(suite: Suite, folder: Path) -> str:
     import torch
 
     from grpo.distributed import cpu_threads
-    from grpo.policy import load_model, load_tokenizer, use_grpo_attention
+    from grpo.loading import load_model, load_tokenizer
     from grpo.rollout.native_engine import NativeEngine
+    from grpo.scorer import use_grpo_attention
     from grpo.types import Prompt, SamplingPlan
 
     torch.set_num_threads(cpu_threads(1))

@@ -265,8 +265,9 @@ def rights(model: str, rows: list[dict], max_completion_length: int) -> list[boo
     from grpo.data.stream import render_prompts
     from grpo.distributed import start_accelerator
     from grpo.evaluation import evaluate
-    from grpo.policy import load_model, load_tokenizer, use_grpo_attention
+    from grpo.loading import load_model, load_tokenizer
     from grpo.rollout import build_engine
+    from grpo.scorer import use_grpo_attention
 
     accelerator, tokenizer, policy = start_accelerator(), load_tokenizer(model), load_model(model)
     examples = load_rows(table_of("gate", rows), DataConfig(extractor=EXTRACTOR, system_prompt=None), BadRows())

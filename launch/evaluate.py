@@ -66,8 +66,9 @@ def evaluate_one(config: Config, path: str, samples: int, accelerator: Any) -> t
     from grpo.data import load_examples
     from grpo.data.stream import render_prompts
     from grpo.evaluation import Evaluation, evaluate, intervals
-    from grpo.policy import load_model, load_tokenizer, use_grpo_attention
+    from grpo.loading import load_model, load_tokenizer
     from grpo.rollout import build_engine
+    from grpo.scorer import use_grpo_attention
 
     examples = load_examples(config.data, "held_out", config.seed)
     if not examples:

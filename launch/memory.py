@@ -96,10 +96,10 @@ def fits() -> dict[str, Any]:
     machines = {
         "single_gpu": Machine("single", 1, "bf16", False),
         "multi_gpu (8)": Machine("ddp", 8, "bf16", False),
-        "fsdp2 (8)": Machine("fsdp2", 8, "bf16", False),
+        "fsdp2 (8)": Machine("fsdp2", 8, "bf16", False, True),
         "deepspeed_zero2 (8)": Machine("zero2", 8, "bf16", False),
         "deepspeed_zero3 (8)": Machine("zero3", 8, "bf16", False),
-        "multi_node_fsdp2 (16)": Machine("fsdp2", 16, "bf16", False),
+        "multi_node_fsdp2 (16)": Machine("fsdp2", 16, "bf16", False, True),
     }
     common = [
         "--model.name=x",

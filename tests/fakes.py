@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from grpo.attention import NAME
-from grpo.policy import use_grpo_attention
+from grpo.scorer import use_grpo_attention
 from grpo.types import Completion, Group, Prompt
 
 SHAPE = {

@@ -14,8 +14,9 @@ from grpo.ahead import Ahead
 from grpo.checkpoint import load_checkpoint, save_checkpoint
 from grpo.config import correction_of, load_config
 from grpo.errors import ConfigError
-from grpo.policy import load_model, use_grpo_attention
+from grpo.loading import load_model
 from grpo.rollout import build_engine
+from grpo.scorer import use_grpo_attention
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 from tests.test_trainer import arguments, run, same
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from grpo.distributed import cpu_threads
 from tests.fakes import tiny_data, tiny_folder
@@ -161,6 +162,45 @@ def test_zero_does_the_same_and_resumes(tmp_path: Path, stage: int, changes: dic
     expected = load_file(tmp_path / "zero" / "final" / "model.safetensors")
     weights = load_file(tmp_path / "resumed" / "final" / "model.safetensors")
     assert all(torch.allclose(weights[key], expected[key], rtol=0, atol=1e-6) for key in expected)
+
+
+@pytest.mark.slow
+def test_the_main_process_reads_the_weights_for_all(tmp_path: Path) -> None:
+    """FSDP2 on two ranks, a bfloat16 file with a tied head: shards, reference, sampler, buffers, and logprobs of full and LoRA are
+    to the bit what every process reading for itself gives; the second rank comes to hold its shard, never the whole model."""
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 10, "tie_word_embeddings": True}
+    folder = tiny_folder(tmp_path / "model", **shape)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    command = [*FSDP_2, str(ROOT / "tests/sharded_load.py"), str(folder), str(tmp_path / "rank")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert (tmp_path / "rank-1.json").is_file(), result.stderr
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    for rank in ranks:
+        print(
+            {way: {key: value for key, value in rank[way].items() if "peak" in key} for way in ("once", "everywhere")}
+        )
+        assert rank["asked"]  # by fsdp2.yaml
+        assert rank["once"]["reads_once"] and not rank["everywhere"]["reads_once"]
+        assert rank["once"]["weights"] and rank["everywhere"]["weights"]
+        for case in ("full", "lora"):
+            for what in ("", " reference", " sampler", " buffers"):
+                assert rank["once"][case + what] == rank["everywhere"][case + what], case + what
+    whole, (_, second) = ranks[0]["whole"], ranks
+    assert second["everywhere"]["held"] == whole and second["once"]["held"] == 0
+    assert second["everywhere"]["peak of loading"] > 0.9 * whole
+    assert second["once"]["peak of loading"] < 0.1 * whole
+    assert second["once"]["peak of sharding"] < 0.75 * whole  # half is its shard
+
+
+@pytest.mark.slow
+def test_a_model_that_the_main_process_cannot_read_is_refused_by_all(tmp_path: Path) -> None:
+    tiny_folder(tmp_path / "model")
+    tiny_data(tmp_path / "data.jsonl")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    refused = launch(tmp_path, "run", FSDP_2)
+    assert refused.returncode != 0
+    assert "cannot be loaded" in refused.stderr and "Traceback" not in refused.stderr.split("cannot be loaded")[0]
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@ import torch
 
 from grpo.errors import ConfigError
 from grpo.packing import pack
-from grpo.policy import Scorer
 from grpo.rollout import build_engine
+from grpo.scorer import Scorer
 from grpo.types import Prompt, SamplingPlan
 from tests.fakes import FAMILIES, CharTokenizer, tiny_model
 

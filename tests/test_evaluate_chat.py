@@ -9,8 +9,9 @@ import pytest
 
 from grpo.chat import answers, speakers
 from grpo.config import DataConfig
-from grpo.policy import load_model, load_tokenizer, use_grpo_attention
+from grpo.loading import load_model, load_tokenizer
 from grpo.rollout import build_engine
+from grpo.scorer import use_grpo_attention
 from grpo.types import Prompt, SamplingPlan
 from tests.fakes import tiny_data, tiny_folder
 

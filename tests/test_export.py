@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from grpo.config import ModelConfig, load_config
 from grpo.errors import ConfigError
 from grpo.export import export, go_template
+from grpo.loading import load_model, load_tokenizer
 from grpo.lora import load_adapter
-from grpo.policy import load_model, load_tokenizer
 from grpo.trainer import train
 from tests.fakes import tiny_data, tiny_folder, tiny_model
 from tests.gguf_files import chat_tokenizer, write_gguf

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from grpo.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, load_config
 from grpo.errors import ConfigError
+from grpo.loading import load_model, load_tokenizer
 from grpo.lora import add_adapter, load_adapter, lora_layers
-from grpo.policy import Policy, load_model, load_tokenizer, probe_batch
+from grpo.policy import Policy
+from grpo.scorer import probe_batch
 from grpo.trainer import train
 from grpo.weights import WorkingCopy, full_weights
 from tests.fakes import tiny_data, tiny_folder, tiny_model
@@ -55,7 +57,7 @@ def test_off_is_the_start_and_the_copy_is_the_policy(folder: Path, targets: list
     with torch.no_grad():
         after = policy.logprobs(batch)[0]
         reference = policy.reference_logprobs([batch])[0]
-        from grpo.policy import Scorer
+        from grpo.scorer import Scorer
 
         sampled = Scorer(policy.sampler, swapped=True, temperature=1.0)(batch)[0]
     assert reference is not None
@@ -180,5 +182,5 @@ def test_merged_layers_get_the_dtype_that_zero2_gives_the_live_ones(folder: Path
     model = load_model(str(folder))
     copied = WorkingCopy(model)
     add_adapter(model, LoraConfig(r=4), base="")
-    copied.follow(model, compute=None, rounded=torch.bfloat16, sharded=False)
+    copied.follow(model, torch.device("cpu"), compute=None, rounded=torch.bfloat16, sharded=False)
     assert {parameter.dtype for parameter in copied.own.values()} == {torch.bfloat16}

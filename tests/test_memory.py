@@ -7,7 +7,7 @@ import torch
 
 from grpo.config import load_config
 from grpo.memory import LiveBytes, Machine, estimate, machine_of, simulate, step_batches
-from grpo.policy import Scorer
+from grpo.scorer import Scorer
 from tests.fakes import tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +48,12 @@ def test_what_stays_by_hand() -> None:
     assert plain["working copy"] == 0
     shards = {name: v * 2**30 for name, v in estimate(config, model, 6, Machine("fsdp2", 4, "bf16")).items()}
     assert (shards["weights"], shards["gradients"], shards["AdamW"]) == pytest.approx((size, size, 2 * size))
+    gpus = {once: Machine("fsdp2", 4, "bf16", False, once) for once in (True, False)}
+    start = {
+        once: estimate(config, model, 6, gpu)["start: what is not sharded yet"] * 2**30 for once, gpu in gpus.items()
+    }
+    assert start[False] == pytest.approx(4 * size)
+    assert start[True] == pytest.approx(4 * 64 * 32)  # the largest weight, of the feed-forward layers
     zero = {name: v * 2**30 for name, v in estimate(config, model, 6, Machine("zero2", 4, "bf16")).items()}
     assert zero["weights"] == pytest.approx(2 * size + size)  # bfloat16 whole, float32 masters in four parts
     lora = {name: v * 2**30 for name, v in estimate(load_config([*FLAGS, "--lora.r=2"]), model, 6, Machine()).items()}
@@ -67,5 +73,5 @@ def test_every_profile_says_what_kind_of_machine_it_is() -> None:
     kinds = {path.stem: machine_of(str(path)) for path in (ROOT / "accelerate_configs").glob("*.yaml")}
     assert kinds["cpu"] == Machine("single", 1, "no", True)
     assert kinds["multi_gpu"] == Machine("ddp", 8, "bf16", False)
-    assert kinds["multi_node_fsdp2"] == Machine("fsdp2", 16, "bf16", False)
+    assert kinds["multi_node_fsdp2"] == Machine("fsdp2", 16, "bf16", False, True)
     assert kinds["deepspeed_zero3"] == Machine("zero3", 8, "bf16", False)

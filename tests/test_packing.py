@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from grpo.packing import pack
-from grpo.policy import Scorer
+from grpo.scorer import Scorer
 from tests.fakes import FAMILIES, group, tiny_model
 
 

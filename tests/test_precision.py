@@ -14,8 +14,10 @@ from grpo.agreement import check_agreement
 from grpo.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, load_config
 from grpo.distributed import start_accelerator
 from grpo.errors import ConfigError, NumericsError
-from grpo.policy import Policy, Scorer, load_model, load_tokenizer, probe_batch, use_grpo_attention
+from grpo.loading import load_model, load_tokenizer
+from grpo.policy import Policy
 from grpo.rollout import build_engine
+from grpo.scorer import Scorer, probe_batch, use_grpo_attention
 from grpo.trainer import train
 from tests.fakes import tiny_data, tiny_folder
 

@@ -8,8 +8,10 @@ from accelerate import Accelerator
 
 from grpo.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.errors import NumericsError
-from grpo.policy import Policy, Scorer, load_model, load_tokenizer, probe_batch, use_grpo_attention
+from grpo.loading import load_model, load_tokenizer
+from grpo.policy import Policy
 from grpo.rollout import build_engine
+from grpo.scorer import Scorer, probe_batch, use_grpo_attention
 from grpo.types import Prompt, SamplingPlan
 from tests.fakes import tiny_folder
 

@@ -17,8 +17,8 @@ from grpo.config import Config, TrackingConfig, load_config
 from grpo.data import load_examples
 from grpo.display import Display, visible
 from grpo.errors import ConfigError, GrpoError, StorageError, run_main
+from grpo.loading import load_model, load_tokenizer
 from grpo.lora import load_adapter
-from grpo.policy import load_model, load_tokenizer
 from grpo.redaction import redacted
 from grpo.tracking import Tracker, choose_run_dir
 from tests.fakes import tiny_data, tiny_folder

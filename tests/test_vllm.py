@@ -22,10 +22,11 @@ import grpo.trainer
 from grpo.checkpoint import newest_valid
 from grpo.config import RolloutConfig, load_config
 from grpo.errors import EngineError
+from grpo.loading import load_model, load_tokenizer
 from grpo.packing import pack
-from grpo.policy import Scorer, load_model, load_tokenizer, use_grpo_attention
 from grpo.rollout import build_engine
 from grpo.rollout.vllm_client import Server
+from grpo.scorer import Scorer, use_grpo_attention
 from grpo.trainer import train
 from grpo.types import Prompt, SamplingPlan
 from tests.fakes import tiny_folder

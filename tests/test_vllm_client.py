@@ -15,10 +15,10 @@ from grpo.agreement import scale
 from grpo.checkpoint import newest_valid
 from grpo.config import RolloutConfig, correction_of, load_config
 from grpo.errors import ConfigError, EngineError, NumericsError
-from grpo.policy import Scorer, probe_batch
 from grpo.rollout import build_engine, vllm_client
 from grpo.rollout.vllm_client import Server, WeightSender, check_server, check_version, forget_prefixes
 from grpo.rollout.vllm_engine import vllm_module
+from grpo.scorer import Scorer, probe_batch
 from grpo.trainer import train
 from grpo.types import Prompt, SamplingPlan
 from tests.fake_vllm import FakeVLLM
