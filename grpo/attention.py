@@ -10,6 +10,7 @@ the keyword `layout` that model.forward hands down to every layer, and does only
 Shapes: query [B, H, T, D], key and value [B, K, T, D] with K key/value heads (H a multiple of K); output [B, T, H, D].
 """
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -46,32 +47,46 @@ class PackedLayout:
 
     spans: list[GroupSpan]
     device: torch.device
-    _padding: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    _padding: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _masks: dict[tuple[int, int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
-    def padding(self, index: int) -> tuple[Tensor, Tensor]:
-        """For span `index`: rows [G, C] (indices into the span's completion part, padding points at 0) and
-        back [sum of lengths] (indices into the flattened [G * C] that undo it). Built once, used by every layer."""
-        if index not in self._padding:
-            lengths = torch.tensor(self.spans[index].completion_lengths)
-            width = int(lengths.max())
-            column = torch.arange(width)
+    def blocks(self, span: GroupSpan) -> list[tuple[int, ...]]:
+        """The lengths of the completions that go through attention together. On a CPU each goes alone, so that nothing is
+        padded; elsewhere all of a group at once, since launches cost more than padding."""
+        return [(length,) for length in span.completion_lengths] if self.on_cpu else [span.completion_lengths]
+
+    @functools.cached_property
+    def on_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """Tokens of each prompt and of each block after it, in the order of the row."""
+        return [size for span in self.spans for size in (span.prompt_length, *map(sum, self.blocks(span)))]
+
+    def padding(self, block: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """For completions of the lengths `block`: rows [G, C] (indices into their tokens, padding points at 0) and back
+        [sum of lengths] (indices into the flattened [G * C] that undo it). Built once, used by every layer."""
+        if block not in self._padding:
+            lengths = torch.tensor(block)
+            column = torch.arange(max(block))
             real = column[None, :] < lengths[:, None]
             first = F.pad(lengths.cumsum(0), (1, 0))[:-1]
             rows = torch.where(real, first[:, None] + column[None, :], 0)
             back = real.flatten().nonzero().squeeze(1)
-            self._padding[index] = (rows.to(self.device), back.to(self.device))
-        return self._padding[index]
+            self._padding[block] = (rows.to(self.device), back.to(self.device))
+        return self._padding[block]
 
-    def completion_mask(self, index: int, window: int | None) -> Tensor:
-        """[C, P + C] bool for span `index`: what the c-th completion token may look at. True = visible."""
-        if (index, window) not in self._masks:
-            span = self.spans[index]
-            width = max(span.completion_lengths)
-            query = torch.arange(width, device=self.device)[:, None] + span.prompt_length
-            key = torch.arange(span.prompt_length + width, device=self.device)[None, :]
-            self._masks[index, window] = _visible(query, key, window)
-        return self._masks[index, window]
+    def completion_mask(self, prompt: int, width: int, repeats: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[repeats * C, P + C] additive: 0 where the c-th completion token may look, -inf where not; once for each of the
+        `repeats` query heads that share a key head. Built once, used by every layer."""
+        key = (prompt, width, repeats, window, dtype)
+        if key not in self._masks:
+            query = torch.arange(width, device=self.device)[:, None] + prompt
+            visible = _visible(query, torch.arange(prompt + width, device=self.device)[None, :], window)
+            bias = torch.zeros(visible.shape, dtype=dtype, device=self.device).masked_fill_(~visible, -torch.inf)
+            self._masks[key] = bias.repeat(repeats, 1)
+        return self._masks[key]
 
 
 @dataclass
@@ -120,36 +135,51 @@ def grpo_attention(
 
 
 def _rows(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    length = query.shape[2]
+    length, repeats = query.shape[2], query.shape[1] // key.shape[1]
     if window is not None and length > window:
         index = torch.arange(length, device=query.device)
-        mask = _visible(index[:, None], index[None, :], window)
-        return _attend(query, key, value, scaling, mask=mask)
-    return _attend(query, key, value, scaling, causal=True)
+        mask = _visible(index[:, None], index[None, :], window).repeat(repeats, 1)
+        return _attend_masked(query, key, value, mask, scaling)
+    if repeats > 1:
+        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
 
 
 def _packed(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: int | None
 ) -> Tensor:
+    # One split for all: its gradient is one concatenation, where each slice's would be as large as the row.
+    pieces = zip(*(tensor.split(layout.sizes, dim=2) for tensor in (query, key, value)), strict=True)
     parts = []
-    for index, span in enumerate(layout.spans):
-        middle, end = span.start + span.prompt_length, span.start + span.length
-        prompt = slice(span.start, middle)
-        parts.append(_rows(query[:, :, prompt], key[:, :, prompt], value[:, :, prompt], scaling, window))
-        rows, back = layout.padding(index)
-        group = len(rows)
-        # [1, K, tokens, D] -> [G, K, C, D]
-        own = [tensor[0, :, middle:end][:, rows].transpose(0, 1) for tensor in (query, key, value)]
-        shared_key, shared_value = (tensor[:, :, prompt].expand(group, -1, -1, -1) for tensor in (key, value))
-        attended = _attend(
-            own[0],
-            torch.cat([shared_key, own[1]], dim=2),
-            torch.cat([shared_value, own[2]], dim=2),
-            scaling,
-            mask=layout.completion_mask(index, window),
-        )
-        parts.append(rearrange(attended, "g h c d -> 1 h (g c) d")[:, :, back])
+    repeats = query.shape[1] // key.shape[1]
+    for span in layout.spans:
+        prompt_query, prompt_key, prompt_value = next(pieces)
+        parts.append(_rows(prompt_query, prompt_key, prompt_value, scaling, window))
+        for block in layout.blocks(span):
+            own_query, own_key, own_value = (_padded(tensor, layout, block) for tensor in next(pieces))
+            attended = _attend_masked(
+                own_query,
+                torch.cat([prompt_key.expand(len(block), -1, -1, -1), own_key], dim=2),
+                torch.cat([prompt_value.expand(len(block), -1, -1, -1), own_value], dim=2),
+                layout.completion_mask(span.prompt_length, max(block), repeats, window, query.dtype),
+                scaling,
+            )
+            parts.append(_unpadded(attended, layout, block))
     return torch.cat(parts, dim=2)
+
+
+def _padded(tensor: Tensor, layout: PackedLayout, block: tuple[int, ...]) -> Tensor:
+    """[1, K, tokens, D] -> [G, K, C, D]"""
+    if len(block) == 1:
+        return tensor
+    return tensor[0][:, layout.padding(block)[0]].transpose(0, 1)
+
+
+def _unpadded(tensor: Tensor, layout: PackedLayout, block: tuple[int, ...]) -> Tensor:
+    """[G, H, C, D] -> [1, H, tokens, D]"""
+    if len(block) == 1:
+        return tensor
+    return rearrange(tensor, "g h c d -> 1 h (g c) d")[:, :, layout.padding(block)[1]]
 
 
 def _slots(
@@ -163,13 +193,13 @@ def _slots(
     return rearrange(output, "b k shared d -> b (k shared) 1 d")
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, mask: Tensor | None = None, causal: bool = False
-) -> Tensor:
-    repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:
-        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scaling)
+def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """query [B, H, C, D], key and value [B, K, L, D], mask [H / K * C, L] -> [B, H, C, D]. The query heads that share a key
+    head are laid end to end, as one head of as many more queries: no key or value is repeated, and the products are larger."""
+    heads, shared = key.shape[1], query.shape[1] // key.shape[1]
+    joined = rearrange(query, "b (k shared) c d -> b k (shared c) d", k=heads)
+    output = F.scaled_dot_product_attention(joined, key, value, attn_mask=mask, scale=scaling)
+    return rearrange(output, "b k (shared c) d -> b (k shared) c d", shared=shared)
 
 
 def _visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:

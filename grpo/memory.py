@@ -252,7 +252,7 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
         enabled = machine.compute is not None
         with _chunks_of(machine):
             with live, torch.autocast("cpu", dtype=machine.compute or torch.bfloat16, enabled=enabled):
-                logprobs, _ = scorer(_Faked(batch, fake))
+                logprobs, _ = scorer(_Faked(batch, fake, machine))
             with live:
                 logprobs.sum().backward()
     return Simulated(trained, live.peak if len(batches) > 1 else max(live.peak - 4 * trained, 0))
@@ -284,17 +284,17 @@ def _materialise(model: nn.Module) -> None:
 class _Faked:
     """A packed batch on fake tensors. Its layout is worked out before, since that looks at numbers."""
 
-    def __init__(self, batch: PackedBatch, fake: FakeTensorMode) -> None:
+    def __init__(self, batch: PackedBatch, fake: FakeTensorMode, machine: Machine) -> None:
         for name, value in vars(batch).items():
             setattr(self, name, fake.from_tensor(value) if isinstance(value, torch.Tensor) else value)
         with unset_fake_temporarily():
             self.layout = batch.layout
-            for index in range(len(batch.spans)):
-                self.layout.padding(index)
-                self.layout.completion_mask(index, None)
-        padding, masks = self.layout._padding, self.layout._masks
+            self.layout.on_cpu = machine.cpu
+            for span in batch.spans:
+                for block in self.layout.blocks(span):
+                    self.layout.padding(block)
+        padding = self.layout._padding
         padding.update({key: tuple(map(fake.from_tensor, pair)) for key, pair in padding.items()})  # type: ignore[misc]
-        masks.update({key: fake.from_tensor(mask) for key, mask in masks.items()})
 
 
 def step_batches(config: Config, longest_prompt: int, processes: int) -> list[PackedBatch]:

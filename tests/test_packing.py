@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from grpo.attention import PackedLayout
 from grpo.packing import pack
 from grpo.scorer import Scorer
 from tests.fakes import FAMILIES, group, tiny_model
@@ -34,8 +35,12 @@ def test_masks_and_skips() -> None:
     assert pack([cut], torch.zeros(1, 2), max_tokens=9, skip_flat=True) == []
 
 
+@pytest.mark.parametrize("one_by_one", [True, False], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_equals_one_sequence_at_a_time_in_values_and_gradients(family: str) -> None:
+def test_packed_equals_one_sequence_at_a_time_in_values_and_gradients(
+    family: str, one_by_one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PackedLayout, "on_cpu", one_by_one)
     model = tiny_model(family, spread=2.0)
     torch.manual_seed(1)
 

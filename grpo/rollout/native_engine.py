@@ -8,6 +8,7 @@ no token waits for the host. The KV cache is allocated once per call: slots x (l
 positions per layer, with as many slots as the memory for it allows, so what is needed is known before decoding starts.
 """
 
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ tokens too many, which are thrown away, but the device never waits."""
 CHECK_EVERY_ELSEWHERE = 16
 BUCKET = 128
 """On CUDA, cache lengths are rounded up to multiples of this, and rows to powers of two: one captured graph for each."""
+ROW_BUCKETS = ((32, 4), (sys.maxsize, 16))
+"""On a CPU, up to 32 rows are rounded up to multiples of 4, more to multiples of 16: oneDNN compiles a product, of half a
+megabyte, for every number of rows that it meets, and keeps it."""
 
 
 @dataclass
@@ -269,7 +273,9 @@ class NativeEngine:
             if device.type == "cuda":
                 self._captured_step(active, longest + step, cache, state, plan.temperature)
             else:
-                self._step(active, longest + step, cache, state, plan.temperature)
+                bucket = next(size for limit, size in ROW_BUCKETS if active <= limit)
+                running = min(-(-active // bucket) * bucket, cache.slots)
+                self._step(running, longest + step, cache, state, plan.temperature)
             state.new_tokens[step], state.new_logprobs[step] = state.tokens, state.logprobs
         for row in rows:
             row.cached += steps
@@ -278,14 +284,14 @@ class NativeEngine:
 
     def _step(self, active: int, longest: int, cache: SlotCache, state: _State, temperature: float) -> None:
         """One token for each of the first `active` rows: only device work, and the same shapes for the same arguments."""
-        positions = state.positions[:active]
+        positions, drawn = state.positions[:active], state.drawn[:active]
         cache.aim(positions, longest)
         hidden = self.backbone.step(state.tokens[:active], positions, cache)
-        uniform = state.uniforms[:active].gather(1, state.drawn[:active, None]).squeeze(1)
+        uniform = state.uniforms[:active].gather(1, drawn[:, None]).squeeze(1)
         state.tokens[:active], state.logprobs[:active] = draw_tokens(self.backbone.logits(hidden), uniform, temperature)
-        positions += 1
-        positions.clamp_(max=cache.length - 1)  # a finished row that goes on for a few tokens stays inside its slot
-        state.drawn[:active] += 1
+        # A finished row that goes on, for a few tokens or because its bucket does, stays inside its slot.
+        positions.add_(1).clamp_(max=cache.length - 1)
+        drawn.add_(1).clamp_(max=state.uniforms.shape[1] - 1)
 
     def _captured_step(self, active: int, longest: int, cache: SlotCache, state: _State, temperature: float) -> None:
         """_step, replayed from a CUDA graph of its bucket: some rows and positions more, but one launch."""
