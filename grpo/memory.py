@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from grpo.attention import NAME
 from grpo.config import Config, LoraConfig
 from grpo.errors import ConfigError
+from grpo.lean import use_lean_layers
 from grpo.logprobs import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
 from grpo.lora import add_adapter
 from grpo.packing import PackedBatch, pack
@@ -237,6 +238,8 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation="sdpa").train()
         made.set_attn_implementation(NAME)
+        if machine.cpu:
+            use_lean_layers(made)
         if config.lora.r is not None:
             add_adapter(made, config.lora, base="")
         if config.model.gradient_checkpointing:

@@ -17,6 +17,7 @@ from grpo.checkpoint import Tensors, optimizer_from_tensors, optimizer_to_tensor
 from grpo.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.distributed import compute_dtype, is_sharded, return_freed_memory
 from grpo.errors import ConfigError, NumericsError
+from grpo.lean import use_lean_layers
 from grpo.loading import load_to_train, load_tokenizer
 from grpo.lora import add_adapter, off, save_adapter
 from grpo.packing import PackedBatch
@@ -52,6 +53,8 @@ class Policy:
             zero.configure(accelerator, optimizer.max_grad_norm)
         self.read_once = sharding.reads_once(accelerator) and not config.load_in_4bit
         self.model, self.swapped = load_to_train(path, config, accelerator, once=self.read_once)
+        if accelerator.device.type == "cpu":
+            use_lean_layers(self.model)
         self.working_copy = WorkingCopy(self.model)
         scorer = Scorer(
             self.model,

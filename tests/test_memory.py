@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from grpo.config import load_config
+from grpo.lean import use_lean_layers
 from grpo.memory import LiveBytes, Machine, estimate, machine_of, simulate, step_batches
 from grpo.scorer import Scorer
 from tests.fakes import tiny_model
@@ -23,6 +24,7 @@ FLAGS = [
 def test_fake_tensors_count_what_real_ones_take(extra: list[str]) -> None:
     config = load_config([*FLAGS, *extra])
     model = tiny_model().train()
+    use_lean_layers(model)
     batches = step_batches(config, 6, 1)
     batch = max(batches, key=lambda batch: len(batch.input_ids_T))
     if len(batches) > 1:
