@@ -54,7 +54,8 @@ class Watch:
     """Names of findings that were made before (a resumed run does not repeat them)."""
 
     def __post_init__(self) -> None:
-        self._metrics: deque[tuple[int, Metrics]] = deque(maxlen=self.patience)
+        # Entropy is judged over more steps than a short run's patience.
+        self._metrics: deque[tuple[int, Metrics]] = deque(maxlen=max(self.patience, 2 * SOON))
         self._start: dict[str, list[float]] = {}
         self._completions: deque[int] = deque(maxlen=self.patience)
         self._scores: deque[dict[str, set[float]]] = deque(maxlen=self.patience)

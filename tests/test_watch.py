@@ -1,5 +1,7 @@
 """The run says why it does not learn: each finding is provoked here, said once, and named."""
 
+import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -7,9 +9,16 @@ from typing import Any
 
 import pytest
 
+from grpo.policy import Policy
 from grpo.rewards.xml_format import only_answer
+from grpo.rollout.native_engine import NativeEngine
+from grpo.types import Group
 from grpo.watch import Finding, Watch, patience_for
+from tests.test_data_faults import shaped
 from tests.test_trainer import run
+
+RANDOM = "[sum(map(ord, str(c))) % 8 / 8 for c in completions]"
+FALLING = "[sum(map(ord, str(c))) % 8 / 8 - calls for c in completions]"
 
 SOUND: dict[str, float] = {
     "reward/mean": 0.5,
@@ -106,7 +115,79 @@ def test_a_run_with_the_classic_dead_reward(tmp_path: Path, capsys: pytest.Captu
     assert sum(row["name"] == "dead:soft_format" for row in findings(tmp_path / "run")) == 1
 
 
-def test_a_run_that_cannot_learn_says_so(tmp_path: Path) -> None:
+def wrong_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine says that it drew each token with a logprob that is 0.2 off; the check at the start is asleep."""
+    generate = NativeEngine.generate
+
+    def shifted(self: NativeEngine, *arguments: Any, finished: Any = None, **named: Any) -> list[Group]:
+        groups = [
+            Group(
+                group.prompt,
+                [
+                    dataclasses.replace(each, logprobs=[value - 0.2 for value in each.logprobs])
+                    for each in group.completions
+                ],
+            )
+            for group in generate(self, *arguments, **named)
+        ]
+        for group in groups if finished else []:
+            finished(group)
+        return groups
+
+    monkeypatch.setattr("grpo.setup.check_agreement", lambda *arguments: 0.0)
+    monkeypatch.setattr(NativeEngine, "generate", shifted)
+
+
+def forgetting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the fourth optimizer step on, all letters are as likely as any other."""
+    step, steps = Policy.step, itertools.count(1)
+
+    def blurred(self: Policy, usable: bool = True) -> float:
+        norm = step(self, usable)
+        if next(steps) >= 4:
+            self.model.get_parameter("model.norm.weight").data.zero_()
+        return norm
+
+    monkeypatch.setattr(Policy, "step", blurred)
+
+
+def never_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo.setup.check_agreement", lambda *arguments: 0.0)
+    shaped(monkeypatch, [5] * 8, False, "dddddddd")
+
+
+FAULTS: dict[str, tuple[str, dict[str, Any], Any]] = {
+    # finding: (the body of a reward, settings, what is done to the engine)
+    "constant:mine": ("[0.5 for _ in completions]", {}, None),
+    "silent:mine": ("[None for _ in completions]", {}, None),
+    "truncated": (RANDOM, {}, never_ending),
+    "no_end_token": (RANDOM, {}, never_ending),
+    "sampler": (RANDOM, {}, wrong_logprobs),
+    "kl": (RANDOM, {"optimizer.learning_rate": 0.3}, None),
+    "entropy_fall": (FALLING, {"optimizer.learning_rate": 0.3, "objective.beta": 0, "steps": 10}, None),
+    "entropy_rise": (RANDOM, {"sampling.temperature": 0.05, "objective.beta": 0, "steps": 8}, forgetting),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_run_says_what_is_wrong_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any, name: str
+) -> None:
+    """Provoked in a real run: by its reward, its settings, or its engine."""
+    values, settings, harm = FAULTS[name]
+    (tmp_path / "mine.py").write_text(
+        f"calls = 0\ndef mine(completions, **_):\n    global calls\n    calls += 1\n    return {values}\n"
+    )
+    if harm is not None:
+        harm(monkeypatch)
+    common = {"steps": 6, "eval_every": 0, "save_every": 0, "rewards": json.dumps({f"{tmp_path}/mine.py:mine": 1.0})}
+    run(tmp_path, "run", **common | settings)
+    names = {row["name"].replace(f"{tmp_path}/mine.py:", "") for row in findings(tmp_path / "run")}
+    assert name in names, names
+    record_property("provoked in real runs", name.partition(":")[0])
+
+
+def test_a_run_that_cannot_learn_says_so(tmp_path: Path, record_property: Any) -> None:
     """No end in sight, no answer, nothing to compare, and a learning rate of 0: each by its own name."""
     run(
         tmp_path,
@@ -122,4 +203,7 @@ def test_a_run_that_cannot_learn_says_so(tmp_path: Path) -> None:
         },
     )
     names = {row["name"] for row in findings(tmp_path / "run")}
-    assert {"dead:accuracy", "flat", "learning_rate", "no_answer_found"} <= names
+    provoked = {"dead:accuracy", "flat", "learning_rate", "no_answer_found"}
+    assert provoked <= names
+    for name in sorted(provoked):
+        record_property("provoked in real runs", name.partition(":")[0])
