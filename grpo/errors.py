@@ -103,8 +103,8 @@ def _waited_in_vain(error: Exception) -> str:
     if not _rank() or not re.search(r"timed out|connection (closed|reset)", str(error), re.IGNORECASE):
         return ""
     return (
-        "error: another process died, or was waited for longer than rank_timeout: its own lines say why. "
-        "Where this one waited:\n"
+        "error: another process died, or was waited for longer than rank_timeout: its own lines say why; one that wrote none "
+        "hangs. Where a step or a save may take longer, raise rank_timeout. Go on with --resume auto. Where this one waited:\n"
     )
 
 
