@@ -392,7 +392,7 @@ def first_records(
     tracker = Tracker(run_dir, config, derived, start + 1 if start else 0)
     if data.rejected:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in data.rejected]
-        (run_dir / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
+        (run_dir / "rejected.jsonl").write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     return tracker
 
 

@@ -58,3 +58,11 @@ def steady(completions: list[Any], **columns: Any) -> list[float]:
 def chatty(completions: list[Any], **columns: Any) -> list[float]:
     print("x" * 100_000, flush=True)
     return [1.0] * len(completions)
+
+
+def code_points(completions: list[str], note: list[str], **_: Any) -> list[float]:
+    """A number that another letter, another order or another normal form would change."""
+    return [
+        float(sum(place * ord(letter) for place, letter in enumerate(text + column, 1)) % 65_521)
+        for text, column in zip(completions, note, strict=True)
+    ]

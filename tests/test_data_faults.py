@@ -8,18 +8,23 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from grpo.config import DataConfig
+from grpo.config import Config, DataConfig, TrackingConfig, load_config
+from grpo.dashboard.readers import rows_of_step
 from grpo.data import BadRows, Example, load_examples
 from grpo.data.stream import render_prompts
 from grpo.errors import ConfigError
 from grpo.rewards.math_answers import accuracy
+from grpo.rewards.runner import RewardRunner
 from grpo.rewards.text_match import exact_match
 from grpo.rollout import end_token_ids
 from grpo.rollout.native_engine import NativeEngine
+from grpo.tracking import Tracker
+from grpo.trainer import train
 from grpo.training_data import repeated_prompts
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 from tests.fakes import CharTokenizer, tiny_model
-from tests.test_trainer import run
+from tests.faulty_rewards import code_points
+from tests.test_trainer import arguments, run
 
 GOOD = {"question": "1+1=", "answer": "#### 2"}
 LINE = json.dumps(GOOD).encode()
@@ -60,6 +65,20 @@ def test_a_bad_row_is_named_or_left_out(tmp_path: Path, name: str) -> None:
     assert len(bad.rejected) == (2 if name == "raw line break" else 1)
 
 
+def test_a_run_writes_down_the_rows_that_it_left_out(tmp_path: Path) -> None:
+    """R14. bad_rows error: not one weight is loaded. skip: the run goes on without them, and rejected.jsonl says which."""
+    flags = arguments(tmp_path, "run", steps=1, eval_every=0, save_every=0)
+    data = tmp_path / "data.jsonl"
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(data.read_bytes() + CORPUS["cut off"][0] + b"\n" + CORPUS["null answer"][0] + b"\n")
+    with pytest.raises(ConfigError, match=r"bad\.jsonl:13: not JSON"):
+        train(load_config([*flags, f"--data.path={bad}", "--model.name=/no/such/model"]))
+    train(load_config([*flags, f"--data.path={bad}", "--data.bad_rows=skip"]))
+    rejected = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
+    assert [row["place"] for row in rejected] == [f"{bad}:13", f"{bad}:14"]
+    assert "not JSON" in rejected[0]["reason"] and "no answer" in rejected[1]["reason"]
+
+
 def test_repeated_and_leaked_questions_are_counted() -> None:
     """R15. Spaces and the encoding of accents make no other question."""
     train = [
@@ -79,12 +98,32 @@ LETTERS = ["îâûôê ṯ ẖ ’ \u00a0", "čšžŋ", "🦜👩‍👩‍👧"
 
 @pytest.mark.parametrize("text", LETTERS, ids=repr)
 def test_letters_come_back_as_they_were(tmp_path: Path, text: str) -> None:
-    """R16. From the file through the reader into the columns, and from the rollouts file back."""
+    """R16. From the file through the reader into the columns, and through the rollouts file to the dashboard."""
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"question": "q" + text, "answer": "#### 1", "note": text}) + "\n")
     [example] = load_examples(DataConfig(path=str(path), system_prompt=None), "train", 0)
     assert example.columns["note"] == text and example.messages[-1]["content"] == "q" + text
-    assert json.loads(json.dumps(example.columns))["note"] == text
+    tracker = Tracker(tmp_path, Config(tracking=TrackingConfig(report_to=[])), {}, 0)
+    row = {"step": 1, "draw": 0, "sample": 0, "prompt": "q" + text, "completion": text, "columns": example.columns}
+    tracker.log(1, {}, [row])
+    tracker.finish()
+    assert rows_of_step(tmp_path / "rollouts.jsonl", 1) == [row]  # as the dashboard reads it
+
+
+def test_rewards_in_other_processes_see_the_letters_as_they_are() -> None:
+    """R16. The completion and its columns, code point by code point."""
+    runner = RewardRunner({"tests.faulty_rewards:code_points": 1.0})
+    try:
+        groups = [
+            Group(Prompt(0, "q", (1,), {"note": text}), [Completion([0], [0.0], True, text + "!")]) for text in LETTERS
+        ]
+        scores = runner(groups)
+    finally:
+        runner.close()
+    assert scores.failures == []
+    assert scores.rewards_PG.flatten().tolist() == [
+        value for text in LETTERS for value in code_points([text + "!"], [text])
+    ]
 
 
 def test_both_sides_are_compared_in_nfc() -> None:
