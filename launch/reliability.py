@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from grpo.errors import ConfigError, run_main
+from grpo.errors import ConfigError, GrpoError, run_main
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "docs" / "results" / "reliability.json", ROOT / "docs" / "reliability.md"
@@ -27,10 +27,12 @@ RESULTS, PAGE = ROOT / "docs" / "results" / "reliability.json", ROOT / "docs" / 
 ROWS: dict[str, tuple[str, list[str]]] = {
     "R1": (
         "stopped at any step and resumed: weights, moments, schedule, every metric but times equal to the bit; full, LoRA, "
-        "num_iterations 1 and 2; two ranks; what adaptive KL and dynamic sampling have come to",
+        "num_iterations 1 and 2; two ranks; with completions sampled ahead; what adaptive KL and dynamic sampling have come to",
         [
             "test_resumption.py::test_resume_is_exact_at_every_step",
             "test_ranks.py::test_resume_on_two_ranks_and_on_another_number_of_them",
+            "test_ranks.py::test_resume_on_two_ranks_with_lora_and_two_iterations",
+            "test_ahead.py::test_a_run_that_samples_ahead_is_resumed_to_the_bit",
             "test_trainer.py::test_what_a_run_has_come_to_is_resumed_too",
         ],
     ),
@@ -121,6 +123,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
         "twelve kinds of bad rows: file, line, reason; or left out and written down",
         [
             "test_data_faults.py::test_a_bad_row_is_named_or_left_out",
+            "test_data_faults.py::test_a_run_writes_down_the_rows_that_it_left_out",
             "test_data.py::test_an_unusable_file_is_named_with_its_line",
             "test_data.py::test_other_unusable_sources",
         ],
@@ -136,6 +139,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
         "letters beyond ASCII, lone surrogates, U+0000; NFC on both sides",
         [
             "test_data_faults.py::test_letters_come_back_as_they_were",
+            "test_data_faults.py::test_rewards_in_other_processes_see_the_letters_as_they_are",
             "test_data_faults.py::test_both_sides_are_compared_in_nfc",
             "test_security.py::test_hostile_text_survives_the_files",
         ],
@@ -154,8 +158,13 @@ ROWS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "R19": (
-        "a reference with another vocabulary",
-        ["test_setup.py::test_a_reference_with_another_vocabulary_is_refused"],
+        "a reference with another vocabulary; one whose KL does not start at 0; with LoRA, the adapter off is the start",
+        [
+            "test_setup.py::test_a_reference_with_another_vocabulary_is_refused",
+            "test_reference.py::test_a_frozen_copy_stays_where_the_policy_started",
+            "test_reference.py::test_another_checkpoint",
+            "test_lora.py::test_off_is_the_start_and_the_copy_is_the_policy",
+        ],
     ),
     "R20": (
         "settings changed on resume: free, with a flag, or refused; another number of ranks, the same prompts",
@@ -204,10 +213,19 @@ ROWS: dict[str, tuple[str, list[str]]] = {
         ["test_outages.py::test_300_steps_leave_no_trace", "test_runner.py::test_no_process_thread_or_file_is_left"],
     ),
     "R26": (
-        "after a resume each step stands once in the records",
-        ["test_tracking.py::test_resume_drops_the_rows_that_will_be_made_again"],
+        "after a resume each step stands once in the records, and in TensorBoard, W&B and Trackio",
+        [
+            "test_tracking.py::test_resume_drops_the_rows_that_will_be_made_again",
+            "test_trackers.py",
+        ],
     ),
-    "X1": ("code in a model folder", ["test_security.py::test_code_of_a_model_folder_is_not_run"]),
+    "X1": (
+        "code in a model folder",
+        [
+            "test_security.py::test_code_of_a_model_folder_is_not_run",
+            "test_security.py::test_each_load_by_transformers_refuses_remote_code",
+        ],
+    ),
     "X2": (
         "pickles in checkpoints and weights",
         [
@@ -248,6 +266,8 @@ ROWS: dict[str, tuple[str, list[str]]] = {
         "markup, escape codes, direction marks",
         [
             "test_security.py::test_hostile_text_is_shown_not_obeyed",
+            "test_dashboard.py::test_what_a_run_found_about_itself_is_shown_and_stays_text",
+            "test_dashboard_browser.py::test_every_page_loads_and_a_hostile_completion_stays_text",
             "test_report.py::test_a_completion_cannot_leave_its_block",
             "test_data_card.py::test_a_run_records_its_card_and_the_model_card_shows_it",
         ],
@@ -311,18 +331,28 @@ def main() -> None:
     results["date"] = results.get("date") if arguments.page else str(date.today())
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(results))
+    failed = [name for name, row in results["rows"].items() if row["failed"]]
+    if failed:
+        raise GrpoError(f"rows with a test that failed: {', '.join(failed)}; {PAGE} shows them")
 
 
 def measure(names: list[str]) -> dict[str, Any]:
-    """Runs the rows' tests in one go; -> for each row how many passed, failed, were skipped, and what they recorded."""
+    """Runs the rows' tests in one go; -> for each row how many passed, failed, were skipped, and what they recorded.
+
+    Raises GrpoError if pytest ran none of a row's tests.
+    """
     wanted = sorted({test for name in names for test in ROWS[name][1]})
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", f"--junitxml={report}", "-o"]
-        command += ["junit_family=xunit2", *(f"tests/{test}" for test in wanted)]
+        command += ["junit_family=xunit1", *(f"tests/{test}" for test in wanted)]
         subprocess.run(command, cwd=ROOT, check=False)
-        cases = list(ElementTree.parse(report).iter("testcase"))
-    return {name: _row(ROWS[name][1], cases) for name in names}
+        cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
+    rows = {name: _row(ROWS[name][1], cases) for name in names}
+    for name, row in rows.items():
+        if not row["passed"] + row["failed"] + row["skipped"]:
+            raise GrpoError(f"row {name}: none of its tests ran; pytest says why above")
+    return rows
 
 
 def _row(tests: list[str], cases: list[ElementTree.Element]) -> dict[str, Any]:
@@ -344,7 +374,8 @@ def page(results: dict[str, Any]) -> str:
         "# Reliability",
         "",
         "Faults are put in from the tests, from outside the trainer. `python launch/reliability.py` runs the tests of every row and "
-        "writes this page; `--trl` runs the same faults on TRL, where they can be run. A row's result is how many cases passed.",
+        "writes this page; `--trl` runs the same faults on TRL, where they can be run. A row's result is how many cases passed (a case "
+        "is a fault, or one place or form of it), and what they counted, all cases together.",
         "",
         f"Measured {results.get('date')} on {results.get('machine')}.",
         "",
@@ -353,11 +384,11 @@ def page(results: dict[str, Any]) -> str:
     ]
     for name, (fault, tests) in ROWS.items():
         row = results["rows"].get(name)
-        shown = "not measured" if row is None else f"{row['passed']} of {row['passed'] + row['failed']} passed"
+        shown = "not measured" if row is None else f"{row['passed']} of {row['passed'] + row['failed']} cases passed"
         if row is not None and row["skipped"]:
             shown += f", {row['skipped']} skipped"
         for figure, values in (row or {}).get("figures", {}).items():
-            shown += f"; {figure}: {', '.join(values)}"
+            shown += f"; {figure}: {_together(figure, values)}"
         lines.append(f"| {name} | {fault} | {', '.join(f'`{test}`' for test in tests)} | {shown} |")
     lines += ["", *(f"- {name}: {why}." for name, why in NOT_HERE.items()), "", "## The same faults on TRL", ""]
     trl = results["trl"]
@@ -366,6 +397,13 @@ def page(results: dict[str, Any]) -> str:
     lines += [f"TRL {trl['version']}, a tiny random model on the CPU.", "", "| fault | TRL | ours |", "|---|---|---|"]
     lines += [f"| {fault} | {trl[name]} | {OURS[name]} |" for name, fault in TRL_FAULTS.items()]
     return "\n".join([*lines, ""])
+
+
+def _together(figure: str, values: list[str]) -> str:
+    """What several cases counted is added up; words and times stand side by side."""
+    if not figure.startswith("seconds") and all(value.isdigit() for value in values):
+        return str(sum(map(int, values)))
+    return ", ".join(values)
 
 
 def run_fault(name: str) -> str:

@@ -253,8 +253,9 @@ def status_and_body(url: str) -> tuple[int, bytes]:
         return error.code, error.read()
 
 
-def test_files_are_not_served(page: tuple[str, Path]) -> None:
+def test_files_are_not_served(page: tuple[str, Path], record_property: Any) -> None:
     address, root = page
+    requests = 0
     assert address.startswith("http://127.0.0.1:") and status_and_body(address)[0] == 200
     inside = root / "runs" / "hostile"
     targets = [inside / ".env", root / ".env", inside / "config.yaml", inside / "rollouts.jsonl", Path("/etc/passwd")]
@@ -270,6 +271,8 @@ def test_files_are_not_served(page: tuple[str, Path]) -> None:
         ):
             status, body = status_and_body(f"{address}{route}{target}")
             assert status in (403, 404, 405) and b"canary" not in body and b"root:" not in body, (route, target, status)
+            requests += 1
+    record_property("requests refused", requests)
 
 
 def test_no_event_is_an_open_interface(page: tuple[str, Path]) -> None:

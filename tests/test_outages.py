@@ -284,7 +284,7 @@ def command(shell: str, folder: Path, name: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_without_a_terminal_the_weights_are_the_same(tmp_path: Path) -> None:
+def test_without_a_terminal_the_weights_are_the_same(tmp_path: Path, record_property: Any) -> None:
     """Standard output and error on a full disk; closed; a pipe that is closed after a line; an ASCII locale."""
     run(tmp_path, "normal", steps=2, eval_every=0)
     shells = {
@@ -298,6 +298,7 @@ def test_without_a_terminal_the_weights_are_the_same(tmp_path: Path) -> None:
         assert result.returncode == 0, (name, result.stderr)
         assert same_weights(tmp_path / name, tmp_path / "normal"), name
         assert len(rows_of(tmp_path / name)) == 2
+        record_property("the same weights with output", name)
 
 
 @pytest.mark.slow

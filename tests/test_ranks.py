@@ -21,7 +21,7 @@ from grpo.policy import Policy
 from grpo.trainer import train
 from tests.faulty_train import fingerprint
 from tests.test_distributed import CPU_2
-from tests.test_resumption import checkpoints_equal, stopped_at
+from tests.test_resumption import LORA, checkpoints_equal, stopped_at
 from tests.test_signals import ROOT, ended, rows_of, start, wait_for
 from tests.test_trainer import arguments, run
 
@@ -63,6 +63,26 @@ def test_resume_on_two_ranks_and_on_another_number_of_them(tmp_path: Path) -> No
     more = launch(tmp_path, "more", resume="auto", **settings)
     assert "resume: 1 -> 2 processes (the same prompts in each step)" in more.stdout, more.stderr
     assert draws(tmp_path / "more") == draws(tmp_path / "whole") == draws(tmp_path / "whole-2")
+
+
+@pytest.mark.slow
+def test_resume_on_two_ranks_with_lora_and_two_iterations(tmp_path: Path) -> None:
+    """Stopped after the first step, and before the last one."""
+    settings = {
+        "steps": 4,
+        "optimizer.lr_scheduler_type": "cosine",
+        "eval_every": 0,
+        "objective.num_iterations": 2,
+    } | LORA
+    whole = launch(tmp_path, "whole", **settings)
+    assert whole.returncode == 0, whole.stderr
+    for stop in (1, 3):
+        stopped_at(tmp_path, f"part-{stop}", stop)
+        part = launch(tmp_path, f"part-{stop}", resume="auto", **settings)
+        assert part.returncode == 0, part.stderr
+        assert rows_of(tmp_path / f"part-{stop}") == rows_of(tmp_path / "whole")
+        assert draws(tmp_path / f"part-{stop}") == draws(tmp_path / "whole")
+        assert checkpoints_equal(tmp_path / f"part-{stop}", tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -109,20 +129,25 @@ def first_error(errors: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_ends_the_job_with_its_own_words_first(tmp_path: Path) -> None:
+def test_a_rank_that_fails_ends_the_job_with_its_own_words_first(tmp_path: Path, record_property: Any) -> None:
     (tmp_path / "one_rank.py").write_text(
-        "import os\n"
+        "import os, pathlib\n"
         "def one_rank(completions, **columns):\n"
         "    if os.environ.get('RANK') == '1':\n"
+        "        pathlib.Path(__file__).with_name('raised').touch()\n"
         "        raise ValueError('only here')\n"
         "    return [float(index) for index, _ in enumerate(completions)]\n"
     )
-    before = time.monotonic()
     result = launch(tmp_path, "run", rewards=json.dumps({f"{tmp_path}/one_rank.py:one_rank": 1.0}), eval_every=0)
-    print(f"failed after {time.monotonic() - before:.0f} s")
+    record_property("seconds from raising to the end of the job", round(time.time() - raised_at(tmp_path)))
     assert result.returncode != 0
     assert first_error(result.stderr).startswith("[rank 1] error: reward '"), result.stderr
     assert "ValueError('only here')" in first_error(result.stderr)
+
+
+def raised_at(folder: Path) -> float:
+    """When the reward raised last; -> seconds since 1970."""
+    return (folder / "raised").stat().st_mtime
 
 
 @pytest.mark.slow
@@ -144,14 +169,16 @@ def test_a_rank_that_hangs_ends_the_job(tmp_path: Path, record_property: Any, ho
     code, errors = ended(process)
     record_property("seconds after the hang, 15 of them rank_timeout", round(time.monotonic() - before))
     assert code != 0
-    assert first_error(errors).startswith("[rank 0] error: another process died, or was waited for longer than"), errors
+    said = first_error(errors)
+    assert said.startswith("[rank 0] error: another process died, or was waited for longer than rank_timeout"), errors
+    assert said.removeprefix("[rank 0] ") in (ROOT / "docs" / "errors.md").read_text().splitlines()
     assert "forcefully exiting via" not in errors  # the launcher's words when it had to kill a rank itself
     assert not any(rank.is_running() for rank in ranks)
     assert newest_valid(tmp_path / "run")[0] is not None
 
 
 @pytest.mark.slow
-def test_nan_on_one_rank_changes_nothing_on_any(tmp_path: Path) -> None:
+def test_nan_on_one_rank_changes_nothing_on_any(tmp_path: Path, record_property: Any) -> None:
     """Weights and moments, bit for bit, on both ranks; the run goes on."""
     environment = {"FAULT": "nan:1:2", "FAULT_LOG": str(tmp_path)}
     result = launch(tmp_path, "run", "tests/faulty_train.py", environment, eval_every=0)
@@ -161,6 +188,7 @@ def test_nan_on_one_rank_changes_nothing_on_any(tmp_path: Path) -> None:
     ]
     assert logs[0] == logs[1]
     assert [row["before"] == row["after"] for row in logs[0]] == [False, True, False, False]
+    record_property("steps skipped, nothing changed", 1)
     assert [row["policy/skipped_steps"] for row in rows_of(tmp_path / "run")] == [0, 1, 0, 0]
     assert sorted(path.name for path in (tmp_path / "run" / "faults").iterdir()) == [
         "step-2-rank-0.safetensors",
@@ -169,7 +197,9 @@ def test_nan_on_one_rank_changes_nothing_on_any(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_three_skipped_steps_in_a_row_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_three_skipped_steps_in_a_row_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any, where: str
+) -> None:
     """Exit code 4, with weights and moments as they were before the first of them; two in a row are survived."""
     bad = {1, 2, 4, 5, 6}  # optimizer steps
     prints: list[tuple[str, str]] = []
@@ -192,6 +222,7 @@ def test_three_skipped_steps_in_a_row_end_the_run(tmp_path: Path, monkeypatch: p
         train(load_config(arguments(tmp_path, "run", steps=9, eval_every=0, save_every=0)))
     assert caught.value.exit_code == 4
     assert [before == after for before, after in prints] == [number in bad for number in range(7)]
+    record_property("steps skipped, nothing changed", len(bad))
     assert [row["policy/skipped_steps"] for row in rows_of(tmp_path / "run")] == [float(n in bad) for n in range(7)]
 
 

@@ -1,5 +1,6 @@
 """Resume: exact at every step, and honest about what changed in between."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from grpo.config import Config, flatten, to_dict
-from grpo.errors import ConfigError
+from grpo.errors import ConfigError, StorageError
 from grpo.resumption import check_changes, class_of
 from grpo.rewards.sources import changed_sources
 from tests.test_signals import rows_of
@@ -50,9 +51,12 @@ def checkpoints_equal(one: Path, other: Path, step: int = STEPS) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("iterations", [1, 2])
 @pytest.mark.parametrize("extra", [{}, LORA], ids=["full", "lora"])
-def test_resume_is_exact_at_every_step(tmp_path: Path, iterations: int, extra: dict[str, Any]) -> None:
+def test_resume_is_exact_at_every_step(
+    tmp_path: Path, record_property: Any, iterations: int, extra: dict[str, Any]
+) -> None:
     settings = COSINE | extra | {"objective.num_iterations": iterations}
     run(tmp_path, "whole", **settings)
+    record_property("steps stopped at", STEPS - 1)
     for stop in range(1, STEPS):
         stopped_at(tmp_path, f"part-{stop}", stop)
         run(tmp_path, f"part-{stop}", resume="auto", **settings)
@@ -84,15 +88,17 @@ def test_a_checkpoint_without_progress_goes_on_exactly(folder: Path) -> None:
     assert rows_of(folder / "old") == rows_of(folder / "whole")
 
 
-def edit_state(checkpoint: Path, change: Any) -> None:
-    import hashlib
+def sha256_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
+
+def edit_state(checkpoint: Path, change: Any) -> None:
     state = json.loads((checkpoint / "state.json").read_text())
     change(state)
     (checkpoint / "state.json").write_text(json.dumps(state))
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    content = (checkpoint / "state.json").read_bytes()
-    manifest["files"]["state.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    file = checkpoint / "state.json"
+    manifest["files"]["state.json"] = {"size": file.stat().st_size, "sha256": sha256_of(file)}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -136,18 +142,26 @@ def test_a_changed_reward_file_is_warned_about(folder: Path, capsys: pytest.Capt
     assert state["reward_sources"][name]["file"] == str(folder / "count_a.py")
     environment = json.loads((folder / "whole" / "environment.json").read_text())
     assert environment["derived"]["reward_sources"] == state["reward_sources"]
-    stopped_at(folder, "judged", 2)
-    edit_state(
-        folder / "judged/checkpoints/step-2", lambda state: state["reward_sources"][name].update(sha256="0" * 64)
-    )
-    run(folder, "judged", **COSINE, eval_every=0, resume="auto")
+    stopped_at(folder, "same", 2)
+    run(folder, "same", **COSINE, eval_every=0, resume="auto")
     out = capsys.readouterr().out
-    assert f"reward '{name}' is {folder / 'count_a.py'} (sha256 " in out
-    assert f"warning: reward '{name}' was changed since the checkpoint was written" in out
+    assert f"reward '{name}' is {folder / 'count_a.py'} (sha256 {sha256_of(folder / 'count_a.py')[:12]}" in out
+    assert "was changed since the checkpoint was written" not in out
+    own = {"rewards": json.dumps({f"{folder}/own.py:own": 1.0}), "eval_every": 0} | COSINE
+    shas = []
+    for factor, settings in (("8", {"run_dir": folder / "own", "steps": 2}), ("9", {"resume": "auto"})):
+        (folder / "own.py").write_text(
+            f"def own(completions, **_):\n    return [len(str(c)) / {factor} for c in completions]\n"
+        )
+        shas.append(sha256_of(folder / "own.py")[:12])
+        run(folder, "own", **own | settings)
+    out = capsys.readouterr().out
+    assert f"warning: reward '{folder}/own.py:own' was changed since the checkpoint was written" in out
+    assert f"sha256 {shas[0]} -> {shas[1]}" in out and shas[0] != shas[1]
 
 
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str], record_property: Any
 ) -> None:
     """Each file of a real run's checkpoint, cut short or with one bit flipped."""
     names = sorted(path.name for path in (folder / "whole/checkpoints/step-3").iterdir())
@@ -168,15 +182,17 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
             path, reasons = newest_valid(folder / "damaged")
             assert path is not None and path.name == "step-3", (name, damage)
             assert len(reasons) == 1 and name in reasons[0] and "damaged" in reasons[0], (name, damage, reasons)
+    record_property("files damaged", 2 * len(names))
     shutil.copytree(folder / "whole", folder / "rotten")
     (folder / "rotten/checkpoints/step-4/optimizer.safetensors").write_bytes(b"")
     shutil.rmtree(folder / "rotten/final")
     run(folder, "rotten", **COSINE, eval_every=0, resume="auto")
     assert "optimizer.safetensors is damaged" in capsys.readouterr().out
     assert rows_of(folder / "rotten") == rows_of(folder / "whole")
-    with pytest.raises(Exception, match="step-4/model.safetensors is damaged"):  # named by hand: no other is taken
-        (folder / "rotten/checkpoints/step-4/model.safetensors").write_bytes(b"x")
-        run(folder, "strict", **COSINE, eval_every=0, resume=folder / "rotten/checkpoints/step-4")
+    (folder / "rotten/checkpoints/step-4/model.safetensors").write_bytes(b"x")
+    with pytest.raises(StorageError, match="step-4/model.safetensors is damaged") as caught:
+        run(folder, "strict", **COSINE, eval_every=0, resume=folder / "rotten/checkpoints/step-4")  # no other is taken
+    assert caught.value.exit_code == 3
 
 
 def test_classes_of_settings() -> None:

@@ -83,11 +83,13 @@ def test_none_does_not_apply_and_is_no_failure(runners: list[RewardRunner]) -> N
 
 
 @pytest.mark.parametrize("fault", ["hang", "spin", "child"])
-def test_a_hang_is_killed_and_only_it_is_masked(runners: list[RewardRunner], fault: str) -> None:
+def test_a_hang_is_killed_and_only_it_is_masked(runners: list[RewardRunner], record_property: Any, fault: str) -> None:
     scores = run(runners, "a", "abc", fault, "ab", deadline=2.0)
     [failure] = scores.failures
     assert failure.index == 2 and failure.timed_out
     assert failure.reason == "gave no value within 0.25 s"
+    in_words = {"hang": "asleep", "spin": "in C code", "child": "waiting for a program that it started"}
+    record_property("killed while", in_words[fault])
     assert scores.rewards_PG[0, [0, 1, 3]].tolist() == [1, 3, 2]
     left = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", "1000"]]
     assert left == []
@@ -139,7 +141,8 @@ def test_silence_for_three_steps_ends_the_run(runners: list[RewardRunner]) -> No
     runner = RewardRunner({FAULTY: 1.0}, deadline=0.5)
     runners.append(runner)
     for _ in range(2):
-        assert len(runner([group("hang", "hang", messages="text")]).failures) == 2
+        silent = runner([group("hang", "hang", messages="text")])
+        assert len(silent.failures) == 2 and silent.rewards_PG.isnan().all()
     with pytest.raises(RewardError, match="none of the completions of 3 steps in time.*raise scoring.deadline"):
         runner([group("hang", "hang", messages="text")])
 
@@ -254,7 +257,9 @@ def test_64_hostile_completions(runners: list[RewardRunner], record_property: An
     weights = {"math_verify": 1.0, "accuracy": 1.0, "countdown": 1.0, "exact_match": 1.0}
     runner = RewardRunner(weights)
     runners.append(runner)
+    began = time.monotonic()
     hostile = runner([group(*texts, answer="7", nums=[7], target=7)])
+    record_property("seconds for all of them", round(time.monotonic() - began, 1))
     assert sum(failure.timed_out for failure in hostile.failures) <= 8
     assert all(failure.timed_out for failure in hostile.failures), hostile.failures
     for name in weights:
@@ -285,12 +290,13 @@ def test_math_verify(answer: str, gold: str, value: float) -> None:
     assert math_verify(completions=["\\boxed{1}"], answer=[None]) == [None]
 
 
-def test_no_reward_vector_makes_a_non_finite_advantage() -> None:
+def test_no_reward_vector_makes_a_non_finite_advantage(record_property: Any) -> None:
     """All pairs of extremes, and random vectors of them."""
     extremes = [0.0, -0.0, 1.0, 1e-300, 1e6, -1e6, 1e30, 1e200, 1e308, -1.7e308, math.inf, -math.inf, math.nan]
     rows = [[a, b, a] for a, b in itertools.product(extremes, repeat=2)]
     generator = random.Random(0)
     rows += [[generator.choice(extremes) for _ in range(3)] for _ in range(500)]
+    record_property("hostile reward vectors tried", len(rows))
     for scale in ("group", "batch", "none"):
         advantages = group_advantages(torch.tensor(rows, dtype=torch.float64), scale=scale)
         assert bool(torch.isfinite(advantages.float()).all()), scale

@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 
+from grpo.check import tokenizer_and_shape
 from grpo.checkpoint import load_checkpoint, newest_valid
 from grpo.config import Config, TrackingConfig, load_config
 from grpo.data import load_examples
 from grpo.display import Display, visible
 from grpo.errors import ConfigError, GrpoError, StorageError, run_main
+from grpo.keys import load_keys
 from grpo.loading import load_model, load_tokenizer
 from grpo.lora import load_adapter
+from grpo.model_card import model_card
 from grpo.redaction import redacted
 from grpo.tracking import Tracker, choose_run_dir
 from tests.fakes import tiny_data, tiny_folder
@@ -55,10 +58,17 @@ def test_code_of_a_model_folder_is_not_run(tmp_path: Path) -> None:
     for load in (load_model, load_tokenizer):
         with pytest.raises(ConfigError, match=r"cannot be loaded"):
             load(str(folder))
+    tiny_folder(tmp_path / "sound").joinpath("tokenizer.json").replace(folder / "tokenizer.json")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (tmp_path / "sound" / name).exists():
+            (tmp_path / "sound" / name).replace(folder / name)
+    config = load_config([f"--model.name={folder}"])
+    with pytest.raises(ConfigError, match=r"cannot be loaded"):  # the shape alone, as launch/check.py looks at it
+        tokenizer_and_shape(config, [])
     assert not touched.exists()
 
 
-def test_a_pickle_in_place_of_any_file_is_not_loaded(tmp_path: Path) -> None:
+def test_a_pickle_in_place_of_any_file_is_not_loaded(tmp_path: Path, record_property: Any) -> None:
     """X2. In each file of a checkpoint, and as a model's weights."""
     touched = tmp_path / "touched"
     bomb = pickle.dumps(Bomb(touched))
@@ -71,6 +81,7 @@ def test_a_pickle_in_place_of_any_file_is_not_loaded(tmp_path: Path) -> None:
             load_checkpoint(checkpoint)
         assert newest_valid(tmp_path / "run")[0] is None
         file.write_bytes(whole)
+    record_property("pickles planted", 2 + len(list(checkpoint.iterdir())))
     load_checkpoint(checkpoint)
     (checkpoint / "extra.pkl").write_bytes(bomb)  # what the manifest does not name is not looked at
     assert sorted(load_checkpoint(checkpoint)[0]) == ["model", "optimizer"]
@@ -84,9 +95,7 @@ def test_a_pickle_in_place_of_any_file_is_not_loaded(tmp_path: Path) -> None:
     assert touched.exists()  # the bomb does work
 
 
-def test_a_pickle_in_place_of_any_file_of_a_lora_run_is_not_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pickle_in_place_of_any_file_of_a_lora_run_is_not_loaded(tmp_path: Path, record_property: Any) -> None:
     """X2. Its checkpoint, and everything in final/ and adapter/, one file at a time; and a pickled adapter beside them."""
     touched = tmp_path / "touched"
     bomb = pickle.dumps(Bomb(touched))
@@ -115,6 +124,7 @@ def test_a_pickle_in_place_of_any_file_of_a_lora_run_is_not_loaded(
     (tmp_path / "away.safetensors").rename(adapter)
     assert load_everything(folder) == 4
     assert not touched.exists()
+    record_property("pickles planted", len([file for file in files if file.is_file()]) + 1 + 5 * 3)
 
 
 def load_everything(folder: Path) -> int:
@@ -151,7 +161,18 @@ def test_what_no_source_file_may_hold(banned: str) -> None:
     assert [
         f"{path}: {line}" for path in sources() for line in path.read_text().splitlines() if re.search(banned, line)
     ] == []
-    assert any(re.search(r"from_pretrained\(", path.read_text()) for path in sources())
+
+
+def test_each_load_by_transformers_refuses_remote_code() -> None:
+    """X1. The policy, its reference, its tokenizer, and its shape; an adapter brings no code."""
+    texts = {path: path.read_text() for path in sources() if path.is_relative_to(ROOT / "grpo")}
+    calls = [
+        text[found.start() : found.start() + 500].split("\n    except", 1)[0]
+        for text in texts.values()
+        for found in re.finditer(r"Auto\w+\.from_pretrained\(", text)
+    ]
+    assert len(calls) >= 3
+    assert [call for call in calls if "trust_remote_code=False" not in call] == []
 
 
 CANARIES = {
@@ -181,18 +202,24 @@ class RecordingWandb:
 
 
 def test_secrets_are_found_nowhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], record_property: Any
 ) -> None:
     """X7. Secrets in the environment and in .env: not in the run directory, not in what W&B gets, not on the screen."""
     for name, value in CANARIES.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / ".env").write_text("".join(f"{name}={value}2\n" for name, value in CANARIES.items()))
+    in_file = "canary-that-stands-in-the-file-only"
+    monkeypatch.setenv("WANDB_OTHER_API_KEY", in_file)
+    monkeypatch.delenv("WANDB_OTHER_API_KEY")
+    (tmp_path / ".env").write_text(f"HF_TOKEN={CANARIES['HF_TOKEN']}2\nWANDB_OTHER_API_KEY={in_file}\n")
+    load_keys()
+    assert os.environ["WANDB_OTHER_API_KEY"] == in_file and os.environ["HF_TOKEN"] == CANARIES["HF_TOKEN"]
+    canaries = CANARIES | {"WANDB_OTHER_API_KEY": in_file}
     wandb = RecordingWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr("grpo.setup.check_trackers", lambda names: None)
-    monkeypatch.setattr(sys, "argv", ["train.py", f"--data.path={CANARIES['HF_TOKEN']}"])
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--data.path={CANARIES['HF_TOKEN']}", in_file])
     settings = {"steps": 2, "tracking.report_to": "[wandb, tensorboard]", "tracking.report": "true"}
     run(tmp_path, "run", **settings)
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
@@ -200,10 +227,13 @@ def test_secrets_are_found_nowhere(
     out, err = capfd.readouterr()
     everything = [(str(path), path.read_bytes()) for path in files]
     everything += [("output", (out + err).encode()), ("wandb", repr(wandb.given).encode())]
+    everything += [("model card", str(model_card(tmp_path / "run")).encode())]
     assert [
-        (where, name) for where, text in everything for name, value in CANARIES.items() if value.encode() in text
+        (where, name) for where, text in everything for name, value in canaries.items() if value.encode() in text
     ] == []
     assert len(wandb.given) >= 3
+    record_property("secrets", len(canaries))
+    record_property("files searched", len(files))
 
 
 def test_an_error_does_not_tell_a_secret(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,8 +76,11 @@ QUICK = ("reward", "save")
 @pytest.mark.parametrize(
     "phase", [pytest.param(phase, marks=[] if phase in QUICK else pytest.mark.slow) for phase in PHASES]
 )
-def test_a_signal_in_each_phase(whole_run: Path, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+def test_a_signal_in_each_phase(
+    whole_run: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any, phase: str
+) -> None:
     tmp_path, part = whole_run, f"part-{phase}"
+    record_property("signalled during", phase)
     number, code = (signal.SIGINT, 130) if phase == "backward" else (signal.SIGTERM, 143)
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
