@@ -1,5 +1,6 @@
 """The dashboard without a browser: what is read, what is drawn, and what nobody may open."""
 
+import html
 import json
 import urllib.error
 import urllib.request
@@ -13,8 +14,19 @@ import pytest
 from grpo.dashboard import curves
 from grpo.dashboard.app import Board, _findings, check_exposure, serve
 from grpo.dashboard.completions_tab import WIDTHS, _cell, _told, columns_of, find
-from grpo.dashboard.curves import CURVES, Curve, points_of
-from grpo.dashboard.readers import MetricsFile, RunFolder, find_runs, last_step, matching, rows_of_step, search, thin
+from grpo.dashboard.curves import CURVES, Curve, lines_of
+from grpo.dashboard.drawing import Line, plot, readable, ticks
+from grpo.dashboard.readers import (
+    MetricsFile,
+    RunFolder,
+    extremes,
+    find_runs,
+    last_step,
+    matching,
+    rows_of_step,
+    search,
+    thin,
+)
 from grpo.errors import ConfigError
 from launch.dashboard import _auth
 
@@ -54,7 +66,7 @@ def test_a_refresh_reads_only_what_was_added(tmp_path: Path) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "late/key": 1.5}\n{"damaged\n{"step": 5, "reward/mean": null}\n{"step": 6, "rew')
     assert metrics.refresh() and metrics.changes == changes + 1
-    assert metrics.steps == [1, 2, 3, 4, 5]
+    assert metrics.steps.tolist() == [1, 2, 3, 4, 5]
     assert metrics.series("late/key") == ([4], [1.5])
     assert metrics.series("reward/mean") == ([1, 2, 3], [0.1, 0.2, 0.3])
     assert metrics.series("eval/accuracy") == ([1, 3], [0.1, 0.3])
@@ -68,15 +80,72 @@ def test_a_refresh_reads_only_what_was_added(tmp_path: Path) -> None:
     assert metrics.refresh() and metrics.series("reward/mean") == ([1], [5.0])
 
 
-def test_the_whole_of_a_long_file_in_few_points(tmp_path: Path) -> None:
+def test_the_whole_of_a_long_file_in_few_points_that_keep_its_extremes(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("w") as file:
-        for step in range(20_000):
-            file.write(json.dumps({"step": step, "reward/mean": float(step), "policy/kl": 1.0}) + "\n")
+        for step in range(20_001):
+            value = {777: 5e6, 9_999: -7.0}.get(step, float(step))
+            file.write(json.dumps({"step": step, "reward/mean": value, "policy/kl": 1.0}) + "\n")
     run = RunFolder(tmp_path)
     run.metrics.refresh()
-    points = points_of(CURVES[0], [run])
-    assert len(points["step"]) == curves.POINTS and points["step"] == points["value"]
-    assert points["step"][:2] == [66.5, 200.5]  # means over 134 steps
+    [line] = lines_of(CURVES[0], [run])
+    assert 250 < len(line.steps) == len(line.values) == len(line.highs) <= curves.POINTS
+    assert line.highs.max() == 5e6 and line.lows.min() == -7.0
+    assert line.ends == (0, 20_000) and line.last == 20_000.0
+    assert line.steps[:2].tolist() == line.values[:2].tolist() == [33.0, 100.0]  # means over 67 steps
+    assert line.lows[:2].tolist() == [0.0, 67.0] and line.highs[:2].tolist() == [66.0, 133.0]
+
+
+def test_extremes_by_hand() -> None:
+    lows, highs = extremes(np.array([0.0, 1.0, 4.0, 3.0, 9.0]), points=2)
+    assert (lows.tolist(), highs.tolist()) == ([0.0, 3.0], [4.0, 9.0])
+    assert [each.tolist() for each in extremes(np.array([2.0, 1.0]), points=2)] == [[2.0, 1.0], [2.0, 1.0]]
+
+
+def line(steps: list[float], values: list[float], name: str = "mean") -> Line:
+    at, value = np.array(steps), np.array(values)
+    return Line(name, at, value, value, value, (steps[0], steps[-1]), values[-1])
+
+
+def test_a_plot_by_hand() -> None:
+    drawn = plot("Reward", "Should rise.", [line([1, 2, 3], [0, 4, 2])])
+    # 20 and 980 of 1000: 2 % are left free above and below
+    assert "d='M0 980L500 20L1000 500'" in drawn and "class='dots'" in drawn and "class='band'" not in drawn
+    for bottom, label in (("2.00%", "0"), ("26.00%", "1"), ("98.00%", "4")):
+        assert f"<i class='y' style='bottom:{bottom}'>{label}</i>" in drawn
+    assert "<i class='x' style='left:50.00%'>2</i>" in drawn and "newest <b>2</b>" in drawn
+    [under_pointer] = json.loads(html.unescape(drawn.split('data-lines="')[1].split('"')[0]))
+    assert (under_pointer["steps"], under_pointer["values"]) == ([1, 2, 3], [0, 4, 2])
+    wide = Line(
+        "a", np.array([1.0, 2.0]), np.array([1.0, 1.0]), np.array([0.0, 1.0]), np.array([2.0, 1.0]), (1, 2), 1.0
+    )
+    assert "<path class='band' fill='#3b7dd8' d='M0 20L1000 500L1000 500L0 980Z'/>" in plot("", "", [wide])
+
+
+def test_plots_of_next_to_nothing_and_of_hostile_names() -> None:
+    assert "nothing yet" in plot("Reward", "", [])
+    assert "d='M500 500'" in plot("", "", [line([7], [0.25])])  # one step, one value: in the middle
+    several = plot("", "", [line([1, 2], [1, 2], HOSTILE), line([1, 2], [2, 1], "b")])
+    assert "<img" not in several and "<script" not in several and "b <b>1</b>" in several
+
+
+@pytest.mark.parametrize(
+    "low, high, whole, expected",
+    [
+        (0.571, 0.612, False, "0.58 0.59 0.60 0.61"),
+        (1, 85_000, True, "20,000 40,000 60,000 80,000"),
+        (1, 3, True, "1 2 3"),
+        (0, 1, False, "0.0 0.2 0.4 0.6 0.8 1.0"),
+        (-1e-7, 1e-7, False, "-1e-07 -5e-08 0 5e-08 1e-07"),
+        (0, 0, False, "0"),
+    ],
+)
+def test_ticks_are_round_numbers(low: float, high: float, whole: bool, expected: str) -> None:
+    assert " ".join(label for _, label in ticks(low, high, whole=whole)) == expected
+
+
+def test_numbers_that_are_read_at_a_glance() -> None:
+    numbers = [0, 0.73642, 12.3456, 3079.4, 1e-7, -0.5, 5e8]
+    assert [readable(number) for number in numbers] == ["0", "0.7364", "12.35", "3,079", "1.00e-07", "-0.5", "5.00e+08"]
 
 
 def test_thin_by_hand() -> None:
@@ -96,10 +165,13 @@ def test_lines_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
     for run in runs:
         run.metrics.refresh()
     both = Curve("", "reward/mean|my/own", "")
-    assert set(points_of(CURVES[0], runs[:1])["series"]) == {"mean"}
-    assert set(points_of(both, runs[:1])["series"]) == {"mean", "own"}
-    assert set(points_of(CURVES[0], runs)["series"]) == {"a", "b"}
-    assert points_of(both, runs)["series"] == ["mean · a"] * 2 + ["own · a"] * 2 + ["mean · b"] * 2 + ["own · b"] * 2
+
+    def names(curve: Curve, runs: list[RunFolder]) -> list[str]:
+        return [each.name for each in lines_of(curve, runs)]
+
+    assert names(CURVES[0], runs[:1]) == ["mean"] and names(both, runs[:1]) == ["mean", "own"]
+    assert names(CURVES[0], runs) == ["a", "b"]
+    assert names(both, runs) == ["mean · a", "own · a", "mean · b", "own · b"]
     assert curves.other_keys(runs) == ["my/own", "time/step"]
 
 

@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from grpo.chat import answers, speakers
 from grpo.dashboard.app import serve
+from grpo.dashboard.curves import CURVES
+from grpo.dashboard.drawing import readable
 from grpo.display import visible
 from tests.fakes import tiny_folder
 from tests.test_dashboard import HOSTILE, add_step, write_run
@@ -21,6 +24,11 @@ from tests.test_trainer import arguments
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parent.parent
+KEYS = {
+    "Each reward": ["reward/accuracy/mean", "reward/xml_format/mean"],
+    "Clipped, truncated, flat": ["policy/clip_fraction", "rollout/truncated_fraction", "reward/zero_std_fraction"],
+    "Seconds per phase": ["time/rollout", "time/reward", "time/reference", "time/update"],
+}
 PATIENCE = 120_000
 """Milliseconds: a machine may be busy. What is waited for comes within 5 s on one that is not."""
 
@@ -164,6 +172,45 @@ def test_asking_a_model_beside_its_base(tmp_path: Path, browser: Any, monkeypatc
         page.close()
 
 
+def test_85_000_steps_are_shown_whole(tmp_path: Path, browser: Any) -> None:
+    """How long they take is printed, not judged: pytest -s -m slow tests/test_dashboard_browser.py -k 85_000"""
+    last = write_long_run(tmp_path / "runs" / "long", steps=85_000)
+    page, address = serve(tmp_path / "runs", tmp_path / "feedback.jsonl", block=False)
+    try:
+        for turn in ("first", "second"):
+            start = time.perf_counter()
+            visit = Visit(browser, address)
+            visit.page.wait_for_function("document.querySelectorAll('#curves .area').length === 12")
+            print(f"\n{turn} visit: {time.perf_counter() - start:.1f} s until everything was shown", flush=True)
+        visit.shows("85000")
+        reward = visit.page.locator("#curves .curve").first
+        assert readable(last) in reward.locator(".legend").inner_text()
+        assert " 20L" in str(reward.locator(".band").get_attribute("d"))  # the one step that reached the top
+        box = reward.locator(".area").bounding_box()
+        visit.page.mouse.move(box["x"] + box["width"] - 2, box["y"] + 20)
+        reward.locator(".tip").wait_for()
+        assert reward.locator(".tip").inner_text().startswith("step 84,")
+        visit.page.mouse.move(0, 0)
+        reward.locator(".tip").wait_for(state="detached")
+        assert visit.wrong == []
+    finally:
+        page.close()
+
+
+def write_long_run(folder: Path, steps: int) -> float:
+    """90 MB of metrics: 30 numbers a step, noise but for one step's reward. -> the last reward"""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"steps": steps}))
+    keys = [key for curve in CURVES for key in KEYS.get(curve.title, [curve.keys])]
+    keys += [f"my/number_{index}" for index in range(30 - len(keys))]
+    noise = np.random.default_rng(0).random(steps)
+    noise[steps // 3] = 9.0
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            file.write(json.dumps({"step": step} | dict.fromkeys(keys, float(noise[step - 1]))) + "\n")
+    return float(noise[-1])
+
+
 def test_curves_move_while_a_run_is_training(tmp_path: Path, browser: Any) -> None:
     flags = arguments(tmp_path, "runs/live", steps=400, save_every=0, eval_every=0, **{"scoring.workers": 0})
     training = subprocess.Popen(
@@ -178,7 +225,7 @@ def test_curves_move_while_a_run_is_training(tmp_path: Path, browser: Any) -> No
         page, address = serve(tmp_path / "runs", tmp_path / "feedback.jsonl", block=False)
         visit = Visit(browser, address)
         step = visit.page.locator("#numbers .number b").first
-        curve = visit.page.locator(".vega-embed").first
+        curve = visit.page.locator("#curves .plot").first
         curve.wait_for()
         before, drawn = step.inner_text(), curve.screenshot()
         visit.page.wait_for_function(

@@ -78,10 +78,10 @@ def test_metrics_are_read_once_and_followed(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("w") as growing:
         growing.write('{"step": 0, "a": 1.0}\n{"step": 1, "b": 2.0, "c": null}\n{"step": 2, "a"')
         growing.flush()
-        assert file.refresh() and file.steps == [0, 1]
+        assert file.refresh() and file.steps.tolist() == [0, 1]
         growing.write(': 5}\nnonsense\n{"step": 3, "b": 4}\n')
         growing.flush()
-        assert file.refresh() and file.steps == [0, 1, 2, 3]
+        assert file.refresh() and file.steps.tolist() == [0, 1, 2, 3]
     assert not file.refresh()
     assert file.series("a") == ([0, 2], [1.0, 5]) and file.series("b") == ([1, 3], [2.0, 4])
     assert file.last("b") == 4 and file.last("z") is None

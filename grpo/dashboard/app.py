@@ -7,6 +7,8 @@ text, never as markup. Names that come from the browser are looked up among the 
 
 import ipaddress
 import re
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from grpo.dashboard.board import Board
 from grpo.dashboard.chat_tab import chat_tab
 from grpo.dashboard.completions_tab import completions_tab
 from grpo.dashboard.curves import CURVES
+from grpo.dashboard.drawing import plot
 from grpo.dashboard.markup import inert, table
 from grpo.dashboard.readers import RunFolder
 from grpo.errors import ConfigError
@@ -23,8 +26,8 @@ if TYPE_CHECKING:
     import gradio as gr
 
 REFRESH_SECONDS = 2.0
-PALETTE = ("#3b7dd8", "#e8833a", "#2a9d6f", "#c94f7c", "#8a63d2", "#c9a227", "#2aa5b8", "#8c8c8c")
 STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+HOVER = (Path(__file__).parent / "curves.js").read_text(encoding="utf-8")
 
 
 def check_exposure(host: str, share: bool, auth: tuple[str, str] | None) -> None:
@@ -63,7 +66,14 @@ def serve(
         import gradio as gr
     except ImportError as error:
         raise ConfigError('the dashboard needs gradio: pip install -e ".[dashboard]"') from error
-    page = build(Board(root, feedback))
+    import matplotlib
+
+    matplotlib.use(
+        "agg"
+    )  # before each event gradio asks which backend there is: while none is chosen, that imports pyplot
+    board = Board(root, feedback)
+    threading.Thread(target=board.read_newest, daemon=True).start()
+    page = build(board)
     try:
         _, address, public = page.launch(
             server_name=host,
@@ -122,7 +132,7 @@ def build(board: Board) -> "gr.Blocks":
 
         seen = gr.State({})
         timer = gr.Timer(REFRESH_SECONDS)
-        outputs = [runs, numbers, findings, *plots, *compared, completions.run, completions.step, seen]
+        outputs = [runs, numbers, findings, plots, *compared, completions.run, completions.step, seen]
         inputs = [runs, smoothing, completions.run, completions.follow, completions.step, seen]
 
         def show(
@@ -147,7 +157,7 @@ def build(board: Board) -> "gr.Blocks":
             same = now["curves"] == before.get("curves")
             updates.append(_numbers(chosen) if not same or now["states"] != before.get("states") else gr.skip())
             updates.append(now["findings"] if now["findings"] != before.get("findings") else gr.skip())
-            updates += [gr.skip()] * len(plots) if same else [_plot(gr, curve, chosen, amount) for curve in CURVES]
+            updates.append(gr.skip() if same else _plots(CURVES, chosen, amount))
             updates += [gr.skip()] * 2 if same else [table(*curves.comparison(chosen)), _config_table(chosen)]
             newer, now["completions"] = completions.newer(gr, found, run, follow, step, before.get("completions", {}))
             return [*updates, *newer, now]
@@ -160,52 +170,27 @@ def build(board: Board) -> "gr.Blocks":
     return page
 
 
-def _curves_tab(gr: Any, runs: Any, board: Board) -> list[Any]:
-    plots = []
-    for start in range(0, len(CURVES), 3):
-        with gr.Row():
-            for curve in CURVES[start : start + 3]:
-                with gr.Column(min_width=300):
-                    title, hint = inert(curve.title), inert(curve.hint)
-                    gr.HTML(f"<h4>{title}</h4><p>{hint}</p>", elem_classes=["hint"])
-                    plots.append(_empty_plot(gr, 210))
+def _curves_tab(gr: Any, runs: Any, board: Board) -> Any:
+    plots = gr.HTML(elem_id="curves", elem_classes=["curves"], js_on_load=HOVER)
     with gr.Accordion("Any other metric", open=False):
         keys = gr.Dropdown([], multiselect=True, label="Metrics", info="Yours, from callbacks, are here too.")
-        other = _empty_plot(gr, 300)
+        other = gr.HTML(elem_classes=["curves"], js_on_load=HOVER)
 
         def choices(names: list[str]) -> Any:
             return gr.Dropdown(choices=curves.other_keys(board.chosen(names)))
 
-        def draw(names: list[str], wanted: list[str]) -> Any:
+        def draw(names: list[str], wanted: list[str]) -> str:
             known = [key for key in curves.other_keys(board.chosen(names)) if key in wanted]
-            pattern = "|".join(map(re.escape, known)) or "$."
-            return _plot(gr, curves.Curve("", pattern, ""), board.chosen(names), 0.0)
+            shown = [curves.Curve(key, re.escape(key), "") for key in known]
+            return _plots(shown, board.chosen(names), 0.0)
 
         keys.focus(choices, runs, keys, api_visibility="private")
         keys.input(draw, [runs, keys], other, api_visibility="private")
     return plots
 
 
-def _empty_plot(gr: Any, height: int) -> Any:
-    return gr.LinePlot(
-        x="step", y="value", show_label=False, container=False, x_title=" ", y_title=" ", height=height, buttons=[]
-    )
-
-
-def _plot(gr: Any, curve: curves.Curve, runs: list[RunFolder], smoothing: float) -> Any:
-    import pandas as pd
-
-    points = curves.points_of(curve, runs, smoothing)
-    names = list(dict.fromkeys(points["series"]))
-    colors = {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(names)}
-    alone = len(names) < 2
-    return gr.LinePlot(
-        value=pd.DataFrame(points) if names else None,
-        color="series",
-        color_map=colors or None,
-        colors_in_legend=[] if alone else names,
-        color_title=" ",
-    )
+def _plots(shown: Sequence[curves.Curve], runs: list[RunFolder], smoothing: float) -> str:
+    return "".join(plot(curve.title, curve.hint, curves.lines_of(curve, runs, smoothing)) for curve in shown)
 
 
 def _numbers(runs: list[RunFolder]) -> str:
@@ -215,7 +200,7 @@ def _numbers(runs: list[RunFolder]) -> str:
     run = runs[0]
     state = curves.state_of(run)
     total = run.config().get("steps")
-    cells = [(state, f"{run.metrics.steps[-1]}" + (f" / {total}" if total else ""), "steps", state)]
+    cells = [(state, f"{run.metrics.steps[-1]}", f"of {total} steps" if total else "steps", state)]
     accuracy = run.metrics.arrays("eval/accuracy")[1]
     if len(accuracy):
         cells.append(("held-out accuracy", f"{accuracy[-1]:.1%}", f"{accuracy[0]:.1%} before", ""))

@@ -23,6 +23,10 @@ class Board:
             self._runs = {name: self._runs.get(name, run) for name, run in found.items()}
             return list(self._runs)
 
+    def read_newest(self) -> None:
+        """Read the run that a visitor sees first, before one comes."""
+        self.chosen(self.refresh()[:1])
+
     def chosen(self, names: list[str] | None) -> list[RunFolder]:
         """The runs of these names, with their newest steps; unknown names are left out."""
         with self._lock:

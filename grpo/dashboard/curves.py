@@ -1,6 +1,6 @@
 """Curves: what the dashboard draws, and how to read it. docs/metrics.md shows the same hints; a test holds the two together.
 
-run directories -> columns "step", "value", "series" for each curve; numbers at the top; what differs between runs
+run directories -> the lines of each curve; what runs came to; what differs between them
 """
 
 import re
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grpo.dashboard.readers import MetricsFile, RunFolder, thin
+from grpo.dashboard.drawing import Line
+from grpo.dashboard.readers import MetricsFile, RunFolder, extremes, thin
 
-POINTS = 150
-"""Points in one line of a curve: as many as 300 pixels show apart. With 400, a browser without a GPU draws for seconds."""
+POINTS = 300
+"""Points in one line of a curve: as many as its pixels show apart."""
 
 
 @dataclass(frozen=True)
@@ -87,24 +88,23 @@ CURVES = (
     ),
 )
 
-Points = dict[str, list]
-"""{"step": [...], "value": [...], "series": [...]}: one entry per point."""
 
-
-def points_of(curve: Curve, runs: Sequence[RunFolder], smoothing: float = 0.0) -> Points:
+def lines_of(curve: Curve, runs: Sequence[RunFolder], smoothing: float = 0.0) -> list[Line]:
     """All lines of a curve. A line is named after its run, its metric, or both: whatever tells it from the others."""
-    lines = [(run, key) for run in runs for key in keys_of(curve, run.metrics)]
-    several_runs, several_keys = len({id(run) for run, _ in lines}) > 1, len({key for _, key in lines}) > 1
-    points: Points = {"step": [], "value": [], "series": []}
-    for run, key in lines:
+    found = [(run, key) for run in runs for key in keys_of(curve, run.metrics)]
+    several_runs, several_keys = len({id(run) for run, _ in found}) > 1, len({key for _, key in found}) > 1
+    lines = []
+    for run, key in found:
         steps, values = run.metrics.arrays(key)
-        at, thinned = thin(steps, smooth(values, smoothing), POINTS)
+        if not len(values):
+            continue
         short = short_name(key)
         name = f"{short} · {run.name}" if several_runs and several_keys else run.name if several_runs else short
-        points["step"] += at
-        points["value"] += thinned
-        points["series"] += [name] * len(at)
-    return points
+        smoothed = smooth(values, smoothing)
+        at, means = (np.array(each) for each in thin(steps, smoothed, POINTS))
+        ends = (float(steps[0]), float(steps[-1]))
+        lines.append(Line(name, at, means, *extremes(smoothed, POINTS), ends, last=float(values[-1])))
+    return lines
 
 
 def keys_of(curve: Curve, metrics: MetricsFile) -> list[str]:
