@@ -4,9 +4,12 @@ Every process reads the weights for itself; or, where the model is about to be s
 them, and the others make the same model without memory (grpo/sharding.py hands out the shards).
 """
 
+from pathlib import Path
+
 import torch
 from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -80,6 +83,12 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
     float32 weights and the model's own sdpa attention, unless `config` says otherwise (torch_dtype, attn_implementation,
     load_in_4bit, gguf_file).
     """
+    _check_there(path)
+    if Path(path).is_dir() and not (config and config.gguf_file) and not (Path(path) / "config.json").is_file():
+        hint = "copy it again, or save the model again"
+        if (Path(path) / "adapter_config.json").is_file():
+            hint = "it holds an adapter; merge it: python launch/export.py --run RUN --format merged"
+        raise ConfigError(f"model.name '{path}' cannot be loaded: the folder holds no config.json: {hint}")
     extra: dict[str, object] = {}
     dtype, attention = torch.float32, "sdpa"
     if config is not None:
@@ -102,6 +111,17 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
         )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model.name '{path}' cannot be loaded: {error}") from error
+    except SafetensorError as error:
+        raise ConfigError(
+            f"model.name '{path}' cannot be loaded: a weight file is damaged or was copied in part ({error}): copy it again"
+        ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):  # out of memory, say
+            raise
+        raise ConfigError(
+            f"model.name '{path}' cannot be loaded: its weights have other shapes than its config.json says: the files are "
+            f"of two models"
+        ) from error
     if extra.get("gguf_file"):  # plain float32 weights by now, though transformers still calls the model quantized
         model.is_quantized = False  # type: ignore[assignment]
         model.hf_quantizer = None  # type: ignore[assignment]
@@ -128,12 +148,26 @@ def ready(model: PreTrainedModel, path: str) -> PreTrainedModel:
 
 
 def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside a model. Raises ConfigError, also for one that has lost its vocabulary."""
+    _check_there(path)
     try:
         extra = {"gguf_file": gguf_file} if gguf_file else {}
-        return AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False, **extra)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name '{path}': its tokenizer cannot be loaded: {error}") from error
     except ImportError as error:
         if gguf_file is None:
             raise
         raise ConfigError("model.gguf_file is set, but gguf is missing: pip install gguf==0.19.0") from error
+    if not tokenizer.encode("1 + 1 = 2", add_special_tokens=False):  # transformers makes up an empty one
+        raise ConfigError(
+            f"model.name '{path}': its tokenizer cannot be loaded: without tokenizer.json (or a vocabulary of its own kind) "
+            f"it turns every text into nothing: copy the tokenizer's files from the model that this one was trained from"
+        )
+    return tokenizer
+
+
+def _check_there(path: str) -> None:
+    """Raise ConfigError for a path to nothing, which transformers would look for on the hub."""
+    if (Path(path).is_absolute() or path.startswith(".")) and not Path(path).exists():
+        raise ConfigError(f"model.name '{path}' cannot be loaded: there is no such folder")

@@ -83,6 +83,7 @@ def test_every_page_loads_and_a_hostile_completion_stays_text(tmp_path: Path, br
     try:
         visit = Visit(browser, address, colors)
         browser_page = visit.page
+        browser_page.locator("#findings li").first.wait_for()
         assert HOSTILE in browser_page.locator("#findings").inner_text()
         browser_page.locator("#runs input").click()
         for name in ("<b>hostile", "other"):
@@ -152,6 +153,13 @@ def test_asking_a_model_beside_its_base(tmp_path: Path, browser: Any, monkeypatc
         visit.page.get_by_role("button", name="✓ right").locator("visible=true").click()
         visit.page.get_by_text("Thank you.").locator("visible=true").wait_for()
 
+        def broken(*_: Any, **__: Any) -> Any:
+            raise RuntimeError(HOSTILE)
+
+        monkeypatch.setattr("grpo.chat.answers", broken)
+        visit.page.locator("#ask").click()
+        visit.page.get_by_text("RuntimeError: <img").wait_for()
+
         monkeypatch.setattr("grpo.chat.answers", lambda *_, **__: iter([{"base": HOSTILE, "trained": HOSTILE}]))
         visit.page.locator("#ask").click()
         visit.page.wait_for_function(
@@ -168,6 +176,26 @@ def test_asking_a_model_beside_its_base(tmp_path: Path, browser: Any, monkeypatc
         assert first["consent"] is False and second["consent"] is True
         assert first["checkpoint_sha"] == second["checkpoint_sha"] and first["checkpoint_sha"]
         assert visit.page.title() == "GRPO runs" and visit.wrong == []
+    finally:
+        page.close()
+
+
+def test_a_broken_model_says_what_it_lacks(tmp_path: Path, browser: Any) -> None:
+    run = write_run(tmp_path / "runs" / "one")
+    (tiny_folder(run / "final") / "config.json").unlink()
+    page, address = serve(tmp_path / "runs", tmp_path / "feedback.jsonl", block=False)
+    try:
+        visit = Visit(browser, address)
+        visit.tab("Chat")
+        visit.page.locator("#question textarea, #question input").first.fill("1+2=")
+        visit.page.locator("#ask").click()
+        visit.page.get_by_text("the folder holds no config.json").wait_for()
+        (run / "final" / "config.json").write_text("{}")
+        (run / "final" / "tokenizer.json").unlink()
+        (run / "final" / "tokenizer_config.json").unlink()
+        visit.page.locator("#ask").click()
+        visit.page.get_by_text("its tokenizer cannot be loaded").wait_for()
+        assert visit.wrong == []
     finally:
         page.close()
 

@@ -1,6 +1,7 @@
 """The commands that question a saved model: evaluate, beside its base, and chat."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from grpo.chat import answers, speakers
 from grpo.config import DataConfig
+from grpo.errors import ConfigError
 from grpo.loading import load_model, load_tokenizer
 from grpo.rollout import build_engine
 from grpo.scorer import use_grpo_attention
@@ -56,6 +58,52 @@ def test_chat_streams_what_the_engine_would_decode(tmp_path: Path) -> None:
         ids = tuple(tokenizer.encode("1+2=", add_special_tokens=False))
         [group] = engine.generate([Prompt(0, "1+2=", ids)], SamplingPlan(1, 9, 0.0, 0))
         assert states[-1][name] == group.completions[0].text
+
+
+def damage(folder: Path, what: str) -> None:
+    """Take a part of a model folder away."""
+    if what == "weights cut off":
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif what == "other shapes":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    elif what == "an adapter alone":
+        (folder / "config.json").rename(folder / "adapter_config.json")
+    elif what == "nothing there":
+        shutil.rmtree(folder)
+    else:
+        for file in folder.glob(what):
+            file.unlink()
+
+
+DAMAGES = {
+    "config.json": "model.name '{}' cannot be loaded: the folder holds no config.json: copy it again",
+    "an adapter alone": "the folder holds no config.json: it holds an adapter; merge it: python launch/export.py",
+    "weights cut off": "model.name '{}' cannot be loaded: a weight file is damaged or was copied in part",
+    "model.safetensors": "model.name '{}' cannot be loaded: Error no file named model.safetensors",
+    "other shapes": "model.name '{}' cannot be loaded: its weights have other shapes than its config.json says",
+    "tokenizer*": "model.name '{}': its tokenizer cannot be loaded: without tokenizer.json",
+    "nothing there": "model.name '{}' cannot be loaded: there is no such folder",
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_broken_model_folder_is_one_clear_error(tmp_path: Path, what: str) -> None:
+    folder = tiny_folder(tmp_path / "final")
+    damage(folder, what)
+    with pytest.raises(ConfigError) as caught:
+        speakers(str(folder))
+    assert DAMAGES[what].format(folder) in str(caught.value) and caught.value.exit_code == 2
+
+
+@pytest.mark.slow
+def test_chat_with_a_broken_model_folder_ends_with_code_2(tmp_path: Path) -> None:
+    damage(tiny_folder(tmp_path / "final"), "weights cut off")
+    command = [sys.executable, "launch/chat.py", "--model", tmp_path / "final", "--ask", "1+1="]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: model.name") and done.stderr.count("\n") == 1, done.stderr
 
 
 @pytest.mark.slow

@@ -67,6 +67,8 @@ def chat_tab(gr: Any, board: Board, tab: Any, page: Any) -> None:
                 yield visible(so_far.get("base", "")), trained, "", fields | {"completion": so_far["trained"]}
         except GrpoError as error:
             yield "", "", plain_markdown(str(error)), {}
+        except Exception as error:  # out of memory, say: said where it was asked, not only in the terminal
+            yield "", "", plain_markdown(f"{type(error).__name__}: {error}"), {}
 
     def models(chosen: str | None) -> Any:
         board.refresh()

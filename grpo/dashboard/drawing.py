@@ -71,7 +71,7 @@ def plot(title: str, hint: str, lines: Sequence[Line]) -> str:
     )
 
 
-def ticks(low: float, high: float, *, whole: bool = False, most: int = 5) -> list[tuple[float, str]]:
+def ticks(low: float, high: float, *, whole: bool = False, most: int = 6) -> list[tuple[float, str]]:
     """Round numbers from `low` to `high`, at most about `most`, with their labels. `whole` = of steps.
 
     # 0.571 0.612  ->  0.58 0.59 0.60 0.61;   1 85000, whole  ->  20,000 40,000 60,000 80,000
