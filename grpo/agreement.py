@@ -20,7 +20,7 @@ from grpo.scorer import probe_batch
 from grpo.types import Prompt, SamplingPlan
 
 if TYPE_CHECKING:
-    from grpo.setup import Run
+    from grpo.run import Run
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest mean difference per token, in nats, that rounding explains, by the dtype that layers compute in."""

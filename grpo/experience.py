@@ -28,7 +28,7 @@ from grpo.scorer import probe_batch
 from grpo.types import Group, Prompt
 
 if TYPE_CHECKING:
-    from grpo.setup import Run
+    from grpo.run import Run
     from grpo.trainer import Clock
 
 

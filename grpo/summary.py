@@ -14,7 +14,7 @@ from grpo.types import Group
 
 if TYPE_CHECKING:
     from grpo.experience import Experience, Sampled
-    from grpo.setup import Run
+    from grpo.run import Run
 
 
 def step_metrics(

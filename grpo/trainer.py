@@ -17,7 +17,8 @@ from grpo.kl import adapted_beta
 from grpo.metrics import Sums
 from grpo.objective import Counts, find_objective, importance_correction, policy_loss
 from grpo.packing import PackedBatch
-from grpo.setup import Run, prepare
+from grpo.run import Run
+from grpo.setup import prepare
 from grpo.signals import Signals
 from grpo.summary import rollout_rows, step_metrics
 

@@ -241,7 +241,7 @@ def run_ours(case: Case, folder: Path) -> Outcome:
     from grpo.experience import Sampled, learn_from
     from grpo.policy import Policy
     from grpo.rewards import Scores
-    from grpo.setup import Progress
+    from grpo.run import Progress
     from grpo.trainer import Clock, update
 
     prompts, generations = case.shape

@@ -11,7 +11,7 @@ import torch.distributed
 
 from grpo.config import load_config
 from grpo.errors import run_main
-from grpo.setup import Run
+from grpo.run import Run
 
 KINDS = (
     "all_reduce",

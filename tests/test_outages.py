@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo import courier, setup
+from grpo import courier
+from grpo import run as grpo_run
 from grpo.checkpoint import load_checkpoint, newest_valid, save_checkpoint
 from grpo.config import Config, TrackingConfig, load_config
 from grpo.errors import StorageError
@@ -71,13 +72,13 @@ def test_lines_that_never_found_room_are_an_error_at_the_end(tmp_path: Path) -> 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, full: set[int]) -> None:
     """No checkpoint of these steps has room."""
-    save = setup.save_checkpoint
+    save = grpo_run.save_checkpoint
 
     def limited(run_dir: Path, step: int, *rest: Any) -> Path:
         with file_size_limit(30_000) if step in full else contextlib.nullcontext():
             return save(run_dir, step, *rest)
 
-    monkeypatch.setattr(setup, "save_checkpoint", limited)
+    monkeypatch.setattr(grpo_run, "save_checkpoint", limited)
 
 
 def test_a_full_disk_does_not_stop_training(
