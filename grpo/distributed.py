@@ -48,7 +48,11 @@ def start_accelerator(timeout: float = 1800.0) -> Accelerator:
             f"only one, whatever --num_processes says: use --config_file accelerate_configs/cpu_2proc.yaml"
         )
     if accelerator.device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        _shard_on_cpu()
+        _shard_on_cpu(accelerator.mixed_precision)
+    if accelerator.is_fsdp2:
+        # Accelerate would have FSDP cast all weights, gradients and the logprobs that come out to 16 bits: the head, the norms and
+        # the sums over ranks too. Under autocast, which casts what can stand it, sharded training is what DDP's is.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
     if accelerator.device.type == "cpu":
         torch.set_num_threads(cpu_threads(accelerator.num_processes))
     _BESIDE[:] = _others_here(accelerator)
@@ -81,10 +85,12 @@ def end_others_here() -> None:
             process.kill()
 
 
-def _shard_on_cpu() -> None:
+def _shard_on_cpu(precision: str) -> None:
     """FSDP2 over gloo. Accelerate selects FSDP on accelerators only and would silently run DDP, though all of its FSDP2 path
     works on a CPU: this is how a machine without a GPU tests fsdp2.yaml."""
     plugin = FullyShardedDataParallelPlugin()
+    if precision != "no":
+        plugin.set_mixed_precision(precision)
     for shared in (PartialState._shared_state, AcceleratorState._shared_state):
         shared["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state["fsdp_plugin"] = plugin

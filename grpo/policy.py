@@ -144,7 +144,8 @@ class Policy:
 
     def logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """[N] logprobs with a gradient, [N] entropies without."""
-        return self.scorer(batch)
+        with self.accelerator.autocast():  # FSDP2's wrapper, unlike DDP's, does not bring it along
+            return self.scorer(batch)
 
     def reference_logprobs(self, batches: list[PackedBatch]) -> list[Tensor | None]:
         """[N] logprobs of the reference for each batch; None where there is none."""

@@ -119,6 +119,20 @@ def test_any_number_of_processes_does_the_same(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
+def test_fsdp_computes_in_bfloat16_what_ddp_does(tmp_path: Path, changes: dict[str, object]) -> None:
+    """Float32 masters, head, logprobs and sums over ranks; bfloat16 where autocast takes it: with and without shards."""
+    tiny_folder(tmp_path / "model")
+    tiny_data(tmp_path / "data.jsonl", rows=11)
+    for run, name in (("one", "cpu_2proc"), ("fsdp", "fsdp2")):
+        flags = ("--num_processes", "2", "--mixed_precision", "bf16")
+        result = launch(tmp_path, run, profile(name, *flags), **changes)
+        assert (tmp_path / run / "final").is_dir(), result.stderr
+        assert "bf16 precision" in result.stdout + result.stderr
+    same_run(tmp_path, "fsdp")
+
+
+@pytest.mark.slow
 def test_two_machines_do_the_same(tmp_path: Path) -> None:
     """multi_node_fsdp2.yaml, one launcher per machine, both on this one: they find each other at an address and a port."""
     tiny_folder(tmp_path / "model")
