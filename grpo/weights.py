@@ -42,7 +42,7 @@ def full_weights(
             continue
         layer = adapted.get(name)
         with torch.no_grad(), zero.gathered([parameter] if layer is None else list(layer.parameters())):
-            tensor = whole(parameter) if masters and layer is None else dequantized(full(parameter))
+            tensor = whole(parameter) if masters and layer is None else full(parameter)
             if layer is not None:
                 tensor = tensor + full(delta(layer)).to(tensor.dtype)
             elif hasattr(parameter, "ds_id"):
@@ -51,23 +51,18 @@ def full_weights(
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of an FSDP2 shard; any other tensor as it is."""
+    """The whole of an FSDP2 shard, a 4-bit weight as numbers; any other tensor as it is."""
+    if hasattr(tensor, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(tensor.data, tensor.quant_state)
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 
 def whole(parameter: nn.Parameter) -> Tensor:
     """What the optimizer moves, whole: under DeepSpeed the float32 master, otherwise the parameter. Collective where sharded."""
     master = zero.master(parameter)
-    return dequantized(full(parameter)) if master is None else master
-
-
-def dequantized(tensor: Tensor) -> Tensor:
-    """A 4-bit weight as numbers; any other tensor as it is."""
-    if not hasattr(tensor, "quant_state"):
-        return tensor
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(tensor.data, tensor.quant_state)
+    return full(parameter) if master is None else master
 
 
 class WorkingCopy:

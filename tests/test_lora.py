@@ -140,42 +140,43 @@ def test_4bit_without_bitsandbytes_is_refused(folder: Path, monkeypatch: pytest.
 
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else real(name))
-    with pytest.raises(ConfigError, match="bitsandbytes is missing: pip install bitsandbytes"):
+    with pytest.raises(ConfigError, match="bitsandbytes is missing: pip install bitsandbytes=="):
         lora_policy(folder, load_in_4bit=True)
 
 
+def lora_run(place: Path, folder: Path, name: str, steps: int, **more: object) -> dict[str, torch.Tensor]:
+    """A short run in place/name; -> its last checkpoint's weights."""
+    tiny_data(place / "data.jsonl")
+    settings = {
+        "model.name": folder,
+        "data.path": place / "data.jsonl",
+        "data.system_prompt": "null",
+        "run_dir": place / name,
+        "lora.r": 4,
+        "steps": steps,
+        "prompts_per_step": 3,
+        "sampling.num_generations": 4,
+        "sampling.max_completion_length": 8,
+        "optimizer.learning_rate": 0.01,
+        "optimizer.lr_scheduler_type": "constant",
+        "eval_every": 0,
+        "save_every": 1,
+        "tracking.report_to": "[]",
+        "rewards": '{"tests.letters:count_letters": 1.0}',
+    } | more
+    train(load_config([f"--{key}={value}" for key, value in settings.items()]))
+    return load_file(place / name / "checkpoints" / f"step-{steps}" / "model.safetensors")
+
+
 def test_resume_is_exact_with_an_adapter(tmp_path: Path, folder: Path) -> None:
-    tiny_data(tmp_path / "data.jsonl")
-
-    def run(name: str, steps: int, **more: object) -> dict[str, torch.Tensor]:
-        settings = {
-            "model.name": folder,
-            "data.path": tmp_path / "data.jsonl",
-            "data.system_prompt": "null",
-            "run_dir": tmp_path / name,
-            "lora.r": 4,
-            "steps": steps,
-            "prompts_per_step": 3,
-            "sampling.num_generations": 4,
-            "sampling.max_completion_length": 8,
-            "optimizer.learning_rate": 0.01,
-            "optimizer.lr_scheduler_type": "constant",
-            "eval_every": 0,
-            "save_every": 1,
-            "tracking.report_to": "[]",
-            "rewards": '{"tests.letters:count_letters": 1.0}',
-        } | more
-        train(load_config([f"--{key}={value}" for key, value in settings.items()]))
-        return load_file(tmp_path / name / "checkpoints" / f"step-{steps}" / "model.safetensors")
-
-    whole = run("whole", 3)
-    run("part", 1)
-    resumed = run("part", 3, resume="auto")
+    whole = lora_run(tmp_path, folder, "whole", 3)
+    lora_run(tmp_path, folder, "part", 1)
+    resumed = lora_run(tmp_path, folder, "part", 3, resume="auto")
     assert whole.keys() == resumed.keys()
     assert all("lora_" in name for name in whole)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     with pytest.raises(ConfigError, match="resume with the lora"):
-        run("part", 4, resume="auto", **{"lora.r": "null"})
+        lora_run(tmp_path, folder, "part", 4, resume="auto", **{"lora.r": "null"})
 
 
 def test_merged_layers_get_the_dtype_that_zero2_gives_the_live_ones(folder: Path) -> None:
