@@ -17,6 +17,8 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from grpo.errors import ConfigError
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, by the optimizer's own names."""
 
@@ -33,9 +35,17 @@ def stage(accelerator: Accelerator) -> int:
 def configure(accelerator: Accelerator, max_grad_norm: float) -> None:
     """Before any model is made: what DeepSpeed wants to know of a data loader that we do not have, our clipping, and that
     models are made whole. Left to itself, transformers would make every one of them in parts under ZeRO-3: the plain copies,
-    the reference and the probes as well. `prepare` takes apart the one that learns."""
+    the reference and the probes as well. `prepare` takes apart the one that learns. Raises ConfigError for an optimizer offloaded
+    to the CPU."""
     unset_hf_deepspeed_config()
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    place = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if place != "none":
+        raise ConfigError(
+            f"offload_optimizer_device is {place}: DeepSpeed would then put an optimizer of its own in the place of ours, which "
+            f"the learning rate's schedule and the checkpoints would not reach. Set it to none, and lora.r or more GPUs where "
+            f"memory is short"
+        )
     settings["train_micro_batch_size_per_gpu"] = 1  # only used to print throughput
     settings["gradient_clipping"] = max_grad_norm
     settings["steps_per_print"] = 10**9

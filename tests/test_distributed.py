@@ -9,6 +9,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from grpo.distributed import cpu_threads
+from grpo.errors import ConfigError
+from grpo.zero import configure
 from tests.fakes import tiny_data, tiny_folder
 
 ROOT = Path(__file__).parent.parent
@@ -274,6 +278,18 @@ def test_fewer_processes_than_asked_for_are_refused(tmp_path: Path) -> None:
     refused = launch(tmp_path, "run", [*ACCELERATE, "--cpu", "--num_processes", "2"])
     assert "2 processes were asked for, 1 started" in refused.stderr
     assert refused.returncode != 0
+
+
+def test_an_optimizer_that_the_schedule_would_not_reach_is_refused() -> None:
+    settings: dict[str, Any] = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    accelerator: Any = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=settings))
+    )
+    with pytest.raises(ConfigError, match="offload_optimizer_device is cpu"):
+        configure(accelerator, 1.0)
+    settings["zero_optimization"]["offload_optimizer"]["device"] = "none"
+    configure(accelerator, 1.0)
+    assert settings["gradient_clipping"] == 1.0
 
 
 def test_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
