@@ -118,7 +118,7 @@ def build(board: Board) -> "gr.Blocks":
         with gr.Row(elem_id="top", equal_height=True):
             gr.Markdown("## GRPO runs", elem_id="name")
             runs = gr.Dropdown([], multiselect=True, label="Runs", scale=4, elem_id="runs", filterable=True)
-            smoothing = gr.Slider(0, 0.98, 0, step=0.02, label="Smoothing", scale=1, min_width=180)
+            smoothing = gr.Slider(0, 0.98, 0, step=0.02, label="Smoothing", scale=1, min_width=220)
         numbers = gr.HTML(elem_id="numbers")
         findings = gr.HTML(elem_id="findings")
         with gr.Tab("Curves"):

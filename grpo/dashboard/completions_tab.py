@@ -13,7 +13,7 @@ MOST_ROWS = 300
 """Rows in the table: more than anybody reads."""
 SCOPES = {"this step": 1, "10 steps": 10, "100 steps": 100, "all steps": None}
 """Label -> steps that are searched, back from the one that is shown; None = to the first."""
-WIDTHS = {"step": 6, "prompt": 28, "completion": 37, "reward": 8, "advantage": 9, "right": 6, "tokens": 6}
+WIDTHS = {"step": 7, "prompt": 22, "completion": 31, "reward": 10, "advantage": 13, "right": 8, "tokens": 9}
 """The table's columns, with their shares of its width."""
 
 Key = tuple[int, int]
