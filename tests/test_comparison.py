@@ -1,6 +1,12 @@
 """docs/comparison.md is what launch/comparison.py makes of docs/results."""
 
+import re
+from pathlib import Path
+
+from launch.benchmark import readme_table
 from launch.comparison import PAGE, counted, page, read
+
+README = Path(__file__).parent.parent / "README.md"
 
 
 def test_the_page_is_made_of_the_stored_results() -> None:
@@ -19,3 +25,10 @@ def test_counts_are_counted() -> None:
     assert now.keys() == stored.keys()
     for key in ("lines", "files", "keys", "tests"):  # they move with every change: near is enough
         assert abs(now[key] - stored[key]) <= 0.5 * now[key], f"{key}: run python launch/comparison.py --count"
+
+
+def test_the_table_of_speeds_is_what_the_stored_results_say() -> None:
+    readme = README.read_text(encoding="utf-8")
+    [names] = re.findall(r"benchmark\.py --readme ([^`]+)`", readme)
+    results = [read(Path(name).stem) for name in names.split()]
+    assert readme_table(results).strip() in readme
