@@ -202,6 +202,7 @@ class OptimizerConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     weight_decay: float = 0.0
+    """AdamW's. A step whose groups are all flat is left out where beta is 0, decay and momentum with it; with a beta it is taken."""
     warmup_ratio: float = 0.0
     lr_scheduler_type: str = "linear"
     max_grad_norm: float = 1.0

@@ -109,7 +109,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     ),
     "R11": (
         "groups that are all flat, and ten other reasons not to learn: said once, with the mend",
-        ["test_watch.py"],
+        ["test_watch.py", "test_trainer.py::test_flat_groups_move_nothing_not_even_by_weight_decay"],
     ),
     "R12": ("all cut off, all ended at once, one token each", ["test_data_faults.py::test_odd_lengths_are_finite"]),
     "R13": (

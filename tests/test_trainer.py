@@ -174,6 +174,17 @@ def test_dynamic_sampling_learns_from_full_batches_and_stops_at_its_cap(tmp_path
     assert sum(any(values) for values in flat.values()) == sum(row["rollout/groups_trained"] for row in rows)
 
 
+def test_flat_groups_move_nothing_not_even_by_weight_decay(tmp_path: Path) -> None:
+    """R11. Nothing was learned, so nothing changes: no decay, no momentum."""
+    (tmp_path / "always.py").write_text("def always(completions, **columns):\n    return [1.0] * len(completions)\n")
+    changes = {"objective.beta": 0, "optimizer.weight_decay": 0.1, "rewards": f'{{"{tmp_path}/always.py:always": 1.0}}'}
+    rows = run(tmp_path, "flat", steps=2, eval_every=0, **changes)
+    assert all(row["reward/zero_std_fraction"] == 1.0 for row in rows)
+    start = load_file(tmp_path / "model" / "model.safetensors")
+    final = load_file(tmp_path / "flat" / "final" / "model.safetensors")
+    assert all(torch.equal(start[name], final[name]) for name in start)
+
+
 def test_adaptive_kl_moves_beta_by_its_formula(tmp_path: Path) -> None:
     rows = run(tmp_path, "run", eval_every=0, **{"objective.kl_target": 0.01, "objective.kl_horizon": 60})
     beta = 0.01
