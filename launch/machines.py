@@ -177,7 +177,7 @@ def page(results: Path) -> str:
             lines.append(f"| {row['case']} | " + " | ".join(map(str, cells)) + " |")
         lines += [
             "",
-            "Step times beside each other: not measured (these runs give every freed block back at once, which takes time).",
+            "Step times beside each other: [scaling.md](scaling.md) (these runs give every freed block back at once, which takes time).",
         ]
     fits = read(results / "memory_fits.json")
     if fits:
