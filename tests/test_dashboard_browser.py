@@ -257,7 +257,8 @@ def test_curves_move_while_a_run_is_training(tmp_path: Path, browser: Any) -> No
         curve.wait_for()
         before, drawn = step.inner_text(), curve.screenshot()
         visit.page.wait_for_function(
-            "before => document.querySelector('#numbers .number b').innerText !== before", arg=before
+            "before => (document.querySelector('#numbers .number b')?.innerText ?? before) !== before",
+            arg=before,
         )
         for _ in range(PATIENCE // 500):  # the curve is drawn a moment after the numbers
             if curve.screenshot() != drawn:
