@@ -84,8 +84,7 @@ class PackedLayout:
         if key not in self._masks:
             query = torch.arange(width, device=self.device)[:, None] + prompt
             visible = _visible(query, torch.arange(prompt + width, device=self.device)[None, :], window)
-            bias = torch.zeros(visible.shape, dtype=dtype, device=self.device).masked_fill_(~visible, -torch.inf)
-            self._masks[key] = bias.repeat(repeats, 1)
+            self._masks[key] = _additive(visible, dtype).repeat(repeats, 1)
         return self._masks[key]
 
 
@@ -102,9 +101,7 @@ class SlotLayout:
         if window not in self._masks:
             query = self.lengths_B[:, None] - 1
             key = torch.arange(self.longest, device=self.lengths_B.device)[None, :]
-            visible = _visible(query, key, window)
-            bias = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)
-            self._masks[window] = bias[:, None, None, :]
+            self._masks[window] = _additive(_visible(query, key, window), torch.float32)[:, None, None, :]
         return self._masks[window]
 
 
@@ -208,3 +205,8 @@ def _visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     if window is not None:
         visible = visible & (query - key < window)
     return visible
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """True -> 0, False -> -inf: what is added to the scores."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
