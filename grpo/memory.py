@@ -48,6 +48,8 @@ class Machine:
     cpu: bool = True
     reads_once: bool = False
     """The main process reads the weights for all, on its CPU."""
+    offloads: bool = False
+    """FSDP2's shards of weights, gradients and moments stay in the machine's memory (fsdp_offload_params)."""
 
     @property
     def compute(self) -> torch.dtype | None:
@@ -66,7 +68,8 @@ def machine_of(path: str) -> Machine:
     if name == "DEEPSPEED":
         kind = f"zero{loaded.deepspeed_config['zero_stage']}"
     once = kind == "fsdp2" and bool(loaded.fsdp_config.get("fsdp_cpu_ram_efficient_loading"))
-    return Machine(kind, int(loaded.num_processes), str(loaded.mixed_precision), bool(loaded.use_cpu), once)
+    away = kind == "fsdp2" and bool(loaded.fsdp_config.get("fsdp_offload_params"))
+    return Machine(kind, int(loaded.num_processes), str(loaded.mixed_precision), bool(loaded.use_cpu), once, away)
 
 
 def estimate(
@@ -91,11 +94,14 @@ def estimate(
     copies = config.objective.beta > 0 and (not lora or config.model.reference is not None)
     parts = {
         "weights": weights + masters,
-        "gradients": 4 * trained / shards + (4 * trained if machine.kind == "ddp" else 0),  # DDP's buckets
+        # DDP keeps them a second time, in the buckets that ranks exchange: accelerate leaves gradient_as_bucket_view off.
+        "gradients": 4 * trained / shards + (4 * trained if machine.kind == "ddp" else 0),
         "AdamW": 8 * trained / shards,
         "reference": 4 * size if copies and not (config.model.reference_offload and not machine.cpu) else 0,
         "working copy": working_copy(machine, config, model),
     }
+    if machine.offloads and not machine.cpu:
+        parts |= {"weights": 0, "gradients": 0, "AdamW": 0}
     engine = engine_bytes(config, model, longest_prompt, machine)
     if not machine.cpu:  # its captured graphs point at it
         parts["engine: cache and its own layout of the weights"] = engine
@@ -108,7 +114,7 @@ def estimate(
     sampling = draw_bytes(config, model, machine) + (engine if machine.cpu else 0)
     parts |= {"sampling": sampling, "learning: activations": learning}
     # The gradients of a step are gone while the engine samples.
-    parts["peak"] = stays + max(sampling - 4 * trained / shards, learning)
+    parts["peak"] = stays + max(sampling - (4 * trained / shards if parts["gradients"] else 0), learning)
     if machine.kind in ("fsdp2", "zero3"):  # a process that has the whole model keeps its part
         whole = base * size
         if machine.reads_once and not machine.cpu:  # one weight at a time comes from the main process

@@ -56,6 +56,10 @@ def test_what_stays_by_hand() -> None:
     }
     assert start[False] == pytest.approx(4 * size)
     assert start[True] == pytest.approx(4 * 64 * 32)  # the largest weight, of the feed-forward layers
+    away = {n: v * 2**30 for n, v in estimate(config, model, 6, Machine("fsdp2", 4, "bf16", False, True, True)).items()}
+    here = {n: v * 2**30 for n, v in estimate(config, model, 6, gpus[True]).items()}
+    assert away["weights"] == away["gradients"] == away["AdamW"] == 0
+    assert here["peak"] - away["peak"] == pytest.approx(size + size + 2 * size)  # the float32 shards of four processes
     zero = {name: v * 2**30 for name, v in estimate(config, model, 6, Machine("zero2", 4, "bf16")).items()}
     assert zero["weights"] == pytest.approx(2 * size + size)  # bfloat16 whole, float32 masters in four parts
     lora = {name: v * 2**30 for name, v in estimate(load_config([*FLAGS, "--lora.r=2"]), model, 6, Machine()).items()}
@@ -77,3 +81,10 @@ def test_every_profile_says_what_kind_of_machine_it_is() -> None:
     assert kinds["multi_gpu"] == Machine("ddp", 8, "bf16", False)
     assert kinds["multi_node_fsdp2"] == Machine("fsdp2", 16, "bf16", False, True)
     assert kinds["deepspeed_zero3"] == Machine("zero3", 8, "bf16", False)
+
+
+def test_offloading_is_read_from_the_profile(tmp_path: Path) -> None:
+    text = (ROOT / "accelerate_configs" / "fsdp2.yaml").read_text()
+    path = tmp_path / "offloaded.yaml"
+    path.write_text(text.replace("fsdp_offload_params: false", "fsdp_offload_params: true"))
+    assert machine_of(str(path)) == Machine("fsdp2", 8, "bf16", False, True, True)
