@@ -5,18 +5,23 @@ import ctypes
 import os
 import socket
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
 import yaml
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from torch.distributed.fsdp import CPUOffloadPolicy
 
-from grpo.errors import ConfigError
+from grpo.errors import ConfigError, GrpoError
 from grpo.metrics import Sums
+
+Made = TypeVar("Made")
 
 
 def start_accelerator(timeout: float = 1800.0) -> Accelerator:
@@ -91,6 +96,8 @@ def _shard_on_cpu(precision: str) -> None:
     plugin = FullyShardedDataParallelPlugin()
     if precision != "no":
         plugin.set_mixed_precision(precision)
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # only an accelerator's driver can pin
     for shared in (PartialState._shared_state, AcceleratorState._shared_state):
         shared["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
@@ -136,6 +143,21 @@ def return_freed_memory(device: torch.device) -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:
             trim(0)
+
+
+def from_main(accelerator: Accelerator, work: Callable[[], Made]) -> Made:
+    """What `work` gives on the main process, on every process. An error of ours that it raises there, every process raises, so that
+    nobody waits for the others in vain. Collective."""
+    made: Made | GrpoError | None = None
+    if accelerator.is_main_process:
+        try:
+            made = work()
+        except GrpoError as error:
+            made = error
+    [made] = broadcast_object_list([made])
+    if isinstance(made, GrpoError):
+        raise made
+    return made
 
 
 def sum_over_ranks(accelerator: Accelerator, values: list[float]) -> list[float]:

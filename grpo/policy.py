@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from grpo import sharding, zero
 from grpo.checkpoint import Tensors, optimizer_from_tensors, optimizer_to_tensors
 from grpo.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
-from grpo.distributed import compute_dtype, is_sharded, return_freed_memory
+from grpo.distributed import compute_dtype, from_main, is_sharded, return_freed_memory
 from grpo.errors import ConfigError, NumericsError
 from grpo.lean import use_lean_layers
 from grpo.loading import load_to_train, load_tokenizer
@@ -265,13 +265,20 @@ class Policy:
             return whole + moments + synced, whole
         return adapter + moments + synced, whole + adapter
 
+    @property
+    def takes_tensors_from_main(self) -> bool:
+        """Whether `load_state` hands out what the main process has read of a checkpoint: with FSDP2."""
+        return self.accelerator.is_fsdp2
+
     def load_state(self, tensors: Tensors, state: dict) -> None:
-        """What `state` gave, on every rank. Raises ConfigError if the checkpoint is of another kind of run."""
-        moments = optimizer_from_tensors(tensors["optimizer"], state["optimizer"])
+        """What `state` gave, on every rank; the tensors only on the main process where `takes_tensors_from_main`. Raises ConfigError if the
+        checkpoint is of another kind of run."""
+        given = not self.takes_tensors_from_main or self.accelerator.is_main_process
+        moments = optimizer_from_tensors(tensors["optimizer"], state["optimizer"]) if given else {}
         if self.zero_stage:
             zero.load_full_state(self.model, self.scorer, self.optimizer, tensors["model"], moments)
         elif is_sharded(self.accelerator):
-            sharding.load_full_state(self.scorer, self.optimizer, tensors["model"], moments)
+            sharding.load_full_state(self.scorer, self.optimizer, tensors.get("model", {}), moments)
         else:
             unknown = self.model.load_state_dict(tensors["model"], strict=False).unexpected_keys
             if unknown:
@@ -287,9 +294,19 @@ class Policy:
         if self.accelerator.scaler is not None and "loss_scale" in state:
             self.accelerator.scaler.load_state_dict(state["loss_scale"])
         if self.config.sync_ref_model and self.reference is not None:
+            self._load_reference(self.reference.model, tensors)
+
+    def _load_reference(self, model: nn.Module, tensors: Tensors) -> None:
+        def check() -> None:
             if "reference" not in tensors:
                 raise ConfigError("the checkpoint has no reference: resume with model.sync_ref_model as it was started")
-            self.reference.model.load_state_dict(tensors["reference"], strict=False)
+
+        if self.takes_tensors_from_main:
+            from_main(self.accelerator, check)
+            sharding.load_everywhere(model, tensors.get("reference", {}), self.device)
+        else:
+            check()
+            model.load_state_dict(tensors["reference"], strict=False)
 
     def _apply(self, config: OptimizerConfig) -> None:
         """The config's own rates, where they are not those of the checkpoint: a resumed run learns as it is told now."""

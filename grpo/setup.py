@@ -16,6 +16,7 @@ from grpo.agreement import TOLERANCE, check_agreement, prove_updates
 from grpo.ahead import Ahead
 from grpo.callbacks import Callbacks, build_callbacks
 from grpo.checkpoint import (
+    Tensors,
     check_room,
     load_checkpoint,
     newest_valid,
@@ -26,7 +27,7 @@ from grpo.data import Example, load_examples
 from grpo.data.data_card import record_card
 from grpo.data.stream import PromptStream, render_prompts
 from grpo.display import Display
-from grpo.distributed import compute_dtype, start_accelerator
+from grpo.distributed import compute_dtype, from_main, start_accelerator
 from grpo.errors import ConfigError, StorageError
 from grpo.experience import estimator_of
 from grpo.objective import check_parameters, find_objective
@@ -161,12 +162,28 @@ def build_policy(config: Config, accelerator: Accelerator, path: str, *, starts:
     return policy
 
 
+def read_checkpoint(checkpoint: Path, policy: Policy) -> tuple[Tensors, dict]:
+    """What a checkpoint holds; its tensors only on the main process, if that hands them out. Collective then."""
+    if not policy.takes_tensors_from_main:
+        return load_checkpoint(checkpoint)
+    tensors: Tensors = {}
+
+    def read() -> dict:
+        nonlocal tensors
+        tensors, state = load_checkpoint(checkpoint)
+        return state
+
+    state = from_main(policy.accelerator, read)
+    return tensors, state
+
+
 def continue_from(
     checkpoint: Path, config: Config, policy: Policy, data: TrainingData, say: Callable[[str], None]
 ) -> Before:
     """Put the policy and the stream where the checkpoint left them. Raises ConfigError if all steps are done."""
-    tensors, state = load_checkpoint(checkpoint)
+    tensors, state = read_checkpoint(checkpoint, policy)
     policy.load_state(tensors, state)
+    del tensors  # whole, on the main process, where the weights are sharded
     policy.skipped_in_a_row = state.get("skipped_in_a_row", 0)
     data.stream.load_state_dict(state.get("stream", {}))
     start = state["step"]

@@ -1,5 +1,5 @@
 """Sharding: a model that only the main process has read -> FSDP2's shards of it on every rank; and the state of a sharded model
-and its optimizer, whole on the main process -> the same again on any number of ranks.
+and its optimizer, whole on the main process -> shards again, on any number of ranks.
 
 Names are the plain model's, so a checkpoint can be resumed with another number of processes, or without FSDP's help.
 """
@@ -23,6 +23,8 @@ from transformers import PreTrainedModel
 
 PREFIX = "model."
 """The live model is the `model` of the scorer that is wrapped."""
+WRAPPED = "_checkpoint_wrapped_module."
+"""In the name of a layer under fsdp_activation_checkpointing; torch leaves it out of the names of an optimizer's state."""
 
 
 def reads_once(accelerator: Accelerator) -> bool:
@@ -103,7 +105,38 @@ def full_state(scorer: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dic
 def load_full_state(
     scorer: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], moments: dict[str, Any]
 ) -> None:
-    """What full_state gave, on every rank."""
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    set_model_state_dict(scorer, {PREFIX + name: tensor for name, tensor in weights.items()}, options=options)
+    """What full_state gave, or a run that was not sharded saved (its optimizer state is by number), on the main process; what the
+    others pass is not looked at. Each tensor travels alone, so that the others never hold more than their shards and one of them.
+    Collective."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    whole: dict[str, Tensor] = {}
+    if torch.distributed.get_rank() == 0:
+        whole = {PREFIX + name: tensor for name, tensor in weights.items()}
+        moments = _by_name(moments, scorer)
+    else:
+        moments = {}
+    set_model_state_dict(scorer, whole, options=options)  # type: ignore[arg-type]
     set_optimizer_state_dict(scorer, optimizer, moments, options=options)
+
+
+def _by_name(moments: dict[str, Any], scorer: nn.Module) -> dict[str, Any]:
+    """The state of an optimizer over the trained parameters in their order, its numbers turned into names."""
+    names = [name for name, parameter in scorer.named_parameters() if parameter.requires_grad]
+    names = [name.replace(WRAPPED, "") for name in names]
+    [group] = moments["param_groups"]
+    if group["params"] != list(range(len(names))):
+        return moments
+    by_name = {names[number]: state for number, state in moments["state"].items()}
+    return {"state": by_name, "param_groups": [group | {"params": names}]}
+
+
+def load_everywhere(module: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Put the main process's `tensors` into a module that every process holds whole, and that may lie elsewhere than on `device`,
+    where processes talk. Collective."""
+    if torch.distributed.get_rank() == 0:
+        module.load_state_dict(tensors, strict=False)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            value = parameter.to(device)
+            torch.distributed.broadcast(value, src=0)
+            parameter.copy_(value)

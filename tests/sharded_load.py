@@ -21,7 +21,10 @@ from grpo.weights import full_weights
 
 
 class Peak:
-    """Bytes that this process came to hold within, above what it held before; files that are mapped do not count."""
+    """Bytes that this process came to hold within, above what it held before; mapped files only count with `files`."""
+
+    def __init__(self, *, files: bool = False) -> None:
+        self.files = files
 
     def __enter__(self) -> "Peak":
         gc.collect()
@@ -38,7 +41,7 @@ class Peak:
 
     def _now(self) -> int:
         memory = self.process.memory_info()
-        return int(memory.rss - memory.shared)
+        return int(memory.rss - (0 if self.files else memory.shared))
 
     def _watch(self) -> None:
         while not self.done.wait(0.002):

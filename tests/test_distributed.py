@@ -64,6 +64,7 @@ def profile(name: str, *flags: str) -> list[str]:
 CPU_2 = profile("cpu_2proc")
 CPU_3 = profile("cpu_2proc", "--num_processes", "3")
 FSDP_2 = profile("fsdp2", "--num_processes", "2", "--mixed_precision", "no")
+OFFLOADED = [*FSDP_2, "--fsdp_offload_params", "true"]
 LORA = {"lora.r": 4, "lora.target_modules": "[q_proj, down_proj]"}
 
 
@@ -223,20 +224,83 @@ def test_a_model_that_the_main_process_cannot_read_is_refused_by_all(tmp_path: P
 
 @pytest.mark.slow
 def test_a_sharded_run_resumes_exactly_and_alone(tmp_path: Path) -> None:
-    """FSDP2 on two ranks, stopped and resumed on two; then on one process without FSDP: the checkpoint is whole."""
+    """FSDP2 on two ranks, stopped and resumed on two; then on one process without FSDP, and the other way round: the checkpoint is
+    whole, and no moment is lost."""
     tiny_folder(tmp_path / "model")
     tiny_data(tmp_path / "data.jsonl", rows=11)
     fixed = {"save_every": 1, "optimizer.lr_scheduler_type": "constant", "eval_every": 0}
     launch(tmp_path, "whole", FSDP_2, **fixed)
     expected = load_file(tmp_path / "whole" / "final" / "model.safetensors")
-    for launcher, tolerance in ((FSDP_2, 0.0), ([sys.executable], 1e-5)):
-        run = f"part{tolerance}"
-        launch(tmp_path, run, FSDP_2, steps=1, **fixed)
-        result = launch(tmp_path, run, launcher, resume="auto", **fixed)
+    alone = [sys.executable]
+    for before, after, tolerance in ((FSDP_2, FSDP_2, 0.0), (FSDP_2, alone, 1e-5), (alone, FSDP_2, 1e-5)):
+        run = f"part-{before is alone}-{after is alone}"
+        launch(tmp_path, run, before, steps=1, **fixed)
+        result = launch(tmp_path, run, after, resume="auto", **fixed)
         assert "resuming from" in result.stdout + result.stderr, result.stderr
         weights = load_file(tmp_path / run / "final" / "model.safetensors")
         for key in expected:
             assert torch.allclose(weights[key], expected[key], rtol=0, atol=tolerance), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
+def test_weights_that_stay_in_the_machines_memory_learn_the_same(tmp_path: Path, changes: dict[str, object]) -> None:
+    """fsdp_offload_params: FSDP2's shards, gradients and moments on the CPU. What one process trains; its first checkpoint, gone on
+    with, ends in the same weights to the bit."""
+    tiny_folder(tmp_path / "model")
+    tiny_data(tmp_path / "data.jsonl", rows=11)
+    fixed = {"save_every": 1, "save_total_limit": 9, "optimizer.lr_scheduler_type": "constant"} | changes
+    one = launch(tmp_path, "one", [sys.executable], **fixed)
+    assert one.returncode == 0, one.stderr
+    result = launch(tmp_path, "offloaded", OFFLOADED, **fixed)
+    assert (tmp_path / "offloaded" / "final").is_dir(), result.stderr
+    assert "(FSDP)" in result.stdout + result.stderr
+    same_run(tmp_path, "offloaded")
+    first = tmp_path / "offloaded" / "checkpoints" / "step-1"
+    resumed = launch(tmp_path, "resumed", OFFLOADED, resume=first, **fixed)
+    assert (tmp_path / "resumed" / "final").is_dir(), resumed.stderr
+    expected = load_file(tmp_path / "offloaded" / "final" / "model.safetensors")
+    weights = load_file(tmp_path / "resumed" / "final" / "model.safetensors")
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [FSDP_2, OFFLOADED], ids=["sharded", "offloaded"])
+def test_the_main_process_reads_a_checkpoint_for_all(tmp_path: Path, launcher: list[str]) -> None:
+    """FSDP2 on two ranks, a step, a checkpoint, and new policies that take it: weights, moments and a synced reference are to the
+    bit what was saved; the second rank comes to hold its shard of the moments, never the checkpoint."""
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+    folder = tiny_folder(tmp_path / "model", **shape)
+    command = [*launcher, str(ROOT / "tests/sharded_resume.py"), str(folder), str(tmp_path / "rank")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert (tmp_path / "rank-1.json").is_file(), result.stderr
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    print({case: [rank[case] for rank in ranks] for case in ("full", "lora")})
+    for case in ("full", "lora"):
+        main, second = (rank[case] for rank in ranks)
+        assert main["offloaded"] == second["offloaded"] == (launcher is OFFLOADED)
+        assert main["moved"] > 0  # the step changed weights: a load that did nothing would be seen
+        assert main["tensors"] == main["equal"] > 0
+        assert main["reference"] == second["reference"] == main["reference saved"]
+    main, second = ranks[0]["full"], ranks[1]["full"]
+    assert main["read"] == main["checkpoint"] and second["read"] == 0
+    assert main["peak"] > main["checkpoint"] and second["peak"] < 0.6 * main["checkpoint"]  # a quarter are its moments
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_the_main_process_cannot_read_is_refused_by_all(tmp_path: Path) -> None:
+    tiny_folder(tmp_path / "model")
+    tiny_data(tmp_path / "data.jsonl", rows=11)
+    launch(tmp_path, "run", FSDP_2, steps=1, save_every=1, eval_every=0)
+    first = tmp_path / "run" / "checkpoints" / "step-1"
+    content = bytearray((first / "optimizer.safetensors").read_bytes())
+    content[-1] ^= 1
+    (first / "optimizer.safetensors").write_bytes(content)
+    refused = launch(tmp_path, "again", FSDP_2, resume=first, eval_every=0)
+    assert refused.returncode != 0
+    assert refused.stderr.count("are not the ones that were written") == 2  # both ranks say so, and none waits
+    assert "Traceback" not in refused.stderr.split("are not the ones that were written")[0]
 
 
 @pytest.mark.slow

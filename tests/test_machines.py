@@ -39,6 +39,12 @@ def test_what_ran_in_float32_is_what_one_process_learns() -> None:
     assert all(row["largest_weight_difference_to_one_process"] < 1e-5 for row in compared)
 
 
+def test_every_run_held_what_was_estimated() -> None:
+    near = {row["case"]: row["estimate_mib"] / row["measured_mib"] for row in stored("memory")}
+    assert "full, float32, DDP over 2" in near and "full, float32, FSDP2 over 2" in near
+    assert all(0.8 <= ratio <= 1.2 for ratio in near.values()), near
+
+
 @pytest.mark.slow
 def test_a_real_run_holds_what_was_estimated(tmp_path: Path) -> None:
     [row] = measure(tmp_path, ["full, float32"])
