@@ -9,8 +9,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo.agreement import check_agreement
+from grpo.attention import NAME, grpo_attention
 from grpo.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, load_config
 from grpo.distributed import start_accelerator
 from grpo.errors import ConfigError, NumericsError
@@ -71,6 +73,30 @@ def test_bf16_keeps_float32_masters_that_move_by_a_millionth(folder: Path) -> No
     assert rounded < 0.2 * weights
     moments = [state["exp_avg"].dtype for state in policy.optimizer.state.values()]
     assert set(moments) == {torch.float32}
+
+
+def of_wrong_sign(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: object, **more: object
+) -> object:
+    return grpo_attention(module, query, key, -value, *rest, **more)  # type: ignore[arg-type]
+
+
+def test_a_model_kept_in_bf16_takes_our_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight layers round the probe's logprobs apart by more than float32's tolerance, though our attention is no farther from float32
+    than the model's own. (A LoRA base in bfloat16 was refused for it.) One that is quite wrong is still told from it."""
+    shape = {"hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2}
+    folder = str(tiny_folder(tmp_path / "deep", **shape))
+    exact, model = load_model(folder), load_model(folder, ModelConfig(torch_dtype="bfloat16"))
+    with torch.no_grad():
+        truth = Scorer(exact, swapped=False, temperature=1.0)(BATCH)[0]
+        plain = Scorer(model, swapped=False, temperature=1.0)(BATCH)[0]
+        assert use_grpo_attention(model)
+        ours = Scorer(model, swapped=True, temperature=1.0)(BATCH)[0]
+    assert not torch.allclose(plain, ours, atol=1e-3, rtol=1e-3)
+    assert float((ours - truth).abs().mean()) < 1.5 * float((plain - truth).abs().mean())
+    model.set_attn_implementation("sdpa")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, NAME, of_wrong_sign)
+    assert not use_grpo_attention(model)
 
 
 def test_bf16_computes_the_layers_in_bf16_and_the_head_in_float32(folder: Path) -> None:
