@@ -177,7 +177,7 @@ def engine_bytes(config: Config, model: PreTrainedModel, longest_prompt: int, ma
     cache = slots_of(config, model, longest_prompt, machine) * cache_per_slot(config, model, longest_prompt, machine)
     if config.rollout.engine != "native" or not FusedBackbone.fits(model):
         return cache
-    width = 2 if machine.compute and machine.kind == "zero3" else 4  # autocast casts what FSDP gathers
+    width = 2 if machine.compute else 4
     head = model.get_output_embeddings().weight.numel()
     # A CPU's float32 products and its head are packed; on a GPU the head is cast where precision is mixed.
     return cache + width * linear_weights(model) + (4 * head if machine.cpu else 2 * head if machine.compute else 0)
@@ -188,7 +188,7 @@ def cache_per_slot(config: Config, model: PreTrainedModel, longest_prompt: int, 
     shape = model.config
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    width = 2 if machine.compute and machine.kind == "zero3" else 4  # autocast casts what FSDP gathers
+    width = 2 if machine.compute else 4
     longest = longest_prompt + config.sampling.max_completion_length
     return 2 * width * longest * shape.num_hidden_layers * heads * head_size
 

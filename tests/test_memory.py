@@ -7,7 +7,7 @@ import torch
 
 from grpo.config import load_config
 from grpo.lean import use_lean_layers
-from grpo.memory import LiveBytes, Machine, estimate, machine_of, simulate, step_batches
+from grpo.memory import LiveBytes, Machine, cache_per_slot, estimate, machine_of, simulate, step_batches
 from grpo.scorer import Scorer
 from tests.fakes import tiny_model
 
@@ -60,6 +60,8 @@ def test_what_stays_by_hand() -> None:
     here = {n: v * 2**30 for n, v in estimate(config, model, 6, gpus[True]).items()}
     assert away["weights"] == away["gradients"] == away["AdamW"] == 0
     assert here["peak"] - away["peak"] == pytest.approx(size + size + 2 * size)  # the float32 shards of four processes
+    narrow, wide = (cache_per_slot(config, model, 6, Machine("fsdp2", 4, p, False)) for p in ("bf16", "no"))
+    assert wide == 2 * narrow  # the engine samples in the dtype of the run, whatever FSDP gathers
     zero = {name: v * 2**30 for name, v in estimate(config, model, 6, Machine("zero2", 4, "bf16")).items()}
     assert zero["weights"] == pytest.approx(2 * size + size)  # bfloat16 whole, float32 masters in four parts
     lora = {name: v * 2**30 for name, v in estimate(load_config([*FLAGS, "--lora.r=2"]), model, 6, Machine()).items()}
