@@ -11,6 +11,7 @@ Shapes: query [B, H, T, D], key and value [B, K, T, D] with K key/value heads (H
 """
 
 import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,13 @@ from einops import rearrange
 from torch import Tensor
 
 NAME = "grpo"
+
+
+@dataclass(frozen=True, eq=False)
+class SplitGroup:
+    """What the parts of a group have in common that is spread over `parts` batches. Equal only to itself."""
+
+    parts: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,10 @@ class GroupSpan:
     start: int
     prompt_length: int
     completion_lengths: tuple[int, ...]
+    split: SplitGroup | None = None
+    """Set where other batches hold more completions of this group, and share its prompt (grpo/shared_prompt.py)."""
+    last: bool = True
+    """Of its parts."""
 
     @property
     def length(self) -> int:
@@ -47,13 +59,19 @@ class PackedLayout:
 
     spans: list[GroupSpan]
     device: torch.device
+    elsewhere: dict[int, Iterator[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    """By the index of a span, if its prompt is not in the row: the prompt's keys and values, layer by layer."""
+    watched: dict[int, Callable[[Tensor, Tensor], None]] = field(default_factory=dict)
+    """By the index of a span: what is told the prompt's keys and values, layer by layer. [1, K, P, D] each, as above."""
     _padding: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[int, int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
     def blocks(self, span: GroupSpan) -> list[tuple[int, ...]]:
         """The lengths of the completions that go through attention together. On a CPU each goes alone, so that nothing is
         padded; elsewhere all of a group at once, since launches cost more than padding."""
-        return [(length,) for length in span.completion_lengths] if self.on_cpu else [span.completion_lengths]
+        if self.on_cpu or not span.completion_lengths:
+            return [(length,) for length in span.completion_lengths]
+        return [span.completion_lengths]
 
     @functools.cached_property
     def on_cpu(self) -> bool:
@@ -61,8 +79,13 @@ class PackedLayout:
 
     @functools.cached_property
     def sizes(self) -> list[int]:
-        """Tokens of each prompt and of each block after it, in the order of the row."""
-        return [size for span in self.spans for size in (span.prompt_length, *map(sum, self.blocks(span)))]
+        """Tokens of each prompt that is there and of each block, in the order of the row."""
+        sizes: list[int] = []
+        for index, span in enumerate(self.spans):
+            if index not in self.elsewhere:
+                sizes.append(span.prompt_length)
+            sizes += map(sum, self.blocks(span))
+        return sizes
 
     def padding(self, block: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """For completions of the lengths `block`: rows [G, C] (indices into their tokens, padding points at 0) and back
@@ -149,9 +172,14 @@ def _packed(
     pieces = zip(*(tensor.split(layout.sizes, dim=2) for tensor in (query, key, value)), strict=True)
     parts = []
     repeats = query.shape[1] // key.shape[1]
-    for span in layout.spans:
-        prompt_query, prompt_key, prompt_value = next(pieces)
-        parts.append(_rows(prompt_query, prompt_key, prompt_value, scaling, window))
+    for index, span in enumerate(layout.spans):
+        if index in layout.elsewhere:
+            prompt_key, prompt_value = next(layout.elsewhere[index])
+        else:
+            prompt_query, prompt_key, prompt_value = next(pieces)
+            if index in layout.watched:
+                layout.watched[index](prompt_key, prompt_value)
+            parts.append(_rows(prompt_query, prompt_key, prompt_value, scaling, window))
         for block in layout.blocks(span):
             own_query, own_key, own_value = (_padded(tensor, layout, block) for tensor in next(pieces))
             attended = _attend_masked(

@@ -183,6 +183,7 @@ def packed(run: "Run", groups: list[Group], advantages_PG: Tensor) -> tuple[list
         max_tokens=run.config.tokens_per_batch,
         mask_truncated=config.mask_truncated_completions,
         skip_flat=not kl_in_loss(config) and config.entropy_coef == 0,  # then a zero advantage means a zero gradient
+        share_prompts=policy.shares_prompts,
     )
     rounds, real = max_over_ranks(run.accelerator, len(batches)), len(batches)
     batches += [probe_batch(policy.model.config.vocab_size)] * (rounds - real)

@@ -11,12 +11,13 @@ log p(token n | the tokens before it in its own sequence). The shift by one happ
     # sequence_N          0  0  1
 """
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from grpo.attention import GroupSpan, PackedLayout
+from grpo.attention import GroupSpan, PackedLayout, SplitGroup
 from grpo.types import Group
 
 
@@ -81,47 +82,69 @@ def pack(
     max_tokens: int,
     mask_truncated: bool = False,
     skip_flat: bool = False,
+    share_prompts: bool = False,
 ) -> list[PackedBatch]:
     """Groups laid end to end in batches of at most `max_tokens` tokens. advantages_PG is [P, G].
 
     A group that is larger than a batch is split; its prompt is then laid down again. `mask_truncated` gives completions
     that were cut off weight 0 (DAPO's overlong filter, arXiv 2503.14476). `skip_flat` leaves out completions whose
     advantage is exactly 0: exact only where no KL is in the loss, since then they have no gradient.
+    `share_prompts`: only the last of its batches has the prompt in the row that goes through the model, which is what the
+    budget holds (grpo/shared_prompt.py). As stored here, each batch is complete by itself.
     Raises ValueError if a single prompt and completion exceed the budget.
     """
-    batches: list[PackedBatch] = []
-    pending: list[tuple[Group, list[int], int]] = []
+    batches: list[list[_Part]] = [[]]
     used = 0
     for row, group in enumerate(groups):
         prompt_length = len(group.prompt.token_ids)
-        chosen: list[int] = []
-        size = prompt_length
-        for sample, completion in enumerate(group.completions):
-            length = len(completion.token_ids)
-            if length == 0 or (skip_flat and advantages_PG[row, sample] == 0):
-                continue
+        lengths = {
+            sample: len(completion.token_ids)
+            for sample, completion in enumerate(group.completions)
+            if completion.token_ids and not (skip_flat and advantages_PG[row, sample] == 0)
+        }
+        for length in lengths.values():
             if prompt_length + length > max_tokens:
                 raise ValueError(
                     f"a prompt of {prompt_length} tokens and a completion of {length} exceed tokens_per_batch "
                     f"{max_tokens}: raise tokens_per_batch"
                 )
-            if used + size + length > max_tokens:
-                if chosen:
-                    pending.append((group, chosen, row))
-                if pending:
-                    batches.append(_lay(pending, advantages_PG, mask_truncated))
-                pending, used, chosen, size = [], 0, [], prompt_length
-            chosen.append(sample)
-            size += length
-        if chosen:
-            pending.append((group, chosen, row))
-            used += size
-    if pending:
-        batches.append(_lay(pending, advantages_PG, mask_truncated))
-    return batches
+        left, parts = list(lengths), list[_Part]()
+        while left:
+            rest = prompt_length + sum(lengths[sample] for sample in left)
+            chosen = left
+            if used + rest > max_tokens:
+                size = used if share_prompts else used + prompt_length
+                sizes = itertools.accumulate((lengths[sample] for sample in left), initial=size)
+                fit = sum(total <= max_tokens for total in itertools.islice(sizes, 1, None))
+                # The prompt has its place in the last batch, so with it a completion.
+                chosen = left[: min(fit, len(left) - 1)]
+            if chosen:
+                parts.append(_Part(group, row, chosen))
+                batches[-1].append(parts[-1])
+            left = left[len(chosen) :]
+            used += rest
+            if left:
+                batches.append([])
+                used = 0
+        if share_prompts and len(parts) > 1:
+            split = SplitGroup(len(parts))
+            for part in parts:
+                part.split, part.last = split, part is parts[-1]
+    return [_lay(parts, advantages_PG, mask_truncated) for parts in batches if parts]
 
 
-def _lay(parts: list[tuple[Group, list[int], int]], advantages_PG: Tensor, mask_truncated: bool) -> PackedBatch:
+@dataclass
+class _Part:
+    """Completions of one group that are in one batch."""
+
+    group: Group
+    row: int
+    chosen: list[int]
+    split: SplitGroup | None = None
+    last: bool = True
+
+
+def _lay(parts: list[_Part], advantages_PG: Tensor, mask_truncated: bool) -> PackedBatch:
     ids: list[int] = []
     positions: list[int] = []
     spans: list[GroupSpan] = []
@@ -131,12 +154,13 @@ def _lay(parts: list[tuple[Group, list[int], int]], advantages_PG: Tensor, mask_
     advantages: list[float] = []
     weights: list[float] = []
     sampling: list[float] = []
-    for group, chosen, row in parts:
+    for part in parts:
+        group = part.group
         start, prompt = len(ids), list(group.prompt.token_ids)
         ids += prompt
         positions += range(len(prompt))
         last_of_prompt = len(ids) - 1
-        for sample in chosen:
+        for sample in part.chosen:
             completion = group.completions[sample]
             first, length = len(ids), len(completion.token_ids)
             ids += completion.token_ids
@@ -145,9 +169,10 @@ def _lay(parts: list[tuple[Group, list[int], int]], advantages_PG: Tensor, mask_
             tokens += completion.token_ids
             sampling += completion.logprobs
             lengths.append(length)
-            advantages.append(float(advantages_PG[row, sample]))
+            advantages.append(float(advantages_PG[part.row, sample]))
             weights.append(0.0 if mask_truncated and not completion.ended else 1.0)
-        spans.append(GroupSpan(start, len(prompt), tuple(len(group.completions[s].token_ids) for s in chosen)))
+        own_lengths = tuple(len(group.completions[sample].token_ids) for sample in part.chosen)
+        spans.append(GroupSpan(start, len(prompt), own_lengths, part.split, part.last))
     lengths_S = torch.tensor(lengths)
     return PackedBatch(
         input_ids_T=torch.tensor(ids),

@@ -90,6 +90,8 @@ class Policy:
         )
         prepare: Callable = partial(sharding.shard, accelerator) if self.read_once else accelerator.prepare
         self.scorer, self.prepared_optimizer = prepare(scorer, self.optimizer)
+        # Ranks that share weights must go through the model equally often, and a checkpointed layer once in each direction.
+        self.shares_prompts = self.swapped and type(self.scorer) is Scorer and not config.gradient_checkpointing
         zero.announce(scorer, self.model.get_output_embeddings())
         self.scheduler = get_scheduler(
             optimizer.lr_scheduler_type,
@@ -196,6 +198,8 @@ class Policy:
             elif taken:
                 self.prepared_optimizer.step()
             self.prepared_optimizer.zero_grad()
+        if self.shares_prompts:
+            self.scorer.prompts.forget()
         self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
         self.scheduler.step()
         return_freed_memory(self.device)

@@ -40,7 +40,8 @@ class Reference:
     def logprobs(self, batches: list[PackedBatch]) -> list[Tensor]:
         """[N] for each batch; the weights travel to the device and back once for all of them."""
         with self._in_use():
-            return [self.scorer(batch)[0] for batch in batches]
+            # The last batch of a split group has the prompt in its row: see grpo/shared_prompt.py.
+            return [self.scorer(batch)[0] for batch in reversed(batches)][::-1]
 
     @property
     def holds_weights(self) -> bool:

@@ -8,6 +8,7 @@ from grpo.attention import NAME, GroupSpan, grpo_attention
 from grpo.logprobs import token_logprobs
 from grpo.lora import head_weight
 from grpo.packing import PackedBatch
+from grpo.shared_prompt import SharedPrompts
 
 AttentionInterface.register(NAME, grpo_attention)
 
@@ -22,10 +23,13 @@ class Scorer(nn.Module):
         super().__init__()
         self.model, self.swapped, self.temperature = model, swapped, temperature
         self.entropy_gradient = entropy_gradient
+        self.prompts = SharedPrompts()
         self._no_split_modules = model._no_split_modules  # the layers that FSDP shards one by one
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        if self.swapped:
+        if self.swapped and any(span.split for span in batch.spans):
+            hidden_NH = self.prompts.hidden(self.model.base_model, batch)
+        elif self.swapped:
             hidden = self.model.base_model(
                 input_ids=batch.input_ids_T[None],
                 position_ids=batch.positions_T[None],
