@@ -19,7 +19,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from grpo.compiled import attention_library, plain, pointer, threads_for
+
 NAME = "grpo"
+PANEL, ROWS = 16, 12
+"""As in lanes.h (ROWS at most): how much room attention.c wants."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +159,9 @@ def grpo_attention(
 
 
 def _rows(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    if len(query) == 1 and _in_c(query, key, value):
+        attended: Tensor = _CausalAttention.apply(query, key, value, scaling, window)
+        return attended
     length, repeats = query.shape[2], query.shape[1] // key.shape[1]
     if window is not None and length > window:
         index = torch.arange(length, device=query.device)
@@ -181,6 +188,11 @@ def _packed(
                 layout.watched[index](prompt_key, prompt_value)
             parts.append(_rows(prompt_query, prompt_key, prompt_value, scaling, window))
         for block in layout.blocks(span):
+            if len(block) == 1 and _in_c(query, prompt_key, value):
+                own_query, own_key, own_value = next(pieces)
+                joint = torch.cat([prompt_key, own_key], dim=2), torch.cat([prompt_value, own_value], dim=2)
+                parts.append(_CausalAttention.apply(own_query, *joint, scaling, window))
+                continue
             own_query, own_key, own_value = (_padded(tensor, layout, block) for tensor in next(pieces))
             attended = _attend_masked(
                 own_query,
@@ -191,6 +203,51 @@ def _packed(
             )
             parts.append(_unpadded(attended, layout, block))
     return torch.cat(parts, dim=2)
+
+
+def _in_c(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether attention.c can take them. Under autocast RoPE gives float32, and a value keeps its 16 bits."""
+    size = query.shape[-1]
+    fits = size % 8 == 0 and key.shape[-1] == value.shape[-1] == size
+    return fits and plain(query, key, value, contiguous=False) and attention_library() is not None
+
+
+class _CausalAttention(torch.autograd.Function):
+    """query [1, H, C, D], key and value [1, K, L, D] of one sequence, whose last C tokens are the queries -> [1, H, C, D].
+    attention.c: nothing is padded, no key or value repeated, and of the scores only a few rows exist."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+    ) -> Tensor:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        _, heads, queries, size = query.shape
+        _, key_heads, keys, _ = key.shape
+        scaling = size**-0.5 if scaling is None else scaling
+        shape = (heads, key_heads, size, queries, keys, window or 0, scaling)
+        wide = -(-keys // PANEL) * PANEL
+        scratch = query.new_empty(2 * key_heads * wide * (-(-size // PANEL) * PANEL) + heads * ROWS * wide)
+        result, lses = torch.empty_like(query), query.new_empty(heads, queries)
+        tensors = (query, key, value, scratch, result, lses)
+        attention_library().forward(threads_for(heads * queries * keys), *shape, *map(pointer, tensors))
+        ctx.save_for_backward(query, key, value, result, lses)
+        ctx.shape = shape
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
+        query, key, value, result, lses = ctx.saved_tensors
+        heads, key_heads, size, queries, keys, *_ = ctx.shape
+        gradient = gradient.contiguous()
+        threads = threads_for(heads * queries * keys)
+        parts = key_heads if key_heads >= threads else heads  # what each of them adds up for itself
+        wide = -(-keys // PANEL) * PANEL
+        scratch = query.new_empty(3 * key_heads * wide * (-(-size // PANEL) * PANEL) + 2 * parts * ROWS * wide)
+        grad_query, shares = torch.empty_like(query), query.new_empty(2, parts, keys, size)
+        tensors = (query, key, value, result, lses, gradient, scratch, grad_query, *shares)
+        attention_library().backward(threads, parts, *ctx.shape, *map(pointer, tensors))
+        grad_key, grad_value = shares if parts == key_heads else shares.unflatten(1, (key_heads, -1)).sum(2)
+        return grad_query, grad_key[None], grad_value[None], None, None
 
 
 def _padded(tensor: Tensor, layout: PackedLayout, block: tuple[int, ...]) -> Tensor:

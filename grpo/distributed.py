@@ -23,6 +23,10 @@ from grpo.metrics import Sums
 
 Made = TypeVar("Made")
 
+# Tensors of megabytes in pages of 2 MB, where the system hands them out (Linux): a page of 4 KB costs a microsecond or two when
+# it is first touched. torch reads this once, at its first tensor on the CPU, so it is said here, as this file is imported.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 
 def start_accelerator(timeout: float = 1800.0) -> Accelerator:
     """The Accelerator that `accelerate launch` and its config file ask for. A rank that the others have waited for longer

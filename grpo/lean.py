@@ -1,10 +1,13 @@
-"""Lean layers: RMSNorm and SwiGLU whose gradients are written by hand, in place of a model's own -> the same numbers, less memory.
+"""Lean layers: RMSNorm, SwiGLU and RoPE whose gradients are written by hand, in place of a model's own -> the same numbers, less
+memory and fewer passes over it.
 
 Left to autograd, a norm keeps three tensors as large as its input and a gated MLP four as large as its inside. Here a norm keeps
 its input and one number per token, and an MLP its two projections; the rest is formed again on the way back. Used on CPUs,
-where each avoided pass over memory is time; a GPU has fused kernels for both.
+where each avoided pass over memory is time; a GPU has fused kernels for both. In float32, and where there is a C compiler
+(grpo/compiled.py), each is one pass of lean.c; what stands here in torch is the same, in every other dtype, and everywhere else.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -12,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grpo.compiled import lean_library, plain, pointer, threads_for
+
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "SmolLM3RMSNorm")
 MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP")
-"""The classes of transformers whose forward pass is the one that is written here."""
+ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "SmolLM3Attention")
+"""The classes of transformers whose forward pass, or whose RoPE, is the one that is written here."""
 
 
 def use_lean_layers(model: PreTrainedModel) -> None:
@@ -25,6 +31,30 @@ def use_lean_layers(model: PreTrainedModel) -> None:
             module.__class__ = _Norm
         elif name in MLPS and getattr(model.config, "hidden_act", None) == "silu":
             module.__class__ = _MLP
+        elif name in ATTENTIONS:
+            _rotate_leanly(sys.modules[type(module).__module__])
+
+
+def _rotate_leanly(models: Any) -> None:
+    """The attention layers of `models`, a module of transformers, find their RoPE by the name that it has there."""
+    stock = models.apply_rotary_pos_emb
+    if getattr(stock, "lean", False):
+        return
+
+    def apply_rotary_pos_emb(
+        query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """query [B, H, T, D], key [B, K, T, D], cos and sin [B, T, D] -> both, turned"""
+        rows = (query.transpose(1, 2), key.transpose(1, 2), cos, sin)
+        fits = cos.shape == (query.shape[0], query.shape[2], query.shape[3]) and unsqueeze_dim == 1
+        if not fits or lean_library() is None or not plain(*rows):
+            turned: tuple[Tensor, Tensor] = stock(query, key, cos, sin, unsqueeze_dim)
+            return turned
+        query, key = (_RoPE.apply(states, cos, sin).transpose(1, 2) for states in rows[:2])
+        return query, key
+
+    apply_rotary_pos_emb.lean = True  # type: ignore[attr-defined]
+    models.apply_rotary_pos_emb = apply_rotary_pos_emb
 
 
 class _Norm(nn.Module):
@@ -54,6 +84,13 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        library = lean_library() if plain(hidden, weight) else None
+        if library is not None:
+            result, scale = torch.empty_like(hidden), hidden.new_empty(*hidden.shape[:-1], 1)
+            shape = (threads_for(hidden.numel()), scale.numel(), hidden.shape[-1], epsilon)
+            library.norm(*shape, pointer(hidden), pointer(weight), pointer(scale), pointer(result))
+            ctx.save_for_backward(hidden, weight, scale)
+            return result
         with torch.autocast(hidden.device.type, enabled=False):
             wide = hidden.float()
             scale = torch.rsqrt(torch.linalg.vecdot(wide, wide)[..., None] / wide.shape[-1] + epsilon)
@@ -64,6 +101,13 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, weight, scale = ctx.saved_tensors
         grad_hidden = grad_weight = None
+        library = lean_library() if plain(hidden, weight, scale, gradient) else None
+        if library is not None:
+            threads, size = threads_for(hidden.numel()), hidden.shape[-1]
+            grad_hidden, shares = torch.empty_like(hidden), hidden.new_zeros(threads, size)
+            tensors = (hidden, weight, scale, gradient, grad_hidden, shares)
+            library.norm_backward(threads, scale.numel(), size, *map(pointer, tensors))
+            return grad_hidden, shares.sum(0), None
         with torch.autocast(hidden.device.type, enabled=False):
             wide, gradient, factor = hidden.float(), gradient.float(), weight.float()
             product = gradient * wide
@@ -81,9 +125,41 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
+        library = lean_library() if plain(gate, up) else None
+        if library is not None:
+            result = torch.empty_like(gate)
+            library.swiglu(threads_for(gate.numel()), gate.numel(), *map(pointer, (gate, up, result)))
+            return result
         return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        library = lean_library() if plain(gate, up, gradient) else None
+        if library is not None:
+            grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+            tensors = (gate, up, gradient, grad_gate, grad_up)
+            library.swiglu_backward(threads_for(gate.numel()), gate.numel(), *map(pointer, tensors))
+            return grad_gate, grad_up
         return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+
+
+class _RoPE(torch.autograd.Function):
+    """Rotary position embedding (arXiv 2104.09864) of states [B, T, heads, D]; a rotation's gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(states, cos, sin, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _turned(gradient.contiguous(), *ctx.saved_tensors, back=True), None, None
+
+
+def _turned(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+    result = torch.empty_like(states)
+    tokens, (heads, size) = states.shape[0] * states.shape[1], states.shape[2:]
+    tensors = (states, cos, sin, result)
+    lean_library().rotate(threads_for(states.numel()), tokens, heads, size, back, *map(pointer, tensors))
+    return result

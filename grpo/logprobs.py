@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grpo.compiled import lean_library, plain, pointer, threads_for
+
 CHUNK_BYTES = {"cpu": 16 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 """Float32 bytes of logits that exist at a time (and up to twice as much for what is made of them): enough rows to keep the
@@ -66,17 +68,8 @@ class _TokenLogprobs(torch.autograd.Function):
         entropies, lses = torch.empty_like(logprobs), torch.empty_like(logprobs)
         weight = head.to(dtype)
         for part in _chunks(len(targets), head):
-            logits = _scaled(head_logits(hidden[part], weight, dtype), temperature)
-            # The fewest passes over [chunk, V]: with logits counted from the largest, p = weight / total.
-            largest = logits.amax(-1)
-            logits.sub_(largest[:, None])
-            weights = logits.exp()
-            total = weights.sum(-1)
-            lse = total.log()
-            logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - lse
-            # H = lse - sum(p * logit)
-            entropies[part] = lse - torch.linalg.vecdot(weights, logits) / total
-            lses[part] = lse + largest
+            logits = head_logits(hidden[part], weight, dtype)
+            weights, total, lses[part], logprobs[part], entropies[part] = _softmax(logits, targets[part], temperature)
         ctx.last = (weights, total) if len(targets) and any(ctx.needs_input_grad) and not entropy_gradient else None
         ctx.save_for_backward(hidden, head, targets, lses, entropies)
         ctx.temperature, ctx.entropy_gradient, ctx.dtype = temperature, entropy_gradient, dtype
@@ -117,6 +110,27 @@ class _TokenLogprobs(torch.autograd.Function):
                 else:
                     grad_head += torch.mm(grad_logits.T, hidden[part].to(ctx.dtype), out_dtype=torch.float32)
         return grad_hidden, grad_head.to(head.dtype) if grad_head is not None else None, None, None, None, None
+
+
+def _softmax(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logits [n, V], which are overwritten, and targets [n] -> weights [n, V] and their sums [n]: p = weight / sum; and [n] each the
+    log-sum-exp of logits / temperature, the target's logprob, the entropy."""
+    library = lean_library() if plain(logits) and targets.is_contiguous() else None
+    if library is not None:
+        rows, size = logits.shape
+        logprobs, entropies, total, lse = logits.new_empty(4, rows)
+        tensors = (logits, targets, logprobs, entropies, total, lse)
+        library.softmax(threads_for(logits.numel()), rows, size, temperature, *map(pointer, tensors))
+        return logits, total, lse, logprobs, entropies
+    # The fewest passes over [n, V].
+    largest = _scaled(logits, temperature).amax(-1)
+    weights = logits.sub_(largest[:, None]).exp()
+    total = weights.sum(-1)
+    lse = total.log()
+    logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - lse
+    # H = lse - sum(p * logit)
+    entropies = lse - torch.linalg.vecdot(weights, logits) / total
+    return weights, total, lse + largest, logprobs, entropies
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grpo.attention import NAME
+from grpo.compiled import pretended
 from grpo.config import Config, LoraConfig
 from grpo.errors import ConfigError
 from grpo.lean import use_lean_layers
@@ -259,7 +260,7 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         live = LiveBytes()
         enabled = machine.compute is not None
-        with _chunks_of(machine):
+        with _chunks_of(machine), pretended() if machine.cpu else contextlib.nullcontext():
             with live, torch.autocast("cpu", dtype=machine.compute or torch.bfloat16, enabled=enabled):
                 logprobs, _ = scorer(_Faked(batch, fake, machine))
             with live:

@@ -9,6 +9,8 @@ import functools
 import torch
 from torch import Tensor
 
+from grpo.compiled import lean_library, plain, pointer, threads_for
+
 _MASK = (1 << 64) - 1
 BLOCK = 128
 """Tokens per block of the two-level draw."""
@@ -40,6 +42,14 @@ def draw_tokens(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tup
     The inversion has two levels: first the block of BLOCK tokens, then the token in it. So no cumulative sum runs over
     the whole vocabulary, which is slow, and in float32 also wrong in its last digits; the short ones are float64.
     """
+    library = lean_library() if plain(logits_BV) and plain(uniform_B, dtype=torch.float64) else None
+    if library is not None:
+        rows, size = logits_BV.shape
+        blocks = uniform_B.new_empty(rows, -(-size // BLOCK))
+        tokens, logprobs = torch.empty(rows, dtype=torch.long), logits_BV.new_empty(rows)
+        tensors = (logits_BV, uniform_B, blocks, tokens, logprobs)
+        library.draw(threads_for(logits_BV.numel()), rows, size, temperature, *map(pointer, tensors))
+        return tokens, logprobs
     logits = logits_BV.float()
     if temperature not in (0.0, 1.0):
         logits = logits / temperature

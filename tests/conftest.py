@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
+import grpo.compiled
 import grpo.distributed
+import grpo.rollout.compiled_backbone
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -15,3 +17,14 @@ def one_thread() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo.distributed, "cpu_threads", lambda processes_here: 1)
         yield
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Twice: with the C functions, and as where no C compiler is."""
+    if request.param == "torch":
+        for module in (grpo.compiled, grpo.rollout.compiled_backbone):
+            monkeypatch.setattr(module, "compiled", lambda source, **functions: None)
+    elif grpo.compiled.lean_library() is None:
+        pytest.skip("there is no C compiler here")
+    return str(request.param)

@@ -8,6 +8,8 @@ import torch
 from grpo.lean import _MLP, _Norm, use_lean_layers
 from tests.fakes import tiny_model
 
+pytestmark = pytest.mark.usefixtures("way")
+
 
 def test_a_norm_of_two_numbers() -> None:
     norm = torch.nn.Module()

@@ -7,6 +7,8 @@ import torch
 from grpo import logprobs as module
 from grpo.logprobs import token_logprobs
 
+pytestmark = pytest.mark.usefixtures("way")
+
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 7, 100])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

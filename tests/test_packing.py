@@ -6,6 +6,8 @@ from grpo.packing import pack
 from grpo.scorer import Scorer
 from tests.fakes import FAMILIES, group, tiny_model
 
+pytestmark = pytest.mark.usefixtures("way")
+
 
 def test_the_worked_example() -> None:
     batch = pack([group(0, [5, 6], [[7, 8], [9]])], torch.tensor([[1.0, -1.0]]), max_tokens=100)[0]

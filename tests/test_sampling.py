@@ -1,6 +1,9 @@
+import pytest
 import torch
 
 from grpo.sampling import counted_uniform, draw_tokens, stream_key
+
+pytestmark = pytest.mark.usefixtures("way")
 
 
 def uniforms(count: int, seed: int = 0) -> torch.Tensor:

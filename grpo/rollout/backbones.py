@@ -1,11 +1,13 @@
-"""Backbones: token ids -> last hidden states, for decoding. Two of them, and the second is only used if it equals the first.
+"""Backbones: token ids -> last hidden states, for decoding. Three of them; one is only used if it equals the first.
 
-ModuleBackbone   the model's own modules, whatever they are, with our attention
-FusedBackbone    the Llama family (Llama, Qwen2, Qwen3, Mistral, SmolLM, ...) as a few large products per layer, on
-                 working weights in the dtype of the run. One token costs a fraction of the modules' bookkeeping.
+ModuleBackbone     the model's own modules, whatever they are, with our attention
+FusedBackbone      the Llama family (Llama, Qwen2, Qwen3, Mistral, SmolLM, ...) as a few large products per layer, on
+                   working weights in the dtype of the run. One token costs a fraction of the modules' bookkeeping.
+CompiledBackbone   the same on a CPU in float32, one call per token into a small C program (grpo/rollout/compiled_backbone.py)
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
@@ -33,6 +35,10 @@ class Backbone(Protocol):
         """One new token for each active row -> hidden [B, H]. cache.aim was called before."""
         ...
 
+    def padded_rows(self, rows: int) -> int:
+        """As how many rows it is best to decode `rows` on a CPU."""
+        ...
+
     def logits(self, hidden_BH: Tensor) -> Tensor:
         """hidden [B, H] -> float32 logits [B, V]"""
         ...
@@ -40,6 +46,13 @@ class Backbone(Protocol):
     def release(self) -> None:
         """Nothing will be decoded for a while: give back what memory can be given back."""
         ...
+
+
+def rows_for_onednn(rows: int) -> int:
+    """Up to 32 rows in steps of 4, more in steps of 16: oneDNN compiles a product, of half a megabyte, for every number of rows
+    that it meets, and keeps it."""
+    step = 4 if rows <= 32 else 16
+    return -(-rows // step) * step
 
 
 class ModuleBackbone:
@@ -61,6 +74,9 @@ class ModuleBackbone:
     def step(self, tokens_B: Tensor, positions_B: Tensor, cache: SlotCache) -> Tensor:
         layout = SlotLayout(positions_B + 1, cache.longest)
         return self._forward(tokens_B[:, None], positions_B[:, None], cache, layout)[:, 0]
+
+    def padded_rows(self, rows: int) -> int:
+        return rows_for_onednn(rows)
 
     def logits(self, hidden_BH: Tensor) -> Tensor:
         head = full_tensor(self.model.get_output_embeddings().weight)
@@ -85,10 +101,11 @@ class _Layer:
         self.scaling: float = attention.scaling
         self.projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         self.heads, self.key_heads = (p.out_features // self.head_dim for p in self.projections[:2])
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, Any] = {}
 
-    def refresh(self, dtype: torch.dtype) -> None:
-        """Copy into the tensors of the last time, where there are any: a captured graph keeps reading them."""
+    def refresh(self, dtype: torch.dtype, pack: Callable[[Tensor], Any] | None) -> None:
+        """Copy into the tensors of the last time, where there are any: a captured graph keeps reading them. `pack` lays out
+        a weight for products."""
         attention, mlp, size = self.source.self_attn, self.source.mlp, self.head_dim
         query, key, value = (full_tensor(p.weight) for p in self.projections)
         fresh = {
@@ -110,8 +127,8 @@ class _Layer:
             wanted = dtype
             if name.endswith("norm"):
                 wanted, tensor = torch.float32, _norm_weight(tensor)
-            if _packs(tensor, wanted) and name in ("qkv", "out", "gate_up", "down"):
-                self.tensors[name] = _packed(tensor)
+            if pack is not None and name in ("qkv", "out", "gate_up", "down"):
+                self.tensors[name] = pack(tensor)
             elif name in self.tensors and self.tensors[name].dtype == wanted:
                 self.tensors[name].copy_(tensor)
             else:
@@ -132,7 +149,8 @@ class FusedBackbone:
         self.layers = [_Layer(layer) for layer in self.base.layers]
         self.table: Tensor | None = None
         self.dtype = torch.float32
-        self.head = self.norm = torch.empty(0)
+        self.norm = torch.empty(0)
+        self.head: Any = self.norm
 
     @classmethod
     def fits(cls, model: PreTrainedModel) -> bool:
@@ -160,16 +178,32 @@ class FusedBackbone:
         device = self.model.device
         autocast = torch.is_autocast_enabled(device.type)
         self.dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
+        pack = self.packing(self.dtype)
         for layer in self.layers:
-            layer.refresh(self.dtype)
+            layer.refresh(self.dtype, pack)
         self.norm = self._kept(self.norm, _norm_weight(full_tensor(self.base.norm.weight)), torch.float32)
         head, dtype = full_tensor(self.model.get_output_embeddings().weight), product_dtype(device)
-        if _packs(head, dtype):
-            self.head = _packed(head)
+        pack = self.packing(dtype)  # the head's product is float32 on a CPU, whatever the others are
+        if pack is not None:
+            self.head = pack(head)
         elif dtype == head.dtype:
             self.head = head
         else:  # cast once here, not at every token
             self.head = self._kept(self.head, head, dtype)
+
+    def packing(self, dtype: torch.dtype) -> Callable[[Tensor], Any] | None:
+        """What lays out the weights for products, where that is worth it: on a CPU, where a product of a dozen rows with a
+        weight in its plain layout takes up to four times as long as with one that oneDNN has laid out for itself."""
+        if self.model.device.type != "cpu" or dtype != torch.float32:
+            return None
+        reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+        return None if reorder is None else lambda weight: reorder(weight.float().contiguous())
+
+    def product(self, states: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        """[B, I] and [O, I] -> [B, O]."""
+        if weight.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+        return F.linear(states, weight, bias)
 
     @staticmethod
     def _kept(before: Tensor, fresh: Tensor, dtype: torch.dtype) -> Tensor:
@@ -178,10 +212,14 @@ class FusedBackbone:
             return fresh.to(dtype, copy=True)
         return before.copy_(fresh)
 
+    def padded_rows(self, rows: int) -> int:
+        return rows_for_onednn(rows)
+
     def logits(self, hidden_BH: Tensor) -> Tensor:
-        if self.head.is_mkldnn:
-            return _product(hidden_BH.float(), self.head)
-        return head_logits(hidden_BH, self.head, product_dtype(hidden_BH.device))
+        dtype = product_dtype(hidden_BH.device)
+        if self.packing(dtype) is not None:
+            return self.product(hidden_BH.float(), self.head)
+        return head_logits(hidden_BH, self.head, dtype)
 
     def release(self) -> None:
         """On CUDA the working weights stay: captured graphs read them."""
@@ -232,17 +270,17 @@ class FusedBackbone:
             for index, layer in enumerate(self.layers):
                 weights = layer.tensors
                 normed = _norm(hidden, weights["norm"], epsilon).to(self.dtype)
-                mixed = _product(normed, weights["qkv"], weights.get("qkv_bias")).float()
+                mixed = self.product(normed, weights["qkv"], weights.get("qkv_bias")).float()
                 mixed = mixed.unflatten(-1, (-1, layer.head_dim))
                 turned = mixed[:, : layer.heads + layer.key_heads]  # values are not turned
                 if "head_norm" in weights:
                     turned.copy_(_norm(turned, weights["head_norm"], epsilon))
                 torch.view_as_complex(turned.unflatten(-1, (-1, 2))).mul_(turn)
                 attended = attend(layer, index, mixed.to(self.dtype)).flatten(1)
-                hidden += _product(attended, weights["out"])
+                hidden += self.product(attended, weights["out"])
                 normed = _norm(hidden, weights["mlp_norm"], epsilon).to(self.dtype)
-                gate, up = _product(normed, weights["gate_up"]).chunk(2, dim=-1)
-                hidden += _product(F.silu(gate).mul_(up), weights["down"])
+                gate, up = self.product(normed, weights["gate_up"]).chunk(2, dim=-1)
+                hidden += self.product(F.silu(gate).mul_(up), weights["down"])
             return _norm(hidden, self.norm, epsilon)
 
     def _rotary(self, length: int) -> None:
@@ -281,23 +319,6 @@ def _norm_weight(weight: Tensor) -> Tensor:
 @functools.cache
 def _constant(value: float) -> Tensor:
     return torch.tensor(value)
-
-
-def _product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[B, I] and [O, I] -> [B, O]."""
-    if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
-    return F.linear(states, weight, bias)
-
-
-def _packs(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a weight is worth packing: on a CPU, where a product of a dozen rows with a weight in its plain layout takes up
-    to four times as long as with one that oneDNN has laid out for itself."""
-    return tensor.is_cpu and dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-
-
-def _packed(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.float().contiguous())
 
 
 def _attend_on_cpu(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:

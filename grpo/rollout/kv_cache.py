@@ -22,6 +22,8 @@ class SlotCache:
         self.prompt: list[tuple[Tensor, Tensor]] = []
         """What the last prefill computed: per layer, keys and values [prompts, K, tokens, D]."""
         self.prefilling = False
+        self.zeroed = True
+        """Whether positions that were never written are zeros: attention that masks them must not meet a NaN there."""
         self.places = torch.empty(0, dtype=torch.long)
         """[B] where each active row's next token goes: its position."""
         self.active = self.longest = 0
@@ -44,12 +46,13 @@ class SlotCache:
         layer = len(self.prompt)
         self.prompt.append((key, value))
         if layer == len(self.keys):
+            new = key.new_zeros if self.zeroed else key.new_empty
             shape = (self.slots, key.shape[1], self.length, key.shape[3])
             if value.shape == key.shape:
-                self._joint.append(key.new_zeros((2, *shape)))
+                self._joint.append(new((2, *shape)))
                 keys, values = self._joint[layer]
             else:  # heads whose values have a size of their own
-                keys, values = key.new_zeros(shape), value.new_zeros((*shape[:3], value.shape[3]))
+                keys, values = new(shape), new((*shape[:3], value.shape[3]))
             self.keys.append(keys)
             self.values.append(values)
 

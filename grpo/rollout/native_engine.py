@@ -8,7 +8,6 @@ no token waits for the host. The KV cache is allocated once per call: slots x (l
 positions per layer, with as many slots as the memory for it allows, so what is needed is known before decoding starts.
 """
 
-import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from grpo.distributed import return_freed_memory
 from grpo.errors import ConfigError
 from grpo.rollout import device_of, end_token_ids, register_engine
 from grpo.rollout.backbones import Backbone, FusedBackbone, ModuleBackbone
+from grpo.rollout.compiled_backbone import CompiledBackbone
 from grpo.rollout.kv_cache import SlotCache
 from grpo.sampling import counted_uniform, draw_tokens, stream_key
 from grpo.types import Completion, Group, Prompt, SamplingPlan
@@ -34,9 +34,6 @@ tokens too many, which are thrown away, but the device never waits."""
 CHECK_EVERY_ELSEWHERE = 16
 BUCKET = 128
 """On CUDA, cache lengths are rounded up to multiples of this, and rows to powers of two: one captured graph for each."""
-ROW_BUCKETS = ((32, 4), (sys.maxsize, 16))
-"""On a CPU, up to 32 rows are rounded up to multiples of 4, more to multiples of 16: oneDNN compiles a product, of half a
-megabyte, for every number of rows that it meets, and keeps it."""
 
 
 @dataclass
@@ -273,8 +270,7 @@ class NativeEngine:
             if device.type == "cuda":
                 self._captured_step(active, longest + step, cache, state, plan.temperature)
             else:
-                bucket = next(size for limit, size in ROW_BUCKETS if active <= limit)
-                running = min(-(-active // bucket) * bucket, cache.slots)
+                running = min(self.backbone.padded_rows(active), cache.slots)
                 self._step(running, longest + step, cache, state, plan.temperature)
             state.new_tokens[step], state.new_logprobs[step] = state.tokens, state.logprobs
         for row in rows:
@@ -366,21 +362,23 @@ def free_memory(device: torch.device) -> int:
 
 
 def choose_backbone(model: PreTrainedModel) -> tuple[Backbone, int]:
-    """The fused backbone where the model has its shape and both give the same hidden states on a probe; -> also how many
-    numbers the cache holds for one position of one completion."""
+    """The fastest backbone that the model fits and that gives the same hidden states as its modules on a probe; -> also how
+    many numbers the cache holds for one position of one completion."""
     plain = ModuleBackbone(model)
     expected, numbers = _probe(plain)
     # 16-bit products round where the two differ; a layer that is not what it should be is off by much more.
     tolerance = 1e-3 if _product_dtype(model) == torch.float32 else 4e-2
-    if FusedBackbone.fits(model):
-        fused = FusedBackbone(model)
+    for kind in (CompiledBackbone, FusedBackbone):
+        if not kind.fits(model):
+            continue
+        backbone = kind(model)
         try:
-            hidden, _ = _probe(fused)
+            hidden, _ = _probe(backbone)
         except RuntimeError:  # an operation that this device does not have
-            return plain, numbers
-        fused.release()
+            continue
+        backbone.release()
         if float((hidden - expected).norm() / expected.norm()) < tolerance:
-            return fused, numbers
+            return backbone, numbers
     return plain, numbers
 
 

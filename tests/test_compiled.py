@@ -1,0 +1,250 @@
+"""What is written in C against the same in torch, number by number; and what happens where there is no compiler."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import grpo.attention
+import grpo.compiled
+import grpo.lean
+from grpo.attention import _CausalAttention
+from grpo.compiled import compiled, lean_library
+from grpo.lean import _RMSNorm, _SwiGLU
+from grpo.rollout.backbones import FusedBackbone, ModuleBackbone
+from grpo.rollout.compiled_backbone import CompiledBackbone, Panels, library
+from grpo.rollout.kv_cache import SlotCache
+from grpo.rollout.native_engine import choose_backbone
+from grpo.sampling import counted_uniform, draw_tokens
+from grpo.scorer import use_grpo_attention
+from tests.fakes import tiny_model
+
+needs_a_compiler = pytest.mark.skipif(lean_library() is None, reason="there is no C compiler here")
+
+
+def numbers(*shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * scale).requires_grad_(grad)
+
+
+def in_torch(monkeypatch: pytest.MonkeyPatch, call):  # type: ignore[no-untyped-def]
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo.compiled, "compiled", lambda source, **functions: None)
+        return call()
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 8), (3, 40), (2, 300, 130)])
+def test_norm_and_swiglu_equal_torch_in_values_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, threads: int, shape: tuple[int, ...]
+) -> None:
+    def everything() -> list[Tensor]:
+        hidden, weight, upstream = numbers(*shape, scale=3), numbers(shape[-1]), numbers(*shape, grad=False)
+        gate, up = numbers(*shape, scale=20), numbers(*shape, scale=0.5)
+        normed, gated = _RMSNorm.apply(hidden, weight, 1e-6), _SwiGLU.apply(gate, up)
+        return [normed, gated, *torch.autograd.grad((normed * upstream + gated).sum(), [hidden, weight, gate, up])]
+
+    monkeypatch.setattr(grpo.lean, "threads_for", lambda count: threads)
+    for mine, theirs in zip(everything(), in_torch(monkeypatch, everything), strict=True):
+        mine, theirs = mine.detach(), theirs.detach()
+        assert mine.shape == theirs.shape
+        assert float((mine - theirs).abs().max()) <= 1e-5 * max(1.0, float(theirs.abs().max()))
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("window", [None, 1, 7])
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "size", "queries", "keys"), [(4, 2, 8, 1, 1), (6, 2, 24, 13, 40), (2, 2, 32, 33, 33)]
+)
+def test_attention_equals_torch_in_values_and_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+    window: int | None,
+    heads: int,
+    key_heads: int,
+    size: int,
+    queries: int,
+    keys: int,
+) -> None:
+    monkeypatch.setattr(grpo.attention, "threads_for", lambda count: threads)
+    query, upstream = numbers(1, heads, queries, size, scale=3), numbers(1, heads, queries, size, grad=False)
+    key, value = numbers(1, key_heads, keys, size, scale=2), numbers(1, key_heads, keys, size, scale=0.5)
+    mine = _CausalAttention.apply(query, key, value, None, window)
+    place = torch.arange(keys - queries, keys)[:, None]
+    visible = torch.arange(keys) <= place
+    if window is not None:
+        visible &= torch.arange(keys) > place - window
+    theirs = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True)
+    assert torch.allclose(mine, theirs, atol=1e-5)
+    gradients = (torch.autograd.grad(result, [query, key, value], upstream) for result in (mine, theirs))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, atol=1e-5 * max(1.0, float(b.abs().max())))
+
+
+@needs_a_compiler
+def test_the_softmax_of_extreme_logits() -> None:
+    from grpo.logprobs import _softmax
+
+    logits = torch.cat([numbers(5, 3001, scale=8, grad=False), torch.full((1, 3001), -90.0)])
+    logits[0, 7], logits[5, 2] = 300.0, 20.0
+    targets = torch.tensor([7, 0, 3000, 2999, 1, 5])
+    expected = torch.log_softmax(logits.double() / 0.7, -1)
+    weights, total, lse, logprobs, entropies = _softmax(logits.clone(), targets, 0.7)
+    assert torch.allclose(logprobs.double(), expected.gather(1, targets[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    assert torch.allclose(entropies.double(), -(expected.exp() * expected).sum(-1), atol=1e-5)
+    assert torch.allclose(lse.double(), (logits.double() / 0.7).logsumexp(-1), rtol=1e-6)
+    assert torch.allclose((weights / total[:, None]).double(), expected.exp(), atol=1e-6)
+    nothing = numbers(2, 50, grad=False)
+    nothing[1, 4] = torch.nan
+    assert _softmax(nothing, torch.tensor([1, 2]), 1.0)[3].isnan().tolist() == [False, True]
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("size", [5, 128, 129, 1000])
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
+def test_the_same_tokens_are_drawn(monkeypatch: pytest.MonkeyPatch, size: int, temperature: float) -> None:
+    logits = numbers(2000, size, scale=3, grad=False)
+    logits[::3, size // 2] = -torch.inf
+    keys = torch.arange(2000)
+    uniform = counted_uniform(keys, keys)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    tokens, logprobs = draw_tokens(logits, uniform, temperature)
+    others, other_logprobs = in_torch(monkeypatch, lambda: draw_tokens(logits, uniform, temperature))
+    # A threshold that falls between two tokens within rounding may go to either.
+    assert int((tokens != others).sum()) <= 1
+    same = tokens == others
+    assert torch.allclose(logprobs[same], other_logprobs[same], atol=2e-6)
+    assert bool((logits[keys, tokens] > -torch.inf).all())
+
+
+def decoded(backbone, rows: int, steps: int = 3) -> Tensor:  # type: ignore[no-untyped-def]
+    """Hidden states of a prefill of `rows` prompts, of a few steps, and the logits of the last."""
+    ids = torch.arange(rows * 5).reshape(rows, 5) % 40
+    cache = SlotCache(rows, 5 + steps)
+    with torch.no_grad():
+        backbone.refresh()
+        hidden = [backbone.prefill(ids, cache)[:, -1]]
+        for row in range(rows):
+            cache.admit(row, [(key[row], value[row]) for key, value in cache.prompt], 1)
+        for step in range(steps):
+            positions = torch.full((rows,), 5 + step)
+            cache.aim(positions, 6 + step)
+            hidden.append(backbone.step((ids[:, 0] + step) % 40, positions, cache))
+        return torch.cat([*hidden, backbone.logits(hidden[-1])], dim=-1)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("rows", [1, 2, 6, 7, 13])
+def test_a_compiled_step_is_that_of_the_modules(family: str, rows: int) -> None:
+    model = tiny_model(family)
+    assert use_grpo_attention(model)
+    assert CompiledBackbone.fits(model)
+    mine, fused, modules = (decoded(kind(model), rows) for kind in (CompiledBackbone, FusedBackbone, ModuleBackbone))
+    assert torch.allclose(mine, modules, atol=1e-5, rtol=1e-5)
+    assert torch.allclose(mine, fused, atol=1e-5, rtol=1e-5)
+
+
+@needs_a_compiler
+def test_an_inside_that_fills_no_whole_panels() -> None:
+    model = tiny_model("llama", intermediate_size=52)
+    assert use_grpo_attention(model)
+    assert torch.allclose(
+        *(decoded(kind(model), 5) for kind in (CompiledBackbone, ModuleBackbone)), atol=1e-5, rtol=1e-5
+    )
+
+
+@needs_a_compiler
+def test_a_row_does_not_depend_on_those_beside_it_nor_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    assert use_grpo_attention(model)
+    together = decoded(CompiledBackbone(model), 13)
+    for rows in (1, 3, 8):
+        assert torch.equal(decoded(CompiledBackbone(model), rows), together[:rows])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(decoded(CompiledBackbone(model), 13), together)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 8), (40, 24), (5, 7)])
+def test_panels_hold_the_weight(outputs: int, inputs: int) -> None:
+    weight, states = numbers(outputs, inputs, grad=False), numbers(9, inputs, grad=False)
+    panels = Panels.of(weight)
+    assert torch.equal(panels.tensor.transpose(1, 2).flatten(0, 1)[:outputs], weight)
+    assert bool((panels.tensor.transpose(1, 2).flatten(0, 1)[outputs:] == 0).all())
+    backbone = CompiledBackbone.__new__(CompiledBackbone)
+    bias = numbers(outputs, grad=False)
+    assert torch.allclose(backbone.product(states, panels, bias), F.linear(states, weight, bias), atol=1e-5)
+
+
+@needs_a_compiler
+def test_the_engine_takes_it_and_does_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    assert use_grpo_attention(model)
+    assert isinstance(choose_backbone(model)[0], CompiledBackbone)
+    # A result that is not the modules' is not used.
+    with monkeypatch.context() as patch:
+        patch.setattr(CompiledBackbone, "step", lambda self, *given: FusedBackbone.step(self, *given) + 0.1)
+        assert type(choose_backbone(model)[0]) is FusedBackbone
+    monkeypatch.setattr(grpo.rollout.compiled_backbone, "compiled", lambda source, **functions: None)
+    assert type(choose_backbone(model)[0]) is FusedBackbone
+
+
+def test_in_16_bits_it_is_the_fused_backbone(way: str) -> None:
+    model = tiny_model().to(torch.bfloat16)
+    assert use_grpo_attention(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        backbone, _ = choose_backbone(model)
+        assert decoded(backbone, 3).isfinite().all()
+    assert not getattr(backbone, "panels", False)
+
+
+@needs_a_compiler
+def test_compiled_once_and_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRPO_CACHE", str(tmp_path))
+    source = tmp_path / "twice.c"
+    source.write_text("void twice(long count, float *x) { for (long i = 0; i < count; i++) x[i] *= 2; }\n")
+    values = torch.arange(5.0)
+    for _ in range(2):
+        compiled.cache_clear()
+        loaded = compiled(source, twice="lp")
+        assert loaded is not None
+        loaded.twice(5, values.data_ptr())
+    assert values.tolist() == [0, 4, 8, 12, 16]
+    (made,) = tmp_path.glob("twice-*.so")
+    source.write_text("this is not C\n")
+    compiled.cache_clear()
+    assert compiled(source, twice="lp") is None
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".so"] == [made.name]
+    compiled.cache_clear()
+
+
+@needs_a_compiler
+@pytest.mark.skipif(os.name != "posix", reason="file modes")
+def test_a_library_that_others_can_write_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRPO_CACHE", str(tmp_path))
+    source = tmp_path / "one.c"
+    source.write_text("void one(float *x) { *x = 1; }\n")
+    compiled.cache_clear()
+    assert compiled(source, one="p") is not None
+    (made,) = tmp_path.glob("one-*.so")
+    made.chmod(made.stat().st_mode | stat.S_IWOTH)
+    compiled.cache_clear()
+    assert compiled(source, one="p") is None
+    compiled.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", ["none", "false", "sh -c 'exit 3'"])
+def test_no_compiler_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str) -> None:
+    monkeypatch.setenv("GRPO_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", compiler)
+    compiled.cache_clear()
+    assert library() is None
+    assert lean_library() is None
+    assert not CompiledBackbone.fits(tiny_model())
+    compiled.cache_clear()
