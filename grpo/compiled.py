@@ -154,7 +154,8 @@ def _openmp_of_torch() -> str | None:
     if not maps.exists():
         return None
     files = {line.split()[-1] for line in maps.read_text().splitlines() if "/" in line}
-    return next((file for file in sorted(files) if Path(file).name.startswith(("libgomp", "libiomp", "libomp"))), None)
+    found = [file for file in sorted(files) if Path(file).name.startswith(("libgomp", "libiomp", "libomp"))]
+    return min(found, key=lambda file: "torch" not in Path(file).parts, default=None)  # other packages may bring their own
 
 
 def _processor() -> str:

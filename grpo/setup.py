@@ -97,7 +97,7 @@ def prepare(config: Config) -> Run:
         tracker = first_records(config, run_dir, data, score, before.start, say)
     say(in_one_line(config, accelerator, data, held_out))
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "no" and lean_library() is None:
-        say("no C compiler was found (cc, or what CC names): what would be C here runs in torch, and takes longer")
+        say("what is C here could not be compiled (with cc, or what CC names): it runs in torch, and takes longer")
     run = Run(
         config,
         accelerator,
