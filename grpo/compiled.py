@@ -155,7 +155,8 @@ def _openmp_of_torch() -> str | None:
         return None
     files = {line.split()[-1] for line in maps.read_text().splitlines() if "/" in line}
     found = [file for file in sorted(files) if Path(file).name.startswith(("libgomp", "libiomp", "libomp"))]
-    return min(found, key=lambda file: "torch" not in Path(file).parts, default=None)  # other packages may bring their own
+    # Other packages may have brought their own.
+    return min(found, key=lambda file: "torch" not in Path(file).parts, default=None)
 
 
 def _processor() -> str:
