@@ -3,11 +3,11 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +48,25 @@ def draws(folder: Path) -> list[tuple[int, int, int]]:
 def test_resume_on_two_ranks_and_on_another_number_of_them(tmp_path: Path) -> None:
     """Two go on as two: equal to the bit. Two go on as one, one as two: the same prompts and samples in every step."""
     settings = {"steps": 4, "optimizer.lr_scheduler_type": "cosine", "eval_every": 0}
-    assert launch(tmp_path, "whole", **settings).returncode == 0
-    stopped_at(tmp_path, "two", 2)
-    stopped_at(tmp_path, "one", 2)
-    two = launch(tmp_path, "two", resume="auto", **settings)
+    on_one, on_two = tmp_path / "one", tmp_path / "two"
+    with ThreadPoolExecutor() as pool:
+        whole = pool.submit(launch, on_two, "whole", **settings)
+        run(on_one, "whole", **settings)
+        assert whole.result().returncode == 0, whole.result().stderr
+        stopped_at(on_two, "two", 2)
+        stopped_at(on_two, "one", 2)
+        stopped_at(on_one, "more", 2)
+        starts = [
+            pool.submit(launch, *place, resume="auto", **settings) for place in ((on_two, "two"), (on_one, "more"))
+        ]
+        run(on_two, "one", resume="auto", **settings)
+        two, more = (start.result() for start in starts)
     assert two.returncode == 0, two.stderr
-    assert rows_of(tmp_path / "two") == rows_of(tmp_path / "whole")
-    assert checkpoints_equal(tmp_path / "two", tmp_path / "whole")
-    run(tmp_path, "one", resume="auto", **settings)
-    assert draws(tmp_path / "one") == draws(tmp_path / "whole")
-    shutil.move(tmp_path / "whole", tmp_path / "whole-2")
-    run(tmp_path, "whole", **settings)
-    stopped_at(tmp_path, "more", 2)
-    more = launch(tmp_path, "more", resume="auto", **settings)
+    assert rows_of(on_two / "two") == rows_of(on_two / "whole")
+    assert checkpoints_equal(on_two / "two", on_two / "whole")
+    assert draws(on_two / "one") == draws(on_two / "whole")
     assert "resume: 1 -> 2 processes (the same prompts in each step)" in more.stdout, more.stderr
-    assert draws(tmp_path / "more") == draws(tmp_path / "whole") == draws(tmp_path / "whole-2")
+    assert draws(on_one / "more") == draws(on_one / "whole") == draws(on_two / "whole")
 
 
 @pytest.mark.slow
@@ -76,9 +80,12 @@ def test_resume_on_two_ranks_with_lora_and_two_iterations(tmp_path: Path) -> Non
     } | LORA
     whole = launch(tmp_path, "whole", **settings)
     assert whole.returncode == 0, whole.stderr
-    for stop in (1, 3):
+    stops = (1, 3)
+    for stop in stops:
         stopped_at(tmp_path, f"part-{stop}", stop)
-        part = launch(tmp_path, f"part-{stop}", resume="auto", **settings)
+    with ThreadPoolExecutor() as pool:
+        parts = list(pool.map(lambda stop: launch(tmp_path, f"part-{stop}", resume="auto", **settings), stops))
+    for stop, part in zip(stops, parts, strict=True):
         assert part.returncode == 0, part.stderr
         assert rows_of(tmp_path / f"part-{stop}") == rows_of(tmp_path / "whole")
         assert draws(tmp_path / f"part-{stop}") == draws(tmp_path / "whole")
