@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -294,8 +295,9 @@ def test_without_a_terminal_the_weights_are_the_same(tmp_path: Path, record_prop
         "pipe": "{} | head -n 1 > /dev/null; exit ${{PIPESTATUS[0]}}",
         "ascii": "LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 TERM=dumb {}",
     }
-    for name, shell in shells.items():
-        result = command(shell, tmp_path, name)
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda name: command(shells[name], tmp_path, name), shells)
+    for name, result in zip(shells, results, strict=True):
         assert result.returncode == 0, (name, result.stderr)
         assert same_weights(tmp_path / name, tmp_path / "normal"), name
         assert len(rows_of(tmp_path / name)) == 2

@@ -22,7 +22,7 @@ from grpo.trainer import train
 from tests.faulty_train import fingerprint
 from tests.test_distributed import CPU_2
 from tests.test_resumption import LORA, checkpoints_equal, stopped_at
-from tests.test_signals import ROOT, ended, rows_of, start, wait_for
+from tests.test_signals import ROOT, ended, rows_of, start, wait_for, write_gate
 from tests.test_trainer import arguments, run
 
 
@@ -44,29 +44,44 @@ def draws(folder: Path) -> list[tuple[int, int, int]]:
     return [(row["step"], row["draw"], row["sample"]) for row in map(json.loads, lines)]
 
 
+SETTINGS = {"steps": 4, "eval_every": 0, "optimizer.lr_scheduler_type": "cosine"}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of "whole", a run of two ranks that nothing interrupted, with its model, data and gated reward beside it."""
+    folder = tmp_path_factory.mktemp("ranks")
+    write_gate(folder)
+    whole = launch(folder, "whole", **gated(folder))
+    assert whole.returncode == 0, whole.stderr
+    return folder
+
+
+def gated(folder: Path) -> dict[str, Any]:
+    """SETTINGS with the reward of folder/gate.py, its gate open."""
+    (folder / "open").touch()
+    return SETTINGS | {"rewards": json.dumps({f"{folder}/gate.py:gate": 1.0})}
+
+
 @pytest.mark.slow
-def test_resume_on_two_ranks_and_on_another_number_of_them(tmp_path: Path) -> None:
+def test_resume_on_two_ranks_and_on_another_number_of_them(whole_run: Path, tmp_path: Path) -> None:
     """Two go on as two: equal to the bit. Two go on as one, one as two: the same prompts and samples in every step."""
-    settings = {"steps": 4, "optimizer.lr_scheduler_type": "cosine", "eval_every": 0}
-    on_one, on_two = tmp_path / "one", tmp_path / "two"
+    settings = gated(whole_run)
+    stopped_at(whole_run, "two", 2)
+    stopped_at(whole_run, "one", 2)
     with ThreadPoolExecutor() as pool:
-        whole = pool.submit(launch, on_two, "whole", **settings)
-        run(on_one, "whole", **settings)
-        assert whole.result().returncode == 0, whole.result().stderr
-        stopped_at(on_two, "two", 2)
-        stopped_at(on_two, "one", 2)
-        stopped_at(on_one, "more", 2)
-        starts = [
-            pool.submit(launch, *place, resume="auto", **settings) for place in ((on_two, "two"), (on_one, "more"))
-        ]
-        run(on_two, "one", resume="auto", **settings)
-        two, more = (start.result() for start in starts)
+        start_of_two = pool.submit(launch, whole_run, "two", resume="auto", **settings)
+        run(tmp_path, "whole", **settings)
+        stopped_at(tmp_path, "more", 2)
+        start_of_more = pool.submit(launch, tmp_path, "more", resume="auto", **settings)
+        run(whole_run, "one", resume="auto", **settings)
+        two, more = start_of_two.result(), start_of_more.result()
     assert two.returncode == 0, two.stderr
-    assert rows_of(on_two / "two") == rows_of(on_two / "whole")
-    assert checkpoints_equal(on_two / "two", on_two / "whole")
-    assert draws(on_two / "one") == draws(on_two / "whole")
+    assert rows_of(whole_run / "two") == rows_of(whole_run / "whole")
+    assert checkpoints_equal(whole_run / "two", whole_run / "whole")
+    assert draws(whole_run / "one") == draws(whole_run / "whole")
     assert "resume: 1 -> 2 processes (the same prompts in each step)" in more.stdout, more.stderr
-    assert draws(on_one / "more") == draws(on_one / "whole") == draws(on_two / "whole")
+    assert draws(tmp_path / "more") == draws(tmp_path / "whole") == draws(whole_run / "whole")
 
 
 @pytest.mark.slow
@@ -94,32 +109,31 @@ def test_resume_on_two_ranks_with_lora_and_two_iterations(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["one rank", "all ranks"])
-def test_a_signal_to_one_rank_or_all_of_them(tmp_path: Path, to: str) -> None:
-    settings = {"steps": 4, "eval_every": 0, "optimizer.lr_scheduler_type": "cosine"}
-    process = start(tmp_path, "run", CPU_2, **settings)
+def test_a_signal_to_one_rank_or_all_of_them(whole_run: Path, to: str) -> None:
+    for file in ("open", "waiting-0", "waiting-1"):
+        (whole_run / file).unlink(missing_ok=True)
+    process = start(whole_run, to, CPU_2, **SETTINGS)
     for rank in (0, 1):
-        wait_for(tmp_path / f"waiting-{rank}", process)
+        wait_for(whole_run / f"waiting-{rank}", process)
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if _is_rank(child)]
     assert len(ranks) == 2
     chosen = ranks[1:] if to == "one rank" else ranks
     for rank in chosen:
         rank.send_signal(signal.SIGTERM)
     time.sleep(0.5)
-    (tmp_path / "open").touch()
+    settings = gated(whole_run)
     code, errors = ended(process)
     assert code != 0
-    newest, ignored = newest_valid(tmp_path / "run")
+    newest, ignored = newest_valid(whole_run / to)
     assert newest is not None and newest.name == "step-2" and ignored == []
     assert "stopped by a signal after step 2 of 4" in errors
-    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]
-    # The gate is open now: the same run goes on, and one that nothing stops, and they are equal to the last bit.
-    settings["rewards"] = json.dumps({f"{tmp_path}/gate.py:gate": 1.0})
-    assert launch(tmp_path, "run", resume="auto", **settings).returncode == 0
-    assert launch(tmp_path, "whole", **settings).returncode == 0
-    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4]
-    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
-    assert draws(tmp_path / "run") == draws(tmp_path / "whole")
-    assert checkpoints_equal(tmp_path / "run", tmp_path / "whole")
+    assert [row["step"] for row in rows_of(whole_run / to)] == [1, 2]
+    # The gate is open now: the same run goes on, and is equal to the last bit to the one that nothing stopped.
+    assert launch(whole_run, to, resume="auto", **settings).returncode == 0
+    assert [row["step"] for row in rows_of(whole_run / to)] == [1, 2, 3, 4]
+    assert rows_of(whole_run / to) == rows_of(whole_run / "whole")
+    assert draws(whole_run / to) == draws(whole_run / "whole")
+    assert checkpoints_equal(whole_run / to, whole_run / "whole")
 
 
 def _is_rank(process: psutil.Process) -> bool:

@@ -111,16 +111,9 @@ def test_a_signal_before_the_first_step(tmp_path: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / "run").exists()
 
 
-def start(
-    tmp_path: Path,
-    name: str,
-    launcher: list[str] | None = None,
-    script: str = "launch/train.py",
-    environment: dict[str, str] | None = None,
-    **changes: object,
-) -> subprocess.Popen:
-    """A training run in a process of its own, whose reward waits for a file before it goes on from the second step."""
-    (tmp_path / "gate.py").write_text(
+def write_gate(folder: Path) -> None:
+    """A reward that waits for folder/open before it goes on from the second step, and says so in folder/waiting-RANK."""
+    (folder / "gate.py").write_text(
         "import os, pathlib, time\n"
         "here = pathlib.Path(__file__).parent\n"
         "calls = 0\n"
@@ -133,6 +126,18 @@ def start(
         "            time.sleep(0.05)\n"
         "    return [sum(c == 'a' for c in completion[0]['content']) / 8 for completion in completions]\n"
     )
+
+
+def start(
+    tmp_path: Path,
+    name: str,
+    launcher: list[str] | None = None,
+    script: str = "launch/train.py",
+    environment: dict[str, str] | None = None,
+    **changes: object,
+) -> subprocess.Popen:
+    """A training run in a process of its own, whose reward waits for a file before it goes on from the second step."""
+    write_gate(tmp_path)
     rewards = {"rewards": json.dumps({f"{tmp_path}/gate.py:gate": 1.0})}
     flags = arguments(tmp_path, name, **(rewards | changes))
     command = [*(launcher or [sys.executable]), str(ROOT / script), *flags]

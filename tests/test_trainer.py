@@ -20,10 +20,11 @@ def arguments(tmp_path: Path, run: str, **changes: object) -> list[str]:
     if not (tmp_path / "model").exists():
         tiny_folder(tmp_path / "model")
         tiny_data(tmp_path / "data.jsonl")
-    (tmp_path / "count_a.py").write_text(
-        "def count_a(completions, **columns):\n"
-        "    return [sum(c == 'a' for c in completion[0]['content']) / 8 for completion in completions]\n"
-    )
+    if not (tmp_path / "count_a.py").exists():  # runs that go on side by side read it
+        (tmp_path / "count_a.py").write_text(
+            "def count_a(completions, **columns):\n"
+            "    return [sum(c == 'a' for c in completion[0]['content']) / 8 for completion in completions]\n"
+        )
     settings = {
         "model.name": tmp_path / "model",
         "data.path": tmp_path / "data.jsonl",
