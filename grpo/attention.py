@@ -10,6 +10,7 @@ the keyword `layout` that model.forward hands down to every layer, and does only
 Shapes: query [B, H, T, D], key and value [B, K, T, D] with K key/value heads (H a multiple of K); output [B, T, H, D].
 """
 
+import ctypes
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,12 +19,15 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from grpo.compiled import attention_library, plain, pointer, threads_for
 
 NAME = "grpo"
 PANEL, ROWS = 16, 12
 """As in lanes.h (ROWS at most): how much room attention.c wants."""
+Prompt = tuple[Tensor, Tensor]
+"""Keys and values of a prompt, [1, K, P, D] each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +67,11 @@ class PackedLayout:
 
     spans: list[GroupSpan]
     device: torch.device
-    elsewhere: dict[int, Iterator[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    elsewhere: dict[int, Iterator[Prompt]] = field(default_factory=dict)
     """By the index of a span, if its prompt is not in the row: the prompt's keys and values, layer by layer."""
-    watched: dict[int, Callable[[Tensor, Tensor], None]] = field(default_factory=dict)
-    """By the index of a span: what is told the prompt's keys and values, layer by layer. [1, K, P, D] each, as above."""
+    watched: dict[int, Callable[[Tensor, Tensor], Prompt | None]] = field(default_factory=dict)
+    """By the index of a span: what is told the prompt's keys and values, layer by layer, and may give the same in leaves whose
+    gradients are to be added to theirs."""
     _padding: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[int, int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
@@ -90,6 +95,28 @@ class PackedLayout:
                 sizes.append(span.prompt_length)
             sizes += map(sum, self.blocks(span))
         return sizes
+
+    @functools.cached_property
+    def sequences(self) -> "Sequences":
+        """For attention.c: each prompt that is in the row and each completion."""
+        rows: list[list[int]] = []
+        groups, elsewhere, first = [0], list[int](), 0
+        behind = sum(
+            span.length - (index in self.elsewhere) * span.prompt_length for index, span in enumerate(self.spans)
+        )
+        for index, span in enumerate(self.spans):
+            place, outside = first, -1
+            if index in self.elsewhere:
+                place, outside = behind + sum(elsewhere), len(elsewhere)
+                elsewhere.append(span.prompt_length)
+            else:
+                rows.append([first, span.prompt_length, 0, 0, -1])
+                first += span.prompt_length
+            for length in span.completion_lengths:
+                rows.append([first, length, span.prompt_length, place, outside])
+                first += length
+            groups.append(len(rows))
+        return Sequences.of(rows, groups, elsewhere)
 
     def padding(self, block: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """For completions of the lengths `block`: rows [G, C] (indices into their tokens, padding points at 0) and back
@@ -159,8 +186,11 @@ def grpo_attention(
 
 
 def _rows(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    if len(query) == 1 and _in_c(query, key, value):
-        attended: Tensor = _CausalAttention.apply(query, key, value, scaling, window)
+    if _in_c(query, key, value):
+        count, length = query.shape[0], query.shape[2]
+        rows = [[row * length, length, 0, 0, -1] for row in range(count)]
+        sequences = Sequences.of(rows, list(range(count + 1)), [])
+        attended: Tensor = _Attention.apply(query, key, value, sequences, scaling, window, [])
         return attended
     length, repeats = query.shape[2], query.shape[1] // key.shape[1]
     if window is not None and length > window:
@@ -175,6 +205,8 @@ def _rows(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wind
 def _packed(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: int | None
 ) -> Tensor:
+    if _in_c(query, key, value):
+        return _packed_in_c(query, key, value, layout, scaling, window)
     # One split for all: its gradient is one concatenation, where each slice's would be as large as the row.
     pieces = zip(*(tensor.split(layout.sizes, dim=2) for tensor in (query, key, value)), strict=True)
     parts = []
@@ -185,14 +217,12 @@ def _packed(
         else:
             prompt_query, prompt_key, prompt_value = next(pieces)
             if index in layout.watched:
-                layout.watched[index](prompt_key, prompt_value)
+                before = layout.watched[index](prompt_key, prompt_value)
+                if before is not None:
+                    joined(prompt_key, before[0])
+                    joined(prompt_value, before[1])
             parts.append(_rows(prompt_query, prompt_key, prompt_value, scaling, window))
         for block in layout.blocks(span):
-            if len(block) == 1 and _in_c(query, prompt_key, value):
-                own_query, own_key, own_value = next(pieces)
-                joint = torch.cat([prompt_key, own_key], dim=2), torch.cat([prompt_value, own_value], dim=2)
-                parts.append(_CausalAttention.apply(own_query, *joint, scaling, window))
-                continue
             own_query, own_key, own_value = (_padded(tensor, layout, block) for tensor in next(pieces))
             attended = _attend_masked(
                 own_query,
@@ -212,42 +242,125 @@ def _in_c(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return fits and plain(query, key, value, contiguous=False) and attention_library() is not None
 
 
-class _CausalAttention(torch.autograd.Function):
-    """query [1, H, C, D], key and value [1, K, L, D] of one sequence, whose last C tokens are the queries -> [1, H, C, D].
-    attention.c: nothing is padded, no key or value repeated, and of the scores only a few rows exist."""
+def joined(again: Tensor, before: Tensor) -> Tensor:
+    """`again`, whose gradient will take in what `before`, the same numbers, has gathered."""
+    if again.requires_grad and before.grad is not None:  # with LoRA, nothing may be learned before the first keys
+        again.register_hook(lambda gradient: gradient + before.grad)
+    return again
+
+
+def _packed_in_c(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: int | None
+) -> Tensor:
+    elsewhere = [tensor for prompt in layout.elsewhere.values() for tensor in next(prompt)]
+    joins = []
+    for index, watcher in layout.watched.items():
+        first, length = layout.sequences.prompt_of(index), layout.spans[index].prompt_length
+        before = watcher(key[:, :, first : first + length], value[:, :, first : first + length])
+        if before is not None:
+            joins.append((first, *before))
+    attended: Tensor = _Attention.apply(query, key, value, layout.sequences, scaling, window, joins, *elsewhere)
+    return attended
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What attention.c is told of a row of tokens: the same for every layer."""
+
+    rows: Tensor
+    """[S, 5] int64: the first token of each, how many, how many its prompt has before them, where that lies, and which of those
+    elsewhere it is, or -1"""
+    groups: Tensor
+    """[G + 1] int64: where the sequences begin that share a prompt"""
+    longest: int
+    """keys that a token may look at"""
+    pairs: int
+    """of queries and keys, about"""
+    elsewhere: list[int]
+    """Lengths of the prompts that are not in the row."""
+
+    @classmethod
+    def of(cls, rows: list[list[int]], groups: list[int], elsewhere: list[int]) -> "Sequences":
+        with unset_fake_temporarily():  # where only memory is counted
+            tensors = torch.tensor(rows).reshape(-1, 5), torch.tensor(groups)
+        longest = max(row[1] + row[2] for row in rows)
+        return cls(*tensors, longest, sum(row[1] * (row[1] + row[2]) for row in rows), elsewhere)
+
+    def prompt_of(self, group: int) -> int:
+        return int(self.rows[self.groups[group], 0])
+
+
+class _Attention(torch.autograd.Function):
+    """query [B, H, T, D], key and value [B, K, T, D], and keys and values of prompts elsewhere, [1, K, P, D] each -> [B, H, T, D].
+    attention.c: nothing is padded, repeated or put together, and of the scores only a few rows exist. `joins`: first token, keys
+    and values of prompts in the row, in leaves whose gradients are to be added."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+        ctx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sequences: Sequences,
+        scaling: float | None,
+        window: int | None,
+        joins: list[tuple[int, Tensor, Tensor]],
+        *elsewhere: Tensor,
     ) -> Tensor:
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        _, heads, queries, size = query.shape
-        _, key_heads, keys, _ = key.shape
+        # Token by token, as the layers around have them: for those, no copy.
+        query, key, value, *prompts = (
+            tensor.transpose(1, 2).contiguous() for tensor in (query, key, value, *elsewhere)
+        )
+        batch, length, heads, size = query.shape
+        tokens, key_heads = batch * length, key.shape[2]
+        threads = threads_for(heads * sequences.pairs)
+        parts = key_heads if len(sequences.rows) * key_heads >= 2 * threads else heads
         scaling = size**-0.5 if scaling is None else scaling
-        shape = (heads, key_heads, size, queries, keys, window or 0, scaling)
-        wide = -(-keys // PANEL) * PANEL
-        scratch = query.new_empty(2 * key_heads * wide * (-(-size // PANEL) * PANEL) + heads * ROWS * wide)
-        result, lses = torch.empty_like(query), query.new_empty(heads, queries)
-        tensors = (query, key, value, scratch, result, lses)
-        attention_library().forward(threads_for(heads * queries * keys), *shape, *map(pointer, tensors))
-        ctx.save_for_backward(query, key, value, result, lses)
-        ctx.shape = shape
-        return result
+        shape = (heads, key_heads, size, tokens, window or 0, sequences.longest, scaling)
+        result, lses = torch.empty_like(query), query.new_empty(heads, tokens)
+        scratch = _room(query, sequences.longest, threads, layouts=2, scores=1)
+        tensors = map(pointer, (query, key, value, scratch, result, lses))
+        rows, outside = pointer(sequences.rows), _pointers(prompts)
+        attention_library().forward(threads, parts, *shape, len(sequences.rows), rows, *outside, *tensors)
+        ctx.save_for_backward(query, key, value, result, lses, *prompts)
+        ctx.sequences, ctx.shape, ctx.joins = sequences, shape, joins
+        return result.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
-        query, key, value, result, lses = ctx.saved_tensors
-        heads, key_heads, size, queries, keys, *_ = ctx.shape
-        gradient = gradient.contiguous()
-        threads = threads_for(heads * queries * keys)
-        parts = key_heads if key_heads >= threads else heads  # what each of them adds up for itself
-        wide = -(-keys // PANEL) * PANEL
-        scratch = query.new_empty(3 * key_heads * wide * (-(-size // PANEL) * PANEL) + 2 * parts * ROWS * wide)
-        grad_query, shares = torch.empty_like(query), query.new_empty(2, parts, keys, size)
-        tensors = (query, key, value, result, lses, gradient, scratch, grad_query, *shares)
-        attention_library().backward(threads, parts, *ctx.shape, *map(pointer, tensors))
-        grad_key, grad_value = shares if parts == key_heads else shares.unflatten(1, (key_heads, -1)).sum(2)
-        return grad_query, grad_key[None], grad_value[None], None, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        query, key, value, result, lses, *prompts = ctx.saved_tensors
+        sequences, (heads, key_heads, size, tokens, *_) = ctx.sequences, ctx.shape
+        gradient = gradient.transpose(1, 2).contiguous()
+        threads, groups = threads_for(heads * sequences.pairs), len(sequences.groups) - 1
+        parts = key_heads if groups * key_heads >= threads else heads  # what each of them adds up for itself
+        grad_query = torch.empty_like(query)
+        shares = query.new_empty(2, tokens + sum(sequences.elsewhere), parts, size)
+        scratch = _room(query, sequences.longest, threads, layouts=3, scores=2)
+        tensors = map(pointer, (query, key, value, result, lses, gradient, scratch, grad_query, *shares))
+        plan = (groups, pointer(sequences.groups), pointer(sequences.rows), *_pointers(prompts))
+        attention_library().backward(threads, parts, *ctx.shape, *plan, *tensors)
+        if parts != key_heads:
+            shares = shares.unflatten(2, (key_heads, -1)).sum(3)
+        for first, *leaves in ctx.joins:
+            for share, leaf in zip(shares, leaves, strict=True):
+                if leaf.grad is not None:
+                    share[first : first + leaf.shape[2]] += leaf.grad[0].transpose(0, 1)
+        own, *others = shares.split([tokens, *sequences.elsewhere], dim=1)
+        grad_key, grad_value = (share.view(key.shape).transpose(1, 2) for share in own)
+        outside = [share[None].transpose(1, 2) for pair in others for share in pair]
+        return grad_query.transpose(1, 2), grad_key, grad_value, None, None, None, None, *outside
+
+
+def _room(like: Tensor, longest: int, threads: int, *, layouts: int, scores: int) -> Tensor:
+    wide, deep = (-(-number // PANEL) * PANEL for number in (longest, like.shape[-1]))
+    return like.new_empty(threads * wide * (layouts * deep + scores * ROWS))
+
+
+def _pointers(prompts: list[Tensor]) -> tuple[ctypes.Array, ctypes.Array]:
+    """Where the keys lie, and where the values."""
+    kind = ctypes.c_void_p * (len(prompts) // 2)
+    keys, values = (kind(*map(pointer, prompts[half::2])) for half in (0, 1))
+    return keys, values
 
 
 def _padded(tensor: Tensor, layout: PackedLayout, block: tuple[int, ...]) -> Tensor:

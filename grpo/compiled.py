@@ -28,7 +28,7 @@ from torch import Tensor, nn
 FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-ffp-contract=fast"]
 # What lets sums become vector code; NaN and infinity stay what they are.
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
-LEAN, ATTENTION = Path(__file__).with_name("lean.c"), Path(__file__).with_name("attention.c")
+LEAN, ATTENTION, PRODUCTS = (Path(__file__).with_name(f"{name}.c") for name in ("lean", "attention", "products"))
 SECONDS = 60
 """For the compiler, which takes about one."""
 
@@ -69,7 +69,7 @@ def pretended() -> Iterator[None]:
     """Within, what is C takes tensors that hold no numbers, and does nothing with them: to count the memory that it wants.
     Where there is no compiler, nothing is C."""
     global _pretending
-    _pretending = lean_library() is not None and attention_library() is not None
+    _pretending = None not in (lean_library(), attention_library(), products_library())
     try:
         yield
     finally:
@@ -125,7 +125,14 @@ def attention_library() -> Any:
     """attention.c, or None where it cannot be compiled."""
     if _pretending:
         return _Idle()
-    return compiled(ATTENTION, forward="iiiiiiifpppppp", backward="iiiiiiiifpppppppppp")
+    return compiled(ATTENTION, forward="iiiiiiiifippppppppp", backward="iiiiiiiifipppppppppppppp")
+
+
+def products_library() -> Any:
+    """products.c, or None where it cannot be compiled."""
+    if _pretending:
+        return _Idle()
+    return compiled(PRODUCTS, product="iiiiiiippppp")
 
 
 def _ours(library: Path) -> bool:

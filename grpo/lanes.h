@@ -61,10 +61,10 @@ typedef float vector __attribute__((vector_size(32)));
 #endif
 #define VECTORS (PANEL * sizeof(float) / sizeof(vector))
 
-/* states [rows][inputs], each row `stride` after the one before, times one panel -> sums [rows][16]. `rows` is a constant
-   wherever this is inlined. */
+/* states [rows][inputs], each row `stride` after the one before and each input `step`, times one panel -> sums [rows][16]. `rows`
+   and `step` are constants wherever this is inlined. */
 static inline __attribute__((always_inline)) void
-tile(const int rows, int inputs, const float *states, long stride, const float *panel, float (*sums)[PANEL])
+tile(const int rows, int inputs, const float *states, long stride, const long step, const float *panel, float (*sums)[PANEL])
 {
     vector total[ROWS][VECTORS] = {0};
     for (int i = 0; i < inputs; i++) {
@@ -74,14 +74,14 @@ tile(const int rows, int inputs, const float *states, long stride, const float *
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
             for (unsigned v = 0; v < VECTORS; v++)
-                total[r][v] += states[r * stride + i] * weights[v];
+                total[r][v] += states[r * stride + i * step] * weights[v];
     }
     memcpy(sums, total, sizeof(float) * PANEL * rows);
 }
 
 static void tile_of(int rows, int inputs, const float *states, long stride, const float *panel, float (*sums)[PANEL])
 {
-#define CASE(n) case n: tile(n, inputs, states, stride, panel, sums); break;
+#define CASE(n) case n: tile(n, inputs, states, stride, 1, panel, sums); break;
     switch (rows) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if ROWS > 6

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo.compiled import lean_library, plain, pointer, threads_for
+from grpo.products import Linear, fits, product, use_products, weight_gradient
 
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "SmolLM3RMSNorm")
 MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP")
@@ -24,7 +25,9 @@ ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Atte
 
 
 def use_lean_layers(model: PreTrainedModel) -> None:
-    """Give the norms and MLPs of `model` that are known the forward and backward passes below."""
+    """Give the norms and MLPs of `model` that are known the forward and backward passes below, and all of its products those of
+    grpo/products.py."""
+    use_products(model)
     for module in model.modules():
         name = type(module).__name__
         if name in NORMS:
@@ -72,7 +75,12 @@ class _MLP(nn.Module):
     down_proj: nn.Module
 
     def forward(self, hidden: Tensor) -> Tensor:
-        down: Tensor = self.down_proj(_SwiGLU.apply(self.gate_proj(hidden), self.up_proj(hidden)))
+        parts = (self.gate_proj, self.up_proj, self.down_proj)
+        down: Tensor
+        if all(type(part) is Linear and part.bias is None for part in parts) and fits(hidden, *self.parameters()):
+            down = _GatedMLP.apply(hidden, *(part.weight for part in parts))
+        else:  # with biases or adapters, in 16 bits, or where there is no compiler
+            down = self.down_proj(_SwiGLU.apply(self.gate_proj(hidden), self.up_proj(hidden)))
         return down
 
 
@@ -125,23 +133,64 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        library = lean_library() if plain(gate, up) else None
-        if library is not None:
-            result = torch.empty_like(gate)
-            library.swiglu(threads_for(gate.numel()), gate.numel(), *map(pointer, (gate, up, result)))
-            return result
-        return F.silu(gate).mul_(up)
+        return _gated(gate, up)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        library = lean_library() if plain(gate, up, gradient) else None
-        if library is not None:
-            grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-            tensors = (gate, up, gradient, grad_gate, grad_up)
-            library.swiglu_backward(threads_for(gate.numel()), gate.numel(), *map(pointer, tensors))
-            return grad_gate, grad_up
-        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+        return _gated_gradients(gate, up, gradient)
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up"""
+    library = lean_library() if plain(gate, up) else None
+    if library is not None:
+        result = torch.empty_like(gate)
+        library.swiglu(threads_for(gate.numel()), gate.numel(), *map(pointer, (gate, up, result)))
+        return result
+    return F.silu(gate).mul_(up)
+
+
+def _gated_gradients(gate: Tensor, up: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Of gate and up, from that of silu(gate) * up."""
+    library = lean_library() if plain(gate, up, gradient) else None
+    if library is not None:
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        tensors = (gate, up, gradient, grad_gate, grad_up)
+        library.swiglu_backward(threads_for(gate.numel()), gate.numel(), *map(pointer, tensors))
+        return grad_gate, grad_up
+    return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+
+
+class _GatedMLP(torch.autograd.Function):
+    """down(silu(gate) * up) in one: hidden [..., H], gate and up weights [I, H], down [H, I] -> [..., H]. Of the inside, two projections
+    are kept; their product is formed again on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor) -> Tensor:
+        states = hidden.flatten(0, -2)
+        gate, up = (product(states, weight, b_across=True) for weight in (gate_weight, up_weight))
+        ctx.save_for_backward(states, gate, up, gate_weight, up_weight, down_weight)
+        ctx.weights = (gate_weight, up_weight, down_weight)  # themselves, whatever is done to what is saved
+        return product(_gated(gate, up), down_weight, b_across=True).view(hidden.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        states, gate, up, gate_weight, up_weight, down_weight = ctx.saved_tensors
+        shape, gradient = gradient.shape, gradient.flatten(0, -2).contiguous()
+        inside = product(gradient, down_weight)
+        grad_gate, grad_up = _gated_gradients(gate, up, inside)
+        wanted = ctx.needs_input_grad
+        grads: list[Tensor | None] = [None] * 4
+        if wanted[0]:
+            grads[0] = product(grad_up, up_weight, into=product(grad_gate, gate_weight)).view(shape)
+        if wanted[1]:
+            grads[1] = weight_gradient(grad_gate, states, ctx.weights[0])
+        if wanted[2]:
+            grads[2] = weight_gradient(grad_up, states, ctx.weights[1])
+        if wanted[3]:
+            grads[3] = weight_gradient(gradient, _gated(gate, up), ctx.weights[2])
+        return tuple(grads)
 
 
 class _RoPE(torch.autograd.Function):

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grpo.compiled import lean_library, plain, pointer, threads_for
+from grpo.products import fits, gradient_of, product
 
 CHUNK_BYTES = {"cpu": 16 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 256 * 2**20
@@ -28,6 +29,8 @@ def head_logits(hidden_NH: Tensor, head_VH: Tensor, dtype: torch.dtype = torch.f
     with torch.autocast(hidden_NH.device.type, enabled=False):
         if dtype == torch.float32:
             hidden, head = hidden_NH.float(), head_VH.float()
+            if fits(hidden, head):
+                return product(hidden, head, b_across=True)
             if (
                 hidden.is_cpu and torch.backends.mkldnn.is_available()
             ):  # for a product this wide, up to twice as fast as MKL
@@ -72,6 +75,7 @@ class _TokenLogprobs(torch.autograd.Function):
             weights, total, lses[part], logprobs[part], entropies[part] = _softmax(logits, targets[part], temperature)
         ctx.last = (weights, total) if len(targets) and any(ctx.needs_input_grad) and not entropy_gradient else None
         ctx.save_for_backward(hidden, head, targets, lses, entropies)
+        ctx.head = head  # itself, whatever is done to what is saved
         ctx.temperature, ctx.entropy_gradient, ctx.dtype = temperature, entropy_gradient, dtype
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropies)
@@ -83,9 +87,9 @@ class _TokenLogprobs(torch.autograd.Function):
         weight = head.to(ctx.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Accumulated in float32: chunk by chunk in bfloat16 would round every chunk's share away.
-        grad_head = (
-            torch.zeros(head.shape, dtype=torch.float32, device=head.device) if ctx.needs_input_grad[1] else None
-        )
+        grad_head = there = gradient_of(ctx.head) if ctx.needs_input_grad[1] and head.dtype == torch.float32 else None
+        if ctx.needs_input_grad[1] and there is None:
+            grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
         kept, ctx.last = ctx.last, None
         for part in reversed(_chunks(len(targets), head)):
             scale = (grad_logprobs[part].float() / ctx.temperature)[:, None]
@@ -102,14 +106,18 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad_logits = logits.exp_().mul_(-scale)
             grad_logits.scatter_add_(-1, targets[part, None], scale)
             grad_logits = grad_logits.to(ctx.dtype)
+            own = ctx.dtype == torch.float32 and fits(grad_logits, weight, hidden)
             if grad_hidden is not None:
-                grad_hidden[part] = (grad_logits @ weight).to(hidden.dtype)
+                grad_hidden[part] = product(grad_logits, weight) if own else (grad_logits @ weight).to(hidden.dtype)
             if grad_head is not None:
-                if ctx.dtype == torch.float32:
+                if own:
+                    product(grad_logits, hidden[part], a_across=True, into=grad_head)
+                elif ctx.dtype == torch.float32:
                     grad_head.addmm_(grad_logits.T, hidden[part].float())
                 else:
                     grad_head += torch.mm(grad_logits.T, hidden[part].to(ctx.dtype), out_dtype=torch.float32)
-        return grad_hidden, grad_head.to(head.dtype) if grad_head is not None else None, None, None, None, None
+        made = grad_head.to(head.dtype) if grad_head is not None and there is None else None
+        return grad_hidden, made, None, None, None, None
 
 
 def _softmax(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -31,6 +31,7 @@ from grpo.lean import use_lean_layers
 from grpo.logprobs import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
 from grpo.lora import add_adapter
 from grpo.packing import PackedBatch, pack
+from grpo.products import accumulating
 from grpo.rollout.backbones import FusedBackbone
 from grpo.scorer import Scorer
 from grpo.types import Completion, Group, Prompt
@@ -263,7 +264,7 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
         with _chunks_of(machine), pretended() if machine.cpu else contextlib.nullcontext():
             with live, torch.autocast("cpu", dtype=machine.compute or torch.bfloat16, enabled=enabled):
                 logprobs, _ = scorer(_Faked(batch, fake, machine))
-            with live:
+            with live, accumulating() if machine.processes == 1 else contextlib.nullcontext():
                 logprobs.sum().backward()
     return Simulated(trained, live.peak if len(batches) > 1 else max(live.peak - 4 * trained, 0))
 

@@ -21,6 +21,7 @@ from grpo.lean import use_lean_layers
 from grpo.loading import load_to_train, load_tokenizer
 from grpo.lora import add_adapter, off, save_adapter
 from grpo.packing import PackedBatch
+from grpo.products import accumulating
 from grpo.reference import Reference, check_vocabulary
 from grpo.scorer import Scorer, probe_batch
 from grpo.weights import WorkingCopy, full, save_plain, whole
@@ -82,11 +83,13 @@ class Policy:
             separate=separate_sampler,
             hold=not sampled_elsewhere,
         )
+        self.fused = accelerator.device.type == "cpu" and not is_sharded(accelerator) and accelerator.scaler is None
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=optimizer.learning_rate,
             betas=(optimizer.adam_beta1, optimizer.adam_beta2),
             weight_decay=optimizer.weight_decay,
+            fused=self.fused,
         )
         prepare: Callable = partial(sharding.shard, accelerator) if self.read_once else accelerator.prepare
         self.scorer, self.prepared_optimizer = prepare(scorer, self.optimizer)
@@ -177,7 +180,8 @@ class Policy:
         if self.zero_stage:
             zero.backward(self.scorer, loss, last=self.last_of_step)
         else:
-            self.accelerator.backward(loss)
+            with accumulating() if type(self.scorer) is Scorer else contextlib.nullcontext():
+                self.accelerator.backward(loss)
 
     def step(self, usable: bool = True) -> float:
         """Clip, step, clear. -> the gradient norm before clipping.
@@ -293,6 +297,8 @@ class Policy:
             if self.adapter is None:
                 self.model.tie_weights()
             self.optimizer.load_state_dict(moments)
+        for group in self.optimizer.param_groups:
+            group["fused"] = self.fused  # not what was right where the checkpoint was written
         self.scheduler.load_state_dict(state["scheduler"])
         self._apply(self.optimizer_config)
         if self.accelerator.scaler is not None and "loss_scale" in state:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.attention import GroupSpan, PackedLayout, SplitGroup
+from grpo.attention import GroupSpan, PackedLayout, Prompt, SplitGroup, joined
 from grpo.packing import PackedBatch
 
 Backbone = Callable[..., Any]
@@ -62,7 +62,7 @@ class SharedPrompts:
             last = batch.spans[index].start + batch.spans[index].prompt_length - 1
             if index in layout.watched:
                 own = hidden_TH[int(place_T[last])][None]
-                last_tokens.append(_joined(own, prompt.last_hidden) if learning else own)
+                last_tokens.append(joined(own, prompt.last_hidden) if learning else own)
                 prompt.last_hidden = prompt.last_hidden if learning else own.clone()
             else:
                 last_tokens.append(prompt.last_hidden)
@@ -109,15 +109,11 @@ class KeptPrompt:
         for tensor in (self.last_hidden, *(tensor for pair in self.keys_values for tensor in pair)):
             tensor.requires_grad_()
 
-    def rejoin(self) -> Callable[[Tensor, Tensor], None]:
-        """-> what is told the same prompt's keys and values, layer by layer, as they go through the model with a graph."""
+    def rejoin(self) -> Callable[[Tensor, Tensor], Prompt]:
+        """-> what is told the same prompt's keys and values, layer by layer, as they go through the model with a graph, and gives the
+        leaves."""
         kept = iter(self.keys_values)
-
-        def join(key: Tensor, value: Tensor) -> None:
-            for again, before in zip((key, value), next(kept), strict=True):
-                _joined(again, before)
-
-        return join
+        return lambda key, value: next(kept)
 
 
 def _through(backbone: Backbone, ids_T: Tensor, positions_T: Tensor, layout: PackedLayout) -> Tensor:
@@ -126,10 +122,3 @@ def _through(backbone: Backbone, ids_T: Tensor, positions_T: Tensor, layout: Pac
         input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, layout=layout
     ).last_hidden_state[0]
     return hidden
-
-
-def _joined(again: Tensor, before: Tensor) -> Tensor:
-    """`again`, whose gradient will take in what `before`, the same numbers, has gathered."""
-    if again.requires_grad and before.grad is not None:  # with LoRA, nothing may be learned before the first keys
-        again.register_hook(lambda gradient: gradient + before.grad)
-    return again

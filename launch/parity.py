@@ -77,6 +77,8 @@ class Outcome:
     losses: list[float]
     gradients: list[dict[str, Tensor]]
     weights: dict[str, Tensor]
+    start: dict[str, Tensor] = field(default_factory=dict)
+    """TRL: the weights before the first step"""
     clipped: float = 0.0
     flat_groups: float = 0.0
     """TRL: its metric for the share of groups whose rewards are all equal"""
@@ -131,7 +133,10 @@ def main() -> None:
     worst = max(max(row["loss"], row["gradient_norm"], row["gradient"]) for row in rows)
     print(f"{len(rows)} cases, largest relative difference {worst:.1e}")
     if whole:
-        print(f"5 AdamW steps on fixed completions: largest difference of a weight {whole['weights']:.1e}")
+        print(
+            f"5 AdamW steps on fixed completions: weights apart by {whole['moved']:.1e} of what they moved, "
+            f"none by more than {whole['weights']:.1e}"
+        )
     if flags.output:
         report = {
             "command": "python launch/parity.py --output docs/results/parity.json",
@@ -168,6 +173,8 @@ def compare(case: Case) -> dict[str, Any]:
         apart = total_norm({name: mine_g[name] * case.factor - other_g[name] for name in other_g})
         row["gradient"] = max(row["gradient"], apart / norm)
     row["weights"] = max(float((ours.weights[name] - theirs.weights[name]).abs().max()) for name in theirs.weights)
+    apart = total_norm({name: ours.weights[name] - theirs.weights[name] for name in theirs.weights})
+    row["moved"] = apart / total_norm({name: theirs.weights[name] - theirs.start[name] for name in theirs.weights})
     return row
 
 
@@ -395,6 +402,7 @@ def run_trl(case: Case, folder: Path) -> Outcome:
             rollout_func=rollouts,
             optimizers=(sgd, torch.optim.lr_scheduler.LambdaLR(sgd, lambda _: 1.0)) if sgd else (None, None),
         )
+        outcome.start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     outcome.weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}

@@ -1,5 +1,8 @@
 """What is written in C against the same in torch, number by number; and what happens where there is no compiler."""
 
+import contextlib
+import copy
+import itertools
 import os
 import stat
 from pathlib import Path
@@ -12,15 +15,17 @@ from torch import Tensor
 import grpo.attention
 import grpo.compiled
 import grpo.lean
-from grpo.attention import _CausalAttention
+import grpo.products
+from grpo.attention import GroupSpan, PackedLayout, grpo_attention
 from grpo.compiled import compiled, lean_library
-from grpo.lean import _RMSNorm, _SwiGLU
+from grpo.lean import _RMSNorm, _SwiGLU, use_lean_layers
+from grpo.products import accumulating, product
 from grpo.rollout.backbones import FusedBackbone, ModuleBackbone
 from grpo.rollout.compiled_backbone import CompiledBackbone, Panels, library
 from grpo.rollout.kv_cache import SlotCache
 from grpo.rollout.native_engine import choose_backbone
 from grpo.sampling import counted_uniform, draw_tokens
-from grpo.scorer import use_grpo_attention
+from grpo.scorer import Scorer, probe_batch, use_grpo_attention
 from tests.fakes import tiny_model
 
 needs_a_compiler = pytest.mark.skipif(lean_library() is None, reason="there is no C compiler here")
@@ -56,34 +61,90 @@ def test_norm_and_swiglu_equal_torch_in_values_and_gradients(
 
 
 @needs_a_compiler
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 3, 16])
 @pytest.mark.parametrize("window", [None, 1, 7])
-@pytest.mark.parametrize(
-    ("heads", "key_heads", "size", "queries", "keys"), [(4, 2, 8, 1, 1), (6, 2, 24, 13, 40), (2, 2, 32, 33, 33)]
-)
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 2, 8), (6, 2, 24), (2, 2, 32)])
 def test_attention_equals_torch_in_values_and_gradients(
-    monkeypatch: pytest.MonkeyPatch,
-    threads: int,
-    window: int | None,
-    heads: int,
-    key_heads: int,
-    size: int,
-    queries: int,
-    keys: int,
+    monkeypatch: pytest.MonkeyPatch, threads: int, window: int | None, heads: int, key_heads: int, size: int
 ) -> None:
+    """Three groups in a row; the prompt of the second lies elsewhere, and what was gathered for that of the third is added."""
+    spans = [GroupSpan(0, 5, (7, 1, 33)), GroupSpan(46, 9, (4, 6)), GroupSpan(56, 3, (2,))]
+    tokens = 46 + 10 + 5
+
+    def everything() -> list[Tensor]:
+        query, upstream = numbers(1, tokens, heads, size, scale=3), numbers(1, heads, tokens, size, grad=False)
+        key, value = numbers(1, tokens, key_heads, size, scale=2), numbers(1, tokens, key_heads, size, scale=0.5)
+        prompt = numbers(1, key_heads, 9, size, scale=2), numbers(1, key_heads, 9, size, scale=0.3)
+        leaves = numbers(1, key_heads, 3, size), numbers(1, key_heads, 3, size)
+        for leaf in leaves:
+            leaf.grad = numbers(1, key_heads, 3, size, scale=5, grad=False)
+        seen: list[Tensor] = []
+        layout = PackedLayout(spans, torch.device("cpu"), elsewhere={1: iter([prompt])})
+        layout.watched[2] = lambda *them: seen.extend(tensor.detach().clone() for tensor in them) or leaves
+        states = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+        attended, _ = grpo_attention(torch.nn.Module(), *states, None, sliding_window=window, layout=layout)
+        upstream = upstream.transpose(1, 2)
+        return [attended, *seen, *torch.autograd.grad(attended, [query, key, value, *prompt], upstream)]
+
     monkeypatch.setattr(grpo.attention, "threads_for", lambda count: threads)
-    query, upstream = numbers(1, heads, queries, size, scale=3), numbers(1, heads, queries, size, grad=False)
-    key, value = numbers(1, key_heads, keys, size, scale=2), numbers(1, key_heads, keys, size, scale=0.5)
-    mine = _CausalAttention.apply(query, key, value, None, window)
-    place = torch.arange(keys - queries, keys)[:, None]
-    visible = torch.arange(keys) <= place
-    if window is not None:
-        visible &= torch.arange(keys) > place - window
+    for mine, theirs in zip(everything(), in_torch(monkeypatch, everything), strict=True):
+        assert mine.shape == theirs.shape
+        assert torch.allclose(mine, theirs, atol=1e-5 * max(1.0, float(theirs.abs().max())))
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_of_rows_equals_the_plain_formula(window: int | None) -> None:
+    query, key, value = (numbers(2, heads, 33, 16, scale=2) for heads in (4, 2, 2))
+    mine = grpo_attention(torch.nn.Module(), query, key, value, None, sliding_window=window)[0].transpose(1, 2)
+    place = torch.arange(33)
+    visible = (place <= place[:, None]) & (place > place[:, None] - (window or 33))
     theirs = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True)
+    gradients = (torch.autograd.grad(result.square().sum(), [query, key, value]) for result in (mine, theirs))
     assert torch.allclose(mine, theirs, atol=1e-5)
-    gradients = (torch.autograd.grad(result, [query, key, value], upstream) for result in (mine, theirs))
     for a, b in zip(*gradients, strict=True):
         assert torch.allclose(a, b, atol=1e-5 * max(1.0, float(b.abs().max())))
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("rows", "terms", "columns"), [(1, 1, 1), (7, 5, 3), (100, 40, 33), (201, 900, 17), (13, 384, 1100)]
+)
+def test_products_equal_torch_whichever_way_they_are_given(
+    monkeypatch: pytest.MonkeyPatch, threads: int, rows: int, terms: int, columns: int
+) -> None:
+    monkeypatch.setattr(grpo.products, "threads_for", lambda count: threads)
+    a, b, bias = (numbers(*shape, grad=False) for shape in ((rows, terms), (terms, columns), (columns,)))
+    expected = (a.double() @ b.double() + bias.double()).float()
+    close = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
+    for a_across, b_across in itertools.product((False, True), repeat=2):
+        given = (a.T.contiguous() if a_across else a, b.T.contiguous() if b_across else b)
+        across = {"a_across": a_across, "b_across": b_across}
+        assert torch.allclose(product(*given, bias=bias, **across), expected, **close)
+        there = torch.full((rows, columns), 2.0)
+        assert product(*given, into=there, **across) is there
+        assert torch.allclose(there, expected - bias + 2, **close)
+
+
+@needs_a_compiler
+def test_gradients_are_added_where_they_belong_and_autograd_gives_the_same() -> None:
+    """A model with a tied head and a padding token, twice: within `accumulating` over two backward passes, and without."""
+    plain = tiny_model("qwen2", tie_word_embeddings=True)
+    plain.get_input_embeddings().padding_idx = 3
+    use_lean_layers(plain)
+    use_grpo_attention(plain)
+    twin = copy.deepcopy(plain)
+    batch = probe_batch(plain.config.vocab_size)
+    for model, way in ((plain, contextlib.nullcontext), (twin, accumulating)):
+        scorer = Scorer(model, swapped=True, temperature=0.9)
+        for factor in (1.0, -3.0):
+            logprobs, _ = scorer(batch)
+            with way():
+                (logprobs * torch.arange(len(logprobs)) * factor).sum().backward()
+    for (name, one), other in zip(plain.named_parameters(), twin.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None, name
+        assert float((one.grad - other.grad).abs().max()) <= 1e-5 * float(one.grad.abs().max()), name
 
 
 @needs_a_compiler

@@ -8,6 +8,7 @@ import torch
 from grpo.config import load_config
 from grpo.lean import use_lean_layers
 from grpo.memory import LiveBytes, Machine, cache_per_slot, estimate, machine_of, simulate, step_batches
+from grpo.products import accumulating
 from grpo.scorer import Scorer
 from tests.fakes import tiny_model
 
@@ -33,7 +34,7 @@ def test_fake_tensors_count_what_real_ones_take(extra: list[str]) -> None:
     live = LiveBytes()
     with live:
         logprobs, _ = Scorer(model, swapped=True, temperature=1.0)(batch)
-    with live:
+    with live, accumulating():
         logprobs.sum().backward()
     real = live.peak - (4 * sum(parameter.numel() for parameter in model.parameters()) if len(batches) == 1 else 0)
     assert simulate(model, config, 6, Machine()).activations == pytest.approx(real, rel=0.05)

@@ -55,7 +55,10 @@ def test_losses_and_gradients_are_trls(loss_type: str) -> None:
 def test_five_adamw_steps_end_with_equal_weights() -> None:
     row = compare(Case("dapo", {"beta": 0.3}, steps=5, optimizer="adamw"))
     assert row["clipped"] > 0  # it went off-policy on the way
-    assert row["weights"] <= 1e-6  # of weights around 1, after steps of 1e-3
+    # AdamW divides each gradient by its own size, so the smallest ones, which are mostly rounding, may move a weight by
+    # anything up to a step: what all weights moved is compared, and no weight may be off by a hundredth of a step of 1e-3.
+    assert row["moved"] <= 1e-5
+    assert row["weights"] <= 1e-5
 
 
 # --- Where we differ on purpose -----------------------------------------------------------------------------------------

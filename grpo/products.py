@@ -1,0 +1,168 @@
+"""Products: linear layers, embeddings and the head in float32 on a CPU, by products.c -> values and gradients.
+
+General libraries do the products of a few hundred rows, which is what a packed batch has, at three quarters of the rate of
+large ones; products.c is made for them. Where there is no C compiler, in 16 bits and on GPUs, it is torch that multiplies.
+
+Within `accumulating`, a backward pass adds the gradients of these weights to .grad by itself, instead of making each of them,
+as large as its weight, for autograd to add and throw away.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from grpo.compiled import plain, pointer, products_library, threads_for
+
+DEPTH, WIDTH, HEIGHT = 384, 1024, 96 + 12
+"""As in products.c (and ROWS of lanes.h, at most): how much room it wants."""
+
+
+def fits(*tensors: Tensor | None) -> bool:
+    """Whether products.c can read all of them, None left out, and may: under autocast others choose the dtype."""
+    return (
+        not torch.is_autocast_enabled("cpu")
+        and plain(*(tensor for tensor in tensors if tensor is not None))
+        and products_library() is not None
+    )
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    *,
+    a_across: bool = False,
+    b_across: bool = False,
+    bias: Tensor | None = None,
+    into: Tensor | None = None,
+) -> Tensor:
+    """a [M, K] @ b [K, N] + bias [N] -> [M, N]. `a_across`: a is given as [K, M]; `b_across`: b as [N, K]. Added to `into` and returned,
+    where that is given. For tensors that `fits`; sums do not depend on the number of threads."""
+    rows, terms = a.shape[::-1] if a_across else a.shape
+    columns = b.shape[0] if b_across else b.shape[1]
+    threads = threads_for(rows * columns + rows * terms)
+    result = a.new_empty(rows, columns) if into is None else into
+    tensors = (a, b, bias, _room(threads), result)
+    shape = (rows, columns, terms, a_across, b_across, into is not None)
+    products_library().product(threads, *shape, *map(pointer, tensors))
+    return result
+
+
+_rooms = threading.local()
+
+
+def _room(threads: int) -> Tensor:
+    """Room for products.c to lay out what it multiplies: one to two megabytes, of each thread of Python its own."""
+    size = DEPTH * (WIDTH + threads * HEIGHT)
+    if getattr(_rooms, "size", 0) < size:
+        with unset_fake_temporarily():  # it outlives a simulation (grpo/memory.py)
+            _rooms.size, _rooms.tensor = size, torch.empty(size)
+    room: Tensor = _rooms.tensor
+    return room
+
+
+_accumulating = False
+
+
+@contextlib.contextmanager
+def accumulating() -> Iterator[None]:
+    """Within, backward passes add to .grad of the weights that are multiplied here, and autograd does not hear of it: for weights
+    of this process alone, since what exchanges gradients (DDP, FSDP) waits for autograd."""
+    global _accumulating
+    _accumulating = True
+    try:
+        yield
+    finally:
+        _accumulating = False
+
+
+def gradient_of(weight: Tensor) -> Tensor | None:
+    """Where to add the gradient of `weight`; None where autograd is to have it."""
+    if not _accumulating or not weight.is_leaf or not weight.requires_grad:
+        return None
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad if plain(weight.grad) else None
+
+
+class LinearProduct(torch.autograd.Function):
+    """states [..., I], weight [O, I], bias [O] or None -> [..., O]"""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(states, weight)
+        ctx.weight = weight  # itself, whatever is done to what is saved
+        return product(states.flatten(0, -2), weight, b_across=True, bias=bias).view(*states.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[no-untyped-def]
+        states, weight = ctx.saved_tensors
+        rows, gradient = states.flatten(0, -2), gradient.flatten(0, -2).contiguous()
+        grad_states = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_states = product(gradient, weight).view(states.shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = weight_gradient(gradient, rows, ctx.weight)
+        return grad_states, grad_weight, gradient.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def weight_gradient(gradient: Tensor, states: Tensor, weight: Tensor) -> Tensor | None:
+    """[T, O] and [T, I] -> [O, I] of `weight`; None if it is already where it belongs."""
+    there = gradient_of(weight)
+    made = product(gradient, states, a_across=True, into=there)
+    return made if there is None else None
+
+
+class Linear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        if not fits(input, self.weight, self.bias):
+            return F.linear(input, self.weight, self.bias)
+        states: Tensor = LinearProduct.apply(input, self.weight, self.bias)
+        return states
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding of token ids that are often few beside the vocabulary: within `accumulating`, only their rows of the gradient are
+    touched."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.max_norm is not None or self.scale_grad_by_freq or self.sparse or not fits(self.weight):
+            return super().forward(input)
+        states: Tensor = _Lookup.apply(input, self.weight, self.padding_idx)
+        return states
+
+
+class _Lookup(torch.autograd.Function):
+    """ids [...] and weight [V, H] -> [..., H]"""
+
+    @staticmethod
+    def forward(ctx, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(ids)
+        ctx.weight, ctx.padding = weight, padding
+        return weight[ids]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor | None, None]:  # type: ignore[no-untyped-def]
+        if not ctx.needs_input_grad[1]:
+            return None, None, None
+        ids = ctx.saved_tensors[0].flatten()
+        there = gradient_of(ctx.weight)
+        made = torch.zeros_like(ctx.weight) if there is None else there
+        rows = gradient.flatten(0, -2)
+        if ctx.padding is not None:
+            rows = rows * (ids != ctx.padding)[:, None]
+        made.index_add_(0, ids, rows)
+        return None, made if there is None else None, None
+
+
+def use_products(model: nn.Module) -> None:
+    """Give the plain linear layers and embeddings of `model` the products of this file."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+        elif type(module) is nn.Embedding:
+            module.__class__ = Embedding
