@@ -22,11 +22,17 @@ DEPTH, WIDTH, HEIGHT = 384, 1024, 96 + 12
 """As in products.c (and ROWS of lanes.h, at most): how much room it wants."""
 
 
-def fits(*tensors: Tensor | None) -> bool:
-    """Whether products.c can read all of them, None left out, and may: under autocast others choose the dtype."""
+FEWEST_ROWS = 64
+"""Laying out a weight costs as much as multiplying some ten rows with it: fewer rows than these are not for products.c."""
+
+
+def fits(rows: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether products.c can read all of them, None left out, and may (under autocast others choose the dtype), and whether that
+    pays for so many rows [..., K]."""
     return (
-        not torch.is_autocast_enabled("cpu")
-        and plain(*(tensor for tensor in tensors if tensor is not None))
+        rows.numel() >= FEWEST_ROWS * rows.shape[-1]
+        and not torch.is_autocast_enabled("cpu")
+        and plain(rows, *(tensor for tensor in tensors if tensor is not None))
         and products_library() is not None
     )
 
@@ -82,7 +88,7 @@ def accumulating() -> Iterator[None]:
 
 def gradient_of(weight: Tensor) -> Tensor | None:
     """Where to add the gradient of `weight`; None where autograd is to have it."""
-    if not _accumulating or not weight.is_leaf or not weight.requires_grad:
+    if not _accumulating or not weight.is_leaf or not weight.requires_grad or not plain(weight):
         return None
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
@@ -130,7 +136,8 @@ class Embedding(nn.Embedding):
     touched."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.max_norm is not None or self.scale_grad_by_freq or self.sparse or not fits(self.weight):
+        plainly = self.max_norm is None and not self.scale_grad_by_freq and not self.sparse
+        if not plainly or not plain(self.weight) or not torch.is_grad_enabled():
             return super().forward(input)
         states: Tensor = _Lookup.apply(input, self.weight, self.padding_idx)
         return states

@@ -9,6 +9,7 @@ import pytest
 
 import grpo.compiled
 import grpo.distributed
+import grpo.products
 import grpo.rollout.compiled_backbone
 
 
@@ -27,4 +28,5 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
             monkeypatch.setattr(module, "compiled", lambda source, **functions: None)
     elif grpo.compiled.lean_library() is None:
         pytest.skip("there is no C compiler here")
+    monkeypatch.setattr(grpo.products, "FEWEST_ROWS", 1)
     return str(request.param)
