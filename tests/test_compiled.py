@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import grpo.attention
 import grpo.compiled
+import grpo.compiled_attention
 import grpo.lean
 import grpo.products
 from grpo.attention import GroupSpan, PackedLayout, grpo_attention
@@ -86,7 +86,7 @@ def test_attention_equals_torch_in_values_and_gradients(
         upstream = upstream.transpose(1, 2)
         return [attended, *seen, *torch.autograd.grad(attended, [query, key, value, *prompt], upstream)]
 
-    monkeypatch.setattr(grpo.attention, "threads_for", lambda count: threads)
+    monkeypatch.setattr(grpo.compiled_attention, "threads_for", lambda count: threads)
     for mine, theirs in zip(everything(), in_torch(monkeypatch, everything), strict=True):
         assert mine.shape == theirs.shape
         assert torch.allclose(mine, theirs, atol=1e-5 * max(1.0, float(theirs.abs().max())))
