@@ -77,9 +77,10 @@ class _MLP(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         parts = (self.gate_proj, self.up_proj, self.down_proj)
         down: Tensor
-        if all(type(part) is Linear and part.bias is None for part in parts) and fits(hidden, *self.parameters()):
+        whole = all(type(part) is Linear and part.bias is None and not hasattr(part.weight, "ds_id") for part in parts)
+        if whole and fits(hidden, *self.parameters()):
             down = _GatedMLP.apply(hidden, *(part.weight for part in parts))
-        else:  # with biases or adapters, in 16 bits, or where there is no compiler
+        else:  # with biases or adapters, in 16 bits, without a compiler, or under ZeRO-3, where a layer has its weight while it is called
             down = self.down_proj(_SwiGLU.apply(self.gate_proj(hidden), self.up_proj(hidden)))
         return down
 
