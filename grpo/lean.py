@@ -24,10 +24,11 @@ ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Atte
 """The classes of transformers whose forward pass, or whose RoPE, is the one that is written here."""
 
 
-def use_lean_layers(model: PreTrainedModel) -> None:
-    """Give the norms and MLPs of `model` that are known the forward and backward passes below, and all of its products those of
-    grpo/products.py."""
-    use_products(model)
+def use_lean_layers(model: PreTrainedModel, *, products: bool = True) -> None:
+    """Give the norms and MLPs of `model` that are known the forward and backward passes below, and with `products` its linear layers
+    and embeddings those of grpo/products.py."""
+    if products:
+        use_products(model)
     for module in model.modules():
         name = type(module).__name__
         if name in NORMS:
@@ -77,10 +78,9 @@ class _MLP(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         parts = (self.gate_proj, self.up_proj, self.down_proj)
         down: Tensor
-        whole = all(type(part) is Linear and part.bias is None and not hasattr(part.weight, "ds_id") for part in parts)
-        if whole and fits(hidden, *self.parameters()):
+        if all(type(part) is Linear and part.bias is None for part in parts) and fits(hidden, *self.parameters()):
             down = _GatedMLP.apply(hidden, *(part.weight for part in parts))
-        else:  # with biases or adapters, in 16 bits, without a compiler, or under ZeRO-3, where a layer has its weight while it is called
+        else:  # with biases or adapters, in 16 bits, or where there is no compiler
             down = self.down_proj(_SwiGLU.apply(self.gate_proj(hidden), self.up_proj(hidden)))
         return down
 

@@ -55,7 +55,9 @@ class Policy:
         self.read_once = sharding.reads_once(accelerator) and not config.load_in_4bit
         self.model, self.swapped = load_to_train(path, config, accelerator, once=self.read_once)
         if accelerator.device.type == "cpu":
-            use_lean_layers(self.model)
+            # ZeRO gathers a weight while its own layer is called, and adds up gradients over ranks in the order in which they come:
+            # all must take the same way through a layer, and products.c is only for those with rows enough.
+            use_lean_layers(self.model, products=not self.zero_stage)
         self.working_copy = WorkingCopy(self.model)
         scorer = Scorer(
             self.model,
