@@ -253,10 +253,13 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
         if config.model.gradient_checkpointing:
             made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = sum(parameter.numel() for parameter in made.parameters() if parameter.requires_grad)
+    # The gradients of the batches before are there, and take in this one's. Where they are sharded, they never are there as a whole:
+    # a layer's, and what it is added to.
+    there = len(batches) > 1 or machine.kind in ("fsdp2", "zero2", "zero3")
     with FakeTensorMode() as fake:
         _materialise(made)
         scorer = Scorer(made, swapped=True, temperature=1.0, entropy_gradient=config.objective.entropy_coef != 0)
-        if len(batches) > 1:  # the gradients of the batches before are there, and take in this one's
+        if there:
             for parameter in made.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         live = LiveBytes()
@@ -266,7 +269,7 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
                 logprobs, _ = scorer(_Faked(batch, fake, machine))
             with live, accumulating() if machine.processes == 1 else contextlib.nullcontext():
                 logprobs.sum().backward()
-    return Simulated(trained, live.peak if len(batches) > 1 else max(live.peak - 4 * trained, 0))
+    return Simulated(trained, live.peak if there else max(live.peak - 4 * trained, 0))
 
 
 @contextlib.contextmanager

@@ -125,12 +125,15 @@ def main() -> None:
         if flags.decode:
             print(decode_times(suite, folder))
             return
-        rates = machine_rates(suite, one_thread=flags.cpu_time)
+        measured = [machine_rates(suite, one_thread=flags.cpu_time)]
         runs: dict[str, list[dict]] = {name: [] for name in RUNNERS}
         for number in range(suite.rounds):
             for name in RUNNERS:
                 print(f"round {number + 1} of {suite.rounds}: {name}", file=sys.stderr, flush=True)
                 runs[name].append(worker(flags, suite, name, folder))
+            measured.append(machine_rates(suite, one_thread=flags.cpu_time))
+        # The best of several times: a machine in a cloud has slow moments, and a limit that was measured in one is none.
+        rates = {name: max(rates[name] for rates in measured) for name in measured[0]}
         report = summarize(flags, suite, runs, rates)
         if flags.profile:
             Path(flags.profile).parent.mkdir(parents=True, exist_ok=True)
