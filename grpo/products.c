@@ -88,6 +88,46 @@ static void lay_out_rows(int rows, const float *a, int first, int last, int from
     }
 }
 
+typedef struct {
+    int rows, columns, terms, a_across;
+    const float *a, *bias;
+    float *result;
+} Factors;
+
+/* Rows [first, last) of the result, columns [left, right): terms [from, from + depth) of a times the panels. `set`: not added to what
+   is there, but to the bias. */
+static void multiply(const Factors *it, int first, int last, int left, int right, int from, int depth, int set,
+                     const float *panels, float *tiles)
+{
+    if (it->a_across)
+        lay_out_rows(it->rows, it->a, first, last, from, depth, tiles);
+    for (int start = left; start < right; start += PANEL, panels += (long)PANEL * depth) {
+        const int width = smaller(PANEL, it->columns - start);
+        float sums[ROWS][PANEL];
+        for (int row = first, count; row < last; row += count) {
+            if (it->a_across) {
+                count = smaller(ROWS, last - row);
+                tile(ROWS, depth, tiles + (long)(row - first) * depth, 1, ROWS, panels, sums);
+            } else {
+                count = tile_rows(last, row);
+                tile_of(count, depth, it->a + (long)row * it->terms + from, it->terms, panels, sums);
+            }
+            for (int r = 0; r < count; r++) {
+                float *target = it->result + (long)(row + r) * it->columns + start;
+                const float *before = !set ? target : it->bias ? it->bias + start : 0;
+                if (width < PANEL)
+                    for (int o = 0; o < width; o++)
+                        target[o] = sums[r][o] + (before ? before[o] : 0.0f);
+                else if (before)
+                    for (int o = 0; o < PANEL; o += 8)
+                        *(octet *)(target + o) = *(octet *)(sums[r] + o) + *(const octet *)(before + o);
+                else
+                    memcpy(target, sums[r], sizeof(float) * PANEL);
+            }
+        }
+    }
+}
+
 /* a [rows][terms], or [terms][rows] if a_across; b [terms][columns], or [columns][terms] if b_across; bias [columns] or null; result
    [rows][columns], set or added to. scratch: floats, DEPTH * WIDTH + threads * DEPTH * (HEIGHT + ROWS) */
 void product(int threads, int rows, int columns, int terms, int a_across, int b_across, int add, const float *a, const float *b,
@@ -96,6 +136,7 @@ void product(int threads, int rows, int columns, int terms, int a_across, int b_
     const int depths = (terms + DEPTH - 1) / DEPTH, depth = (terms + depths - 1) / depths;
     const int blocks = (rows + HEIGHT * threads - 1) / (HEIGHT * threads) * threads;
     const int height = ((rows + blocks - 1) / blocks + ROWS - 1) / ROWS * ROWS;
+    const Factors it = {rows, columns, terms, a_across, a, bias, result};
 #pragma omp parallel num_threads(threads)
     for (int left = 0; left < columns; left += WIDTH) {
         const int right = smaller(left + WIDTH, columns);
@@ -104,39 +145,12 @@ void product(int threads, int rows, int columns, int terms, int a_across, int b_
 #pragma omp for schedule(static)
             for (int start = left; start < right; start += PANEL)
                 lay_out(columns, terms, b_across, b, start, from, deep, scratch + (long)(start - left) * deep);
-#pragma omp for schedule(static)
-            for (int block = 0; block < blocks; block++) {
-                const int first = block * height, last = smaller(first + height, rows);
-                float *tiles = scratch + DEPTH * WIDTH + (long)block % threads * DEPTH * (HEIGHT + ROWS);
-                if (a_across)
-                    lay_out_rows(rows, a, first, last, from, deep, tiles);
-                for (int start = left; start < right; start += PANEL) {
-                    const float *panel = scratch + (long)(start - left) * deep;
-                    const int width = smaller(PANEL, columns - start);
-                    float sums[ROWS][PANEL];
-                    for (int row = first, count; row < last; row += count) {
-                        if (a_across) {
-                            count = smaller(ROWS, last - row);
-                            tile(ROWS, deep, tiles + (long)(row - first) * deep, 1, ROWS, panel, sums);
-                        } else {
-                            count = tile_rows(last, row);
-                            tile_of(count, deep, a + (long)row * terms + from, terms, panel, sums);
-                        }
-                        for (int r = 0; r < count; r++) {
-                            float *target = result + (long)(row + r) * columns + start;
-                            const float *before = set ? bias : target;
-                            if (set && bias)
-                                before = bias + start;
-                            if (width < PANEL)
-                                for (int o = 0; o < width; o++)
-                                    target[o] = sums[r][o] + (before ? before[o] : 0.0f);
-                            else if (before)
-                                for (int o = 0; o < PANEL; o += 8)
-                                    *(octet *)(target + o) = *(octet *)(sums[r] + o) + *(const octet *)(before + o);
-                            else
-                                memcpy(target, sums[r], sizeof(float) * PANEL);
-                        }
-                    }
+#pragma omp for schedule(static, 1)
+            for (int worker = 0; worker < threads; worker++) { /* each with room of its own, whoever does its work */
+                float *tiles = scratch + DEPTH * WIDTH + (long)worker * DEPTH * (HEIGHT + ROWS);
+                for (int block = worker; block < blocks; block += threads) {
+                    const int first = block * height, last = smaller(first + height, rows);
+                    multiply(&it, first, last, left, right, from, deep, set, scratch, tiles);
                 }
             }
         }

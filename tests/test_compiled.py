@@ -109,7 +109,7 @@ def test_attention_of_rows_equals_the_plain_formula(window: int | None) -> None:
 @needs_a_compiler
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
-    ("rows", "terms", "columns"), [(1, 1, 1), (7, 5, 3), (100, 40, 33), (201, 900, 17), (13, 384, 1100)]
+    ("rows", "terms", "columns"), [(1, 1, 1), (7, 5, 3), (100, 40, 33), (201, 900, 17), (13, 384, 1100), (600, 300, 80)]
 )
 def test_products_equal_torch_whichever_way_they_are_given(
     monkeypatch: pytest.MonkeyPatch, threads: int, rows: int, terms: int, columns: int
@@ -121,7 +121,9 @@ def test_products_equal_torch_whichever_way_they_are_given(
     for a_across, b_across in itertools.product((False, True), repeat=2):
         given = (a.T.contiguous() if a_across else a, b.T.contiguous() if b_across else b)
         across = {"a_across": a_across, "b_across": b_across}
-        assert torch.allclose(product(*given, bias=bias, **across), expected, **close)
+        made = product(*given, bias=bias, **across)
+        assert torch.allclose(made, expected, **close)
+        assert all(torch.equal(product(*given, bias=bias, **across), made) for _ in range(20))  # threads do not meet
         there = torch.full((rows, columns), 2.0)
         assert product(*given, into=there, **across) is there
         assert torch.allclose(there, expected - bias + 2, **close)
