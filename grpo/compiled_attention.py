@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.autograd.function import once_differentiable
 
 from grpo.compiled import attention_library, plain, pointer, threads_for
 
@@ -42,8 +43,8 @@ class Sequences:
     @classmethod
     def of(cls, rows: list[list[int]], groups: list[int], elsewhere: list[int]) -> "Sequences":
         with unset_fake_temporarily():  # where only memory is counted
-            tensors = torch.tensor(rows).reshape(-1, 5), torch.tensor(groups)
-        longest = max(row[1] + row[2] for row in rows)
+            tensors = torch.tensor(rows, dtype=torch.int64).reshape(-1, 5), torch.tensor(groups)
+        longest = max((row[1] + row[2] for row in rows), default=0)
         return cls(*tensors, longest, sum(row[1] * (row[1] + row[2]) for row in rows), elsewhere)
 
     def prompt_of(self, group: int) -> int:
@@ -87,6 +88,7 @@ class CompiledAttention(torch.autograd.Function):
         return result.transpose(1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         query, key, value, result, lses, *prompts = ctx.saved_tensors
         sequences, (heads, key_heads, size, tokens, *_) = ctx.sequences, ctx.shape
@@ -94,7 +96,9 @@ class CompiledAttention(torch.autograd.Function):
         threads, groups = threads_for(heads * sequences.pairs), len(sequences.groups) - 1
         parts = key_heads if groups * key_heads >= threads else heads  # what each of them adds up for itself
         grad_query = torch.empty_like(query)
-        shares = query.new_empty(2, tokens + sum(sequences.elsewhere), parts, size)
+        # Zeros where there are prompts elsewhere: one without completions gets nothing.
+        make = query.new_zeros if sequences.elsewhere else query.new_empty
+        shares = make(2, tokens + sum(sequences.elsewhere), parts, size)
         scratch = _room(query, sequences.longest, threads, layouts=3, scores=2)
         tensors = map(pointer, (query, key, value, result, lses, gradient, scratch, grad_query, *shares))
         plan = (groups, pointer(sequences.groups), pointer(sequences.rows), *_pointers(prompts))
@@ -107,7 +111,8 @@ class CompiledAttention(torch.autograd.Function):
                     share[first : first + leaf.shape[2]] += leaf.grad[0].transpose(0, 1)
         own, *others = shares.split([tokens, *sequences.elsewhere], dim=1)
         grad_key, grad_value = (share.view(key.shape).transpose(1, 2) for share in own)
-        outside = [share[None].transpose(1, 2) for pair in others for share in pair]
+        # A copy: a leaf would keep the whole of what it is a part of.
+        outside = [share[None].transpose(1, 2).clone() for pair in others for share in pair]
         return grad_query.transpose(1, 2), grad_key, grad_value, None, None, None, None, *outside
 
 

@@ -1,4 +1,4 @@
-/* What lean.c, attention.c and rollout/decode_step.c share. */
+/* What lean.c, attention.c, products.c and rollout/decode_step.c share. */
 
 #include <math.h>
 #include <stdint.h>

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from grpo.compiled import lean_library, plain, pointer, threads_for
@@ -171,11 +172,13 @@ class _GatedMLP(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor) -> Tensor:
         states = hidden.flatten(0, -2)
         gate, up = (product(states, weight, b_across=True) for weight in (gate_weight, up_weight))
-        ctx.save_for_backward(states, gate, up, gate_weight, up_weight, down_weight)
+        kept = states if any(ctx.needs_input_grad[1:3]) else None
+        ctx.save_for_backward(kept, gate, up, gate_weight, up_weight, down_weight)
         ctx.weights = (gate_weight, up_weight, down_weight)  # themselves, whatever is done to what is saved
         return product(_gated(gate, up), down_weight, b_across=True).view(hidden.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         states, gate, up, gate_weight, up_weight, down_weight = ctx.saved_tensors
         shape, gradient = gradient.shape, gradient.flatten(0, -2).contiguous()

@@ -247,7 +247,7 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
         made = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation="sdpa").train()
         made.set_attn_implementation(NAME)
         if machine.cpu:
-            use_lean_layers(made)
+            use_lean_layers(made, products=machine.kind not in ("zero2", "zero3"))
         if config.lora.r is not None:
             add_adapter(made, config.lora, base="")
         if config.model.gradient_checkpointing:

@@ -85,7 +85,8 @@ class Policy:
             separate=separate_sampler,
             hold=not sampled_elsewhere,
         )
-        self.fused = accelerator.device.type == "cpu" and not is_sharded(accelerator) and accelerator.scaler is None
+        alone = accelerator.device.type == "cpu" and not is_sharded(accelerator) and accelerator.scaler is None
+        self.fused = True if alone else None  # None: torch chooses
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=optimizer.learning_rate,
@@ -285,6 +286,8 @@ class Policy:
         checkpoint is of another kind of run."""
         given = not self.takes_tensors_from_main or self.accelerator.is_main_process
         moments = optimizer_from_tensors(tensors["optimizer"], state["optimizer"]) if given else {}
+        for group in moments.get("param_groups", []):
+            group["fused"] = self.fused  # not what was right where the checkpoint was written
         if self.zero_stage:
             zero.load_full_state(self.model, self.scorer, self.optimizer, tensors["model"], moments)
         elif is_sharded(self.accelerator):
@@ -299,8 +302,6 @@ class Policy:
             if self.adapter is None:
                 self.model.tie_weights()
             self.optimizer.load_state_dict(moments)
-        for group in self.optimizer.param_groups:
-            group["fused"] = self.fused  # not what was right where the checkpoint was written
         self.scheduler.load_state_dict(state["scheduler"])
         self._apply(self.optimizer_config)
         if self.accelerator.scaler is not None and "loss_scale" in state:

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
 
 from grpo.compiled import plain, pointer, products_library, threads_for
 
-DEPTH, WIDTH, HEIGHT = 384, 1024, 96 + 12
-"""As in products.c (and ROWS of lanes.h, at most): how much room it wants."""
+DEPTH, WIDTH, HEIGHT, ROWS = 384, 1024, 96, 12
+"""As in products.c and lanes.h (ROWS at most): how much room they want."""
 
 
 FEWEST_ROWS = 64
@@ -30,7 +31,7 @@ def fits(rows: Tensor, *tensors: Tensor | None) -> bool:
     """Whether products.c can read all of them, None left out, and may (under autocast others choose the dtype), and whether that
     pays for so many rows [..., K]."""
     return (
-        rows.numel() >= FEWEST_ROWS * rows.shape[-1]
+        0 < FEWEST_ROWS * rows.shape[-1] <= rows.numel()
         and not torch.is_autocast_enabled("cpu")
         and plain(rows, *(tensor for tensor in tensors if tensor is not None))
         and products_library() is not None
@@ -47,7 +48,8 @@ def product(
     into: Tensor | None = None,
 ) -> Tensor:
     """a [M, K] @ b [K, N] + bias [N] -> [M, N]. `a_across`: a is given as [K, M]; `b_across`: b as [N, K]. Added to `into` and returned,
-    where that is given. For tensors that `fits`; sums do not depend on the number of threads."""
+    where that is given instead of a bias. For tensors that `fits`; sums do not depend on the number of threads."""
+    assert bias is None or into is None
     rows, terms = a.shape[::-1] if a_across else a.shape
     columns = b.shape[0] if b_across else b.shape[1]
     threads = threads_for(rows * columns + rows * terms)
@@ -63,9 +65,9 @@ _rooms = threading.local()
 
 def _room(threads: int) -> Tensor:
     """Room for products.c to lay out what it multiplies: one to two megabytes, of each thread of Python its own."""
-    size = DEPTH * (WIDTH + threads * HEIGHT)
+    size = DEPTH * (WIDTH + threads * (HEIGHT + ROWS))
     if getattr(_rooms, "size", 0) < size:
-        with unset_fake_temporarily():  # it outlives a simulation (grpo/memory.py)
+        with _disable_current_modes():  # it outlives a simulation (grpo/memory.py), which does not count it
             _rooms.size, _rooms.tensor = size, torch.empty(size)
     room: Tensor = _rooms.tensor
     return room
@@ -100,19 +102,20 @@ class LinearProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(states, weight)
+        ctx.save_for_backward(states if ctx.needs_input_grad[1] else None, weight)
         ctx.weight = weight  # itself, whatever is done to what is saved
         return product(states.flatten(0, -2), weight, b_across=True, bias=bias).view(*states.shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[no-untyped-def]
         states, weight = ctx.saved_tensors
-        rows, gradient = states.flatten(0, -2), gradient.flatten(0, -2).contiguous()
+        shape, gradient = gradient.shape[:-1], gradient.flatten(0, -2).contiguous()
         grad_states = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_states = product(gradient, weight).view(states.shape)
+            grad_states = product(gradient, weight).view(*shape, -1)
         if ctx.needs_input_grad[1]:
-            grad_weight = weight_gradient(gradient, rows, ctx.weight)
+            grad_weight = weight_gradient(gradient, states.flatten(0, -2), ctx.weight)
         return grad_states, grad_weight, gradient.sum(0) if ctx.needs_input_grad[2] else None
 
 
@@ -150,9 +153,10 @@ class _Lookup(torch.autograd.Function):
     def forward(ctx, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(ids)
         ctx.weight, ctx.padding = weight, padding
-        return weight[ids]
+        return F.embedding(ids, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[None, Tensor | None, None]:  # type: ignore[no-untyped-def]
         if not ctx.needs_input_grad[1]:
             return None, None, None

@@ -18,7 +18,9 @@ import grpo.lean
 import grpo.products
 from grpo.attention import GroupSpan, PackedLayout, grpo_attention
 from grpo.compiled import compiled, lean_library
+from grpo.config import LoraConfig
 from grpo.lean import _RMSNorm, _SwiGLU, use_lean_layers
+from grpo.lora import add_adapter
 from grpo.products import accumulating, product
 from grpo.rollout.backbones import FusedBackbone, ModuleBackbone
 from grpo.rollout.compiled_backbone import CompiledBackbone, Panels, library
@@ -67,24 +69,25 @@ def test_norm_and_swiglu_equal_torch_in_values_and_gradients(
 def test_attention_equals_torch_in_values_and_gradients(
     monkeypatch: pytest.MonkeyPatch, threads: int, window: int | None, heads: int, key_heads: int, size: int
 ) -> None:
-    """Three groups in a row; the prompt of the second lies elsewhere, and what was gathered for that of the third is added."""
-    spans = [GroupSpan(0, 5, (7, 1, 33)), GroupSpan(46, 9, (4, 6)), GroupSpan(56, 3, (2,))]
-    tokens = 46 + 10 + 5
+    """Four groups in a row; the prompts of the second and the last lie elsewhere, and what was gathered for that of the third is added."""
+    spans = [GroupSpan(0, 5, (7, 1, 33)), GroupSpan(46, 9, (4, 6)), GroupSpan(56, 3, (2,)), GroupSpan(61, 4, (3, 11))]
+    tokens = 46 + 10 + 5 + 14
 
     def everything() -> list[Tensor]:
         query, upstream = numbers(1, tokens, heads, size, scale=3), numbers(1, heads, tokens, size, grad=False)
         key, value = numbers(1, tokens, key_heads, size, scale=2), numbers(1, tokens, key_heads, size, scale=0.5)
         prompt = numbers(1, key_heads, 9, size, scale=2), numbers(1, key_heads, 9, size, scale=0.3)
+        other = numbers(1, key_heads, 4, size, scale=2), numbers(1, key_heads, 4, size, scale=0.7)
         leaves = numbers(1, key_heads, 3, size), numbers(1, key_heads, 3, size)
         for leaf in leaves:
-            leaf.grad = numbers(1, key_heads, 3, size, scale=5, grad=False)
+            leaf.grad = numbers(1, key_heads, 3, size, scale=5 if leaf is leaves[0] else -2, grad=False)
         seen: list[Tensor] = []
-        layout = PackedLayout(spans, torch.device("cpu"), elsewhere={1: iter([prompt])})
+        layout = PackedLayout(spans, torch.device("cpu"), elsewhere={1: iter([prompt]), 3: iter([other])})
         layout.watched[2] = lambda *them: seen.extend(tensor.detach().clone() for tensor in them) or leaves
         states = [tensor.transpose(1, 2) for tensor in (query, key, value)]
         attended, _ = grpo_attention(torch.nn.Module(), *states, None, sliding_window=window, layout=layout)
         upstream = upstream.transpose(1, 2)
-        return [attended, *seen, *torch.autograd.grad(attended, [query, key, value, *prompt], upstream)]
+        return [attended, *seen, *torch.autograd.grad(attended, [query, key, value, *prompt, *other], upstream)]
 
     monkeypatch.setattr(grpo.compiled_attention, "threads_for", lambda count: threads)
     for mine, theirs in zip(everything(), in_torch(monkeypatch, everything), strict=True):
@@ -148,6 +151,32 @@ def test_gradients_are_added_where_they_belong_and_autograd_gives_the_same(monke
     for (name, one), other in zip(plain.named_parameters(), twin.parameters(), strict=True):
         assert one.grad is not None and other.grad is not None, name
         assert float((one.grad - other.grad).abs().max()) <= 1e-5 * float(one.grad.abs().max()), name
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("targets", [["q_proj"], ["gate_proj", "down_proj"]])
+def test_products_beside_an_adapter_equal_torch(monkeypatch: pytest.MonkeyPatch, targets: list[str]) -> None:
+    """A frozen base under LoRA: only the adapter gets gradients, the ones that torch's products give."""
+    monkeypatch.setattr(grpo.products, "FEWEST_ROWS", 1)
+    batch = probe_batch(tiny_model().config.vocab_size)
+
+    def gradients() -> list[Tensor]:
+        model = tiny_model()
+        use_lean_layers(model)
+        torch.manual_seed(0)
+        add_adapter(model, LoraConfig(r=4, target_modules=targets), base="")
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.data.normal_(std=0.1)
+        with accumulating():
+            Scorer(model, swapped=True, temperature=1.0)(batch)[0].sum().backward()
+        assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
+        return [parameter.grad for parameter in trained if parameter.grad is not None]
+
+    mine, theirs = gradients(), in_torch(monkeypatch, gradients)
+    assert len(mine) == len(theirs) == 2 * 2 * len(targets)
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.allclose(one, other, atol=1e-5 * float(other.abs().max()))
 
 
 @needs_a_compiler

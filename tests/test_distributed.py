@@ -164,7 +164,8 @@ def same_run(one: Ended, other: Ended) -> None:
 
 
 def stopped_after_a_step(run: Ended, folder: Path) -> None:
-    """A copy of the run as it is when it is killed before its second checkpoint."""
+    """A copy of the run as it is when it is killed before its second checkpoint; records of later steps stay, as after a kill between
+    a step's record and its checkpoint."""
     shutil.copytree(run.folder, folder)
     for later in (2, 3):
         shutil.rmtree(folder / "checkpoints" / f"step-{later}")
@@ -179,8 +180,9 @@ def stopped_after_a_step(run: Ended, folder: Path) -> None:
         (["three"], {"prompts_per_step": 2, "tokens_per_batch": 40}),  # the third rank has nothing to train
         (["two", "fsdp"], LORA),
         (["two"], {"rollout.max_staleness": 1}),
+        (["two", "fsdp"], {"tokens_per_batch": 256}),  # enough rows for products.c
     ],
-    ids=["full", "idle rank", "lora", "sampled ahead"],
+    ids=["full", "idle rank", "lora", "sampled ahead", "large batches"],
 )
 def test_any_number_of_processes_does_the_same(runs: Runs, cases: list[str], changes: dict[str, object]) -> None:
     """Uneven lengths, 5 prompts over 2 ranks (2 over 3), uneven micro-batches: same groups, rewards, advantages, metrics

@@ -58,7 +58,7 @@ def test_five_adamw_steps_end_with_equal_weights() -> None:
     # AdamW divides each gradient by its own size, so the smallest ones, which are mostly rounding, may move a weight by
     # anything up to a step: what all weights moved is compared, and no weight may be off by a hundredth of a step of 1e-3.
     assert row["moved"] <= 1e-5
-    assert row["weights"] <= 1e-5
+    assert row["weights"] <= 1e-5  # 1.1e-6 was seen
 
 
 # --- Where we differ on purpose -----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+import grpo.products
 from grpo.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.errors import NumericsError
 from grpo.loading import load_model, load_tokenizer
@@ -81,7 +82,11 @@ def test_a_synced_reference_moves_by_alpha_and_is_in_the_checkpoint(folder: Path
     assert torch.equal(reference(again), reference(policy))
 
 
-def test_gradient_checkpointing_changes_no_gradient_and_no_token(folder: Path) -> None:
+@pytest.mark.parametrize("fewest", [1, 64])
+def test_gradient_checkpointing_changes_no_gradient_and_no_token(
+    folder: Path, fewest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpo.products, "FEWEST_ROWS", fewest)
     gradients, drawn = [], []
     for checkpointing in (False, True):
         policy = policy_of(folder, gradient_checkpointing=checkpointing)
