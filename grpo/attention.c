@@ -106,6 +106,15 @@ static long room_of(const Shape *shape, int panels, int scores)
     return panels * wide * up_to_panel(shape->size) + scores * (long)ROWS * wide;
 }
 
+/* The next task that no worker has: sequences differ in length, so that none is given out beforehand. */
+static inline int take(int *next)
+{
+    int task;
+#pragma omp atomic capture
+    task = (*next)++;
+    return task;
+}
+
 /* One query head of one sequence. */
 static void head_forward(const Shape *shape, const Sequence *it, int head, const float *key_rows, const float *value_columns,
                          const float *query, float *scores, float *result, float *lses)
@@ -145,12 +154,7 @@ void forward(int threads, int parts, int heads, int key_heads, int size, int tok
     int next = 0;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int worker = 0; worker < threads; worker++)
-        for (;;) {
-            int task;
-#pragma omp atomic capture
-            task = next++;
-            if (task >= count * parts)
-                break;
+        for (int task; (task = take(&next)) < count * parts;) {
             const Sequence *it = sequences + task / parts;
             const int part = task % parts, key_head = part * key_heads / parts;
             float *key_rows = scratch + worker * room, *value_columns = key_rows + packed, *scores = value_columns + packed;
@@ -219,12 +223,7 @@ void backward(int threads, int parts, int heads, int key_heads, int size, int to
     int next = 0;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int worker = 0; worker < threads; worker++)
-        for (;;) {
-            int task;
-#pragma omp atomic capture
-            task = next++;
-            if (task >= group_count * parts)
-                break;
+        for (int task; (task = take(&next)) < group_count * parts;) {
             const Sequence *begin = sequences + groups[task / parts], *end = sequences + groups[task / parts + 1];
             const int part = task % parts, key_head = part * key_heads / parts;
             float *key_rows = scratch + worker * room, *value_rows = key_rows + packed, *key_columns = value_rows + packed;

@@ -1,7 +1,7 @@
 """Products: linear layers, embeddings and the head in float32 on a CPU, by products.c -> values and gradients.
 
-General libraries do the products of a few hundred rows, which is what a packed batch has, at three quarters of the rate of
-large ones; products.c is made for them. Where there is no C compiler, in 16 bits and on GPUs, it is torch that multiplies.
+products.c is made for the few hundred rows of a packed batch. Alone it is little faster than general libraries, and most for the head
+(docs/speed.md). Where there is no C compiler, in 16 bits and on GPUs, it is torch that multiplies.
 
 Within `accumulating`, a backward pass adds the gradients of these weights to .grad by itself, instead of making each of them,
 as large as its weight, for autograd to add and throw away.
