@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 
 from grpo import compiled_attention
-from grpo.compiled_attention import CompiledAttention, Sequences
+from grpo.compiled_attention import CompiledAttention, Join, Sequences
 
 NAME = "grpo"
 Prompt = tuple[Tensor, Tensor]
@@ -114,6 +114,20 @@ class PackedLayout:
                 first += length
             groups.append(len(rows))
         return Sequences.of(rows, groups, elsewhere)
+
+    def outside(self) -> list[Tensor]:
+        """The next layer's keys and values, in turn, of the prompts that are not in the row."""
+        return [tensor for index in sorted(self.elsewhere) for tensor in next(self.elsewhere[index])]
+
+    def watch(self, key: Tensor, value: Tensor) -> list[Join]:
+        """Show one layer's keys and values [1, K, T, D] to whoever watches; -> what is to be added to their gradients."""
+        joins: list[Join] = []
+        for index, watcher in self.watched.items():
+            first, length = self.sequences.prompt_of(index), self.spans[index].prompt_length
+            before = watcher(key[:, :, first : first + length], value[:, :, first : first + length])
+            if before is not None:
+                joins.append((first, *before))
+        return joins
 
     def padding(self, block: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """For completions of the lengths `block`: rows [G, C] (indices into their tokens, padding points at 0) and back
@@ -242,14 +256,8 @@ def joined(again: Tensor, before: Tensor) -> Tensor:
 def _packed_in_c(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: int | None
 ) -> Tensor:
-    elsewhere = [tensor for index in sorted(layout.elsewhere) for tensor in next(layout.elsewhere[index])]
-    joins = []
-    for index, watcher in layout.watched.items():
-        first, length = layout.sequences.prompt_of(index), layout.spans[index].prompt_length
-        before = watcher(key[:, :, first : first + length], value[:, :, first : first + length])
-        if before is not None:
-            joins.append((first, *before))
-    attended: Tensor = CompiledAttention.apply(query, key, value, layout.sequences, scaling, window, joins, *elsewhere)
+    outside, joins = layout.outside(), layout.watch(key, value)
+    attended: Tensor = CompiledAttention.apply(query, key, value, layout.sequences, scaling, window, joins, *outside)
     return attended
 
 

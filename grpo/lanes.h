@@ -4,6 +4,8 @@
 #include <stdint.h>
 #include <string.h>
 
+int omp_get_thread_num(void); /* without omp.h, which not every compiler brings */
+
 /* exp(x) within 2 units in the last place, without a call, so that a loop of it becomes vector code: x = n ln 2 + r, and
    exp(r) by the polynomial of Cephes (S. Moshier, netlib.org/cephes). 0 below -87, and at most exp(88). */
 static inline float exponential(float exponent)
@@ -27,6 +29,18 @@ static inline float exponential(float exponent)
 /* Eight lanes of a vector register (or of two), at any address. */
 typedef float octet __attribute__((vector_size(32), aligned(4)));
 typedef int32_t octet_mask __attribute__((vector_size(32)));
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLES /* lanes of two octets put together; all but the last two within halves of four lanes */
+#define LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
+#define HIGH(a, b) __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
+#define LOW_PAIRS(a, b) __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
+#define HIGH_PAIRS(a, b) __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+#define LOW_HALVES(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
+#define HIGH_HALVES(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
+#endif
+#endif
 
 /* In lanes by hand: the compiler may not reorder comparisons, in which a NaN could hide. */
 static inline float largest_of(long count, const float *x)

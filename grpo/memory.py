@@ -27,7 +27,7 @@ from grpo.attention import NAME
 from grpo.compiled import pretended
 from grpo.config import Config, LoraConfig
 from grpo.errors import ConfigError
-from grpo.lean import use_lean_layers
+from grpo.lean_layers import use_lean_layers
 from grpo.logprobs import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
 from grpo.lora import add_adapter
 from grpo.packing import PackedBatch, pack

@@ -17,7 +17,7 @@ from grpo.checkpoint import Tensors, optimizer_from_tensors, optimizer_to_tensor
 from grpo.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.distributed import compute_dtype, from_main, is_sharded, return_freed_memory
 from grpo.errors import ConfigError, NumericsError
-from grpo.lean import use_lean_layers
+from grpo.lean_layers import use_lean_layers
 from grpo.loading import load_to_train, load_tokenizer
 from grpo.lora import add_adapter, off, save_adapter
 from grpo.packing import PackedBatch

@@ -8,24 +8,14 @@
 
 #define DEPTH 384   /* terms at most that are added up at a time: a panel is 24 KiB */
 #define WIDTH 1024  /* columns of b that are laid out at a time: a multiple of PANEL */
-#define HEIGHT 96   /* about as many rows of a are one thread's at a time */
+#define HEIGHT 96   /* rows of a, at most about, that are one task: half as many where they need not be laid out */
 
 static inline int smaller(int one, int other) { return one < other ? one : other; }
-
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define TURNS_OCTETS
-#endif
-#endif
 
 /* 8 rows of 8 numbers, `stride` apart -> the same as columns, PANEL apart */
 static inline void turn(const float *rows, long stride, float *columns)
 {
-#ifdef TURNS_OCTETS
-#define LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
-#define HIGH(a, b) __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
-#define FIRST(a, b) __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
-#define SECOND(a, b) __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+#ifdef SHUFFLES
     octet row[8], pair[8], four[8];
     for (int r = 0; r < 8; r++)
         row[r] = *(const octet *)(rows + r * stride);
@@ -34,14 +24,14 @@ static inline void turn(const float *rows, long stride, float *columns)
         pair[r + 1] = HIGH(row[r], row[r + 1]);
     }
     for (int r = 0; r < 8; r += 4) {
-        four[r] = FIRST(pair[r], pair[r + 2]);
-        four[r + 1] = SECOND(pair[r], pair[r + 2]);
-        four[r + 2] = FIRST(pair[r + 1], pair[r + 3]);
-        four[r + 3] = SECOND(pair[r + 1], pair[r + 3]);
+        four[r] = LOW_PAIRS(pair[r], pair[r + 2]);
+        four[r + 1] = HIGH_PAIRS(pair[r], pair[r + 2]);
+        four[r + 2] = LOW_PAIRS(pair[r + 1], pair[r + 3]);
+        four[r + 3] = HIGH_PAIRS(pair[r + 1], pair[r + 3]);
     }
     for (int r = 0; r < 4; r++) {
-        *(octet *)(columns + r * PANEL) = __builtin_shufflevector(four[r], four[r + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        *(octet *)(columns + (r + 4) * PANEL) = __builtin_shufflevector(four[r], four[r + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+        *(octet *)(columns + r * PANEL) = LOW_HALVES(four[r], four[r + 4]);
+        *(octet *)(columns + (r + 4) * PANEL) = HIGH_HALVES(four[r], four[r + 4]);
     }
 #else
     for (int c = 0; c < 8; c++)
@@ -134,8 +124,8 @@ void product(int threads, int rows, int columns, int terms, int a_across, int b_
              const float *bias, float *scratch, float *result)
 {
     const int depths = (terms + DEPTH - 1) / DEPTH, depth = (terms + depths - 1) / depths;
-    const int blocks = (rows + HEIGHT * threads - 1) / (HEIGHT * threads) * threads;
-    const int height = ((rows + blocks - 1) / blocks + ROWS - 1) / ROWS * ROWS;
+    const int tiles = (rows + ROWS - 1) / ROWS, together = (a_across ? HEIGHT : HEIGHT / 2) * threads;
+    const int blocks = smaller((rows + together - 1) / together * threads, tiles); /* for each thread as many */
     const Factors it = {rows, columns, terms, a_across, a, bias, result};
 #pragma omp parallel num_threads(threads)
     for (int left = 0; left < columns; left += WIDTH) {
@@ -145,13 +135,11 @@ void product(int threads, int rows, int columns, int terms, int a_across, int b_
 #pragma omp for schedule(static)
             for (int start = left; start < right; start += PANEL)
                 lay_out(columns, terms, b_across, b, start, from, deep, scratch + (long)(start - left) * deep);
-#pragma omp for schedule(static, 1)
-            for (int worker = 0; worker < threads; worker++) { /* each with room of its own, whoever does its work */
-                float *tiles = scratch + DEPTH * WIDTH + (long)worker * DEPTH * (HEIGHT + ROWS);
-                for (int block = worker; block < blocks; block += threads) {
-                    const int first = block * height, last = smaller(first + height, rows);
-                    multiply(&it, first, last, left, right, from, deep, set, scratch, tiles);
-                }
+#pragma omp for schedule(dynamic)
+            for (int block = 0; block < blocks; block++) {
+                float *room = scratch + DEPTH * WIDTH + (long)omp_get_thread_num() * DEPTH * (HEIGHT + ROWS);
+                const int first = (long)tiles * block / blocks * ROWS, last = smaller((long)tiles * (block + 1) / blocks * ROWS, rows);
+                multiply(&it, first, last, left, right, from, deep, set, scratch, room);
             }
         }
     }

@@ -19,7 +19,8 @@ import grpo.products
 from grpo.attention import GroupSpan, PackedLayout, grpo_attention
 from grpo.compiled import compiled, lean_library
 from grpo.config import LoraConfig
-from grpo.lean import _RMSNorm, _SwiGLU, use_lean_layers
+from grpo.lean import _RMSNorm, _SwiGLU
+from grpo.lean_layers import use_lean_layers
 from grpo.lora import add_adapter
 from grpo.products import accumulating, product
 from grpo.rollout.backbones import FusedBackbone, ModuleBackbone

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from grpo.lean import _MLP, _Norm, use_lean_layers
+from grpo.lean import MLP, Norm
+from grpo.lean_layers import use_lean_layers
 from grpo.products import Linear
 from tests.fakes import tiny_model
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("way")
 def test_a_norm_of_two_numbers() -> None:
     norm = torch.nn.Module()
     norm.weight, norm.variance_epsilon = torch.nn.Parameter(torch.tensor([1.0, 2.0])), 0.0
-    norm.__class__ = _Norm
+    norm.__class__ = Norm
     # rms(3, 4) = sqrt(12.5) = 3.5355
     assert torch.allclose(norm(torch.tensor([[3.0, 4.0]])), torch.tensor([[0.848528, 2.262742]]))
 
@@ -30,8 +31,8 @@ def test_a_model_computes_and_learns_the_same(family: str, dtype: torch.dtype) -
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     lean = copy.deepcopy(plain)
     use_lean_layers(lean)
-    assert any(isinstance(module, _Norm) for module in lean.modules())
-    assert any(isinstance(module, _MLP) for module in lean.modules())
+    assert any(isinstance(module, Norm) for module in lean.modules())
+    assert any(isinstance(module, MLP) for module in lean.modules())
     ids = torch.randint(0, plain.config.vocab_size, (2, 9), generator=generator)
     outputs = []
     for model in (plain, lean):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from grpo.config import load_config
-from grpo.lean import use_lean_layers
+from grpo.lean_layers import use_lean_layers
 from grpo.memory import LiveBytes, Machine, cache_per_slot, estimate, machine_of, simulate, step_batches
 from grpo.products import accumulating
 from grpo.scorer import Scorer

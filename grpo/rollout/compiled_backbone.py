@@ -138,8 +138,9 @@ class CompiledBackbone(FusedBackbone):
             self.described = (cache, *self._describe(cache))
         model = self.described[1]
         mixed = (model.heads + 2 * model.key_heads) * model.head_size
-        numbers = model.hidden + mixed + model.heads * (model.head_size + cache.length) + model.inside
-        hidden, scratch = torch.empty(rows, model.hidden), torch.empty(rows * numbers)
+        numbers = model.hidden + mixed + model.heads * model.head_size + model.inside
+        weights = model.threads * -(-cache.length // 8) * 8
+        hidden, scratch = torch.empty(rows, model.hidden), torch.empty(rows * numbers + weights)
         tokens, positions = tokens_B.contiguous(), positions_B.contiguous()
         library().step(
             ctypes.addressof(model), rows, pointer(tokens), pointer(positions), pointer(hidden), pointer(scratch)

@@ -85,34 +85,67 @@ static void place(const Model *model, const Layer *layer, int head, const float 
     }
 }
 
-/* One query head against `seen` keys and values -> result [head size]. `weights` has room for `seen` numbers. */
+/* Number n of the result: the sum of row n of 8. */
+static inline octet sums_of(const octet *row)
+{
+#ifdef SHUFFLES
+    octet half[4], quarter[2];
+    for (int r = 0; r < 4; r++)
+        half[r] = LOW_HALVES(row[r], row[r + 4]) + HIGH_HALVES(row[r], row[r + 4]);
+    for (int r = 0; r < 2; r++)
+        quarter[r] = LOW(half[2 * r], half[2 * r + 1]) + HIGH(half[2 * r], half[2 * r + 1]);
+    return LOW_PAIRS(quarter[0], quarter[1]) + HIGH_PAIRS(quarter[0], quarter[1]);
+#else
+    octet sums;
+    for (int r = 0; r < 8; r++)
+        sums[r] = ((row[r][0] + row[r][4]) + (row[r][2] + row[r][6])) + ((row[r][1] + row[r][5]) + (row[r][3] + row[r][7]));
+    return sums;
+#endif
+}
+
+/* `count` octets, a constant wherever this is inlined, of the weighted sum of `seen` values -> result, divided by the total */
+static inline __attribute__((always_inline)) void
+weighted(const int count, int seen, int size, const float *weights, const float *values, float total, float *result)
+{
+    octet even[4] = {0}, odd[4] = {0}; /* two sums: the next one need not wait for the one before */
+    int position = 0;
+    for (; position + 1 < seen; position += 2, values += 2 * size)
+        for (int i = 0; i < count; i++) {
+            even[i] += weights[position] * *(const octet *)(values + 8 * i);
+            odd[i] += weights[position + 1] * *(const octet *)(values + size + 8 * i);
+        }
+    for (int i = 0; i < count; i++) {
+        if (position < seen)
+            even[i] += weights[position] * *(const octet *)(values + 8 * i);
+        *(octet *)(result + 8 * i) = (even[i] + odd[i]) / total;
+    }
+}
+
+/* One query head against `seen` keys and values -> result [head size]. `weights` has room for `seen` numbers, rounded up to 8. */
 static void attend(const float *query, const float *keys, const float *values, int seen, int size, float scaling,
                    float *weights, float *result)
 {
     float total = 0.0f;
-    for (int position = 0; position < seen; position++) {
-        octet sum = {0};
-        for (int i = 0; i < size; i += 8)
-            sum += *(const octet *)(query + i) * *(const octet *)(keys + (long)position * size + i);
-        float score = ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
-        weights[position] = score * scaling;
+    for (int first = 0; first < seen; first += 8) { /* scores of 8 at a time, the last key again and again at the end */
+        octet rows[8];
+        for (int r = 0; r < 8; r++) {
+            const int position = first + r < seen ? first + r : seen - 1;
+            rows[r] = (octet){0};
+            for (int i = 0; i < size; i += 8)
+                rows[r] += *(const octet *)(query + i) * *(const octet *)(keys + (long)position * size + i);
+        }
+        *(octet *)(weights + first) = sums_of(rows) * scaling;
     }
     float largest = largest_of(seen, weights);
     for (int position = 0; position < seen; position++)
         weights[position] = exponential(weights[position] - largest);
     for (int position = 0; position < seen; position++)
         total += weights[position];
-    for (int i = 0; i < size; i += 8) {
-        octet even = {0}, odd = {0};
-        int position = 0;
-        for (; position + 1 < seen; position += 2) {
-            even += weights[position] * *(const octet *)(values + (long)position * size + i);
-            odd += weights[position + 1] * *(const octet *)(values + (long)(position + 1) * size + i);
-        }
-        if (position < seen)
-            even += weights[position] * *(const octet *)(values + (long)position * size + i);
-        *(octet *)(result + i) = (even + odd) / total;
-    }
+    int i = 0;
+    for (; i + 32 <= size; i += 32)
+        weighted(4, seen, size, weights, values + i, total, result + i);
+    for (; i < size; i += 8)
+        weighted(1, seen, size, weights, values + i, total, result + i);
 }
 
 /* weight [outputs][inputs] -> panels, the last one filled up with zeros */
@@ -135,7 +168,8 @@ void multiply(int threads, int rows, int inputs, int outputs, const float *state
 }
 
 /* tokens and positions [rows] -> hidden [rows][hidden]; each row's key and value are written at its position.
-   scratch: floats, rows * (hidden + (heads + 2 key heads) * head size + heads * head size + inside) + heads * rows * length */
+   scratch: floats, rows * (hidden + (heads + 2 key heads) * head size + heads * head size + inside), and per thread length rounded up
+   to 8 */
 void step(const Model *model, int rows, const int64_t *tokens, const int64_t *positions, float *hidden, float *scratch)
 {
     const int width = model->hidden, inside = model->inside, size = model->head_size, length = model->length;
@@ -155,7 +189,7 @@ void step(const Model *model, int rows, const int64_t *tokens, const int64_t *po
             for (int row = 0; row < rows; row++)
                 normalize(width, model->epsilon, hidden + (long)row * width, layer->norm, normed + (long)row * width);
             product(rows, width, mixed_width, normed, layer->qkv, layer->qkv_bias, mixed, 0);
-#pragma omp for schedule(static) collapse(2)
+#pragma omp for schedule(dynamic) collapse(2) /* rows differ in length */
             for (int row = 0; row < rows; row++)
                 for (int group = 0; group < model->key_heads; group++) {
                     const float *turn = model->turns + positions[row] * size;
@@ -171,7 +205,7 @@ void step(const Model *model, int rows, const int64_t *tokens, const int64_t *po
                         place(model, layer, head, turn, queries + s * size);
                         attend(queries + s * size, layer->keys + cached * size, layer->values + cached * size,
                                (int)positions[row] + 1, size, model->scaling,
-                               weights + ((long)row * model->heads + head) * length,
+                               weights + (long)omp_get_thread_num() * ((length + 7) / 8 * 8),
                                attended + (long)row * attended_width + head * size);
                     }
                 }
