@@ -145,7 +145,7 @@ static void head_forward(const Shape *shape, const Sequence *it, int head, const
 
 /* parts: key heads, or heads where there are more threads than the former can keep busy. scratch: threads * (2 * longest * size +
    ROWS * longest) floats, longest and size rounded up to 16; lses [heads][tokens]. */
-void forward(int threads, int parts, int heads, int key_heads, int size, int tokens, int window, int longest, float scaling,
+void attention_forward(int threads, int parts, int heads, int key_heads, int size, int tokens, int window, int longest, float scaling,
              int count, const Sequence *sequences, const float *const *prompt_keys, const float *const *prompt_values,
              const float *query, const float *key, const float *value, float *scratch, float *result, float *lses)
 {
@@ -213,7 +213,7 @@ static void head_backward(const Shape *shape, const Sequence *it, int head, cons
 /* groups [group_count + 1]: where the sequences begin that share one prompt. gradient and grad_query [tokens][heads][size]; grad_key and
    grad_value [tokens, and those of prompts elsewhere][parts][size], parts as above. scratch: threads * (3 * longest * size +
    2 * ROWS * longest). */
-void backward(int threads, int parts, int heads, int key_heads, int size, int tokens, int window, int longest, float scaling,
+void attention_backward(int threads, int parts, int heads, int key_heads, int size, int tokens, int window, int longest, float scaling,
               int group_count, const int64_t *groups, const Sequence *sequences, const float *const *prompt_keys,
               const float *const *prompt_values, const float *query, const float *key, const float *value, const float *result,
               const float *lses, const float *gradient, float *scratch, float *grad_query, float *grad_key, float *grad_value)

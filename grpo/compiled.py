@@ -1,6 +1,6 @@
 """Compiled: a C file of this package -> its functions, compiled on this machine at first use. None where that cannot be.
 
-    library = compiled(Path("lean.c"))          # about a second once for each machine, then from ~/.cache/grpo or GRPO_CACHE
+    library = compiled(Path("layer.c"))          # a few seconds once for each machine, then from ~/.cache/grpo or GRPO_CACHE
     if library is not None: library.norm(threads, rows, ...)
 
 Everything that is written in C here exists in torch, too: as what is used where there is no compiler, and as what the tests
@@ -28,9 +28,9 @@ from torch import Tensor, nn
 FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-ffp-contract=fast"]
 # What lets sums become vector code; NaN and infinity stay what they are.
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
-LEAN, ATTENTION, PRODUCTS = (Path(__file__).with_name(f"{name}.c") for name in ("lean", "attention", "products"))
+LAYER = Path(__file__).with_name("layer.c")
 SECONDS = 60
-"""For the compiler, which takes about one."""
+"""For the compiler, which takes a few."""
 
 
 def plain(*tensors: Tensor, dtype: torch.dtype = torch.float32, contiguous: bool = True) -> bool:
@@ -69,7 +69,7 @@ def pretended() -> Iterator[None]:
     """Within, what is C takes tensors that hold no numbers, and does nothing with them: to count the memory that it wants.
     Where there is no compiler, nothing is C."""
     global _pretending
-    _pretending = None not in (lean_library(), attention_library(), products_library())
+    _pretending = kernels() is not None
     try:
         yield
     finally:
@@ -86,7 +86,7 @@ def compiled(source: Path, **functions: str) -> ctypes.CDLL | None:
     folder = Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo")
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=SECONDS, check=True).stdout
-        texts = b"".join(file.read_bytes() for file in (source, *sorted(Path(__file__).parent.glob("*.h"))))
+        texts = b"".join(file.read_bytes() for file in (source, *sorted(Path(__file__).parent.glob("*.[ch]"))))
         key = hashlib.sha256(texts + version + " ".join([*compiler, *FLAGS, _processor()]).encode()).hexdigest()
         library = folder / f"{source.stem}-{key[:16]}.so"
         if not library.exists():
@@ -105,34 +105,26 @@ def compiled(source: Path, **functions: str) -> ctypes.CDLL | None:
     return loaded
 
 
-def lean_library() -> Any:
-    """lean.c, or None where it cannot be compiled."""
+def kernels() -> Any:
+    """layer.c, and with it lean.c, attention.c and products.c; None where they cannot be compiled."""
     if _pretending:
         return _Idle()
     return compiled(
-        LEAN,
+        LAYER,
         norm="ilifpppp",
-        norm_backward="ilipppppp",
+        norm_backward="ilippppppp",
         swiglu="ilppp",
         swiglu_backward="ilppppp",
         rotate="iliiipppp",
         softmax="ilifpppppp",
         draw="ilifppppp",
+        attention_forward="iiiiiiiifippppppppp",
+        attention_backward="iiiiiiiifipppppppppppppp",
+        product="iiiiiiippppp",
+        layer_forward="ippppp",
+        layer_backward="iipppppppppp",
+        layer_backward_inputs="ippppppppp",
     )
-
-
-def attention_library() -> Any:
-    """attention.c, or None where it cannot be compiled."""
-    if _pretending:
-        return _Idle()
-    return compiled(ATTENTION, forward="iiiiiiiifippppppppp", backward="iiiiiiiifipppppppppppppp")
-
-
-def products_library() -> Any:
-    """products.c, or None where it cannot be compiled."""
-    if _pretending:
-        return _Idle()
-    return compiled(PRODUCTS, product="iiiiiiippppp")
 
 
 def _ours(library: Path) -> bool:

@@ -1,4 +1,6 @@
-/* What lean.c, attention.c, products.c and rollout/decode_step.c share. */
+/* What lean.c, attention.c, products.c, layer.c and rollout/decode_step.c share. */
+
+#pragma once
 
 #include <math.h>
 #include <stdint.h>

@@ -20,9 +20,10 @@ void norm(int threads, long rows, int size, float epsilon, const float *hidden, 
     }
 }
 
-/* gradient [rows, size] -> grad_hidden [rows, size], and the weight's in shares, [threads, size], set to zero before. */
+/* gradient [rows, size] -> grad_hidden [rows, size], added to `beside` if that is not null, and the weight's in shares, [threads, size],
+   set to zero before. */
 void norm_backward(int threads, long rows, int size, const float *hidden, const float *weight, const float *scales,
-                   const float *gradient, float *grad_hidden, float *grad_weight)
+                   const float *gradient, const float *beside, float *grad_hidden, float *grad_weight)
 {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int share = 0; share < threads; share++) {
@@ -37,6 +38,9 @@ void norm_backward(int threads, long rows, int size, const float *hidden, const 
             float correction = sum * scale * scale * scale / size;
             for (int i = 0; i < size; i++)
                 dx[i] = g[i] * weight[i] * scale - x[i] * correction;
+            if (beside)
+                for (int i = 0; i < size; i++)
+                    dx[i] += beside[row * size + i];
         }
     }
 }
@@ -56,13 +60,13 @@ void swiglu_backward(int threads, long count, const float *gate, const float *up
     for (long i = 0; i < count; i++) {
         float share = 1.0f / (1.0f + exponential(-gate[i]));
         float slope = share + gate[i] * share * (1.0f - share), reaches = gradient[i];
-        grad_up[i] = reaches * gate[i] * share;
+        grad_up[i] = reaches * gate[i] * share; /* may lie where gradient does */
         grad_gate[i] = reaches * up[i] * slope;
     }
 }
 
 /* RoPE (arXiv 2104.09864): states [tokens, heads, size], cosines and sines [tokens, size] -> result. Numbers i and i + size / 2 of
-   a head turn together; `back` turns gradients. */
+   a head turn together, in their place if that is the result; `back` turns gradients. */
 void rotate(int threads, long tokens, int heads, int size, int back, const float *states, const float *cosines,
             const float *sines, float *result)
 {
@@ -74,9 +78,11 @@ void rotate(int threads, long tokens, int heads, int size, int back, const float
         for (int head = 0; head < heads; head++) {
             const float *x = states + (token * heads + head) * size;
             float *y = result + (token * heads + head) * size;
+#pragma omp simd
             for (int i = 0; i < half; i++) {
-                y[i] = x[i] * c[i] - sign * first[i] * x[i + half];
-                y[i + half] = x[i + half] * c[i + half] + sign * second[i] * x[i];
+                const float one = x[i], other = x[i + half];
+                y[i] = one * c[i] - sign * first[i] * other;
+                y[i + half] = other * c[i + half] + sign * second[i] * one;
             }
         }
     }

@@ -7,7 +7,6 @@ where each avoided pass over memory is time; a GPU has fused kernels for both. I
 (grpo/compiled.py), each is one pass of lean.c; what stands here in torch is the same, in every other dtype, and everywhere else.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from grpo.compiled import lean_library, plain, pointer, threads_for
+from grpo.compiled import kernels, plain, pointer, threads_for
 from grpo.products import Linear, fits, product, weight_gradient
 
 
@@ -31,7 +30,7 @@ def rotate_leanly(models: Any) -> None:
         """query [B, H, T, D], key [B, K, T, D], cos and sin [B, T, D] -> both, turned"""
         rows = (query.transpose(1, 2), key.transpose(1, 2), cos, sin)
         fits = cos.shape == (query.shape[0], query.shape[2], query.shape[3]) and unsqueeze_dim == 1
-        if not fits or lean_library() is None or not plain(*rows):
+        if not fits or kernels() is None or not plain(*rows):
             turned: tuple[Tensor, Tensor] = stock(query, key, cos, sin, unsqueeze_dim)
             return turned
         query, key = (_RoPE.apply(states, cos, sin).transpose(1, 2) for states in rows[:2])
@@ -73,8 +72,11 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        if lean_library() is not None and plain(hidden, weight):
-            result, scale = normed(hidden, weight, epsilon)
+        library = kernels() if plain(hidden, weight) else None
+        if library is not None:
+            result, scale = torch.empty_like(hidden), hidden.new_empty(*hidden.shape[:-1], 1)
+            shape = (threads_for(hidden.numel()), scale.numel(), hidden.shape[-1], epsilon)
+            library.norm(*shape, pointer(hidden), pointer(weight), pointer(scale), pointer(result))
             ctx.save_for_backward(hidden, weight, scale)
             return result
         with torch.autocast(hidden.device.type, enabled=False):
@@ -86,9 +88,14 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, weight, scale = ctx.saved_tensors
-        if lean_library() is not None and plain(hidden, weight, scale, gradient):
-            return *norm_gradients(hidden, weight, scale, gradient), None
         grad_hidden = grad_weight = None
+        library = kernels() if plain(hidden, weight, scale, gradient) else None
+        if library is not None:
+            threads, size = threads_for(hidden.numel()), hidden.shape[-1]
+            grad_hidden, shares = torch.empty_like(hidden), hidden.new_zeros(threads, size)
+            tensors = (hidden, weight, scale, gradient, None, grad_hidden, shares)
+            library.norm_backward(threads, scale.numel(), size, *map(pointer, tensors))
+            return grad_hidden, shares.sum(0), None
         with torch.autocast(hidden.device.type, enabled=False):
             wide, gradient, factor = hidden.float(), gradient.float(), weight.float()
             product = gradient * wide
@@ -100,40 +107,23 @@ class _RMSNorm(torch.autograd.Function):
         return grad_hidden, grad_weight, None
 
 
-def normed(hidden: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """In C: RMSNorm of hidden [..., H], and 1 / rms [..., 1]."""
-    result, scale = torch.empty_like(hidden), hidden.new_empty(*hidden.shape[:-1], 1)
-    shape = (threads_for(hidden.numel()), scale.numel(), hidden.shape[-1], epsilon)
-    lean_library().norm(*shape, *map(pointer, (hidden, weight, scale, result)))
-    return result, scale
-
-
-def norm_gradients(hidden: Tensor, weight: Tensor, scale: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """In C: of hidden and weight, from that of the norm."""
-    threads, size = threads_for(hidden.numel()), hidden.shape[-1]
-    grad_hidden, shares = torch.empty_like(hidden), hidden.new_zeros(threads, size)
-    tensors = (hidden, weight, scale, gradient, grad_hidden, shares)
-    lean_library().norm_backward(threads, scale.numel(), size, *map(pointer, tensors))
-    return grad_hidden, shares.sum(0)
-
-
 class _SwiGLU(torch.autograd.Function):
     """silu(gate) * up (arXiv 2002.05202)"""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return gated(gate, up)
+        return _gated(gate, up)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return gated_gradients(gate, up, gradient)
+        return _gated_gradients(gate, up, gradient)
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up"""
-    library = lean_library() if plain(gate, up) else None
+    library = kernels() if plain(gate, up) else None
     if library is not None:
         result = torch.empty_like(gate)
         library.swiglu(threads_for(gate.numel()), gate.numel(), *map(pointer, (gate, up, result)))
@@ -141,9 +131,9 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def gated_gradients(gate: Tensor, up: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def _gated_gradients(gate: Tensor, up: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Of gate and up, from that of silu(gate) * up."""
-    library = lean_library() if plain(gate, up, gradient) else None
+    library = kernels() if plain(gate, up, gradient) else None
     if library is not None:
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         tensors = (gate, up, gradient, grad_gate, grad_up)
@@ -157,53 +147,32 @@ class _GatedMLP(torch.autograd.Function):
     are kept; their product is formed again on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor) -> Tensor:
         states = hidden.flatten(0, -2)
-        result, gate, up = gated_mlp(states, weights)
-        ctx.save_for_backward(states if any(ctx.needs_input_grad[1:3]) else None, gate, up, *weights)
-        ctx.weights = weights  # themselves, whatever is done to what is saved
-        return result.view(hidden.shape)
+        gate, up = (product(states, weight, b_across=True) for weight in (gate_weight, up_weight))
+        kept = states if any(ctx.needs_input_grad[1:3]) else None
+        ctx.save_for_backward(kept, gate, up, gate_weight, up_weight, down_weight)
+        ctx.weights = (gate_weight, up_weight, down_weight)  # themselves, whatever is done to what is saved
+        return product(_gated(gate, up), down_weight, b_across=True).view(hidden.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        states, gate, up, *weights = ctx.saved_tensors
+        states, gate, up, gate_weight, up_weight, down_weight = ctx.saved_tensors
         shape, gradient = gradient.shape, gradient.flatten(0, -2).contiguous()
-        grad_states, grads = mlp_gradients(
-            gradient, states, gate, up, weights, owners=ctx.weights, wanted=ctx.needs_input_grad
-        )
-        return None if grad_states is None else grad_states.view(shape), *grads
-
-
-def gated_mlp(states: Tensor, weights: Sequence[Tensor], into: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """In C: states [T, H] and the weights of gate, up and down -> [T, H], added to `into` where that is given; the gate and up
-    projections [T, I]."""
-    gate, up = (product(states, weight, b_across=True) for weight in weights[:2])
-    return product(gated(gate, up), weights[2], b_across=True, into=into), gate, up
-
-
-def mlp_gradients(
-    gradient: Tensor,
-    states: Tensor | None,
-    gate: Tensor,
-    up: Tensor,
-    weights: Sequence[Tensor],
-    *,
-    owners: Sequence[Tensor],
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """In C: of states [T, H], and of the three weights, from that of what `gated_mlp` gave. `owners`: the weights as the model has them,
-    whose .grad may be added to; `wanted`: whether states, gate, up and down want a gradient."""
-    grad_gate, grad_up = gated_gradients(gate, up, product(gradient, weights[2]))
-    grad_states = product(grad_up, weights[1], into=product(grad_gate, weights[0])) if wanted[0] else None
-    grads: list[Tensor | None] = [None, None, None]
-    for index, grad in enumerate((grad_gate, grad_up)):
-        if wanted[1 + index]:
-            assert states is not None
-            grads[index] = weight_gradient(grad, states, owners[index])
-    if wanted[3]:
-        grads[2] = weight_gradient(gradient, gated(gate, up), owners[2])
-    return grad_states, grads
+        inside = product(gradient, down_weight)
+        grad_gate, grad_up = _gated_gradients(gate, up, inside)
+        wanted = ctx.needs_input_grad
+        grads: list[Tensor | None] = [None] * 4
+        if wanted[0]:
+            grads[0] = product(grad_up, up_weight, into=product(grad_gate, gate_weight)).view(shape)
+        if wanted[1]:
+            grads[1] = weight_gradient(grad_gate, states, ctx.weights[0])
+        if wanted[2]:
+            grads[2] = weight_gradient(grad_up, states, ctx.weights[1])
+        if wanted[3]:
+            grads[3] = weight_gradient(gradient, _gated(gate, up), ctx.weights[2])
+        return tuple(grads)
 
 
 class _RoPE(torch.autograd.Function):
@@ -212,16 +181,16 @@ class _RoPE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return turned(states, cos, sin, back=False)
+        return _turned(states, cos, sin, back=False)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return turned(gradient.contiguous(), *ctx.saved_tensors, back=True), None, None
+        return _turned(gradient.contiguous(), *ctx.saved_tensors, back=True), None, None
 
 
-def turned(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+def _turned(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     result = torch.empty_like(states)
     tokens, (heads, size) = states.shape[0] * states.shape[1], states.shape[2:]
     tensors = (states, cos, sin, result)
-    lean_library().rotate(threads_for(states.numel()), tokens, heads, size, back, *map(pointer, tensors))
+    kernels().rotate(threads_for(states.numel()), tokens, heads, size, back, *map(pointer, tensors))
     return result

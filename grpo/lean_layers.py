@@ -1,18 +1,17 @@
-"""Lean layer: a whole decoder layer of the Llama family as one step of autograd -> the same numbers, with few calls.
-
-    middle = hidden + out(attention(RoPE(q, k), v))      q, k, v = projections of norm(hidden)
-    result = middle + down(silu(gate) * up)              gate, up = projections of norm(middle)
+"""Lean layers: whole decoder layers of the Llama family as one step of autograd -> the same numbers, with few calls.
 
 Module by module, a layer is about forty operations and fifteen nodes of autograd. Between what is C, where all threads work, that
-is a fifth of the time, in which one works and the others wait. Here it is what is C, and little else. Of the inside are kept q, k, v,
-what attention gave, middle, gate and up; the norms and the gated product are formed again on the way back.
+was a fifth of the time, in which one worked and the others waited. Here it is one call into layer.c, and two on the way back.
 
 For packed batches in float32 on a CPU, where there is a C compiler, and for layers without adapters. Everything else, and
-every layer that is not known, goes through its own modules.
+every layer that is not known, goes through its own modules, of which some have leaner parts (grpo/lean.py, grpo/products.py).
 """
 
+import ctypes
 import functools
+import itertools
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +20,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from grpo import compiled_attention
-from grpo.attention import NAME, PackedLayout
-from grpo.compiled import plain
-from grpo.compiled_attention import attend, attention_gradients
-from grpo.lean import MLP, Norm, gated_mlp, mlp_gradients, norm_gradients, normed, rotate_leanly, turned
-from grpo.products import Linear, fits, product, use_products, weight_gradient
+from grpo import products
+from grpo.attention import PackedLayout
+from grpo.compiled import kernels, plain, pointer, threads_for
+from grpo.compiled_attention import Sequences, gathered, pointers, room, shares_for
+from grpo.lean import MLP, Norm, rotate_leanly
+from grpo.products import Linear, fits, gradient_of, use_products
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "SmolLM3RMSNorm")
@@ -47,7 +46,8 @@ def use_lean_layers(model: PreTrainedModel, *, products: bool = True) -> None:
         elif name in MLPS and getattr(model.config, "hidden_act", None) == "silu":
             module.__class__ = MLP
         elif products and name in LAYERS:
-            module.__class__ = _lean(type(module))
+            kind: Any = type(module)
+            module.__class__ = _lean(kind)
         elif name in ATTENTIONS:
             rotate_leanly(sys.modules[type(module).__module__])
 
@@ -71,49 +71,83 @@ class _Parts:
     """What a layer is made of."""
 
     weights: tuple[Tensor | None, ...]
-    """of the norm, q, k, v, and the biases of these three, or None; of out, the second norm, gate, up and down"""
+    """As in layer.c: of the norm, q, k and v, and the biases of these three, or None; of out, the second norm, gate, up and down."""
     epsilons: tuple[float, float]
     head_size: int
     scaling: float
     window: int | None
 
+    @classmethod
+    def of(cls, layer: Any, norms: list[Any], linears: list[Any]) -> "_Parts | None":
+        query, key, value, out, *mlp = linears
+        projections = (query, key, value)
+        weights = (
+            norms[0].weight,
+            *(linear.weight for linear in projections),
+            *(linear.bias for linear in projections),
+            *(linear.weight for linear in (out, norms[1], *mlp)),
+        )
+        if not plain(*(weight for weight in weights if weight is not None)):
+            return None
+        attention = layer.self_attn
+        window = getattr(attention, "sliding_window", None)
+        if "Mistral" in type(layer).__name__:  # it reads its window from the config
+            window = getattr(attention.config, "sliding_window", None)
+        epsilons = (norms[0].variance_epsilon, norms[1].variance_epsilon)
+        return cls(weights, epsilons, attention.head_dim, attention.scaling, window)
+
 
 def _parts(layer: Any, hidden: Tensor, given: dict[str, Any]) -> _Parts | None:
     """None where the modules are to do it."""
-    attention, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
     layout, turns = given.get("layout"), given.get("position_embeddings")
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    others = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     if (
         not isinstance(layout, PackedLayout)
         or turns is None
         or given.get("past_key_values") is not None
         or given.get("attention_mask") is not None
-        or attention.config._attn_implementation != NAME
-        or (layer.training and attention.attention_dropout)
-        or attention.config.hidden_act != "silu"
-        or any(type(part) is not Linear for part in (*projections, *others))
-        or any(part.bias is not None for part in others)
-        or any(type(norm) is not Norm for norm in norms)
-        or attention.head_dim % 8
-        or turns[0].shape != (*hidden.shape[:-1], attention.head_dim)
+        or turns[0].shape[:2] != hidden.shape[:2]
+        or len(hidden) != 1
     ):
         return None
-    weights = (
-        norms[0].weight,
-        *(part.weight for part in projections),
-        *(part.bias for part in projections),
-        others[0].weight,
-        norms[1].weight,
-        *(part.weight for part in others[1:]),
-    )
-    if not fits(hidden, *weights) or not plain(*turns) or compiled_attention.attention_library() is None:
-        return None
-    window = getattr(attention, "sliding_window", None)
-    if "Mistral" in type(layer).__name__:  # it reads its window from the config
-        window = getattr(attention.config, "sliding_window", None)
-    epsilons = (norms[0].variance_epsilon, norms[1].variance_epsilon)
-    return _Parts(weights, epsilons, attention.head_dim, attention.scaling, window)
+    found: _Found | None = layer.__dict__.get("found")
+    if found is None or not found.still:
+        found = layer.found = _Found.of(layer)
+    return found.parts if found.parts is not None and fits(hidden, *turns) else None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was found in a layer: looked for again only when something in it was replaced, since between calls into C, where the caches
+    hold other things, each look costs."""
+
+    parts: _Parts | None
+    places: list[tuple[dict[str, Any], str, Any]]
+    """Modules and parameters, and where each was found."""
+
+    @property
+    def still(self) -> bool:
+        return all(place.get(name) is thing for place, name, thing in self.places)
+
+    @classmethod
+    def of(cls, layer: Any) -> "_Found":
+        attention, mlp = layer.self_attn, layer.mlp
+        modules = [(layer, name) for name in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")]
+        modules += [(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        modules += [(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")]
+        found = [(parent._modules, name, getattr(parent, name)) for parent, name in modules]
+        places = [
+            (module._parameters, name, value) for *_, module in found for name, value in module._parameters.items()
+        ]
+        norms, linears = [module for *_, module in found[2:4]], [module for *_, module in found[4:]]
+        known = (
+            all(type(module) is Norm for module in norms)
+            and all(type(module) is Linear for module in linears)
+            and all(module.bias is None for module in linears[3:])
+            and attention.head_dim % 8 == 0
+            and not attention.attention_dropout
+            and attention.config.hidden_act == "silu"
+        )
+        return cls(_Parts.of(layer, norms, linears) if known else None, [*found, *places])
 
 
 class _Layer(torch.autograd.Function):
@@ -122,71 +156,123 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, hidden: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, parts: _Parts, *tensors: Tensor | None
+        ctx, hidden: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, parts: _Parts, *tensors: Tensor
     ) -> Tensor:
-        weights, prompts = tensors[: len(parts.weights)], tensors[len(parts.weights) :]
-        norm, *projections, out, mlp_norm, gate_weight, up_weight, down = weights
-        prompts = [prompt.transpose(1, 2).contiguous() for prompt in prompts]
-        states = hidden.flatten(0, -2)
-        inside, scale = normed(states, norm, parts.epsilons[0])
-        query, key, value = (
-            product(inside, weight, b_across=True, bias=bias).view(1, len(states), -1, parts.head_size)
-            for weight, bias in zip(projections[:3], projections[3:], strict=True)
-        )
-        query, key = (turned(them, cos, sin, back=False) for them in (query, key))
-        joins = layout.watch(key.transpose(1, 2), value.transpose(1, 2))
-        attended, lses = attend(query, key, value, prompts, layout.sequences, parts.scaling, parts.window)
-        middle = product(attended.view(len(states), -1), out, b_across=True, into=states.clone())
-        inside, mlp_scale = normed(middle, mlp_norm, parts.epsilons[1])
-        result, gate, up = gated_mlp(inside, (gate_weight, up_weight, down), into=middle.clone())
-        kept = (states, scale, query, key, value, attended, lses, middle, mlp_scale, gate, up, cos, sin)
-        ctx.save_for_backward(*kept, *weights, *prompts)
+        weights, outside = tensors[: len(parts.weights)], tensors[len(parts.weights) :]
+        prompts = [prompt.transpose(1, 2).contiguous() for prompt in outside]
+        shape = _Shape.of(hidden, parts, layout.sequences)
+        kept, result = hidden.new_empty(sum(shape.kept)), torch.empty_like(hidden)
+        layer = shape.layer(weights, prompts, hidden, cos, sin, kept)
+        scratch, rooms = hidden.new_empty(shape.tokens * (shape.width + shape.inside + 1)), shape.rooms(hidden)
+        kernels().layer_forward(shape.threads, *map(_address, (layer, scratch, *rooms, result)))
+        ctx.save_for_backward(hidden, cos, sin, kept, *weights, *prompts)
         # The weights themselves, whatever is done to what is saved.
-        ctx.owners, ctx.parts, ctx.sequences, ctx.joins = weights, parts, layout.sequences, joins
-        return result.view(hidden.shape)
+        ctx.owners, ctx.shape, ctx.joins = weights, shape, []
+        if layout.watched:
+            _, key, value, *_ = kept.split(shape.kept)
+            shown = (them.view(1, shape.tokens, -1, shape.size).transpose(1, 2) for them in (key, value))
+            ctx.joins = layout.watch(*shown)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        parts, saved = ctx.parts, ctx.saved_tensors
-        states, scale, query, key, value, attended, lses, middle, mlp_scale, gate, up, cos, sin = saved[:13]
-        weights, prompts = saved[13 : 13 + len(parts.weights)], saved[13 + len(parts.weights) :]
-        norm, *projections, out, mlp_norm, gate_weight, up_weight, down = weights
-        wanted = ctx.needs_input_grad[5 : 5 + len(weights)]
-        grads: list[Tensor | None] = [None] * len(weights)
+        shape, (hidden, cos, sin, kept, *others) = ctx.shape, ctx.saved_tensors
+        weights, prompts = others[: len(ctx.owners)], others[len(ctx.owners) :]
+        layer, gradient = shape.layer(weights, prompts, hidden, cos, sin, kept), gradient.contiguous()
+        made, targets = _targets(ctx.owners, ctx.needs_input_grad[5:])
+        # Twice as wide as hidden and inside, as heads, and a scale; and for each thread its share of a norm's gradient.
+        numbers = 2 * (shape.width + shape.inside) + shape.heads * shape.size + 1
+        scratch = hidden.new_empty(shape.tokens * numbers + shape.threads * shape.width)
+        rooms = shape.rooms(hidden, learning=True)
+        grad_middle, grad_query = torch.empty_like(hidden), hidden.new_empty(shape.tokens, shape.heads, shape.size)
+        shares = shares_for(grad_query, shape.sequences, shape.tokens, shape.key_heads, shape.threads)
+        given = (layer, targets, gradient, scratch, *rooms, grad_middle, grad_query, *shares)
+        kernels().layer_backward(shape.threads, shares.shape[2], *map(_address, given))
+        (grad_key, grad_value), outside = gathered(shares, shape.sequences, shape.tokens, shape.key_heads, ctx.joins)
+        grad_hidden = torch.empty_like(hidden)
+        given = (layer, targets, grad_query, grad_key, grad_value, grad_middle, scratch, rooms[0], grad_hidden)
+        kernels().layer_backward_inputs(shape.threads, *map(_address, given))
+        return grad_hidden, None, None, None, None, *made, *outside
 
-        def learn(index: int, gradient: Tensor, inputs: Tensor) -> None:
-            if wanted[index]:
-                grads[index] = weight_gradient(gradient, inputs, ctx.owners[index])
 
-        shape, gradient = gradient.shape, gradient.flatten(0, -2).contiguous()
-        inside, _ = normed(middle, mlp_norm, parts.epsilons[1])
-        grad_inside, grads[9:] = mlp_gradients(
-            gradient,
-            inside,
-            gate,
-            up,
-            (gate_weight, up_weight, down),
-            owners=ctx.owners[9:],
-            wanted=(True, *wanted[9:]),
+def _targets(weights: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[list[Tensor | None], ctypes.Array]:
+    """Where layer.c adds gradients; -> those that were made for autograd, and Gradients in layer.c."""
+    made: list[Tensor | None] = [None] * len(weights)
+    there: list[Tensor | None] = [None] * len(weights)
+    for index, weight in enumerate(weights):
+        if weight is not None and wanted[index]:
+            there[index] = gradient_of(weight)
+            if there[index] is None:
+                there[index] = made[index] = torch.zeros_like(weight)
+    return made, (ctypes.c_void_p * len(weights))(*map(pointer, there))
+
+
+class _Described(ctypes.Structure):
+    """Layer in layer.c"""
+
+    _fields_ = [
+        ("counts", ctypes.c_int32 * 10),
+        ("numbers", ctypes.c_float * 3),
+        ("plan", ctypes.c_void_p * 4),
+        ("weights", ctypes.c_void_p * 12),
+        ("inputs", ctypes.c_void_p * 3),
+        ("kept", ctypes.c_void_p * 8),
+    ]
+
+
+def _address(it: Any) -> int | None:
+    return pointer(it) if isinstance(it, Tensor) else ctypes.addressof(it)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """T tokens of width H, and what is as wide as the MLP's inside or the heads."""
+
+    tokens: int
+    width: int
+    inside: int
+    heads: int
+    key_heads: int
+    size: int
+    threads: int
+    parts: _Parts
+    sequences: Sequences
+
+    @classmethod
+    def of(cls, hidden: Tensor, parts: _Parts, sequences: Sequences) -> "_Shape":
+        (tokens, width), size = hidden.shape[1:], parts.head_size
+        query, key, inside = (parts.weights[index].shape[0] for index in (1, 2, 9))  # type: ignore[union-attr]
+        return cls(
+            tokens, width, inside, query // size, key // size, size, threads_for(hidden.numel()), parts, sequences
         )
-        grad_middle, grads[8] = norm_gradients(middle, mlp_norm, mlp_scale, grad_inside)
-        grad_middle += gradient
-        learn(7, grad_middle, attended.view(len(states), -1))
-        grad_attended = product(grad_middle, out).view(attended.shape)
-        plan = {"sequences": ctx.sequences, "scaling": parts.scaling, "window": parts.window, "joins": ctx.joins}
-        grad_query, grad_key, grad_value, *outside = attention_gradients(
-            grad_attended, query, key, value, attended, lses, *prompts, **plan
+
+    @property
+    def kept(self) -> list[int]:
+        """How many numbers there are of query, key, value, what attention gave, log-sum-exps, middle, gate and up."""
+        query, key = self.heads * self.size, self.key_heads * self.size
+        return [
+            self.tokens * each for each in (query, key, key, query, self.heads, self.width, self.inside, self.inside)
+        ]
+
+    def rooms(self, hidden: Tensor, *, learning: bool = False) -> tuple[Tensor, Tensor]:
+        """For products and for attention."""
+        attention = room(hidden, self.size, self.sequences, self.threads, learning=learning)
+        return products.room(self.threads), attention
+
+    def layer(
+        self, weights: Sequence[Tensor], prompts: list[Tensor], hidden: Tensor, cos: Tensor, sin: Tensor, kept: Tensor
+    ) -> _Described:
+        counts = (self.tokens, self.width, self.inside, self.heads, self.key_heads, self.size, self.parts.window or 0)
+        rows, groups = self.sequences.rows, self.sequences.groups
+        described = _Described(
+            (ctypes.c_int32 * 10)(*counts, self.sequences.longest, len(rows), len(groups) - 1),
+            (ctypes.c_float * 3)(*self.parts.epsilons, self.parts.scaling),
         )
-        grad_query, grad_key = (turned(them, cos, sin, back=True) for them in (grad_query, grad_key))
-        inside, _ = normed(states, norm, parts.epsilons[0])
-        grad_inside = None
-        for index, grad in enumerate((grad_query, grad_key, grad_value)):
-            grad = grad.view(len(states), -1)
-            learn(1 + index, grad, inside)
-            if wanted[4 + index]:
-                grads[4 + index] = grad.sum(0)
-            grad_inside = product(grad, projections[index], into=grad_inside)
-        grad_hidden, grads[0] = norm_gradients(states, norm, scale, grad_inside)
-        grad_hidden += grad_middle
-        return grad_hidden.view(shape), None, None, None, None, *grads, *(them.transpose(1, 2) for them in outside)
+        described.prompts = pointers(prompts)  # keeps them alive
+        described.plan[:] = [pointer(rows), pointer(groups), *map(ctypes.addressof, described.prompts)]
+        described.weights[:] = [*map(pointer, weights)]
+        described.inputs[:] = [*map(pointer, (cos, sin, hidden))]
+        start = pointer(kept)  # no views: each would cost as much as all of this
+        described.kept[:] = [start and start + 4 * first for first in itertools.accumulate(self.kept[:-1], initial=0)]
+        return described

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo.compiled import lean_library, plain, pointer, threads_for
+from grpo.compiled import kernels, plain, pointer, threads_for
 from grpo.products import fits, gradient_of, product
 
 CHUNK_BYTES = {"cpu": 16 * 2**20}
@@ -123,7 +123,7 @@ class _TokenLogprobs(torch.autograd.Function):
 def _softmax(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logits [n, V], which are overwritten, and targets [n] -> weights [n, V] and their sums [n]: p = weight / sum; and [n] each the
     log-sum-exp of logits / temperature, the target's logprob, the entropy."""
-    library = lean_library() if plain(logits) and targets.is_contiguous() else None
+    library = kernels() if plain(logits) and targets.is_contiguous() else None
     if library is not None:
         rows, size = logits.shape
         logprobs, entropies, total, lse = logits.new_empty(4, rows)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
-from grpo.compiled import plain, pointer, products_library, threads_for
+from grpo.compiled import kernels, plain, pointer, threads_for
 
 DEPTH, WIDTH, HEIGHT, ROWS = 384, 1024, 96, 12
 """As in products.c and lanes.h (ROWS at most): how much room they want."""
@@ -34,7 +34,7 @@ def fits(rows: Tensor, *tensors: Tensor | None) -> bool:
         0 < FEWEST_ROWS * rows.shape[-1] <= rows.numel()
         and not torch.is_autocast_enabled("cpu")
         and plain(rows, *(tensor for tensor in tensors if tensor is not None))
-        and products_library() is not None
+        and kernels() is not None
     )
 
 
@@ -54,23 +54,23 @@ def product(
     columns = b.shape[0] if b_across else b.shape[1]
     threads = threads_for(rows * columns + rows * terms)
     result = a.new_empty(rows, columns) if into is None else into
-    tensors = (a, b, bias, _room(threads), result)
+    tensors = (a, b, bias, room(threads), result)
     shape = (rows, columns, terms, a_across, b_across, into is not None)
-    products_library().product(threads, *shape, *map(pointer, tensors))
+    kernels().product(threads, *shape, *map(pointer, tensors))
     return result
 
 
 _rooms = threading.local()
 
 
-def _room(threads: int) -> Tensor:
+def room(threads: int) -> Tensor:
     """Room for products.c to lay out what it multiplies: one to two megabytes, of each thread of Python its own."""
     size = DEPTH * (WIDTH + threads * (HEIGHT + ROWS))
     if getattr(_rooms, "size", 0) < size:
         with _disable_current_modes():  # it outlives a simulation (grpo/memory.py), which does not count it
             _rooms.size, _rooms.tensor = size, torch.empty(size)
-    room: Tensor = _rooms.tensor
-    return room
+    tensor: Tensor = _rooms.tensor
+    return tensor
 
 
 _accumulating = False

@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from grpo.compiled import lean_library, plain, pointer, threads_for
+from grpo.compiled import kernels, plain, pointer, threads_for
 
 _MASK = (1 << 64) - 1
 BLOCK = 128
@@ -42,7 +42,7 @@ def draw_tokens(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tup
     The inversion has two levels: first the block of BLOCK tokens, then the token in it. So no cumulative sum runs over
     the whole vocabulary, which is slow, and in float32 also wrong in its last digits; the short ones are float64.
     """
-    library = lean_library() if plain(logits_BV) and plain(uniform_B, dtype=torch.float64) else None
+    library = kernels() if plain(logits_BV) and plain(uniform_B, dtype=torch.float64) else None
     if library is not None:
         rows, size = logits_BV.shape
         blocks = uniform_B.new_empty(rows, -(-size // BLOCK))

@@ -22,7 +22,7 @@ from grpo.checkpoint import (
     newest_valid,
     read_state,
 )
-from grpo.compiled import lean_library
+from grpo.compiled import kernels
 from grpo.config import Config, DataConfig, ObjectiveConfig, flatten, to_dict
 from grpo.data import Example, load_examples
 from grpo.data.data_card import record_card
@@ -96,7 +96,7 @@ def prepare(config: Config) -> Run:
         lock = lock_run(run_dir)
         tracker = first_records(config, run_dir, data, score, before.start, say)
     say(in_one_line(config, accelerator, data, held_out))
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "no" and lean_library() is None:
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "no" and kernels() is None:
         say("what is C here could not be compiled (with cc, or what CC names): it runs in torch, and takes longer")
     run = Run(
         config,

@@ -26,7 +26,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
         for module in (grpo.compiled, grpo.rollout.compiled_backbone):
             monkeypatch.setattr(module, "compiled", lambda source, **functions: None)
-    elif grpo.compiled.lean_library() is None:
+    elif grpo.compiled.kernels() is None:
         pytest.skip("there is no C compiler here")
     monkeypatch.setattr(grpo.products, "FEWEST_ROWS", 1)
     return str(request.param)

@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
+    MistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -31,7 +32,13 @@ SHAPE = {
     "eos_token_id": 0,
     "pad_token_id": 1,
 }
-FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "gemma3": Gemma3TextConfig}
+FAMILIES = {
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "gemma3": Gemma3TextConfig,
+}
 
 
 def tiny_model(family: str = "qwen2", seed: int = 0, spread: float = 4.0, **changes: object) -> PreTrainedModel:

@@ -15,9 +15,10 @@ from torch import Tensor
 import grpo.compiled
 import grpo.compiled_attention
 import grpo.lean
+import grpo.lean_layers
 import grpo.products
 from grpo.attention import GroupSpan, PackedLayout, grpo_attention
-from grpo.compiled import compiled, lean_library
+from grpo.compiled import compiled, kernels
 from grpo.config import LoraConfig
 from grpo.lean import _RMSNorm, _SwiGLU
 from grpo.lean_layers import use_lean_layers
@@ -31,7 +32,7 @@ from grpo.sampling import counted_uniform, draw_tokens
 from grpo.scorer import Scorer, probe_batch, use_grpo_attention
 from tests.fakes import tiny_model
 
-needs_a_compiler = pytest.mark.skipif(lean_library() is None, reason="there is no C compiler here")
+needs_a_compiler = pytest.mark.skipif(kernels() is None, reason="there is no C compiler here")
 
 
 def numbers(*shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
@@ -152,6 +153,67 @@ def test_gradients_are_added_where_they_belong_and_autograd_gives_the_same(monke
     for (name, one), other in zip(plain.named_parameters(), twin.parameters(), strict=True):
         assert one.grad is not None and other.grad is not None, name
         assert float((one.grad - other.grad).abs().max()) <= 1e-5 * float(one.grad.abs().max()), name
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_a_whole_layer_equals_its_modules(monkeypatch: pytest.MonkeyPatch, family: str, threads: int) -> None:
+    """In C, in the modules' own way, and with a frozen weight: the same logprobs and gradients; the first without their calls."""
+    monkeypatch.setattr(grpo.products, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(grpo.lean_layers, "threads_for", lambda count: threads)
+    called = []
+    for name in ("attention_forward", "layer_forward", "layer_backward", "layer_backward_inputs"):
+        function = getattr(kernels(), name)
+        counted = lambda *given, name=name, function=function: (called.append(name), function(*given))  # noqa: E731
+        monkeypatch.setattr(kernels(), name, counted)
+
+    def everything(frozen: str = "none") -> list[Tensor]:
+        model = tiny_model(family, **({"sliding_window": 4} if family == "mistral" else {}))
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:  # 1 and 0 would hide what is left out
+                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.requires_grad_(frozen not in name)
+        use_lean_layers(model)
+        use_grpo_attention(model)
+        called.clear()
+        logprobs, _ = Scorer(model, swapped=True, temperature=1.0)(probe_batch(model.config.vocab_size))
+        (logprobs * torch.arange(1, 1 + len(logprobs))).sum().backward()
+        assert all((parameter.grad is None) == (frozen in name) for name, parameter in model.named_parameters())
+        zero = torch.zeros(())
+        return [logprobs.detach(), *(zero if p.grad is None else p.grad for p in model.parameters())]
+
+    theirs = in_torch(monkeypatch, everything)
+    mine = everything()
+    assert called.count("layer_forward") == called.count("layer_backward") == called.count("layer_backward_inputs") == 2
+    assert "attention_forward" not in called
+    partly = everything(frozen="layers.1.self_attn.v_proj")
+    for a, b, c in zip(mine, theirs, partly, strict=True):
+        assert float((a - b).abs().max()) <= 1e-5 * max(1.0, float(b.abs().max()))
+        assert c.ndim == 0 or torch.equal(a, c)
+
+
+@needs_a_compiler
+def test_a_layer_in_which_something_was_replaced_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpo.products, "FEWEST_ROWS", 1)
+    model = tiny_model("qwen2")
+    use_lean_layers(model)
+    use_grpo_attention(model)
+    scorer, batch = Scorer(model, swapped=True, temperature=1.0), probe_batch(model.config.vocab_size)
+    before = scorer(batch)[0].detach()
+    twin = copy.deepcopy(model)  # has weights of its own
+    twin.model.layers[0].mlp.up_proj.weight.data.zero_()
+    assert torch.equal(scorer(batch)[0], before)
+    changed = Scorer(twin, swapped=True, temperature=1.0)(batch)[0].detach()
+    assert not torch.allclose(changed, before)
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(twin.model.layers[0].mlp.up_proj.weight.data.clone())
+    assert torch.equal(scorer(batch)[0], changed)
+    add_adapter(model, LoraConfig(r=4, target_modules=["up_proj"]), base="")
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.data.fill_(0.1)
+    assert not torch.allclose(scorer(batch)[0], changed)
 
 
 @needs_a_compiler
@@ -339,6 +401,6 @@ def test_no_compiler_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CC", compiler)
     compiled.cache_clear()
     assert library() is None
-    assert lean_library() is None
+    assert kernels() is None
     assert not CompiledBackbone.fits(tiny_model())
     compiled.cache_clear()

@@ -266,5 +266,7 @@ def test_a_run_learns_the_same(tmp_path: Path, beta: float, monkeypatch: pytest.
     narrow = weights("narrow", 24)
     assert len(rejoined) >= 2 * 2  # a group in each iteration of each step, at the least
     for key in wide:
-        assert torch.allclose(wide[key], narrow[key], atol=1e-5)
-        assert torch.allclose(checkpointed[key], narrow[key], atol=1e-5)
+        # What is added to all keys of a sequence hardly changes what they attend to: AdamW divides rounding by rounding there.
+        close = 1e-4 if key.endswith("k_proj.bias") else 1e-5
+        assert torch.allclose(wide[key], narrow[key], atol=close)
+        assert torch.allclose(checkpointed[key], narrow[key], atol=close)
