@@ -168,7 +168,7 @@ def test_a_whole_layer_equals_its_modules(monkeypatch: pytest.MonkeyPatch, famil
         counted = lambda *given, name=name, function=function: (called.append(name), function(*given))  # noqa: E731
         monkeypatch.setattr(kernels(), name, counted)
 
-    def everything(frozen: str = "none") -> list[Tensor]:
+    def everything(frozen: str = "none", checkpointed: bool = False) -> list[Tensor]:
         model = tiny_model(family, **({"sliding_window": 4} if family == "mistral" else {}))
         generator = torch.Generator().manual_seed(0)
         for name, parameter in model.named_parameters():
@@ -177,6 +177,9 @@ def test_a_whole_layer_equals_its_modules(monkeypatch: pytest.MonkeyPatch, famil
             parameter.requires_grad_(frozen not in name)
         use_lean_layers(model)
         use_grpo_attention(model)
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.train()
         called.clear()
         logprobs, _ = Scorer(model, swapped=True, temperature=1.0)(probe_batch(model.config.vocab_size))
         (logprobs * torch.arange(1, 1 + len(logprobs))).sum().backward()
@@ -188,10 +191,13 @@ def test_a_whole_layer_equals_its_modules(monkeypatch: pytest.MonkeyPatch, famil
     mine = everything()
     assert called.count("layer_forward") == called.count("layer_backward") == called.count("layer_backward_inputs") == 2
     assert "attention_forward" not in called
+    again = everything(checkpointed=True)
+    assert called.count("layer_forward") == 4
     partly = everything(frozen="layers.1.self_attn.v_proj")
-    for a, b, c in zip(mine, theirs, partly, strict=True):
+    for a, b, c, d in zip(mine, theirs, again, partly, strict=True):
         assert float((a - b).abs().max()) <= 1e-5 * max(1.0, float(b.abs().max()))
-        assert c.ndim == 0 or torch.equal(a, c)
+        assert torch.equal(a, c)
+        assert d.ndim == 0 or torch.equal(a, d)
 
 
 @needs_a_compiler
