@@ -139,8 +139,8 @@ def _compile(compiler: list[str], source: Path, library: Path) -> None:
         made, linked = Path(folder) / "made.o", Path(folder) / "linked.so"
         for command in (
             [*compiler, *FLAGS, "-c", str(source), "-o", str(made)],
-            # Without -fopenmp, which would bring an OpenMP runtime of its own along.
-            [*compiler, "-shared", str(made), "-o", str(linked), "-lm"],
+            # Without -fopenmp, which would bring an OpenMP runtime of its own along; its own functions before others of the same name.
+            [*compiler, "-shared", "-Wl,-Bsymbolic", str(made), "-o", str(linked), "-lm"],
         ):
             subprocess.run(command, capture_output=True, timeout=SECONDS, check=True)
         linked.chmod(0o755)

@@ -82,7 +82,7 @@ class CompiledAttention(torch.autograd.Function):
         scaling = size**-0.5 if scaling is None else scaling
         shape = (heads, key_heads, size, tokens, window or 0, sequences.longest, scaling)
         result, lses = torch.empty_like(query), query.new_empty(heads, tokens)
-        scratch = room(query, size, sequences, threads, learning=False)
+        scratch = attention_room(query, size, sequences, threads, learning=False)
         tensors = map(pointer, (query, key, value, scratch, result, lses))
         rows, outside = pointer(sequences.rows), pointers(prompts)
         kernels().attention_forward(threads, parts, *shape, len(sequences.rows), rows, *outside, *tensors)
@@ -98,7 +98,7 @@ class CompiledAttention(torch.autograd.Function):
         gradient = gradient.transpose(1, 2).contiguous()
         threads, grad_query = threads_for(heads * sequences.pairs), torch.empty_like(query)
         shares = shares_for(query, sequences, tokens, key_heads, threads)
-        scratch = room(query, size, sequences, threads, learning=True)
+        scratch = attention_room(query, size, sequences, threads, learning=True)
         tensors = map(pointer, (query, key, value, result, lses, gradient, scratch, grad_query, *shares))
         plan = (len(sequences.groups) - 1, pointer(sequences.groups), pointer(sequences.rows), *pointers(prompts))
         kernels().attention_backward(threads, shares.shape[2], *ctx.shape, *plan, *tensors)
@@ -107,7 +107,7 @@ class CompiledAttention(torch.autograd.Function):
         return grad_query.transpose(1, 2), grad_key, grad_value, None, None, None, None, *outside
 
 
-def room(like: Tensor, size: int, sequences: Sequences, threads: int, *, learning: bool) -> Tensor:
+def attention_room(like: Tensor, size: int, sequences: Sequences, threads: int, *, learning: bool) -> Tensor:
     """What attention.c wants for itself, on the way there or, `learning`, back, for heads of `size`."""
     layouts, scores = (3, 2) if learning else (2, 1)
     wide, deep = (-(-number // PANEL) * PANEL for number in (sequences.longest, size))

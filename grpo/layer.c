@@ -41,9 +41,14 @@ static void copy(int threads, long count, const float *from, float *to)
 /* totals [columns] += the sum of rows [rows][columns] */
 static void add_rows(int rows, int columns, const float *numbers, float *totals)
 {
-    for (int row = 0; row < rows; row++)
+    const long next = columns;
+    int row = 0;
+    for (; row + 4 <= rows; row += 4, numbers += 4 * next) /* four at a time: fewer roundings one after the other */
         for (int i = 0; i < columns; i++)
-            totals[i] += numbers[(long)row * columns + i];
+            totals[i] += (numbers[i] + numbers[i + next]) + (numbers[i + 2 * next] + numbers[i + 3 * next]);
+    for (; row < rows; row++, numbers += next)
+        for (int i = 0; i < columns; i++)
+            totals[i] += numbers[i];
 }
 
 /* grad_weight [outputs][inputs] += gradient [tokens][outputs], turned, times states [tokens][inputs] */
@@ -109,8 +114,8 @@ void layer_backward(int threads, int parts, const Layer *it, const Gradients *to
                        grad_key, grad_value);
 }
 
-/* The rest of the way, once grad_key and grad_value [tokens][key heads][size] are all that they will be. The first two are turned back in
-   their place. scratch: floats, tokens * (2 width + 1) + threads * width */
+/* The rest of the way, once grad_key and grad_value [tokens][key heads][size] are all that they will be. grad_query and grad_key are turned
+   back in their place. scratch: floats, tokens * (2 width + 1) + threads * width */
 void layer_backward_inputs(int threads, const Layer *it, const Gradients *to, float *grad_query, float *grad_key,
                            float *grad_value, const float *grad_middle, float *scratch, float *room, float *grad_hidden)
 {

@@ -5,6 +5,7 @@ was a fifth of the time, in which one worked and the others waited. Here it is o
 
 For packed batches in float32 on a CPU, where there is a C compiler, and for layers without adapters. Everything else, and
 every layer that is not known, goes through its own modules, of which some have leaner parts (grpo/lean.py, grpo/products.py).
+Hooks on modules inside of a layer are not called.
 """
 
 import ctypes
@@ -20,12 +21,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from grpo import products
 from grpo.attention import PackedLayout
-from grpo.compiled import kernels, plain, pointer, threads_for
-from grpo.compiled_attention import Sequences, gathered, pointers, room, shares_for
+from grpo.compiled import kernels, pointer, threads_for
+from grpo.compiled_attention import Sequences, attention_room, gathered, pointers, shares_for
 from grpo.lean import MLP, Norm, rotate_leanly
-from grpo.products import Linear, fits, gradient_of, use_products
+from grpo.products import Linear, fits, gradient_of, product_room, use_products
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "SmolLM3RMSNorm")
@@ -63,7 +63,15 @@ def _lean(kind: type) -> type:
         layout, (cos, sin) = given["layout"], given["position_embeddings"]
         return _Layer.apply(hidden_states, cos, sin, layout, parts, *parts.weights, *layout.outside())
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    def reduce(self: Any, protocol: Any) -> Any:  # to copy and to pickle: the class itself cannot be found by its name
+        return _empty, (kind,), dict(self.__dict__)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__})
+
+
+def _empty(kind: type) -> Any:
+    made: Any = _lean(kind)
+    return made.__new__(made)
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class _Parts:
     window: int | None
 
     @classmethod
-    def of(cls, layer: Any, norms: list[Any], linears: list[Any]) -> "_Parts | None":
+    def of(cls, layer: Any, norms: list[Any], linears: list[Any]) -> "_Parts":
         query, key, value, out, *mlp = linears
         projections = (query, key, value)
         weights = (
@@ -87,12 +95,10 @@ class _Parts:
             *(linear.bias for linear in projections),
             *(linear.weight for linear in (out, norms[1], *mlp)),
         )
-        if not plain(*(weight for weight in weights if weight is not None)):
-            return None
         attention = layer.self_attn
-        window = getattr(attention, "sliding_window", None)
-        if "Mistral" in type(layer).__name__:  # it reads its window from the config
-            window = getattr(attention.config, "sliding_window", None)
+        # Mistral's reads its window from the config; Llama has none.
+        reader = attention.config if type(attention).__name__ == "MistralAttention" else attention
+        window = getattr(reader, "sliding_window", None)
         epsilons = (norms[0].variance_epsilon, norms[1].variance_epsilon)
         return cls(weights, epsilons, attention.head_dim, attention.scaling, window)
 
@@ -105,14 +111,16 @@ def _parts(layer: Any, hidden: Tensor, given: dict[str, Any]) -> _Parts | None:
         or turns is None
         or given.get("past_key_values") is not None
         or given.get("attention_mask") is not None
-        or turns[0].shape[:2] != hidden.shape[:2]
         or len(hidden) != 1
     ):
         return None
     found: _Found | None = layer.__dict__.get("found")
     if found is None or not found.still:
         found = layer.found = _Found.of(layer)
-    return found.parts if found.parts is not None and fits(hidden, *turns) else None
+    parts = found.parts
+    if parts is None or any(turn.shape != (1, hidden.shape[1], parts.head_size) for turn in turns):
+        return None
+    return parts if fits(hidden, *turns, *parts.weights) else None
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,8 @@ class _Found:
     @classmethod
     def of(cls, layer: Any) -> "_Found":
         attention, mlp = layer.self_attn, layer.mlp
+        if type(attention).__name__ not in ATTENTIONS or type(mlp) is not MLP:
+            return cls(None, [(layer._modules, "self_attn", attention), (layer._modules, "mlp", mlp)])
         modules = [(layer, name) for name in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")]
         modules += [(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
         modules += [(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")]
@@ -145,7 +155,6 @@ class _Found:
             and all(module.bias is None for module in linears[3:])
             and attention.head_dim % 8 == 0
             and not attention.attention_dropout
-            and attention.config.hidden_act == "silu"
         )
         return cls(_Parts.of(layer, norms, linears) if known else None, [*found, *places])
 
@@ -166,8 +175,7 @@ class _Layer(torch.autograd.Function):
         scratch, rooms = hidden.new_empty(shape.tokens * (shape.width + shape.inside + 1)), shape.rooms(hidden)
         kernels().layer_forward(shape.threads, *map(_address, (layer, scratch, *rooms, result)))
         ctx.save_for_backward(hidden, cos, sin, kept, *weights, *prompts)
-        # The weights themselves, whatever is done to what is saved.
-        ctx.owners, ctx.shape, ctx.joins = weights, shape, []
+        ctx.shape, ctx.joins = shape, []
         if layout.watched:
             _, key, value, *_ = kept.split(shape.kept)
             shown = (them.view(1, shape.tokens, -1, shape.size).transpose(1, 2) for them in (key, value))
@@ -178,9 +186,10 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         shape, (hidden, cos, sin, kept, *others) = ctx.shape, ctx.saved_tensors
-        weights, prompts = others[: len(ctx.owners)], others[len(ctx.owners) :]
+        owners = shape.parts.weights  # themselves, whatever is done to what is saved
+        weights, prompts = others[: len(owners)], others[len(owners) :]
         layer, gradient = shape.layer(weights, prompts, hidden, cos, sin, kept), gradient.contiguous()
-        made, targets = _targets(ctx.owners, ctx.needs_input_grad[5:])
+        made, targets = _targets(owners, ctx.needs_input_grad[5:])
         # Twice as wide as hidden and inside, as heads, and a scale; and for each thread its share of a norm's gradient.
         numbers = 2 * (shape.width + shape.inside) + shape.heads * shape.size + 1
         scratch = hidden.new_empty(shape.tokens * numbers + shape.threads * shape.width)
@@ -243,9 +252,8 @@ class _Shape:
     def of(cls, hidden: Tensor, parts: _Parts, sequences: Sequences) -> "_Shape":
         (tokens, width), size = hidden.shape[1:], parts.head_size
         query, key, inside = (parts.weights[index].shape[0] for index in (1, 2, 9))  # type: ignore[union-attr]
-        return cls(
-            tokens, width, inside, query // size, key // size, size, threads_for(hidden.numel()), parts, sequences
-        )
+        threads = threads_for(tokens * (width + inside))
+        return cls(tokens, width, inside, query // size, key // size, size, threads, parts, sequences)
 
     @property
     def kept(self) -> list[int]:
@@ -257,8 +265,8 @@ class _Shape:
 
     def rooms(self, hidden: Tensor, *, learning: bool = False) -> tuple[Tensor, Tensor]:
         """For products and for attention."""
-        attention = room(hidden, self.size, self.sequences, self.threads, learning=learning)
-        return products.room(self.threads), attention
+        attention = attention_room(hidden, self.size, self.sequences, self.threads, learning=learning)
+        return product_room(self.threads), attention
 
     def layer(
         self, weights: Sequence[Tensor], prompts: list[Tensor], hidden: Tensor, cos: Tensor, sin: Tensor, kept: Tensor

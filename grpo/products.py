@@ -54,7 +54,7 @@ def product(
     columns = b.shape[0] if b_across else b.shape[1]
     threads = threads_for(rows * columns + rows * terms)
     result = a.new_empty(rows, columns) if into is None else into
-    tensors = (a, b, bias, room(threads), result)
+    tensors = (a, b, bias, product_room(threads), result)
     shape = (rows, columns, terms, a_across, b_across, into is not None)
     kernels().product(threads, *shape, *map(pointer, tensors))
     return result
@@ -63,7 +63,7 @@ def product(
 _rooms = threading.local()
 
 
-def room(threads: int) -> Tensor:
+def product_room(threads: int) -> Tensor:
     """Room for products.c to lay out what it multiplies: one to two megabytes, of each thread of Python its own."""
     size = DEPTH * (WIDTH + threads * (HEIGHT + ROWS))
     if getattr(_rooms, "size", 0) < size:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 import os
+import pickle
 import stat
 from pathlib import Path
 
@@ -156,7 +157,7 @@ def test_gradients_are_added_where_they_belong_and_autograd_gives_the_same(monke
 
 
 @needs_a_compiler
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 3, 16])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_a_whole_layer_equals_its_modules(monkeypatch: pytest.MonkeyPatch, family: str, threads: int) -> None:
     """In C, in the modules' own way, and with a frozen weight: the same logprobs and gradients; the first without their calls."""
@@ -310,6 +311,23 @@ def test_a_compiled_step_is_that_of_the_modules(family: str, rows: int) -> None:
     mine, fused, modules = (decoded(kind(model), rows) for kind in (CompiledBackbone, FusedBackbone, ModuleBackbone))
     assert torch.allclose(mine, modules, atol=1e-5, rtol=1e-5)
     assert torch.allclose(mine, fused, atol=1e-5, rtol=1e-5)
+
+
+@needs_a_compiler
+def test_a_compiled_step_of_long_rows_and_of_heads_that_are_no_multiple_of_32() -> None:
+    model = tiny_model("llama", head_dim=40)
+    assert use_grpo_attention(model)
+    mine, modules = (decoded(kind(model), 3, steps=20) for kind in (CompiledBackbone, ModuleBackbone))
+    assert torch.allclose(mine, modules, atol=1e-5, rtol=1e-5)
+
+
+@needs_a_compiler
+def test_a_layer_can_be_pickled() -> None:
+    model = tiny_model("llama")
+    use_lean_layers(model)
+    again = pickle.loads(pickle.dumps(model.model.layers[0]))
+    assert type(again) is type(model.model.layers[0])
+    assert torch.equal(again.mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
 
 
 @needs_a_compiler

@@ -10,8 +10,10 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import grpo.products
 from grpo.attention import PackedLayout
 from grpo.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, load_config
+from grpo.lean_layers import use_lean_layers
 from grpo.packing import PackedBatch, pack
 from grpo.policy import Policy
 from grpo.scorer import Scorer
@@ -89,7 +91,11 @@ def test_which_spans_are_split() -> None:
         assert {(span.split, span.last) for batch in others for span in batch.spans} == {(None, True)}
 
 
-@pytest.mark.parametrize("one_by_one", [True, False], ids=["as on a CPU", "as on a GPU"])
+@pytest.mark.parametrize(
+    ("one_by_one", "whole_layers"),
+    [(True, False), (False, False), (True, True)],
+    ids=["as on a CPU", "as on a GPU", "whole layers in C"],
+)
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -97,15 +103,19 @@ def test_which_spans_are_split() -> None:
         ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
         ("qwen3", {}),
         ("llama", {}),
+        ("mistral", {"sliding_window": 4}),
         ("gemma3", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
     ],
-    ids=["qwen2", "qwen2 with a window", "qwen3", "llama", "gemma3 with a window"],
+    ids=["qwen2", "qwen2 with a window", "qwen3", "llama", "mistral with a window", "gemma3 with a window"],
 )
 def test_the_same_logprobs_and_gradients_as_in_one_batch_and_as_with_the_prompt_repeated(
-    family: str, changes: dict, one_by_one: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, changes: dict, one_by_one: bool, whole_layers: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PackedLayout, "on_cpu", one_by_one)
     model = tiny_model(family, spread=2.0, **changes)
+    if whole_layers:
+        monkeypatch.setattr(grpo.products, "FEWEST_ROWS", 1)
+        use_lean_layers(model)
     scorer = Scorer(model, swapped=True, temperature=0.9)
     whole, whole_gradients = learned(scorer, batches_of(1000))
     repeated, repeated_gradients = learned(scorer, batches_of(NARROW))
@@ -207,7 +217,10 @@ def accumulated(policy: Policy, batches: list[PackedBatch]) -> dict[str, Tensor]
 
 
 @pytest.mark.parametrize("lora", [None, ["all-linear"], ["q_proj"], ["v_proj", "lm_head"]], ids=str)
-def test_through_a_policy_and_its_reference(tmp_path: Path, lora: list[str] | None) -> None:
+def test_through_a_policy_and_its_reference(
+    tmp_path: Path, lora: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpo.products, "FEWEST_ROWS", 1)
     policy = policy_of(tiny_folder(tmp_path / "model"), lora=lora)
     assert policy.shares_prompts
     wide, narrow = batches_of(1000), batches_of(NARROW, share=True)
@@ -247,6 +260,8 @@ def test_under_autocast(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("beta", [0.0, 0.01])
 def test_a_run_learns_the_same(tmp_path: Path, beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpo.products, "FEWEST_ROWS", 1)
+
     def weights(name: str, tokens: int, **more: object) -> dict[str, Tensor]:
         changes = {"objective.num_iterations": 2, "objective.beta": beta, "data.max_prompt_length": 16} | more
         settings = arguments(tmp_path, name, steps=2, tokens_per_batch=tokens, eval_every=0, **changes)
