@@ -4,8 +4,8 @@ On a terminal: four lines that follow the run. In a log file: a plain line now a
 nothing.
 """
 
+import atexit
 import contextlib
-import os
 import time
 import unicodedata
 from collections.abc import Callable
@@ -17,6 +17,8 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from grpo.errors import settle, silence
 
 _SECONDS_BETWEEN_LINES = 5.0
 _COMPLETIONS = 3
@@ -43,6 +45,8 @@ class Display:
         self._console = _Console(highlight=False)
         self._rewards: list[float] = []
         self._live: Live | None = None
+        if enabled:
+            atexit.register(settle, "stdout")  # what others print meanwhile is no reason to fail
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Show that `step` steps are done (1 after the first), and their last metrics."""
@@ -193,10 +197,7 @@ class Display:
 
     def _silence(self) -> None:
         """Point standard output at nothing: what is left in its buffer would fail again when Python exits, with 120."""
-        with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._console.file.fileno())
-            os.close(nowhere)
+        silence(self._console.file)
         if self._live is not None:
             with contextlib.suppress(OSError, ValueError):
                 self._live.stop()

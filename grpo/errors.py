@@ -4,6 +4,7 @@
 · 130/143 stopped by a signal (saved first).
 """
 
+import atexit
 import contextlib
 import os
 import re
@@ -11,7 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from grpo.redaction import redacted
 
@@ -70,6 +71,7 @@ def run_main(main: Callable[[], object]) -> None:
     """Run a command: keys are read from .env; a GrpoError prints its message (not a traceback) and exits with its code."""
     from grpo.keys import load_keys
 
+    atexit.register(settle, "stderr")  # what could not be told there is no failure
     try:
         load_keys()
         main()
@@ -91,6 +93,24 @@ def _tell(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # a full disk or a closed terminal
         sys.stderr.write(redacted(text))
         sys.stderr.flush()
+
+
+def settle(name: str) -> None:
+    """Before Python exits: where sys.stdout or sys.stderr cannot be written (a full disk), what is left in its buffer would fail once
+    more, and the exit code be 120."""
+    stream = getattr(sys, name)
+    try:
+        stream.flush()
+    except (OSError, ValueError, AttributeError):
+        silence(stream)
+
+
+def silence(stream: Any) -> None:
+    """Point what `stream` writes to at nothing."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _rank() -> str:

@@ -83,6 +83,8 @@ def launch(place: Path, run: str, launcher: list[str], script: str = "launch/tra
     } | changes
     flags = [f"--{key}={value}" for key, value in settings.items()]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLLECTIVES": str(place / run)}
+    if len(launcher) > 1 and "--main_process_port" not in launcher:  # two that look for one at once find the same
+        launcher = [*launcher, "--main_process_port", "0"]
     command = [*launcher, str(ROOT / script), *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     return Ended(place / run, done.returncode, done.stdout, done.stderr)

@@ -279,6 +279,7 @@ def command(shell: str, folder: Path, name: str) -> subprocess.CompletedProcess:
     words = [sys.executable, str(ROOT / "launch" / "train.py"), *arguments(folder, name, steps=2, eval_every=0)]
     quoted = " ".join("'" + word.replace("'", "'\\''") + "'" for word in words)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONUNBUFFERED", None)  # as users have it
     return subprocess.run(
         ["bash", "-c", shell.format(quoted)], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )

@@ -1,5 +1,7 @@
 """What a person sees in a terminal (a real pseudo-terminal), in a log file, and when memory runs out."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -98,3 +100,21 @@ def test_what_is_out_of_memory_and_what_is_not() -> None:
         torch.empty(1 << 50)
     assert is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied")) and not is_out_of_memory(ValueError())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [
+        ("from grpo.display import Display; Display(1); print('left in the buffer')", 0),
+        ("print('the result of a command that is no training')", 120),
+        ("import warnings; from grpo.errors import run_main; run_main(lambda: warnings.warn('nobody reads this'))", 0),
+        ("import warnings; from grpo.errors import *; run_main(lambda: exec('raise ConfigError'))", 2),
+    ],
+)
+def test_what_a_full_disk_does_not_take_changes_no_exit_code(program: str, code: int) -> None:
+    """Python ends with 120 where standard output or error cannot be written at exit: a run that is saved has not failed."""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=full, env=buffered)
+    assert done.returncode == code
