@@ -70,6 +70,7 @@ void layer_forward(int threads, const Layer *it, float *scratch, float *room, fl
         product(threads, tokens, outputs[i], width, 0, 1, 0, normed, it->projections[i], it->biases[i], room, it->states[i]);
     rotate(threads, tokens, it->heads, size, 0, it->states[0], it->cosines, it->sines, it->states[0]);
     rotate(threads, tokens, it->key_heads, size, 0, it->states[1], it->cosines, it->sines, it->states[1]);
+    /* As in compiled_attention.py: one task for each key head, or for each head, where that keeps more threads busy. */
     const int parts = it->sequence_count * it->key_heads >= 2 * threads ? it->key_heads : it->heads;
     attention_forward(threads, parts, it->heads, it->key_heads, size, tokens, it->window, it->longest, it->scaling,
                       it->sequence_count, it->sequences, it->prompt_keys, it->prompt_values, it->states[0], it->states[1],
