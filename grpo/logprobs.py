@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo.compiled import kernels, plain, pointer, threads_for
-from grpo.products import fits, gradient_of, product
+from grpo.kernels.cpu.compiler import kernels, plain, pointer, threads_for
+from grpo.kernels.cpu.gemm import fits, gradient_of, product
 
 CHUNK_BYTES = {"cpu": 16 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 256 * 2**20

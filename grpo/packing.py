@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grpo.attention import GroupSpan, PackedLayout, SplitGroup
+from grpo.kernels.attention import GroupSpan, PackedLayout, SplitGroup
 from grpo.types import Group
 
 
@@ -90,7 +90,7 @@ def pack(
     that were cut off weight 0 (DAPO's overlong filter, arXiv 2503.14476). `skip_flat` leaves out completions whose
     advantage is exactly 0: exact only where no KL is in the loss, since then they have no gradient.
     `share_prompts`: only the last of its batches has the prompt in the row that goes through the model, which is what the
-    budget holds (grpo/shared_prompt.py). As stored here, each batch is complete by itself.
+    budget holds (grpo/models/shared_prompt.py). As stored here, each batch is complete by itself.
     Raises ValueError if a single prompt and completion exceed the budget.
     """
     batches: list[list[_Part]] = [[]]

@@ -12,19 +12,21 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from grpo import sharding, zero
-from grpo.checkpoint import Tensors, optimizer_from_tensors, optimizer_to_tensors
-from grpo.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
-from grpo.distributed import compute_dtype, from_main, is_sharded, return_freed_memory
+from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError, NumericsError
-from grpo.lean_layers import use_lean_layers
-from grpo.loading import load_to_train, load_tokenizer
-from grpo.lora import add_adapter, off, save_adapter
+from grpo.kernels.cpu.decoder_layer import use_lean_layers
+from grpo.kernels.cpu.gemm import accumulating
+from grpo.models.loading import load_to_train
+from grpo.models.logprob_model import Scorer, probe_batch
+from grpo.models.lora import add_adapter, off, save_adapter
+from grpo.models.optimizer_state import Tensors, optimizer_from_tensors, optimizer_to_tensors
+from grpo.models.reference import Reference, check_vocabulary
+from grpo.models.strategies import deepspeed as zero
+from grpo.models.strategies import fsdp as sharding
+from grpo.models.weights import WorkingCopy, full, save_plain, whole
 from grpo.packing import PackedBatch
-from grpo.products import accumulating
-from grpo.reference import Reference, check_vocabulary
-from grpo.scorer import Scorer, probe_batch
-from grpo.weights import WorkingCopy, full, save_plain, whole
+from grpo.runtime.distributed import compute_dtype, from_main, is_sharded, return_freed_memory
 
 
 class Policy:
@@ -56,7 +58,7 @@ class Policy:
         self.model, self.swapped = load_to_train(path, config, accelerator, once=self.read_once)
         if accelerator.device.type == "cpu":
             # ZeRO gathers a weight while its own layer is called, and adds up gradients over ranks in the order in which they come:
-            # all must take the same way through a layer, and products.c is only for those with rows enough.
+            # all must take the same way through a layer, and gemm.c is only for those with rows enough.
             use_lean_layers(self.model, products=not self.zero_stage)
         self.working_copy = WorkingCopy(self.model)
         scorer = Scorer(

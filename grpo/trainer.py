@@ -1,26 +1,26 @@
 """The loop: prompts -> completions -> rewards -> advantages -> packed batches -> clipped steps. train(config), and nothing else."""
 
-import time
 from pathlib import Path
 
 import torch
 
-from grpo.advice import memory_advice
-from grpo.agreement import check_difference
-from grpo.config import Config, correction_of
+from grpo.config.schema import Config, correction_of
 from grpo.data.curriculum import Curriculum
-from grpo.distributed import gather_rows, max_over_ranks, sum_over_ranks
 from grpo.errors import EngineError, Interrupted, NumericsError
-from grpo.evaluation import evaluate
 from grpo.experience import Experience, Sampled, kl_in_loss, learn_from, packed, sample
 from grpo.kl import adapted_beta
-from grpo.metrics import Sums
-from grpo.objective import Counts, find_objective, importance_correction, policy_loss
+from grpo.losses import Counts, find_objective, importance_correction, policy_loss
 from grpo.packing import PackedBatch
-from grpo.run import Run
-from grpo.setup import prepare
-from grpo.signals import Signals
-from grpo.summary import rollout_rows, step_metrics
+from grpo.rollout.evaluation import evaluate
+from grpo.rollout.logprob_mismatch import check_difference
+from grpo.run.build import prepare
+from grpo.run.state import Run
+from grpo.run.step_metrics import rollout_rows, step_metrics
+from grpo.runtime.distributed import gather_rows, max_over_ranks, sum_over_ranks
+from grpo.runtime.oom import memory_advice
+from grpo.runtime.signals import Signals
+from grpo.runtime.sums import Sums
+from grpo.runtime.timing import Clock
 
 MOST_SKIPPED = 3
 """Optimizer steps in a row that may be skipped because their loss or gradient is not finite."""
@@ -70,7 +70,7 @@ def loop(run: Run, signals: Signals) -> None:
             metrics |= held_out(run, done)
         run.record(done, metrics, rollout_rows(done, sampled.groups, sampled.scores, experience.all_advantages_PG))
         check_skipped(run, done)
-        check_difference(run, done, metrics)
+        check_difference(run.engine, run.policy, config.rollout, done, metrics["policy/sampling_logprob_difference"])
         signal = max_over_ranks(run.accelerator, signals.received)  # to one rank or all: they leave together
         if signal or done == config.steps or (config.save_every and done % config.save_every == 0):
             run.save(done, needed=bool(signal) or done == config.steps)
@@ -198,15 +198,3 @@ def held_out(run: Run, step: int) -> dict[str, float]:
     if run.tracker is not None:
         run.tracker.log_evaluation(step, found.rows)
     return found.metrics
-
-
-class Clock:
-    """Seconds of each phase of a step."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self._last = self.laps.get(name, 0.0) + now - self._last, now

@@ -55,7 +55,7 @@ class Group:
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """How completions are drawn. Seeds are counted: see grpo/sampling.py."""
+    """How completions are drawn. Seeds are counted: see grpo/rollout/sampling.py."""
 
     num_generations: int
     max_completion_length: int

@@ -31,7 +31,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grpo.errors import ConfigError, run_main
+from grpo.errors import ConfigError
+from grpo.runtime.command import run_main
 
 REWARDS = ["xmlcount", "soft_format", "strict_format", "int", "correctness"]
 PHASES = ["step", "rollout", "reward", "reference", "update"]
@@ -192,7 +193,7 @@ def forced_lengths(suite: Suite, step: int) -> list[int]:
 def make_work(suite: Suite, folder: Path, data_path: str | None) -> None:
     """The model and the prompts that both get: model/ and rows.jsonl."""
     from grpo.data.arithmetic import generate_problems
-    from grpo.starter import GSM8K_RECIPE, Recipe, make_starter
+    from grpo.models.tiny import GSM8K_RECIPE, Recipe, make_starter
 
     if suite.gsm8k and not data_path:
         raise ConfigError("this suite needs GSM8K rows: add --data.path train.jsonl")
@@ -225,7 +226,7 @@ def make_random_model(suite: Suite, folder: Path, texts: list[str]) -> None:
     import torch
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-    from grpo.starter import make_tokenizer
+    from grpo.models.tiny import make_tokenizer
 
     tokenizer = make_tokenizer(texts, 8192)
     torch.manual_seed(0)
@@ -285,11 +286,11 @@ def profiled(suite: Suite, path: str | None, name: str) -> Iterator[None]:
 
 def run_ours(suite: Suite, folder: Path, _name: str) -> dict:
     """Our trainer, as launch/train.py runs it, with completions of forced lengths; -> {"steps": [...], "memory_gib": ...}"""
-    from grpo.config import load_config
-    from grpo.rollout import register_engine
+    from grpo.config.parser import load_config
+    from grpo.rollout.engine import register_engine
     from grpo.rollout.native_engine import NativeEngine
-    from grpo.setup import prepare
-    from grpo.signals import Signals
+    from grpo.run.build import prepare
+    from grpo.runtime.signals import Signals
     from grpo.trainer import loop
 
     prompt_tokens: list[int] = []
@@ -373,12 +374,13 @@ def run_trl(suite: Suite, folder: Path, name: str) -> dict:
     from datasets import Dataset
     from transformers import LogitsProcessor, LogitsProcessorList, TrainerCallback
 
-    from grpo.config import DataConfig
-    from grpo.data import load_examples
+    from grpo.config.schema import DataConfig
+    from grpo.data.rows import load_examples
     from grpo.data.stream import PromptStream
-    from grpo.distributed import cpu_threads
-    from grpo.loading import load_model, load_tokenizer
-    from grpo.rewards import REWARDS as registered
+    from grpo.data.tokenizer import load_tokenizer
+    from grpo.models.loading import load_model
+    from grpo.rewards.scoring import REWARDS as registered
+    from grpo.runtime.distributed import cpu_threads
     from grpo.types import Prompt
 
     torch.set_num_threads(cpu_threads(1))
@@ -526,10 +528,11 @@ def decode_times(suite: Suite, folder: Path) -> str:
     """Milliseconds that one token of each of 32, 16, 8, 4 rows takes, the best of three times 63 tokens, prefill excluded."""
     import torch
 
-    from grpo.distributed import cpu_threads
-    from grpo.loading import load_model, load_tokenizer
+    from grpo.data.tokenizer import load_tokenizer
+    from grpo.models.loading import load_model
+    from grpo.models.logprob_model import use_grpo_attention
     from grpo.rollout.native_engine import NativeEngine
-    from grpo.scorer import use_grpo_attention
+    from grpo.runtime.distributed import cpu_threads
     from grpo.types import Prompt, SamplingPlan
 
     torch.set_num_threads(cpu_threads(1))

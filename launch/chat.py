@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, cast
 
-from grpo.errors import ConfigError, run_main
-from grpo.feedback import Feedback, append_feedback, checkpoint_sha, new_feedback
+from grpo.errors import ConfigError
+from grpo.runtime.command import run_main
+from grpo.tools.community.feedback import Feedback, append_feedback, checkpoint_sha, new_feedback
 
 
 def main() -> None:
@@ -44,9 +45,9 @@ def main() -> None:
     from rich.panel import Panel
     from rich.text import Text
 
-    from grpo.chat import answers, speakers
-    from grpo.dashboard.readers import RunFolder
-    from grpo.display import visible
+    from grpo.tools.chat import answers, speakers
+    from grpo.tracking.console import visible
+    from grpo.tracking.run_reader import RunFolder
 
     base = ours.base
     if base == "run":

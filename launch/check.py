@@ -10,8 +10,10 @@ import json
 import sys
 from pathlib import Path
 
-from grpo.config import Config, flatten, load_config, to_dict
-from grpo.errors import ConfigError, run_main
+from grpo.config.parser import load_config
+from grpo.config.schema import Config, flatten, to_dict
+from grpo.errors import ConfigError
+from grpo.runtime.command import run_main
 
 
 def main() -> None:
@@ -27,9 +29,9 @@ def main() -> None:
         score_file(config, ours.completions, ours.output)
         return
 
-    from grpo.check import check
-    from grpo.check_display import show
-    from grpo.memory import machine_of
+    from grpo.tools.check import check
+    from grpo.tools.check_display import show
+    from grpo.tools.memory import machine_of
 
     found = check(config, machine_of(ours.machine) if ours.machine else None)
     show(found, changed_settings(config))
@@ -40,8 +42,8 @@ def main() -> None:
 
 
 def score_file(config: Config, path: str, output: str | None) -> None:
-    from grpo.check import score_rows
-    from grpo.data.readers import read_table
+    from grpo.data.files import read_table
+    from grpo.tools.check import score_rows
 
     scored = score_rows(config, read_table(path, "--completions").rows)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored)

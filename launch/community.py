@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from grpo.errors import ConfigError, run_main
+from grpo.errors import ConfigError
+from grpo.runtime.command import run_main
 
 HELD_BACK = 4
 """One corrected row in so many is never trained on: the gate asks it."""
@@ -103,7 +104,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def collect(root: Path, ours: argparse.Namespace) -> None:
-    from grpo.feedback import append_feedback, from_plain_records, new_feedback, read_feedback, to_plain_records
+    from grpo.tools.community.feedback import (
+        append_feedback,
+        from_plain_records,
+        new_feedback,
+        read_feedback,
+        to_plain_records,
+    )
 
     path = root / "feedback.jsonl"
     if ours.export:
@@ -126,10 +133,10 @@ def collect(root: Path, ours: argparse.Namespace) -> None:
 
 def merge_into(root: Path, base: str | None) -> Path:
     """feedback.jsonl + v1 -> the next version, if anything changed."""
-    from grpo.data.merge import merge, read_rows_of, versions_in, write_version
-    from grpo.data.readers import read_table
-    from grpo.feedback import read_feedback
-    from grpo.gate import current
+    from grpo.data.files import read_table
+    from grpo.tools.community.feedback import read_feedback
+    from grpo.tools.community.gate import current
+    from grpo.tools.community.merge import merge, read_rows_of, versions_in, write_version
 
     folder = root / "versions"
     if not versions_in(folder):
@@ -160,8 +167,8 @@ def parts_of(version: Path) -> tuple[list[dict], list[dict], list[dict]]:
     A row from before that holds a word which was corrected away is contested, and in none of them: in another form, or
     another wording, it would teach the mistake again.
     """
-    from grpo.data.merge import read_rows_of
     from grpo.rewards.prose import words
+    from grpo.tools.community.merge import read_rows_of
 
     rows = read_rows_of(version)
     corrected = [row for row in rows if row["origin"] == "feedback"]
@@ -182,10 +189,10 @@ def is_held_back(row: dict) -> bool:
 
 def train_on(root: Path, model: str, output: Path, ours: argparse.Namespace, train_flags: list[str]) -> Path:
     """The newest version -> a candidate: taught the corrections, then, with --grpo_steps, GRPO on the mix."""
-    from grpo.config import DataConfig
-    from grpo.continuation import Continuation, continue_training
-    from grpo.data.data_card import check_permission, record_card
-    from grpo.data.merge import versions_in
+    from grpo.config.schema import DataConfig
+    from grpo.data.card import check_permission, record_card
+    from grpo.tools.community.merge import versions_in
+    from grpo.tools.community.supervised import Continuation, continue_training
 
     versions = versions_in(root / "versions")
     if not versions:
@@ -208,7 +215,7 @@ def train_on(root: Path, model: str, output: Path, ours: argparse.Namespace, tra
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in corrected * repeats + before]
     mix.write_text("".join(lines), encoding="utf-8")
 
-    from grpo.config import load_config
+    from grpo.config.parser import load_config
     from grpo.trainer import train
 
     flags = {
@@ -234,9 +241,9 @@ def train_on(root: Path, model: str, output: Path, ours: argparse.Namespace, tra
 
 def gate_between(root: Path, model: str, candidate: str, regression: Path, max_completion_length: int) -> Path:
     """Ask both models, decide, and write down why. -> the report."""
-    from grpo.data.merge import versions_in
-    from grpo.data.readers import read_table
-    from grpo.gate import compare, decide, promote
+    from grpo.data.files import read_table
+    from grpo.tools.community.gate import compare, decide, promote
+    from grpo.tools.community.merge import versions_in
 
     version = versions_in(root / "versions")[-1]
     _, held_back, _ = parts_of(version)
@@ -259,15 +266,16 @@ def gate_between(root: Path, model: str, candidate: str, regression: Path, max_c
 
 def rights(model: str, rows: list[dict], max_completion_length: int) -> list[bool]:
     """Whether a model answers each row with exactly the gold terms, greedily."""
-    from grpo.config import DataConfig
-    from grpo.data import BadRows, load_rows
-    from grpo.data.readers import table_of
+    from grpo.config.schema import DataConfig
+    from grpo.data.files import table_of
+    from grpo.data.rows import BadRows, load_rows
     from grpo.data.stream import render_prompts
-    from grpo.distributed import start_accelerator
-    from grpo.evaluation import evaluate
-    from grpo.loading import load_model, load_tokenizer
-    from grpo.rollout import build_engine
-    from grpo.scorer import use_grpo_attention
+    from grpo.data.tokenizer import load_tokenizer
+    from grpo.models.loading import load_model
+    from grpo.models.logprob_model import use_grpo_attention
+    from grpo.rollout.engine import build_engine
+    from grpo.rollout.evaluation import evaluate
+    from grpo.runtime.distributed import start_accelerator
 
     accelerator, tokenizer, policy = start_accelerator(), load_tokenizer(model), load_model(model)
     examples = load_rows(table_of("gate", rows), DataConfig(extractor=EXTRACTOR, system_prompt=None), BadRows())
@@ -281,7 +289,7 @@ def rights(model: str, rows: list[dict], max_completion_length: int) -> list[boo
 
 def cycle(root: Path, ours: argparse.Namespace, train_flags: list[str]) -> Path | None:
     """What was said up to now -> a new version, a candidate, the gate's report; None where nothing new was said."""
-    from grpo.gate import current, set_current
+    from grpo.tools.community.gate import current, set_current
 
     version = merge_into(root, ours.base)
     if ours.model is not None:
@@ -302,11 +310,11 @@ def cycle(root: Path, ours: argparse.Namespace, train_flags: list[str]) -> Path 
 def demo(root: Path, ours: argparse.Namespace, train_flags: list[str]) -> None:
     """The whole loop: an archive in which 50 of 100 nouns are wrong, 200 corrections of them, a candidate, the gate. With
     --poison: what one reviewer then gets wrong is kept out, and, withdrawn, leaves no trace."""
-    from grpo.data.invented_community import make_community
-    from grpo.data.merge import read_rows_of
-    from grpo.feedback import append_feedback, new_feedback
-    from grpo.gate import set_current
-    from grpo.starter import ProseRecipe, make_starter
+    from grpo.models.tiny import ProseRecipe, make_starter
+    from grpo.tools.community.feedback import append_feedback, new_feedback
+    from grpo.tools.community.gate import set_current
+    from grpo.tools.community.invented_community import make_community
+    from grpo.tools.community.merge import read_rows_of
 
     if (root / "feedback.jsonl").exists():
         raise ConfigError(f"--root {root} holds a community already: choose another folder for the demonstration")
@@ -316,7 +324,7 @@ def demo(root: Path, ours: argparse.Namespace, train_flags: list[str]) -> None:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (root / f"{name}.jsonl").write_text(text, encoding="utf-8")
     (root / "archive.jsonl.card.yaml").write_text(
-        "source: generated by grpo/data/invented_community.py\nlicence: CC0-1.0\npermission: granted\n"
+        "source: generated by grpo/tools/community/invented_community.py\nlicence: CC0-1.0\npermission: granted\n"
     )
     recipe = ProseRecipe(**ARCHIVE_RECIPE)
     set_current(root, str(make_starter(seed=ours.seed, problems=community.archive, recipe=recipe)))

@@ -11,7 +11,8 @@ import argparse
 import os
 from pathlib import Path
 
-from grpo.errors import ConfigError, run_main
+from grpo.errors import ConfigError
+from grpo.runtime.command import run_main
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--share", action="store_true", help="a public address, through gradio's servers")
     ours = parser.parse_args()
 
-    from grpo.dashboard.app import serve
+    from grpo.tools.dashboard.app import serve
 
     root = Path(ours.runs)
     feedback = Path(ours.feedback) if ours.feedback else root / "feedback.jsonl"

@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from grpo.config import Config, load_config
-from grpo.errors import ConfigError, run_main
+from grpo.config.parser import load_config
+from grpo.config.schema import Config
+from grpo.errors import ConfigError
+from grpo.runtime.command import run_main
 
 
 def main() -> None:
@@ -36,8 +38,8 @@ def main() -> None:
     base = base_of(ours.model) if ours.base == "run" else ours.base
     config.data.eval_path = config.data.eval_path or config.data.path
 
-    from grpo.distributed import start_accelerator
-    from grpo.evaluation import compare
+    from grpo.rollout.evaluation import compare
+    from grpo.runtime.distributed import start_accelerator
 
     accelerator = start_accelerator()
     report: dict[str, Any] = {"model": ours.model}
@@ -63,12 +65,13 @@ def main() -> None:
 
 def evaluate_one(config: Config, path: str, samples: int, accelerator: Any) -> tuple[dict[str, Any], list[dict]]:
     """One model -> (its part of the report, a row per completion, the greedy ones first)."""
-    from grpo.data import load_examples
+    from grpo.data.rows import load_examples
     from grpo.data.stream import render_prompts
-    from grpo.evaluation import Evaluation, evaluate, intervals
-    from grpo.loading import load_model, load_tokenizer
-    from grpo.rollout import build_engine
-    from grpo.scorer import use_grpo_attention
+    from grpo.data.tokenizer import load_tokenizer
+    from grpo.models.loading import load_model
+    from grpo.models.logprob_model import use_grpo_attention
+    from grpo.rollout.engine import build_engine
+    from grpo.rollout.evaluation import Evaluation, evaluate, intervals
 
     examples = load_examples(config.data, "held_out", config.seed)
     if not examples:
@@ -139,7 +142,7 @@ def config_of(model: str, flags: list[str]) -> Config:
 
 
 def base_of(model: str) -> str:
-    from grpo.dashboard.readers import RunFolder
+    from grpo.tracking.run_reader import RunFolder
 
     base = RunFolder(Path(model).parent).base_model()
     if base is None:

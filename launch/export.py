@@ -10,7 +10,7 @@ evaluation and data is put beside the weights. --push uploads the folder, if the
 import argparse
 from pathlib import Path
 
-from grpo.errors import run_main
+from grpo.runtime.command import run_main
 
 NEXT = {
     "merged": 'from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained("{folder}")',
@@ -33,9 +33,9 @@ def main() -> None:
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload it to the hub; the key is HF_TOKEN, from .env")
     parser.add_argument("--public", action="store_true", help="with --push: for everybody to see; default: private")
     arguments = parser.parse_args()
-    from grpo.data.data_card import publishable
-    from grpo.export import export
-    from grpo.model_card import model_card, publish
+    from grpo.data.card import publishable
+    from grpo.tools.export import export
+    from grpo.tracking.model_card import model_card, publish
 
     if arguments.push:
         publishable(arguments.run)  # refused before anything is written

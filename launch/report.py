@@ -6,13 +6,13 @@ python launch/report.py --run DIR
 import argparse
 from pathlib import Path
 
-from grpo.errors import run_main
+from grpo.runtime.command import run_main
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, type=Path, help="the run directory")
-    from grpo.report import write_report
+    from grpo.tracking.report import write_report
 
     print(write_report(parser.parse_args().run))
 

@@ -1,7 +1,7 @@
 """Train. accelerate launch [--config_file accelerate_configs/X.yaml] launch/train.py [--config FILE ...] [--key.subkey VALUE]"""
 
-from grpo.config import load_config
-from grpo.errors import run_main
+from grpo.config.parser import load_config
+from grpo.runtime.command import run_main
 
 
 def main() -> None:

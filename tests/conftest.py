@@ -7,16 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 
-import grpo.compiled
-import grpo.distributed
-import grpo.products
+import grpo.kernels.cpu.compiler
+import grpo.kernels.cpu.gemm
 import grpo.rollout.compiled_backbone
+import grpo.runtime.distributed
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo.distributed, "cpu_threads", lambda processes_here: 1)
+        patch.setattr(grpo.runtime.distributed, "cpu_threads", lambda processes_here: 1)
         yield
 
 
@@ -24,9 +24,9 @@ def one_thread() -> Iterator[None]:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Twice: with the C functions, and as where no C compiler is."""
     if request.param == "torch":
-        for module in (grpo.compiled, grpo.rollout.compiled_backbone):
+        for module in (grpo.kernels.cpu.compiler, grpo.rollout.compiled_backbone):
             monkeypatch.setattr(module, "compiled", lambda source, **functions: None)
-    elif grpo.compiled.kernels() is None:
+    elif grpo.kernels.cpu.compiler.kernels() is None:
         pytest.skip("there is no C compiler here")
-    monkeypatch.setattr(grpo.products, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(grpo.kernels.cpu.gemm, "FEWEST_ROWS", 1)
     return str(request.param)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed
 
-from grpo.config import load_config
-from grpo.errors import run_main
-from grpo.run import Run
+from grpo.config.parser import load_config
+from grpo.run.state import Run
+from grpo.runtime.command import run_main
 
 KINDS = (
     "all_reduce",

@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo.rollout import build_engine
+from grpo.models.logprob_model import use_grpo_attention
+from grpo.rollout.engine import build_engine
 from grpo.rollout.vllm_worker import Parcel, Rendezvous, rendezvous, transfer_group
-from grpo.scorer import use_grpo_attention
 from grpo.types import Prompt, SamplingPlan
 from tests.fakes import CharTokenizer
 

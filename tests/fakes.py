@@ -16,8 +16,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from grpo.attention import NAME
-from grpo.scorer import use_grpo_attention
+from grpo.kernels.attention import NAME
+from grpo.models.logprob_model import use_grpo_attention
 from grpo.types import Completion, Group, Prompt
 
 SHAPE = {

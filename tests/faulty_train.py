@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from grpo.config import load_config
-from grpo.errors import run_main
+from grpo.config.parser import load_config
 from grpo.policy import Policy
+from grpo.runtime.command import run_main
 
 
 def fingerprint(policy: Policy) -> str:

@@ -12,12 +12,12 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from grpo.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
-from grpo.distributed import return_freed_memory, start_accelerator
-from grpo.loading import load_to_train
+from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from grpo.models.loading import load_to_train
+from grpo.models.logprob_model import probe_batch
+from grpo.models.weights import full_weights
 from grpo.policy import Policy
-from grpo.scorer import probe_batch
-from grpo.weights import full_weights
+from grpo.runtime.distributed import return_freed_memory, start_accelerator
 
 
 class Peak:

@@ -11,12 +11,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from grpo.checkpoint import Tensors, load_checkpoint, save_checkpoint
-from grpo.config import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
-from grpo.distributed import start_accelerator
+from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from grpo.models.logprob_model import probe_batch
+from grpo.models.optimizer_state import Tensors
 from grpo.policy import Policy
-from grpo.scorer import probe_batch
-from grpo.setup import read_checkpoint
+from grpo.run.build import read_checkpoint
+from grpo.run.checkpoint import load_checkpoint, save_checkpoint
+from grpo.runtime.distributed import start_accelerator
 from tests.sharded_load import Peak
 
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from grpo.attention import PackedLayout
+from grpo.kernels.attention import PackedLayout
+from grpo.models.logprob_model import Scorer
 from grpo.packing import pack
-from grpo.scorer import Scorer
 from tests.fakes import FAMILIES, group, tiny_model
 
 pytestmark = pytest.mark.usefixtures("way")

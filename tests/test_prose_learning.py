@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from grpo.config import load_config
-from grpo.dashboard.readers import RunFolder
+from grpo.config.parser import load_config
 from grpo.data.invented_language import generate_rows, make_lexicon
-from grpo.report import paired_items
-from grpo.starter import ProseRecipe, make_starter
-from grpo.statistics import mcnemar
+from grpo.models.tiny import ProseRecipe, make_starter
+from grpo.runtime.statistics import mcnemar
+from grpo.tracking.report import paired_items
+from grpo.tracking.run_reader import RunFolder
 from grpo.trainer import train
 
 

@@ -12,18 +12,21 @@ from typing import Any
 
 import pytest
 
-from grpo.check import tokenizer_and_shape
-from grpo.checkpoint import load_checkpoint, newest_valid
-from grpo.config import Config, TrackingConfig, load_config
-from grpo.data import load_examples
-from grpo.display import Display, visible
-from grpo.errors import ConfigError, GrpoError, StorageError, run_main
-from grpo.keys import load_keys
-from grpo.loading import load_model, load_tokenizer
-from grpo.lora import load_adapter
-from grpo.model_card import model_card
-from grpo.redaction import redacted
-from grpo.tracking import Tracker, choose_run_dir
+from grpo.config.parser import load_config
+from grpo.config.schema import Config, TrackingConfig
+from grpo.data.rows import load_examples
+from grpo.data.tokenizer import load_tokenizer
+from grpo.errors import ConfigError, GrpoError, StorageError
+from grpo.models.loading import load_model
+from grpo.models.lora import load_adapter
+from grpo.run.checkpoint import load_checkpoint, newest_valid
+from grpo.runtime.command import run_main
+from grpo.runtime.env import load_keys
+from grpo.runtime.redaction import redacted
+from grpo.tools.check import tokenizer_and_shape
+from grpo.tracking.console import Display, visible
+from grpo.tracking.model_card import model_card
+from grpo.tracking.run_logger import Tracker, choose_run_dir
 from tests.fakes import tiny_data, tiny_folder
 from tests.test_trainer import run
 
@@ -218,7 +221,7 @@ def test_secrets_are_found_nowhere(
     canaries = CANARIES | {"WANDB_OTHER_API_KEY": in_file}
     wandb = RecordingWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr("grpo.setup.check_trackers", lambda names: None)
+    monkeypatch.setattr("grpo.run.build.check_trackers", lambda names: None)
     monkeypatch.setattr(sys, "argv", ["train.py", f"--data.path={CANARIES['HF_TOKEN']}", in_file])
     settings = {"steps": 2, "tracking.report_to": "[wandb, tensorboard]", "tracking.report": "true"}
     run(tmp_path, "run", **settings)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.config import load_config
+from grpo.config.parser import load_config
 from grpo.errors import ConfigError
 from grpo.trainer import train
 from tests.fakes import tiny_data, tiny_folder

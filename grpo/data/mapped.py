@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from grpo.config import DataConfig
-from grpo.data import Example
+from grpo.config.schema import DataConfig
+from grpo.data.rows import Example
 from grpo.data.stream import prompts_token_ids
 from grpo.errors import ConfigError
 from grpo.types import Prompt

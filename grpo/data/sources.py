@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from grpo.config import DataConfig
-from grpo.data.readers import BadRows, Row, Table, read_table, table_of
+from grpo.config.schema import DataConfig
+from grpo.data.files import BadRows, Row, Table, read_table, table_of
 from grpo.data.registry import register_dataset
 from grpo.errors import ConfigError
 

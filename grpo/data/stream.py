@@ -7,7 +7,7 @@ from typing import Any
 import numpy
 from jinja2 import TemplateError
 
-from grpo.data import Example
+from grpo.data.rows import Example
 from grpo.errors import ConfigError
 from grpo.types import Message, Prompt
 

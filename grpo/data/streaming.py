@@ -8,9 +8,9 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from grpo.config import DataConfig
-from grpo.data import BadRows, Example, example_of, load_rows
-from grpo.data.readers import Row, Table, iterate_rows
+from grpo.config.schema import DataConfig
+from grpo.data.files import Row, Table, iterate_rows
+from grpo.data.rows import BadRows, Example, example_of, load_rows
 from grpo.data.sources import is_hub_name
 from grpo.data.stream import prompt_token_ids
 from grpo.errors import ConfigError

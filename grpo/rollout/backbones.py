@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.attention import SlotLayout
+from grpo.kernels.attention import SlotLayout
 from grpo.logprobs import head_logits, product_dtype
 from grpo.rollout.kv_cache import SlotCache
 

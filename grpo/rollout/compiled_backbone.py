@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.compiled import compiled, pointer
+from grpo.kernels.cpu.compiler import compiled, pointer
 from grpo.rollout.backbones import FusedBackbone, full_tensor
 from grpo.rollout.kv_cache import SlotCache
 
@@ -26,7 +26,7 @@ def library() -> Any:
     return compiled(SOURCE, pack="iiipp", multiply="iiiipppp", step="pipppp")
 
 
-SOURCE = Path(__file__).with_name("decode_step.c")
+SOURCE = Path(__file__).parents[1] / "kernels" / "cpu" / "decode_step.c"
 PANEL = 16
 """Outputs that lie side by side in memory, as in decode_step.c."""
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.distributed import return_freed_memory
 from grpo.errors import ConfigError
-from grpo.rollout import device_of, end_token_ids, register_engine
 from grpo.rollout.backbones import Backbone, FusedBackbone, ModuleBackbone
 from grpo.rollout.compiled_backbone import CompiledBackbone
+from grpo.rollout.engine import device_of, end_token_ids, register_engine
 from grpo.rollout.kv_cache import SlotCache
-from grpo.sampling import counted_uniform, draw_tokens, stream_key
+from grpo.rollout.sampling import counted_uniform, draw_tokens, stream_key
+from grpo.runtime.distributed import return_freed_memory
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 
 PREFILL_TOKENS = 8192

@@ -22,11 +22,11 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.config import Config, RolloutConfig
-from grpo.distributed import max_over_ranks
+from grpo.config.schema import Config, RolloutConfig
 from grpo.errors import ConfigError, EngineError
-from grpo.rollout import end_token_ids, register_engine
-from grpo.sampling import stream_key
+from grpo.rollout.engine import end_token_ids, register_engine
+from grpo.rollout.sampling import stream_key
+from grpo.runtime.distributed import max_over_ranks
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 
 INSTALL = "docs/vllm.md has the install lines for GPU and CPU"

@@ -1,0 +1,214 @@
+"""Machines: every accelerate config, full and LoRA, tried here; what happened -> docs/results/machines.json and docs/machines.md.
+
+python benchmarks/machines.py [--only PROFILE ...] [--output docs/results/machines.json]
+python benchmarks/machines.py --table             writes docs/machines.md from the JSON files, runs nothing
+
+Each try is two steps of launch/train.py with a random model. Where there is no GPU, several processes talk over gloo and the file
+is changed as little as that needs (the flags are in the table); float32 runs are compared with one plain process.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from grpo.runtime.command import run_main
+
+ROOT = Path(__file__).parent.parent
+TWO = ["--num_processes", "2"]
+FLOAT32 = ["--mixed_precision", "no"]
+TRIES: dict[str, list[list[str]]] = {  # an accelerate config -> the flags of each try
+    "cpu": [[]],
+    "cpu_2proc": [[]],
+    "single_gpu": [[]],
+    "single_gpu_fp16": [[]],
+    "multi_gpu": [TWO],
+    "fsdp2": [TWO + FLOAT32, TWO],
+    "deepspeed_zero2": [TWO + FLOAT32, TWO],
+    "deepspeed_zero3": [TWO + FLOAT32, TWO],
+    "multi_node_fsdp2": [["--num_machines", "2", *TWO, *FLOAT32]],
+    "mps": [[]],
+}
+WAYS = {"full": {}, "LoRA": {"lora.r": "4"}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(TRIES), help="these profiles only")
+    parser.add_argument("--table", action="store_true", help="only write docs/machines.md")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "machines.json")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        rows = try_all(arguments.only or list(TRIES))
+        if arguments.only and arguments.output.is_file():
+            kept = json.loads(arguments.output.read_text())["rows"]
+            rows = [row for row in kept if row["profile"] not in arguments.only] + rows
+            rows.sort(key=lambda row: list(TRIES).index(row["profile"]))
+        report = {"command": "python benchmarks/machines.py", "machine": machine(), "rows": rows}
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    path = ROOT / "docs" / "machines.md"
+    path.write_text(page(arguments.output.parent), encoding="utf-8")
+    print(path)
+
+
+def machine() -> str:
+    import torch
+
+    gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no GPU"
+    return f"{os.cpu_count()} CPU cores, {gpus}, torch {torch.__version__}"
+
+
+def try_all(names: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        prepare(folder)
+        for way, changes in WAYS.items():
+            start(folder, f"plain {way}", [sys.executable], changes)
+            for name in names:
+                for flags in TRIES[name]:
+                    launch = ["--config_file", f"accelerate_configs/{name}.yaml", *flags]
+                    settings = [f"--{key} {value}" for key, value in changes.items()]
+                    command = " ".join(["accelerate launch", *launch, "launch/train.py", *settings])
+                    row = {"profile": name, "way": way, "command": command}
+                    rows.append(row | attempt(folder, f"{name} {way} {len(rows)}", way, launch, changes))
+                    print(json.dumps(rows[-1]), flush=True)
+    return sorted(rows, key=lambda row: list(TRIES).index(row["profile"]))
+
+
+def prepare(folder: Path) -> None:
+    import memory  # benchmarks/memory.py: its random models
+
+    memory.make(folder)
+    lines = [json.dumps({"question": f"{a}+1=", "answer": f"#### {a + 1}"}) for a in range(16)]
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "noise.py").write_text(
+        "def noise(completions, **rest):\n    return [float(len(c[0]['content']) % 3) for c in completions]\n"
+    )
+
+
+def attempt(folder: Path, run: str, way: str, launch: list[str], changes: dict[str, str]) -> dict[str, Any]:
+    """One try -> what happened, and the numbers that show it."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *launch]
+    if "--num_machines" in launch:  # two launchers, as on two machines
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        address = ["--main_process_ip", "127.0.0.1", "--main_process_port", port, "--machine_rank"]
+        with ThreadPoolExecutor() as hosts:
+            tries = [hosts.submit(start, folder, run, [*accelerate, *address, rank], changes) for rank in "01"]
+            done = [one.result() for one in tries][0]
+    else:
+        done = start(folder, run, accelerate, changes)
+    if not (folder / run / "final").is_dir():
+        said = [line for line in done.stderr.splitlines() if "error:" in line.lower() or "Error: " in line]
+        return {"result": "refused", "message": said[0].strip() if said else done.stderr[-300:]}
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "process(es) on" in line]
+    metrics = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+    found = {
+        "result": "ran here",
+        "how": said[0].split(", ")[-2].strip() + ", " + said[0].split(", ")[-1].strip() if said else "",
+        "sampling_logprob_difference": max(row["policy/sampling_logprob_difference"] for row in metrics),
+    }
+    if "no precision" in str(found["how"]):
+        found["largest_weight_difference_to_one_process"] = difference(folder / f"plain {way}", folder / run)
+    return found
+
+
+def difference(first: Path, second: Path) -> float:
+    from safetensors.torch import load_file
+
+    one, other = (load_file(run / "final" / "model.safetensors") for run in (first, second))
+    return max(float((one[key] - other[key]).abs().max()) for key in one)
+
+
+def start(folder: Path, run: str, launcher: list[str], changes: dict[str, str]) -> subprocess.CompletedProcess:
+    settings = {
+        "model.name": str(folder / "tiny"),
+        "data.path": str(folder / "data.jsonl"),
+        "data.system_prompt": "null",
+        "run_dir": str(folder / run),
+        "steps": "2",
+        "eval_every": "0",
+        "prompts_per_step": "3",
+        "sampling.num_generations": "4",
+        "sampling.max_completion_length": "8",
+        "optimizer.learning_rate": "0.001",
+        "scoring.workers": "0",
+        "tracking.report_to": "[]",
+        "tracking.report": "false",
+        "rewards": json.dumps({f"{folder}/noise.py:noise": 1.0}),
+    } | changes
+    command = [*launcher, str(ROOT / "launch" / "train.py"), *(f"--{key}={value}" for key, value in settings.items())]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=1200)
+
+
+def page(results: Path) -> str:
+    """docs/machines.md, from what is in the results folder."""
+    tried = read(results / "machines.json")
+    lines = [
+        "# Machines",
+        "",
+        "Written by `python benchmarks/machines.py --table` from `docs/results/`; do not edit.",
+        "",
+    ]
+    if tried:
+        lines += [f"## What was tried: {tried['machine']}", "", "| profile | | result | command |", "|---|---|---|---|"]
+        lines += [f"| {row['profile']} | {row['way']} | {outcome(row)} | `{row['command']}` |" for row in tried["rows"]]
+        lines += [
+            "",
+            "On a machine without a GPU, profiles for GPUs run on the CPU over gloo: their path through the code is tested, their "
+            "speed is not. GPUs: not measured. The two DeepSpeed profiles need `pip install deepspeed==0.19.8` "
+            "(`DS_BUILD_OPS=0`, where there is no compiler).",
+        ]
+    measured = read(results / "memory.json")
+    if measured:
+        lines += [
+            "",
+            "## Memory, measured on a CPU",
+            "",
+            f"`{measured['command']}`; {measured['model']}. {measured['how']}.",
+            "",
+        ]
+        lines += ["| run | estimate MiB | measured MiB | estimate / measured |", "|---|---|---|---|"]
+        for row in measured["rows"]:
+            cells = (row["estimate_mib"], row["measured_mib"], row["estimate_over_measured"])
+            lines.append(f"| {row['case']} | " + " | ".join(map(str, cells)) + " |")
+        lines += [
+            "",
+            "Step times beside each other: [scaling.md](scaling.md) (these runs give every freed block back at once, which takes time).",
+        ]
+    fits = read(results / "memory_fits.json")
+    if fits:
+        where = list(fits["rows"][0]["gib_per_gpu"])
+        lines += ["", "## What fits, computed", "", f"`{fits['command']}`: {fits['what']}. {fits['settings']}.", ""]
+        lines += ["| model | | " + " | ".join(where) + " |", "|---|---|" + "---|" * len(where)]
+        for row in fits["rows"]:
+            lines.append(
+                f"| {row['model']} | {row['way']} | "
+                + " | ".join(str(row["gib_per_gpu"][name]) for name in where)
+                + " |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def outcome(row: dict[str, Any]) -> str:
+    if row["result"] == "refused":
+        return f"refused: {row['message']}".replace("|", "/")
+    far = row.get("largest_weight_difference_to_one_process")
+    same = f"weights within {far:.1g} of one process" if far is not None else "other precision than one plain process"
+    return f"ran here: {row['how']}; {same}; sampling and training apart by {row['sampling_logprob_difference']:.1g}"
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+if __name__ == "__main__":
+    run_main(main)

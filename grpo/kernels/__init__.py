@@ -1,0 +1,1 @@
+"""Kernels: the only device-specific arithmetic. The contract is in README.md."""

@@ -1,0 +1,165 @@
+"""Compiled: a C file of this package -> its functions, compiled on this machine at first use. None where that cannot be.
+
+    library = compiled(Path("layer.c"))          # a few seconds once for each machine, then from ~/.cache/grpo or GRPO_CACHE
+    if library is not None: library.norm(threads, rows, ...)
+
+Everything that is written in C here exists in torch, too: as what is used where there is no compiler, and as what the tests
+compare with. The CC variable names the compiler, as everywhere; CC=none goes without.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-ffp-contract=fast"]
+# What lets sums become vector code; NaN and infinity stay what they are.
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
+LAYER = Path(__file__).with_name("layer.c")
+SECONDS = 60
+"""For the compiler, which takes a few."""
+
+
+def plain(*tensors: Tensor, dtype: torch.dtype = torch.float32, contiguous: bool = True) -> bool:
+    """Whether C can read all of them: of this dtype, in the memory of this process, one number after the other."""
+    return all(
+        (_pretending or type(tensor) in (Tensor, nn.Parameter))  # not one that only says what it would be, nor a shard
+        and tensor.is_cpu
+        and tensor.dtype == dtype
+        and (tensor.is_contiguous() or not contiguous)
+        for tensor in tensors
+    )
+
+
+def threads_for(numbers: int) -> int:
+    """Threads that are worth waking for so many numbers."""
+    return torch.get_num_threads() if numbers > 32768 else 1
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where a contiguous tensor lies. The caller keeps it alive."""
+    return None if tensor is None or _pretending else tensor.data_ptr()
+
+
+_pretending = False
+
+
+class _Idle:
+    """Functions that do nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
+
+
+@contextlib.contextmanager
+def pretended() -> Iterator[None]:
+    """Within, what is C takes tensors that hold no numbers, and does nothing with them: to count the memory that it wants.
+    Where there is no compiler, nothing is C."""
+    global _pretending
+    _pretending = kernels() is not None
+    try:
+        yield
+    finally:
+        _pretending = False
+
+
+@functools.cache
+def compiled(source: Path, **functions: str) -> ctypes.CDLL | None:
+    """The functions of `source`, each with the kinds of its arguments: i for int, l for long, f for float, p for a pointer."""
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    runtime = _openmp_of_torch()
+    if runtime is None or shutil.which(compiler[0]) is None:
+        return None
+    folder = Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo")
+    try:
+        version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=SECONDS, check=True).stdout
+        texts = b"".join(file.read_bytes() for file in (source, *sorted(Path(__file__).parent.glob("*.[ch]"))))
+        key = hashlib.sha256(texts + version + " ".join([*compiler, *FLAGS, _processor()]).encode()).hexdigest()
+        library = folder / f"{source.stem}-{key[:16]}.so"
+        if not library.exists():
+            _compile(compiler, source, library)
+        if not _ours(library):
+            return None
+        # torch's own threads, not a second set of them that would compete for the cores.
+        ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
+        loaded = ctypes.CDLL(str(library))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    kinds = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
+    for name, arguments in functions.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = [kinds[kind] for kind in arguments], None
+    return loaded
+
+
+def kernels() -> Any:
+    """layer.c, and with it fused_ops.c, attention.c and gemm.c; None where they cannot be compiled."""
+    if _pretending:
+        return _Idle()
+    return compiled(
+        LAYER,
+        norm="ilifpppp",
+        norm_backward="ilippppppp",
+        swiglu="ilppp",
+        swiglu_backward="ilppppp",
+        rotate="iliiipppp",
+        softmax="ilifpppppp",
+        draw="ilifppppp",
+        attention_forward="iiiiiiiifippppppppp",
+        attention_backward="iiiiiiiifipppppppppppppp",
+        product="iiiiiiippppp",
+        layer_forward="ippppp",
+        layer_backward="iipppppppppp",
+        layer_backward_inputs="ippppppppp",
+    )
+
+
+def _ours(library: Path) -> bool:
+    """What is loaded runs as this user: nobody else may have written it."""
+    written = library.stat()
+    return written.st_uid in (0, os.getuid()) and not written.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _compile(compiler: list[str], source: Path, library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made, linked = Path(folder) / "made.o", Path(folder) / "linked.so"
+        for command in (
+            [*compiler, *FLAGS, "-c", str(source), "-o", str(made)],
+            # Without -fopenmp, which would bring an OpenMP runtime of its own along; its own functions before others of the same name.
+            [*compiler, "-shared", "-Wl,-Bsymbolic", str(made), "-o", str(linked), "-lm"],
+        ):
+            subprocess.run(command, capture_output=True, timeout=SECONDS, check=True)
+        linked.chmod(0o755)
+        linked.replace(library)  # at once: another process may be doing the same
+
+
+def _openmp_of_torch() -> str | None:
+    """The OpenMP runtime that this process already uses; None where there is none, or one cannot tell."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    files = {line.split()[-1] for line in maps.read_text().splitlines() if "/" in line}
+    found = [file for file in sorted(files) if Path(file).name.startswith(("libgomp", "libiomp", "libomp"))]
+    # Other packages may have brought their own.
+    return min(found, key=lambda file: "torch" not in Path(file).parts, default=None)
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by different machines."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    wanted = ("model name", "flags", "CPU part", "Features")
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(wanted)}))

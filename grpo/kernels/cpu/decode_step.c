@@ -1,0 +1,223 @@
+/* One decoding step of a Llama-family model in float32, for many rows at once: what FusedBackbone does, in one call.
+
+   Python hands over pointers into torch tensors (compiled.py); nothing is allocated here. Weights come in panels of
+   16 outputs, [outputs / 16][inputs][16], padded with zeros: a panel is read once from memory, and stays in the nearest
+   cache while every row is multiplied with it. The sums of a row are added up in the same order whatever rows are
+   beside it and however many threads there are, so that a completion does not depend on them, to the last bit. */
+
+#include "simd.h"
+
+typedef struct {
+    const float *norm, *qkv, *qkv_bias, *head_norm, *out, *mlp_norm, *gate, *up, *down;
+    float *keys, *values; /* [slots][key heads][length][head size] */
+} Layer;
+
+typedef struct {
+    const Layer *layers;
+    const float *embedding, *norm;
+    const float *turns; /* RoPE: [position][head size / 2] complex numbers */
+    float epsilon, scaling;
+    int32_t layer_count, hidden, inside, heads, key_heads, head_size, length, threads;
+} Model;
+
+/* states [rows][inputs] times all panels, shared among the threads -> result [rows][outputs], set or added to. */
+static void product(int rows, int inputs, int outputs, const float *states, const float *panels, const float *bias,
+                    float *result, int add)
+{
+#pragma omp for schedule(static)
+    for (int start = 0; start < outputs; start += PANEL) {
+        int width = outputs - start < PANEL ? outputs - start : PANEL;
+        float sums[ROWS][PANEL];
+        for (int first = 0, count; first < rows; first += count) {
+            count = tile_rows(rows, first);
+            tile_of(count, inputs, states + (long)first * inputs, inputs, panels + (long)start * inputs, sums);
+            for (int r = 0; r < count; r++) {
+                float *target = result + (long)(first + r) * outputs + start;
+                for (int o = 0; o < width; o++)
+                    target[o] = sums[r][o] + (bias ? bias[start + o] : 0.0f) + (add ? target[o] : 0.0f);
+            }
+        }
+    }
+}
+
+/* silu(states times gate) * (states times up) -> result [rows][outputs] (arXiv 2002.05202) */
+static void gated_product(int rows, int inputs, int outputs, const float *states, const float *gate, const float *up,
+                          float *result)
+{
+#pragma omp for schedule(static)
+    for (int start = 0; start < outputs; start += PANEL) {
+        int width = outputs - start < PANEL ? outputs - start : PANEL;
+        float gates[ROWS][PANEL], ups[ROWS][PANEL];
+        for (int first = 0, count; first < rows; first += count) {
+            count = tile_rows(rows, first);
+            tile_of(count, inputs, states + (long)first * inputs, inputs, gate + (long)start * inputs, gates);
+            tile_of(count, inputs, states + (long)first * inputs, inputs, up + (long)start * inputs, ups);
+            for (int r = 0; r < count; r++) {
+                for (int o = 0; o < PANEL; o++)
+                    gates[r][o] = gates[r][o] / (1.0f + exponential(-gates[r][o])) * ups[r][o];
+                memcpy(result + (long)(first + r) * outputs + start, gates[r], sizeof(float) * width);
+            }
+        }
+    }
+}
+
+/* RMSNorm (arXiv 1910.07467); the weight carries the factor sqrt(size). */
+static void normalize(int size, float epsilon, const float *state, const float *weight, float *result)
+{
+    float sum = 0.0f;
+    for (int i = 0; i < size; i++)
+        sum += state[i] * state[i];
+    float scale = 1.0f / sqrtf(sum + size * epsilon);
+    for (int i = 0; i < size; i++)
+        result[i] = state[i] * scale * weight[i];
+}
+
+/* RMSNorm of one query or key head, where the model has one, and RoPE (arXiv 2104.09864): in place. */
+static void place(const Model *model, const Layer *layer, int head, const float *turn, float *state)
+{
+    int size = model->head_size;
+    if (layer->head_norm)
+        normalize(size, model->epsilon, state, layer->head_norm + (long)head * size, state);
+    for (int i = 0; i < size; i += 2) {
+        float real = state[i], imaginary = state[i + 1];
+        state[i] = real * turn[i] - imaginary * turn[i + 1];
+        state[i + 1] = real * turn[i + 1] + imaginary * turn[i];
+    }
+}
+
+/* Number n of the result: the sum of row n of 8. */
+static inline octet sums_of(const octet *row)
+{
+#ifdef SHUFFLES
+    octet half[4], quarter[2];
+    for (int r = 0; r < 4; r++)
+        half[r] = LOW_HALVES(row[r], row[r + 4]) + HIGH_HALVES(row[r], row[r + 4]);
+    for (int r = 0; r < 2; r++)
+        quarter[r] = LOW(half[2 * r], half[2 * r + 1]) + HIGH(half[2 * r], half[2 * r + 1]);
+    return LOW_PAIRS(quarter[0], quarter[1]) + HIGH_PAIRS(quarter[0], quarter[1]);
+#else
+    octet sums;
+    for (int r = 0; r < 8; r++)
+        sums[r] = ((row[r][0] + row[r][4]) + (row[r][2] + row[r][6])) + ((row[r][1] + row[r][5]) + (row[r][3] + row[r][7]));
+    return sums;
+#endif
+}
+
+/* `count` octets, a constant wherever this is inlined, of the weighted sum of `seen` values -> result, divided by the total */
+static inline __attribute__((always_inline)) void
+weighted(const int count, int seen, int size, const float *weights, const float *values, float total, float *result)
+{
+    octet even[4] = {0}, odd[4] = {0}; /* two sums: the next one need not wait for the one before */
+    int position = 0;
+    for (; position + 1 < seen; position += 2, values += 2 * size)
+        for (int i = 0; i < count; i++) {
+            even[i] += weights[position] * *(const octet *)(values + 8 * i);
+            odd[i] += weights[position + 1] * *(const octet *)(values + size + 8 * i);
+        }
+    for (int i = 0; i < count; i++) {
+        if (position < seen)
+            even[i] += weights[position] * *(const octet *)(values + 8 * i);
+        *(octet *)(result + 8 * i) = (even[i] + odd[i]) / total;
+    }
+}
+
+/* One query head against `seen` keys and values -> result [head size]. `weights` has room for `seen` numbers, rounded up to 8. */
+static void attend(const float *query, const float *keys, const float *values, int seen, int size, float scaling,
+                   float *weights, float *result)
+{
+    float total = 0.0f;
+    for (int first = 0; first < seen; first += 8) { /* scores of 8 at a time, the last key again and again at the end */
+        octet rows[8];
+        for (int r = 0; r < 8; r++) {
+            const int position = first + r < seen ? first + r : seen - 1;
+            rows[r] = (octet){0};
+            for (int i = 0; i < size; i += 8)
+                rows[r] += *(const octet *)(query + i) * *(const octet *)(keys + (long)position * size + i);
+        }
+        *(octet *)(weights + first) = sums_of(rows) * scaling;
+    }
+    float largest = largest_of(seen, weights);
+    for (int position = 0; position < seen; position++)
+        weights[position] = exponential(weights[position] - largest);
+    for (int position = 0; position < seen; position++)
+        total += weights[position];
+    int i = 0;
+    for (; i + 32 <= size; i += 32)
+        weighted(4, seen, size, weights, values + i, total, result + i);
+    for (; i < size; i += 8)
+        weighted(1, seen, size, weights, values + i, total, result + i);
+}
+
+/* weight [outputs][inputs] -> panels, the last one filled up with zeros */
+void pack(int threads, int inputs, int outputs, const float *weight, float *panels)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int start = 0; start < outputs; start += PANEL)
+        for (int i = 0; i < inputs; i++)
+            for (int o = 0; o < PANEL; o++)
+                panels[((long)start * inputs) + (long)i * PANEL + o] =
+                    start + o < outputs ? weight[(long)(start + o) * inputs + i] : 0.0f;
+}
+
+/* Product alone, for prompts and the head. */
+void multiply(int threads, int rows, int inputs, int outputs, const float *states, const float *panels,
+              const float *bias, float *result)
+{
+#pragma omp parallel num_threads(threads)
+    product(rows, inputs, outputs, states, panels, bias, result, 0);
+}
+
+/* tokens and positions [rows] -> hidden [rows][hidden]; each row's key and value are written at its position.
+   scratch: floats, rows * (hidden + (heads + 2 key heads) * head size + heads * head size + inside), and per thread length rounded up
+   to 8 */
+void step(const Model *model, int rows, const int64_t *tokens, const int64_t *positions, float *hidden, float *scratch)
+{
+    const int width = model->hidden, inside = model->inside, size = model->head_size, length = model->length;
+    const int shared = model->heads / model->key_heads, mixed_width = (model->heads + 2 * model->key_heads) * size;
+    const int attended_width = model->heads * size;
+    float *normed = scratch, *mixed = normed + (long)rows * width, *attended = mixed + (long)rows * mixed_width;
+    float *gated = attended + (long)rows * attended_width, *weights = gated + (long)rows * inside;
+
+#pragma omp parallel num_threads(model->threads)
+    {
+#pragma omp for schedule(static)
+        for (int row = 0; row < rows; row++)
+            memcpy(hidden + (long)row * width, model->embedding + tokens[row] * width, sizeof(float) * width);
+        for (int index = 0; index < model->layer_count; index++) {
+            const Layer *layer = model->layers + index;
+#pragma omp for schedule(static)
+            for (int row = 0; row < rows; row++)
+                normalize(width, model->epsilon, hidden + (long)row * width, layer->norm, normed + (long)row * width);
+            product(rows, width, mixed_width, normed, layer->qkv, layer->qkv_bias, mixed, 0);
+#pragma omp for schedule(dynamic) collapse(2) /* rows differ in length */
+            for (int row = 0; row < rows; row++)
+                for (int group = 0; group < model->key_heads; group++) {
+                    const float *turn = model->turns + positions[row] * size;
+                    float *queries = mixed + (long)row * mixed_width + group * shared * size;
+                    float *key = mixed + (long)row * mixed_width + (model->heads + group) * size;
+                    float *value = key + model->key_heads * size;
+                    long cached = ((long)row * model->key_heads + group) * length;
+                    place(model, layer, model->heads + group, turn, key);
+                    memcpy(layer->keys + (cached + positions[row]) * size, key, sizeof(float) * size);
+                    memcpy(layer->values + (cached + positions[row]) * size, value, sizeof(float) * size);
+                    for (int s = 0; s < shared; s++) {
+                        int head = group * shared + s;
+                        place(model, layer, head, turn, queries + s * size);
+                        attend(queries + s * size, layer->keys + cached * size, layer->values + cached * size,
+                               (int)positions[row] + 1, size, model->scaling,
+                               weights + (long)omp_get_thread_num() * ((length + 7) / 8 * 8),
+                               attended + (long)row * attended_width + head * size);
+                    }
+                }
+            product(rows, attended_width, width, attended, layer->out, 0, hidden, 1);
+#pragma omp for schedule(static)
+            for (int row = 0; row < rows; row++)
+                normalize(width, model->epsilon, hidden + (long)row * width, layer->mlp_norm, normed + (long)row * width);
+            gated_product(rows, width, inside, normed, layer->gate, layer->up, gated);
+            product(rows, inside, width, gated, layer->down, 0, hidden, 1);
+        }
+#pragma omp for schedule(static)
+        for (int row = 0; row < rows; row++)
+            normalize(width, model->epsilon, hidden + (long)row * width, model->norm, hidden + (long)row * width);
+    }
+}

@@ -1,0 +1,166 @@
+/* What lean.py, logprobs.py and sampling.py do between products, each in one pass over memory. Float32, contiguous, nothing
+   allocated; rows are shared among `threads`. */
+
+#include "simd.h"
+
+/* y = w * x / rms(x) (arXiv 1910.07467) -> also scales [rows] = 1 / rms(x) */
+void norm(int threads, long rows, int size, float epsilon, const float *hidden, const float *weight, float *scales,
+          float *result)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long row = 0; row < rows; row++) {
+        const float *x = hidden + row * size;
+        float *y = result + row * size, sum = 0.0f;
+        for (int i = 0; i < size; i++)
+            sum += x[i] * x[i];
+        float scale = 1.0f / sqrtf(sum / size + epsilon);
+        for (int i = 0; i < size; i++)
+            y[i] = x[i] * scale * weight[i];
+        scales[row] = scale;
+    }
+}
+
+/* gradient [rows, size] -> grad_hidden [rows, size], added to `beside` if that is not null, and the weight's in shares, [threads, size],
+   set to zero before. */
+void norm_backward(int threads, long rows, int size, const float *hidden, const float *weight, const float *scales,
+                   const float *gradient, const float *beside, float *grad_hidden, float *grad_weight)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int share = 0; share < threads; share++) {
+        float *dw = grad_weight + (long)share * size;
+        for (long row = rows * share / threads; row < rows * (share + 1) / threads; row++) {
+            const float *x = hidden + row * size, *g = gradient + row * size, scale = scales[row];
+            float *dx = grad_hidden + row * size, sum = 0.0f;
+            for (int i = 0; i < size; i++) {
+                sum += g[i] * weight[i] * x[i];
+                dw[i] += g[i] * x[i] * scale;
+            }
+            float correction = sum * scale * scale * scale / size;
+            for (int i = 0; i < size; i++)
+                dx[i] = g[i] * weight[i] * scale - x[i] * correction;
+            if (beside)
+                for (int i = 0; i < size; i++)
+                    dx[i] += beside[row * size + i];
+        }
+    }
+}
+
+/* silu(gate) * up (arXiv 2002.05202) */
+void swiglu(int threads, long count, const float *gate, const float *up, float *result)
+{
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+    for (long i = 0; i < count; i++)
+        result[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+}
+
+void swiglu_backward(int threads, long count, const float *gate, const float *up, const float *gradient,
+                     float *grad_gate, float *grad_up)
+{
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+    for (long i = 0; i < count; i++) {
+        float share = 1.0f / (1.0f + exponential(-gate[i]));
+        float slope = share + gate[i] * share * (1.0f - share), reaches = gradient[i];
+        grad_up[i] = reaches * gate[i] * share; /* may lie where gradient does */
+        grad_gate[i] = reaches * up[i] * slope;
+    }
+}
+
+/* RoPE (arXiv 2104.09864): states [tokens, heads, size], cosines and sines [tokens, size] -> result. Numbers i and i + size / 2 of
+   a head turn together, in their place if that is the result; `back` turns gradients. */
+void rotate(int threads, long tokens, int heads, int size, int back, const float *states, const float *cosines,
+            const float *sines, float *result)
+{
+    const int half = size / 2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long token = 0; token < tokens; token++) {
+        const float *c = cosines + token * size, *s = sines + token * size;
+        const float *first = back ? s + half : s, *second = back ? s : s + half, sign = back ? -1.0f : 1.0f;
+        for (int head = 0; head < heads; head++) {
+            const float *x = states + (token * heads + head) * size;
+            float *y = result + (token * heads + head) * size;
+#pragma omp simd
+            for (int i = 0; i < half; i++) {
+                const float one = x[i], other = x[i + half];
+                y[i] = one * c[i] - sign * first[i] * other;
+                y[i + half] = other * c[i + half] + sign * second[i] * one;
+            }
+        }
+    }
+}
+
+/* logits [rows, size], counted from each row's largest and divided by the temperature -> in their place, exp of them; and per
+   row the target's logprob, the entropy, the sum of the exps and the log-sum-exp of the divided logits. */
+void softmax(int threads, long rows, int size, float temperature, float *logits, const int64_t *targets, float *logprobs,
+             float *entropies, float *totals, float *lses)
+{
+    const float inverse = 1.0f / temperature;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long row = 0; row < rows; row++) {
+        float *x = logits + row * size, largest = largest_of(size, x);
+        float target = (x[targets[row]] - largest) * inverse;
+        double total = 0.0, product = 0.0;
+        for (int start = 0; start < size; start += 1024) { /* float32 sums stay short */
+            int stop = start + 1024 < size ? start + 1024 : size;
+            float sum = 0.0f, dot = 0.0f;
+            for (int i = start; i < stop; i++) {
+                float logit = (x[i] - largest) * inverse, weight = exponential(logit);
+                sum += weight;
+                dot += weight * logit;
+                x[i] = weight;
+            }
+            total += sum;
+            product += dot;
+        }
+        double lse = log(total);
+        logprobs[row] = (float)(target - lse);
+        entropies[row] = (float)(lse - product / total);
+        totals[row] = (float)total;
+        lses[row] = (float)(lse + largest * (double)inverse);
+    }
+}
+
+#define BLOCK 128
+
+/* sampling.draw_tokens: one token for each row of logits [rows, size], by inverting the cumulative distribution at its uniform
+   number; the most likely one where the temperature is 0. blocks [rows, size / 128 rounded up]: room for sums. */
+void draw(int threads, long rows, int size, float temperature, const float *logits, const double *uniforms, double *blocks,
+          int64_t *tokens, float *logprobs)
+{
+    const float inverse = temperature == 0.0f ? 1.0f : 1.0f / temperature;
+    const int count = (size + BLOCK - 1) / BLOCK;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long row = 0; row < rows; row++) {
+        const float *x = logits + row * size, largest = largest_of(size, x);
+        double *sums = blocks + row * count, total = 0.0;
+        for (int block = 0; block < count; block++) {
+            int stop = (block + 1) * BLOCK < size ? (block + 1) * BLOCK : size;
+            float sum = 0.0f;
+            for (int i = block * BLOCK; i < stop; i++)
+                sum += exponential((x[i] - largest) * inverse);
+            sums[block] = sum;
+            total += sum;
+        }
+        int token = 0;
+        if (temperature == 0.0f) {
+            while (token < size - 1 && x[token] != largest)
+                token++;
+        } else {
+            double threshold = fmin(uniforms[row] * total, nextafter(total, 0.0)), before = 0.0;
+            int block = 0;
+            while (block < count - 1 && before + sums[block] <= threshold)
+                before += sums[block++];
+            int stop = (block + 1) * BLOCK < size ? (block + 1) * BLOCK : size;
+            int last = token = block * BLOCK; /* the last that has a weight: rounding may leave a little of the threshold */
+            for (double seen = before; token < stop; token++) {
+                float weight = exponential((x[token] - largest) * inverse);
+                last = weight > 0.0f ? token : last;
+                seen += weight;
+                if (seen > threshold)
+                    break;
+            }
+            token = token < stop ? token : last;
+        }
+        tokens[row] = token;
+        logprobs[row] = (float)((double)((x[token] - largest) * inverse) - log(total));
+    }
+}

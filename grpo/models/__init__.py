@@ -1,0 +1,1 @@
+"""Models: loading, families, LoRA, reference, distribution strategies, weight synchronisation."""

@@ -1,0 +1,109 @@
+"""Scorer: a model and a packed batch -> logprobs and entropies; and the probe that finds which attention gives them."""
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from grpo.kernels.attention import NAME, GroupSpan, grpo_attention
+from grpo.logprobs import token_logprobs
+from grpo.models.lora import head_weight
+from grpo.models.shared_prompt import SharedPrompts
+from grpo.packing import PackedBatch
+
+AttentionInterface.register(NAME, grpo_attention)
+
+
+class Scorer(nn.Module):
+    """A causal LM whose forward pass is what training needs: packed batch -> logprobs [N] and entropies [N].
+
+    It is a module of its own, because wrappers (DDP, FSDP, autocast) only see what goes through `forward`.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, swapped: bool, temperature: float, entropy_gradient: bool = False):
+        super().__init__()
+        self.model, self.swapped, self.temperature = model, swapped, temperature
+        self.entropy_gradient = entropy_gradient
+        self.prompts = SharedPrompts()
+        self._no_split_modules = model._no_split_modules  # the layers that FSDP shards one by one
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        if self.swapped and any(span.split for span in batch.spans):
+            hidden_NH = self.prompts.hidden(self.model.base_model, batch)
+        elif self.swapped:
+            hidden = self.model.base_model(
+                input_ids=batch.input_ids_T[None],
+                position_ids=batch.positions_T[None],
+                use_cache=False,
+                layout=batch.layout,
+            ).last_hidden_state[0]
+            hidden_NH = hidden[batch.predictor_N]
+        else:
+            ids, predictor = batch.rows()
+            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden_NH = hidden.flatten(0, 1)[predictor]
+        head = self.model.get_output_embeddings()
+        with torch.autocast(hidden_NH.device.type, enabled=False):  # the head in float32: see Float32Head
+            return token_logprobs(
+                hidden_NH.float(),
+                head_weight(head).float(),
+                batch.tokens_N,
+                self.temperature,
+                entropy_gradient=self.entropy_gradient,
+            )
+
+
+def use_grpo_attention(model: PreTrainedModel) -> bool:
+    """Switch to our attention if it gives the same logprobs as the model's own on a probe; else leave the model as it is.
+
+    -> whether it was switched. The probe is two groups with prompts and completions of different lengths. Weights of 16 bits round
+    differently in it: a bfloat16 model's own attention is as far from float32 as ours is.
+    """
+    tolerance = {torch.float16: 2e-2, torch.bfloat16: 1e-1}.get(model.dtype, 1e-3)
+    batch = probe_batch(model.config.vocab_size).to(next(model.parameters()).device)
+    with torch.no_grad():
+        plain = Scorer(model, swapped=False, temperature=1.0)(batch)[0]
+        try:
+            model.set_attn_implementation(NAME)
+            packed = Scorer(model, swapped=True, temperature=1.0)(batch)[0]
+        except (NotImplementedError, TypeError, ValueError):
+            packed = None
+    if packed is None or not torch.allclose(plain, packed, atol=tolerance, rtol=1e-3):
+        model.set_attn_implementation("sdpa")
+        return False
+    return True
+
+
+def probe_batch(vocabulary: int) -> PackedBatch:
+    """A small made-up batch: two groups, prompts of 5 and 3 tokens, completions of 4, 2 and 3."""
+    ids: list[int] = []
+    positions: list[int] = []
+    predictor: list[int] = []
+    tokens: list[int] = []
+    spans, lengths = [], []
+    for prompt_length, completion_lengths in ((5, (4, 2)), (3, (3,))):
+        start = len(ids)
+        spans.append(GroupSpan(start, prompt_length, completion_lengths))
+        positions += range(prompt_length)
+        ids += [(7 * (start + i) + 3) % vocabulary for i in range(prompt_length)]
+        for length in completion_lengths:
+            first = len(ids)
+            new = [(11 * (first + i) + 5) % vocabulary for i in range(length)]
+            predictor += [start + prompt_length - 1, *range(first, first + length - 1)]
+            ids += new
+            tokens += new
+            positions += range(prompt_length, prompt_length + length)
+            lengths.append(length)
+    lengths_S = torch.tensor(lengths)
+    zeros = torch.zeros(len(tokens))
+    return PackedBatch(
+        torch.tensor(ids),
+        torch.tensor(positions),
+        spans,
+        torch.tensor(predictor),
+        torch.tensor(tokens),
+        torch.arange(len(lengths)).repeat_interleave(lengths_S),
+        zeros,
+        zeros,
+        zeros,
+        lengths_S,
+    )

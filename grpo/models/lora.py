@@ -1,0 +1,134 @@
+"""LoRA: the only file that knows peft. A model -> the same model with small trainable matrices beside chosen layers.
+
+    W x  ->  W x + (lora_alpha / r) * B (A x)          (Hu et al., arXiv 2106.09685)    B starts at 0
+
+Switched off, the adapter leaves exactly the starting model: the reference policy costs no memory. It is never merged in
+place: what engines sample from is a working copy (grpo/models/weights.py), so that no number of merges can move the base.
+"""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grpo.config.schema import LoraConfig
+from grpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+ADAPTER = "default"
+
+
+def add_adapter(model: PreTrainedModel, config: LoraConfig, base: str) -> "PeftModel":
+    """Put an adapter into `model`, in place; everything else is frozen. -> peft's handle, for `off` and `save_adapter`.
+
+    `base` is written into the saved adapter as the model that it belongs to. Raises ConfigError if no layer fits.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("lora.r is set, but peft is missing: pip install peft==0.21.2") from error
+    assert config.r is not None
+    targets = config.target_modules[0] if config.target_modules == ["all-linear"] else config.target_modules
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    settings = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        target_modules=targets,
+        use_rslora=config.use_rslora,
+        lora_dropout=0.0,  # a dropped adapter would be another policy than the one that sampled
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
+    try:
+        adapted = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        known = sorted({name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
+        raise ConfigError(
+            f"lora.target_modules {config.target_modules}: {error} This model's linear layers are {', '.join(known)}; "
+            f"all-linear takes all but the head"
+        ) from error
+    tied = getattr(embedding, "weight", None) is getattr(head, "weight", None)
+    for name, layer in lora_layers(model):
+        if tied and layer.get_base_layer() in (embedding, head):
+            raise ConfigError(
+                f"lora.target_modules {config.target_modules} takes in {name}, whose weight is tied to the other end of "
+                f"the model: one of the two would change without the other. Leave it out"
+            )
+    return adapted
+
+
+@contextlib.contextmanager
+def off(adapter: "PeftModel") -> Iterator[None]:
+    """Within, the model is what it was before the adapter: the reference policy."""
+    with adapter.disable_adapter():
+        yield
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and layer of everything that carries an adapter; nothing for a model without."""
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "get_delta_weight"):
+            yield name, module
+
+
+def delta(layer: Any) -> Tensor:
+    """(lora_alpha / r) * B A in the layout of the layer's weight, with a gradient to A and B."""
+    return layer.get_delta_weight(ADAPTER)
+
+
+def head_weight(head: nn.Module) -> Tensor:
+    """[V, H] of the output head, its adapter included: our logprobs use the weight itself and never call the head."""
+    weight = head.weight
+    if hasattr(head, "lora_A") and not head.disable_adapters:
+        return weight + delta(head)  # type: ignore[operator]
+    return weight  # type: ignore[return-value]
+
+
+def plain_name(name: str) -> str | None:
+    """A parameter's name in the model without adapter; None for the adapter's own.
+
+    # model.layers.0.self_attn.q_proj.base_layer.weight     -> model.layers.0.self_attn.q_proj.weight
+    # model.layers.0.self_attn.q_proj.lora_A.default.weight -> None
+    """
+    if ".lora_" in name:
+        return None
+    return name.replace(".base_layer.", ".")
+
+
+def save_adapter(adapter: "PeftModel", folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """adapter_model.safetensors and adapter_config.json, as peft and vLLM read them. `weights`: full tensors by their
+    name in the model, where the live ones are sharded."""
+    state = None if weights is None else {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+    adapter.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+
+
+def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The plain model with the adapter in `folder` merged in. For export and chat; training never merges in place."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ConfigError(f"{folder} holds a LoRA adapter, but peft is missing: pip install peft==0.21.2") from error
+    if not (folder / "adapter_model.safetensors").is_file():  # peft would look for a pickle next, then on the hub
+        raise ConfigError(f"{folder} holds no adapter_model.safetensors; adapter_model.bin, a pickle, is not read")
+    try:
+        merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+    except (RuntimeError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"the adapter in {folder} does not fit this base model: {error}") from error
+    return merged
+
+
+def check_quantization() -> None:
+    """Raise ConfigError unless what 4-bit base weights (QLoRA, arXiv 2305.14314) need is installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "model.load_in_4bit is true, but bitsandbytes is missing: pip install bitsandbytes==0.50.2, or set it to false "
+            "(lora.r then trains beside full-precision base weights; model.torch_dtype bfloat16 halves those)"
+        )

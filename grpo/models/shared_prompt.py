@@ -1,0 +1,124 @@
+"""Shared prompts: a batch with parts of split groups -> hidden states of its completions, each group's prompt trained only once.
+
+Learning, the batches in order. Before the first, the prompt goes through the model alone, without a graph. What completions need
+of it is kept: each layer's keys and values, and the hidden state of its last token, which predicts every completion's first.
+
+    all but the last   have only completions in their row. They read copies of the above, and their backward passes add up what
+                       the loss wants of it
+    the last           has the prompt in its row. What the others want is added to its gradient on the way back
+
+That is the chain rule: the gradient of the prompt in every batch, up to rounding, for one pass with a graph and a forward pass.
+Scoring without a gradient, the batches in reverse: the last one's row already leaves behind what the others need.
+
+    # the example of packing.py split into two batches                learning: 1st     2nd
+    # input_ids_T as stored, complete by itself                       5  6  7  8        5  6  9
+    # row that goes through the model                                 7  8              5  6  9
+    # positions in it                                                 2  3              0  1  2
+    # predicted from                                                  (6)  7            6
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo.kernels.attention import GroupSpan, PackedLayout, Prompt, SplitGroup, joined
+from grpo.packing import PackedBatch
+
+Backbone = Callable[..., Any]
+"""A model without its head, with our attention."""
+
+
+class SharedPrompts:
+    """The prompts of the split groups that are under way."""
+
+    def __init__(self) -> None:
+        # Whoever scores without a gradient does so apart from training: a LoRA policy's reference has other weights.
+        self._open: dict[tuple[SplitGroup, bool], KeptPrompt] = {}
+
+    def forget(self) -> None:
+        """The weights have changed: what is kept for a group that was left halfway is worth nothing."""
+        self._open.clear()
+
+    def hidden(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
+        """[N, H]: the hidden state that each completion token is predicted from."""
+        learning, layout = torch.is_grad_enabled(), batch.layout
+        here_T = torch.ones(len(batch.input_ids_T), dtype=torch.bool)
+        prompts = {index: self._prompt(backbone, batch, span) for index, span in enumerate(batch.spans) if span.split}
+        for index, prompt in prompts.items():
+            span = batch.spans[index]
+            if span.last if learning else not prompt.keys_values:
+                layout.watched[index] = prompt.rejoin() if learning else prompt.keep
+            else:
+                layout.elsewhere[index] = iter(prompt.keys_values)
+                here_T[span.start : span.start + span.prompt_length] = False
+        row = here_T.nonzero().squeeze(1).to(batch.input_ids_T.device)
+        hidden_TH = _through(backbone, batch.input_ids_T[row], batch.positions_T[row], layout)
+        # After the row: the last tokens of split prompts, from elsewhere, or joined with what other parts want of them.
+        place_T, last_tokens = here_T.cumsum(0) - 1, []
+        for index, prompt in prompts.items():
+            last = batch.spans[index].start + batch.spans[index].prompt_length - 1
+            if index in layout.watched:
+                own = hidden_TH[int(place_T[last])][None]
+                last_tokens.append(joined(own, prompt.last_hidden) if learning else own)
+                prompt.last_hidden = prompt.last_hidden if learning else own.clone()
+            else:
+                last_tokens.append(prompt.last_hidden)
+            place_T[last] = len(row) + len(last_tokens) - 1
+        return torch.cat([hidden_TH, *last_tokens])[place_T.to(row.device)[batch.predictor_N]]
+
+    def _prompt(self, backbone: Backbone, batch: PackedBatch, span: GroupSpan) -> "KeptPrompt":
+        """What is kept of the prompt of `span`, one of whose parts has now had it: empty where its row is still to come."""
+        assert span.split is not None
+        learning = torch.is_grad_enabled()
+        prompt = self._open.pop((span.split, learning), None) or KeptPrompt(span.split.parts)
+        if learning and not prompt.keys_values:
+            prompt.compute(backbone, batch, span)
+        prompt.parts_left -= 1
+        assert not (learning and span.last and prompt.parts_left), "the last part of a group is learned from last"
+        if prompt.parts_left:
+            self._open[span.split, learning] = prompt
+        return prompt
+
+
+@dataclass
+class KeptPrompt:
+    """What completions need of their prompt: [1, K, P, D] keys and values, layer by layer, and [1, H]."""
+
+    parts_left: int
+    keys_values: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    last_hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def keep(self, key: Tensor, value: Tensor) -> None:
+        # A copy: a slice would hold on to the whole row.
+        self.keys_values.append((key.detach().clone(), value.detach().clone()))
+
+    def compute(self, backbone: Backbone, batch: PackedBatch, span: GroupSpan) -> None:
+        """With leaves, whose gradients are what the parts want of the prompt."""
+        ids_P, positions_P = (
+            tensor[span.start : span.start + span.prompt_length] for tensor in (batch.input_ids_T, batch.positions_T)
+        )
+        alone = replace(span, start=0, completion_lengths=())
+        layout = PackedLayout([alone], ids_P.device, watched={0: self.keep})
+        kind = ids_P.device.type
+        # Autocast would keep the weights that it casts here, and use them, without a gradient, for the row as well.
+        with torch.no_grad(), torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
+            self.last_hidden = _through(backbone, ids_P, positions_P, layout)[-1:].clone()
+        for tensor in (self.last_hidden, *(tensor for pair in self.keys_values for tensor in pair)):
+            tensor.requires_grad_()
+
+    def rejoin(self) -> Callable[[Tensor, Tensor], Prompt]:
+        """-> what is told the same prompt's keys and values, layer by layer, as they go through the model with a graph, and gives the
+        leaves."""
+        kept = iter(self.keys_values)
+        return lambda key, value: next(kept)
+
+
+def _through(backbone: Backbone, ids_T: Tensor, positions_T: Tensor, layout: PackedLayout) -> Tensor:
+    """[T, H]"""
+    hidden: Tensor = backbone(
+        input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, layout=layout
+    ).last_hidden_state[0]
+    return hidden

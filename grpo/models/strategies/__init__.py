@@ -1,0 +1,1 @@
+"""Distribution strategies: one class per way to spread a model over processes."""

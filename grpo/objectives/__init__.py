@@ -1,0 +1,1 @@
+"""Published variants of the objective."""

@@ -1,0 +1,193 @@
+"""Evaluation: held-out prompts -> accuracy and format, greedy or pass@k, through the same engine and rewards as training."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from grpo.rewards.math_answers import last_number, parse_number
+from grpo.rewards.scoring import RewardSum
+from grpo.rewards.text_match import quoted_terms, same_text
+from grpo.rewards.xml_format import lenient_answer
+from grpo.rollout.engine import RolloutEngine
+from grpo.runtime.distributed import gather_rows
+from grpo.runtime.statistics import mcnemar, mean_interval, pass_at_k, wilson_interval
+from grpo.types import Group, Prompt, SamplingPlan
+
+SCORES = {"accuracy": 1.0, "xml_format": 1.0}
+"""What evaluation scores with, whatever the training rewards are."""
+PROSE_SCORES = {"term_match": 1.0, "chrf": 1.0, "token_f1": 1.0}
+"""The same where the answers are prose with quoted terms: right = exactly the gold terms, format = any quoted term."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics, and one row per completion: draw, sample, question, answer, completion, accuracy, flexible, format, length,
+    ended, and the row's other columns. accuracy and flexible are None where there is no gold answer."""
+
+    metrics: dict[str, float]
+    rows: list[dict]
+
+
+def evaluate(
+    engine: RolloutEngine,
+    prompts: list[Prompt],
+    accelerator: Accelerator,
+    *,
+    max_completion_length: int,
+    samples: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    prose: bool = False,
+) -> Evaluation:
+    """Score `samples` completions of every prompt; temperature 0 is greedy. Every rank takes its share, every item counts
+    once, and all ranks return the same.
+
+    Metrics: eval/accuracy, eval/accuracy_flexible (the last number, whatever the format), eval/format, eval/length_mean,
+    eval/truncated_fraction, eval/accuracy_ci95 (half the width of the 95 % interval), and eval/pass@k for k = 2, 4, ... up
+    to `samples`; with prose also eval/chrf and eval/token_f1.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    plan = SamplingPlan(samples, max_completion_length, temperature, seed)
+    with torch.no_grad(), accelerator.autocast():
+        groups = engine.generate(prompts[rank::world], plan)
+    mine: list[dict] = []
+    if groups:
+        accuracy_PG, format_PG, more = judge(groups, prose)
+        for p, group in enumerate(groups):
+            gold = group.prompt.columns.get("answer")
+            unknown = gold is None
+            for s, completion in enumerate(group.completions):
+                mine.append(
+                    {
+                        "draw": group.prompt.draw,
+                        "sample": s,
+                        "question": _question(group.prompt),
+                        "answer": gold,
+                        "completion": completion.text,
+                        "accuracy": None if unknown else float(accuracy_PG[p, s].nan_to_num()),
+                        "flexible": None if unknown else float(is_right_somehow(completion.text, gold)),
+                        "format": float(format_PG[p, s]),
+                        "length": len(completion.token_ids),
+                        "ended": completion.ended,
+                        "columns": {
+                            key: value
+                            for key, value in group.prompt.columns.items()
+                            if key not in ("question", "answer")
+                        },
+                        **{name: float(values[p, s].nan_to_num()) for name, values in more.items()},
+                    }
+                )
+    rows = sorted(gather_rows(accelerator, mine), key=lambda row: (row["draw"], row["sample"]))
+    return Evaluation(summarize(rows, samples), rows)
+
+
+def judge(groups: list[Group], prose: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Groups -> accuracy [P, G], format [P, G], and other scores by name."""
+    # Rows in TRL's form may have no gold answer: then only the format can be judged.
+    known = all("answer" in group.prompt.columns for group in groups)
+    if prose and known:
+        values = RewardSum(PROSE_SCORES)(groups).by_name
+        quoted = [[float(bool(quoted_terms(c.text))) for c in group.completions] for group in groups]
+        exact = (values.pop("term_match") == 1.0).double()
+        return exact, torch.tensor(quoted, dtype=torch.float64), values
+    scores = RewardSum(SCORES if known else {"xml_format": 1.0})(groups)
+    format_PG = scores.by_name["xml_format"]
+    return scores.by_name.get("accuracy", torch.zeros_like(format_PG)), format_PG, {}
+
+
+def summarize(rows: list[dict], samples: int) -> dict[str, float]:
+    """Means over completions; pass@k is a mean over prompts. Accuracies are over the rows that have a gold answer."""
+    count = len(rows)
+    if not count:
+        return {}
+    judged = [row for row in rows if row["accuracy"] is not None]
+    metrics = {}
+    if judged:
+        accuracy = sum(row["accuracy"] for row in judged) / len(judged)
+        metrics = {
+            "eval/accuracy": accuracy,
+            "eval/accuracy_ci95": 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(judged)),
+            "eval/accuracy_flexible": sum(row["flexible"] for row in judged) / len(judged),
+        }
+    metrics |= {
+        "eval/format": sum(row["format"] for row in rows) / count,
+        "eval/length_mean": sum(row["length"] for row in rows) / count,
+        "eval/truncated_fraction": sum(not row["ended"] for row in rows) / count,
+    }
+    for name in ("chrf", "token_f1"):
+        if name in rows[0]:
+            metrics[f"eval/{name}"] = sum(row[name] for row in rows) / count
+    right: dict[int, int] = {}
+    for row in judged:
+        right[row["draw"]] = right.get(row["draw"], 0) + int(row["accuracy"])
+    k = 2
+    while right and k <= samples:
+        metrics[f"eval/pass@{k}"] = sum(pass_at_k(correct, samples, k) for correct in right.values()) / len(right)
+        k *= 2
+    return metrics
+
+
+def is_right_somehow(text: str, gold: object) -> bool:
+    """Flexible scoring: the gold value is the last number of the answer block (or of the text); a gold text is the block.
+
+    Beside the strict accuracy it tells a model that cannot calculate from one that does not keep to the format.
+    """
+    if gold is None:
+        return False
+    value = parse_number(str(gold))
+    return same_text(lenient_answer(text), str(gold)) if value is None else last_number(lenient_answer(text)) == value
+
+
+def intervals(rows: list[dict]) -> dict[str, tuple[float, float]]:
+    """95 % intervals of the accuracies: Wilson's with one completion per item, else over the items' means."""
+    found: dict[str, tuple[float, float]] = {}
+    for name in ("accuracy", "flexible"):
+        items = item_means(rows, name)
+        if not items:
+            continue
+        one_each = len(items) == sum(row[name] is not None for row in rows)
+        right = round(sum(items.values()))
+        found[name] = wilson_interval(right, len(items)) if one_each else mean_interval(list(items.values()))
+    return found
+
+
+def item_means(rows: list[dict], name: str = "accuracy") -> dict[int, float]:
+    """Each item's mean over its samples: avg@k before it is averaged over items. Items without a gold answer are left out."""
+    values: dict[int, list[float]] = {}
+    for row in rows:
+        if row[name] is None:
+            continue
+        values.setdefault(row["draw"], []).append(row[name])
+    return {draw: sum(scores) / len(scores) for draw, scores in values.items()}
+
+
+def compare(base: list[dict], trained: list[dict], name: str = "accuracy") -> dict[str, float]:
+    """Two models on the same items: the change with its 95 % interval, who alone was right how often, and McNemar's p.
+
+    The test is on the first sample of each item, so that items are independent.
+    """
+    before, after = item_means(base, name), item_means(trained, name)
+    assert before.keys() == after.keys(), "both models must have answered the same items"
+    changes = [after[draw] - before[draw] for draw in before]
+    low, high = mean_interval(changes)
+    first = {row["draw"]: row[name] > 0 for row in base if row["sample"] == 0 and row["draw"] in before}
+    second = {row["draw"]: row[name] > 0 for row in trained if row["sample"] == 0 and row["draw"] in after}
+    only_base = sum(first[draw] and not second[draw] for draw in first)
+    only_trained = sum(second[draw] and not first[draw] for draw in first)
+    return {
+        "change": sum(changes) / len(changes),
+        "change_low": low,
+        "change_high": high,
+        "only_base_right": only_base,
+        "only_trained_right": only_trained,
+        "mcnemar_p": mcnemar(only_base, only_trained),
+    }
+
+
+def _question(prompt: Prompt) -> str:
+    if isinstance(prompt.messages, str):
+        return prompt.messages
+    return prompt.messages[-1]["content"] if prompt.messages else ""

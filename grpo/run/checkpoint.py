@@ -1,0 +1,237 @@
+"""Checkpoints: tensors and plain state -> run_dir/checkpoints/step-N, whole or not at all -> the same again.
+
+    .tmp-step-200/          written first, each file forced to disk
+        policy.safetensors      one file per named set of tensors
+        optimizer.safetensors
+        state.json              everything that is not a tensor; never pickle, which can run code when it is loaded
+        manifest.json           size and sha256 of every file above
+    step-200/               the same folder, renamed at the end: a folder with this name is complete
+
+Pure storage: what belongs into a checkpoint is the caller's business.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from grpo.errors import StorageError
+from grpo.models.optimizer_state import Tensors
+
+
+def save_checkpoint(run_dir: Path, step: int, tensors: Tensors, state: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint and return its folder; of this one and those before it, the newest `keep` stay.
+
+    Raises StorageError if it cannot be written. Then nothing of it is left, and the older checkpoints are untouched.
+    """
+    folder = run_dir / "checkpoints"
+    final, temporary = folder / f"step-{step}", folder / f".tmp-step-{step}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _clean_up(folder)
+        free = _free(folder)
+        if free is not None and free < _size(tensors):  # rather than fill the disk for everybody else first
+            raise OSError(errno.ENOSPC, f"only {_megabytes(free)} are free")
+        temporary.mkdir()
+        for name, group in tensors.items():
+            save_file(_storable(group), temporary / f"{name}.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            _force_to_disk(path)
+        if final.exists():  # saved before, by a run that was then resumed from an earlier step
+            os.replace(final, folder / f".old-step-{step}")
+        os.replace(temporary, final)
+        _force_to_disk(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _clean_up(folder)
+        raise StorageError(
+            f"cannot save the checkpoint {final}: {error}. It needs {_megabytes(_size(tensors))} of free space; older "
+            f"checkpoints are untouched. Free some space, lower save_total_limit, or set another run_dir"
+        ) from error
+    _prune(folder, step, keep)
+    return final
+
+
+def check_room(run_dir: Path, checkpoint: int, final: int, keep: int) -> list[str]:
+    """Before anything is written: has the disk room for what a run will leave? `checkpoint`, `final`: bytes of one checkpoint and of
+    the trained model. Raises StorageError if not even these two fit; -> a warning if `keep` checkpoints, and one that is being
+    written before an old one goes, do not."""
+    free = _free(run_dir)
+    if free is None:
+        return []
+    numbers = f"{_megabytes(free)} are free for {run_dir}; a checkpoint takes about {_megabytes(checkpoint)}, final/ {_megabytes(final)}"
+    if free < checkpoint + final:
+        raise StorageError(f"{numbers}: this run could not be saved. Free some space, or set another run_dir")
+    there = len(_saved(run_dir / "checkpoints")) if (run_dir / "checkpoints").is_dir() else 0
+    if free < checkpoint * max(1, keep + 1 - there) + final:
+        more = f"save_total_limit {keep} will not fit, for which one more than that must fit for a moment"
+        return [f"warning: {numbers}: {more}"]
+    return []
+
+
+def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors (on the CPU) and the state that save_checkpoint was given. Raises StorageError if a bit is wrong."""
+    names = _verify(path)
+    try:
+        tensors = {
+            name.removesuffix(".safetensors"): load_file(path / name) for name in names if name.endswith(".safetensors")
+        }
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise StorageError(f"cannot read the checkpoint {path}: {error}") from error
+    return tensors, state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state alone, before anything large is read. `load_checkpoint` looks at every bit; this does not."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if isinstance(state, dict):
+            return state
+        raise ValueError(f"it holds a {type(state).__name__}")
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"{path / 'state.json'} is damaged: {error}. Choose another checkpoint for --resume"
+        ) from error
+
+
+def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole (None if there is none), and why each newer one is ignored."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        return None, []
+    _put_back_replaced(folder)
+    reasons: list[str] = []
+    for path in reversed(_saved(folder)):
+        try:
+            _verify(path)
+        except StorageError as error:
+            reasons.append(f"ignoring {path.name}: {error}")
+        else:
+            return path, reasons
+    return None, reasons
+
+
+def _storable(group: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors as safetensors wants them: on the CPU, contiguous, none sharing memory with another (tied)."""
+    storable: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in group.items():
+        own = tensor.detach().to("cpu").contiguous()
+        memory = own.untyped_storage()
+        if memory.data_ptr() in seen or memory.nbytes() != own.nbytes:
+            own = own.clone()
+        seen.add(memory.data_ptr())
+        storable[name] = own
+    return storable
+
+
+def _verify(path: Path) -> list[str]:
+    """The names of the checkpoint's files, all of them exactly as they were written; otherwise StorageError."""
+    manifest_path = path / "manifest.json"
+    if not manifest_path.is_file():
+        raise StorageError(
+            f"{path} has no manifest.json: it is no complete checkpoint. Choose another one for --resume"
+        )
+    try:
+        files = json.loads(manifest_path.read_text(encoding="utf-8"))["files"]
+        expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"{manifest_path} is damaged: {error!r}. Choose another checkpoint for --resume") from error
+    for name, (size, sha256) in {"state.json": (0, ""), **expected}.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise StorageError(f"{file} is missing: choose another checkpoint for --resume")
+        found = file.stat().st_size
+        if found != size:
+            raise StorageError(
+                f"{file} is damaged: {_megabytes(found)} of {_megabytes(size)} ({found} of {size} bytes). "
+                f"Choose another checkpoint for --resume"
+            )
+        if _fingerprint(file)["sha256"] != sha256:
+            raise StorageError(
+                f"{file} is damaged: its {_megabytes(size)} ({size} bytes) are not the ones that were written (sha256 "
+                f"differs). Choose another checkpoint for --resume"
+            )
+    return list(expected)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _force_to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _saved(folder: Path) -> list[Path]:
+    """The step-N folders, oldest first."""
+    steps = [(int(match[1]), path) for path in folder.iterdir() if (match := re.fullmatch(r"step-(\d+)", path.name))]
+    return [path for _, path in sorted(steps)]
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Remove checkpoints before this one. What cannot be removed stays: the checkpoint itself is safe already."""
+    up_to_now = [path for path in _saved(folder) if int(path.name.removeprefix("step-")) <= step]
+    with contextlib.suppress(OSError):
+        for path in up_to_now[: -max(keep, 1)]:
+            # Renamed first: a removal that is interrupted must not leave half a checkpoint under a good name.
+            os.replace(path, folder / f".tmp-{path.name}")
+        _clean_up(folder)
+
+
+def _put_back_replaced(folder: Path) -> None:
+    """Undo a replacement that was interrupted between its two renames."""
+    for path in folder.glob(".old-step-*"):
+        good_name = folder / path.name.removeprefix(".old-")
+        if not good_name.exists():
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                os.replace(path, good_name)
+
+
+def _clean_up(folder: Path) -> None:
+    """Remove what interrupted saves left behind."""
+    _put_back_replaced(folder)
+    for path in [*folder.glob(".tmp-step-*"), *folder.glob(".old-step-*")]:
+        shutil.rmtree(path)
+
+
+def _size(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+
+
+def _free(path: Path) -> int | None:
+    """Bytes that may still be written where `path` is, or will be. None = the file system does not say."""
+    while not path.exists():
+        path = path.parent
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError:
+        return None
+    return usage.free if usage.total else None
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

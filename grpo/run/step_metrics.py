@@ -1,0 +1,108 @@
+"""Summary: what a step did -> the metrics row and the rollout rows. docs/metrics.md explains every key."""
+
+import resource
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from grpo.rewards.scoring import Scores
+from grpo.runtime.distributed import merge_sums
+from grpo.runtime.sums import Sums
+from grpo.types import Group
+
+if TYPE_CHECKING:
+    from grpo.experience import Experience, Sampled
+    from grpo.run.state import Run
+
+
+def step_metrics(
+    run: "Run", sampled: "Sampled", experience: "Experience", sums: Sums, laps: dict[str, float]
+) -> dict[str, float]:
+    """Every contract key, over all ranks and everything that was sampled. `sums` holds what the update counted."""
+    groups, scores, advantages_PG = sampled.groups, sampled.scores, experience.all_advantages_PG
+    lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
+    ended = [completion.ended for group in groups for completion in group.completions]
+    for name in ("kl", "clipped", "entropy", "mismatch", "grad_norm", "loss", "skipped"):
+        sums.add(name, 0.0, 0.0)  # so that every rank holds every name
+    sums.add_values("reward", scores.rewards_PG)
+    for name, values in scores.by_name.items():
+        sums.add_values(f"reward/{name}", values)
+        failed = [failure.timed_out for failure in scores.failures if failure.reward == name]
+        sums.add(f"timeouts/{name}", sum(failed), 0)
+        sums.add(f"errors/{name}", len(failed) - sum(failed), 0)
+    sums.add("flat", (advantages_PG == 0).all(1).sum(), len(groups))
+    sums.add("length", sum(lengths), len(lengths))
+    sums.add("truncated", len(ended) - sum(ended), len(ended))
+    sums.add("trained_groups", len(sampled.rows), 0)
+    sums.add("sampled_groups", len(groups), 0)
+    merge_sums(run.accelerator, sums)
+    tokens = sums.total("length")
+    metrics = {
+        "reward/mean": sums.mean("reward"),
+        "reward/std": sums.std("reward"),
+        "reward/zero_std_fraction": sums.mean("flat"),
+        "policy/loss": sums.total("loss"),
+        "policy/kl": sums.mean("kl"),
+        "policy/entropy": sums.mean("entropy"),
+        "policy/clip_fraction": sums.mean("clipped"),
+        "policy/grad_norm": sums.mean("grad_norm"),
+        "policy/skipped_steps": sums.total("skipped") / run.accelerator.num_processes,
+        "policy/learning_rate": sums.mean("learning_rate"),
+        "policy/sampling_logprob_difference": sums.mean("mismatch"),
+        "rollout/length_mean": sums.mean("length"),
+        "rollout/truncated_fraction": sums.mean("truncated"),
+        "rollout/tokens_per_second": tokens / max(sampled.seconds, 1e-9),
+        "time/step": sum(laps.values()),
+        "time/rollout": laps["rollout"],
+        "time/reward": laps["reward"],
+        "time/reference": laps["reference"],
+        "time/update": laps["update"],
+        "memory/peak_gib": peak_gib(run.policy.device),
+    }
+    if run.config.rollout.max_staleness:
+        metrics["rollout/staleness"] = float(sampled.staleness)
+    if run.config.sampling.dynamic_sampling:
+        metrics["rollout/sampling_rounds"] = float(sampled.rounds)
+        metrics["rollout/groups_sampled"] = sums.total("sampled_groups")
+        metrics["rollout/groups_trained"] = sums.total("trained_groups")
+    for name in scores.by_name:
+        metrics[f"reward/{name}/mean"] = sums.mean(f"reward/{name}")
+        metrics[f"reward/{name}/std"] = sums.std(f"reward/{name}")
+        metrics[f"reward/{name}/errors"] = sums.total(f"errors/{name}")
+        metrics[f"reward/{name}/timeouts"] = sums.total(f"timeouts/{name}")
+    return metrics
+
+
+def rollout_rows(step: int, groups: list[Group], scores: Scores, advantages_PG: Tensor) -> list[dict]:
+    """One row per completion of this rank."""
+    rows = []
+    for p, group in enumerate(groups):
+        messages = group.prompt.messages
+        prompt = messages if isinstance(messages, str) else messages[-1]["content"]
+        for s, completion in enumerate(group.completions):
+            rows.append(
+                {
+                    "step": step,
+                    "draw": group.prompt.draw,
+                    "sample": s,
+                    "prompt": prompt,
+                    "completion": completion.text,
+                    "reward": float(scores.rewards_PG[p, s]),
+                    "advantage": float(advantages_PG[p, s]),
+                    "rewards": {name: float(values[p, s]) for name, values in scores.by_name.items()},
+                    "length": len(completion.token_ids),
+                    "ended": completion.ended,
+                    "columns": {key: value for key, value in group.prompt.columns.items() if key != "question"},
+                }
+            )
+    return rows
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most memory this process ever held: of the GPU where there is one, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

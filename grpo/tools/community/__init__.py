@@ -1,0 +1,1 @@
+"""Feedback from people: collect, merge, train, gate."""

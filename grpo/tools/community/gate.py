@@ -1,0 +1,125 @@
+"""Gate: the model that is in use and a candidate, on the same questions -> which of them is in use from now on, and why.
+
+The candidate is promoted only if both hold at 95 %:
+
+    feedback     on corrections that it was not trained on it is right more often: McNemar's exact test, p < 0.05
+    regression   on a frozen set of verified answers it lost at most one point: the 95 % bound of the loss, by a paired
+                 bootstrap over the questions, is no more than 0.01
+
+Otherwise the model in use stays, and the report says which of the two did not hold, with its numbers.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from grpo.errors import ConfigError, StorageError
+from grpo.runtime.statistics import mcnemar
+
+TOLERANCE = 0.01
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same questions."""
+
+    questions: int
+    old: float
+    new: float
+    """Shares of right answers."""
+    gained: int
+    lost: int
+    """Questions that only the new one, or only the old one, got right."""
+    mcnemar_p: float
+    largest_loss: float
+    """old - new is at most this, at 95 % (one-sided)."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    promote: bool
+    reasons: list[str]
+    feedback: Comparison
+    regression: Comparison
+
+
+def compare(old: list[bool], new: list[bool], seed: int = 0) -> Comparison:
+    """Right or wrong, question by question. Raises ConfigError where there is nothing to compare."""
+    if not old or len(old) != len(new):
+        raise ConfigError(
+            f"{len(old)} and {len(new)} answers to compare: the gate needs the same questions, at least one"
+        )
+    before, after = numpy.array(old, dtype=float), numpy.array(new, dtype=float)
+    gained, lost = int((after > before).sum()), int((after < before).sum())
+    chance = numpy.random.Generator(numpy.random.PCG64(seed))
+    picks = chance.integers(0, len(old), size=(RESAMPLES, len(old)), dtype=numpy.int32)
+    losses = (before - after)[picks].mean(axis=1)
+    return Comparison(
+        questions=len(old),
+        old=float(before.mean()),
+        new=float(after.mean()),
+        gained=gained,
+        lost=lost,
+        mcnemar_p=mcnemar(lost, gained),
+        largest_loss=float(numpy.quantile(losses, CONFIDENCE)),
+    )
+
+
+def decide(feedback: Comparison, regression: Comparison) -> Decision:
+    """Promote, or say why not."""
+    reasons = []
+    if not (feedback.gained > feedback.lost and feedback.mcnemar_p < 1 - CONFIDENCE):
+        reasons.append(
+            f"held-out feedback did not improve: {feedback.old:.1%} -> {feedback.new:.1%} of {feedback.questions} "
+            f"({feedback.gained} gained, {feedback.lost} lost, p = {feedback.mcnemar_p:.3f}, needs < 0.05)"
+        )
+    if regression.largest_loss > TOLERANCE:
+        reasons.append(
+            f"the frozen regression set may have fallen by more than a point: {regression.old:.1%} -> {regression.new:.1%} "
+            f"of {regression.questions} ({regression.gained} gained, {regression.lost} lost; at 95 % the loss is up to "
+            f"{100 * regression.largest_loss:.1f} points, 1.0 is allowed)"
+        )
+    return Decision(not reasons, reasons, feedback, regression)
+
+
+def promote(root: Path, decision: Decision, old: str, new: str, data: str) -> Path:
+    """Write gate-N.json and gate-N.md; point current.json to the new model if it was promoted. -> the report's path."""
+    number = len(list(root.glob("gate-*.json"))) + 1
+    in_use = new if decision.promote else old
+    verdict = f"promoted: {new}" if decision.promote else f"kept: {old}. {'; '.join(decision.reasons)}"
+    lines = ["# Gate", "", verdict, "", "| set | questions | old | new | gained | lost | p (McNemar) | loss at most |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for name, found in (("held-out feedback", decision.feedback), ("frozen regression", decision.regression)):
+        lines.append(
+            f"| {name} | {found.questions} | {found.old:.1%} | {found.new:.1%} | {found.gained} | {found.lost} | "
+            f"{found.mcnemar_p:.2g} | {100 * found.largest_loss:.1f} points |"
+        )
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        record = {"old": old, "new": new, "data": data, **asdict(decision)}
+        (root / f"gate-{number}.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        report = root / f"gate-{number}.md"
+        report.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        set_current(root, in_use, data if decision.promote else None)
+    except OSError as error:
+        raise StorageError(f"cannot write the gate's decision to {root}: {error}") from error
+    return report
+
+
+def set_current(root: Path, model: str, data: str | None = None) -> None:
+    """Say which model is in use, at one stroke: a reader sees the old one or the new one, never half a file."""
+    known: dict[str, Any] = current(root) or {}
+    temporary = root / ".current.json"
+    temporary.write_text(json.dumps(known | {"model": model} | ({"data": data} if data else {}), indent=1))
+    os.replace(temporary, root / "current.json")
+
+
+def current(root: Path) -> dict[str, Any] | None:
+    path = root / "current.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -1,0 +1,209 @@
+"""The completions tab: step, reward, answer, text -> the completions that fit -> one of them with its whole group, side by side."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from grpo.tools.dashboard.board import Board
+from grpo.tools.dashboard.feedback_form import feedback_form
+from grpo.tracking.console import visible
+from grpo.tracking.run_reader import Row, groups_of, is_correct, matching
+
+MOST_CARDS = 32
+MOST_ROWS = 300
+"""Rows in the table: more than anybody reads."""
+SCOPES = {"this step": 1, "10 steps": 10, "100 steps": 100, "all steps": None}
+"""Label -> steps that are searched, back from the one that is shown; None = to the first."""
+WIDTHS = {"step": 7, "prompt": 22, "completion": 31, "reward": 10, "advantage": 13, "right": 8, "tokens": 9}
+"""The table's columns, with their shares of its width."""
+
+Key = tuple[int, int]
+"""(step, draw) of a row's group."""
+
+
+@dataclass(frozen=True)
+class CompletionsTab:
+    """The widgets that follow a run while it goes on."""
+
+    board: Board
+    run: Any
+    step: Any
+    follow: Any
+
+    def newer(
+        self, gr: Any, found: list[str], name: str | None, following: bool, at: float, before: dict[str, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """(updates of run and step, what they were made from): the newest run at first, the newest step while it is followed."""
+        current = name if name in found else (found[0] if found else None)
+        runs = self.board.chosen([current] if current else [])
+        last = (runs[0].last_rollout_step() if runs else None) or 1
+        wanted = last if following else min(int(at), last)
+        same_runs = current == name and found == before.get("runs")
+        same_step = wanted == at and last == before.get("last")
+        return [
+            gr.skip() if same_runs else gr.Dropdown(choices=found, value=current),
+            gr.skip() if same_step else gr.Slider(maximum=max(2, last), value=wanted),
+        ], {"runs": found, "last": last}
+
+
+def completions_tab(gr: Any, board: Board) -> CompletionsTab:
+    """Lay the tab out and connect it."""
+    options: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    with gr.Row():
+        run = gr.Dropdown([], label="Run", scale=2, elem_id="completions-run")
+        step = gr.Slider(0, 1, 1, step=1, label="Step", scale=3, elem_id="step")
+        follow = gr.Checkbox(True, label="Follow the newest step", scale=1, min_width=140, elem_id="follow")
+    with gr.Row():
+        text = gr.Textbox(label="Text", placeholder="in the prompt or the completion", scale=3, elem_id="search")
+        scope = gr.Dropdown(list(SCOPES), value="this step", label="Search back over", scale=1, elem_id="scope")
+        judged = gr.Radio(["all", "right", "wrong"], value="all", label="Answer", scale=2, elem_id="judged")
+        lowest = gr.Textbox(label="Reward from", scale=1, min_width=90, elem_id="lowest")
+        highest = gr.Textbox(label="to", scale=1, min_width=90)
+    told = gr.Markdown(elem_id="found")
+    table = gr.Dataframe(
+        headers=list(WIDTHS),
+        datatype="str",
+        interactive=False,
+        max_chars=160,
+        max_height=340,
+        elem_id="completions",
+        show_label=False,
+        buttons=[],
+    )
+    shown, group = gr.State([]), gr.State([])
+
+    def fill(
+        name: str | None, at: float, scope: str, judged: str, low: str, high: str, text: str
+    ) -> tuple[Any, str, list[Key]]:
+        wanted = {"right": True, "wrong": False}.get(judged)
+        conditions = {"text": text or "", "correct": wanted, "lowest": _parsed(low), "highest": _parsed(high)}
+        rows, oldest = find(board, name, int(at), SCOPES.get(scope, 1), conditions)
+        return _table(gr, rows), _told(rows, int(at), oldest), [_key(row) for row in rows]
+
+    def open_group(name: str | None, keys: list[Key], event: Any) -> list[Row]:
+        found = board.chosen([name] if name else [])
+        index = event.index[0]
+        if not found or not 0 <= index < len(keys):
+            return []
+        step, draw = keys[index]
+        return groups_of(found[0].rows_of_step(step)).get(draw, [])
+
+    open_group.__annotations__["event"] = gr.SelectData  # gradio finds out from it what to hand over
+
+    filters = [run, step, scope, judged, lowest, highest, text]
+    for widget in filters:
+        widget.change(fill, filters, [table, told, shown], trigger_mode="always_last", **options)
+    step.input(lambda: False, None, follow, **options)
+    table.select(open_group, [run, shown], group, **options)
+
+    @gr.render(inputs=[run, group], show_progress="hidden")
+    def cards(name: str | None, rows: list[Row]) -> None:
+        _cards(gr, board, name, rows)
+
+    return CompletionsTab(board, run, step, follow)
+
+
+def find(
+    board: Board, name: str | None, at: int, back: int | None, conditions: dict[str, Any]
+) -> tuple[list[Row], int]:
+    """The newest completions that meet the conditions (those of `matching`), in `back` steps up to step `at`. -> (rows, the
+    oldest step that was looked at)"""
+    found = board.chosen([name] if name else [])
+    if not found:
+        return [], at
+    oldest = 0 if back is None else max(0, at - back + 1)
+    return found[0].search(at, oldest, lambda rows: matching(rows, **conditions), MOST_ROWS)
+
+
+def _told(rows: list[Row], newest: int, oldest: int) -> str:
+    """What the table shows, in a sentence."""
+    where = f"step {newest}" if oldest >= newest else f"steps {oldest} to {newest}"
+    if not rows:
+        return f"No completion of {where} fits."
+    count = f"The newest {len(rows)}" if len(rows) >= MOST_ROWS else str(len(rows))
+    many = "completion" if len(rows) == 1 else "completions"
+    return f"{count} {many} of {where}. Click one for its whole group."
+
+
+def _table(gr: Any, rows: list[Row]) -> Any:
+    columns = columns_of(rows)
+    cells = [[_cell(row, name) for name in columns] for row in rows]
+    return gr.Dataframe(
+        value={"headers": columns, "data": cells}, column_widths=[f"{WIDTHS[name]}%" for name in columns]
+    )
+
+
+def columns_of(rows: list[Row]) -> list[str]:
+    """The table's columns: "right" is not among them where no reward of the run says what is right."""
+    judged = not rows or any(is_correct(row) is not None for row in rows)
+    return [name for name in WIDTHS if name != "right" or judged]
+
+
+def _cell(row: Row, column: str) -> str:
+    if column == "right":
+        return {True: "yes", False: "no", None: ""}[is_correct(row)]
+    if column in ("reward", "advantage"):
+        return _number(row.get(column), ".3f" if column == "reward" else "+.3f")
+    return visible(str(row.get("length" if column == "tokens" else column, "")))
+
+
+def _cards(gr: Any, board: Board, name: str | None, rows: list[Row]) -> None:
+    """A group: its prompt, its completions side by side, and the form for what a person says about one of them."""
+    if not rows:
+        return
+    gold = (rows[0].get("columns") or {}).get("answer")
+    with gr.Row(equal_height=True):
+        gr.Textbox(visible(str(rows[0].get("prompt", ""))), label="Prompt", lines=2, max_lines=8, scale=4)
+        gr.Textbox(visible("" if gold is None else str(gold)), label="Gold answer", lines=2, max_lines=8, scale=1)
+    with gr.Row(elem_classes=["cards"]):
+        for row in rows[:MOST_CARDS]:
+            gr.Textbox(
+                visible(str(row.get("completion", ""))),
+                label=_title(row),
+                lines=6,
+                max_lines=14,
+                min_width=260,
+                elem_classes=["card", {True: "right", False: "wrong", None: ""}[is_correct(row)]],
+            )
+    pick = gr.Radio(
+        [(f"{row.get('sample')}: {float(row.get('reward') or 0):.3f}", index) for index, row in enumerate(rows)],
+        value=0,
+        label="What do you say about completion",
+    )
+
+    def about(index: int) -> dict[str, Any]:
+        row = rows[index if isinstance(index, int) and 0 <= index < len(rows) else 0]
+        pair_id = (row.get("columns") or {}).get("pair_id")
+        found = board.chosen([name] if name else [])
+        return {
+            "prompt": str(row.get("prompt", "")),
+            "completion": str(row.get("completion", "")),
+            "pair_id": pair_id if isinstance(pair_id, str | int) else None,
+            "model_id": f"{found[0].path} step {row.get('step')}" if found else "",
+        }
+
+    feedback_form(gr, board, [pick], about)
+
+
+def _parsed(text: str | None) -> float | None:
+    """What was typed, as a number; None = no condition."""
+    try:
+        return float(text or "")
+    except ValueError:
+        return None
+
+
+def _key(row: Row) -> Key:
+    return int(row.get("step", 0)), int(row.get("draw", 0))
+
+
+def _number(value: Any, style: str) -> str:
+    return format(float(value), style) if isinstance(value, (int, float)) else ""
+
+
+def _title(row: Row) -> str:
+    parts = [f"#{row.get('sample')}", f"reward {_number(row.get('reward'), '.3f')}"]
+    parts.append(f"advantage {_number(row.get('advantage'), '+.3f')}")
+    rewards = row.get("rewards") or {}
+    parts += [f"{name.rpartition(':')[2]} {_number(value, 'g') or '-'}" for name, value in rewards.items()]
+    parts.append(f"{row.get('length')} tokens" + ("" if row.get("ended", True) else ", cut off"))
+    return visible(" · ".join(parts))

@@ -1,0 +1,46 @@
+"""The form below an answer: thumbs and corrections -> lines of the feedback file."""
+
+from typing import Any, Literal
+
+from grpo.errors import GrpoError
+from grpo.tools.community.feedback import append_feedback, new_feedback
+from grpo.tools.dashboard.board import Board
+from grpo.tracking.markup import plain_markdown
+
+
+def feedback_form(gr: Any, board: Board, inputs: list[Any], about: Any) -> None:
+    """Thumbs and a correction -> one line of the feedback file. `about(*inputs)` says which answer it is about."""
+    with gr.Row(elem_classes=["feedback"]):
+        correction = gr.Textbox(label="What it should have said", lines=1, scale=3)
+        note = gr.Textbox(label="Note", lines=1, scale=2)
+        reviewer = gr.Textbox(label="Your pseudonym", lines=1, scale=1, min_width=120)
+        consent = gr.Checkbox(False, label="May be used to train", scale=1, min_width=140)
+    with gr.Row(elem_classes=["feedback"]):
+        good = gr.Button("✓ right", size="sm")
+        bad = gr.Button("✗ wrong", size="sm")
+        better = gr.Button("✎ correct it", size="sm", variant="primary")
+    told = gr.Markdown(elem_classes=["told"])
+
+    def writer(verdict: Literal["accept", "reject", "correct"]) -> Any:
+        def write(correction: str, note: str, reviewer: str, consent: bool, *given: Any) -> str:
+            try:
+                fields = about(*given)
+                extra = {"correction": correction} if verdict == "correct" else {}
+                record = new_feedback(verdict, note=note, reviewer=reviewer, consent=consent, **extra, **fields)
+                append_feedback(board.feedback, record)
+            except GrpoError as error:
+                return f"Not written: {plain_markdown(str(error))}"
+            return f"Written to {plain_markdown(board.feedback.name)}. Thank you." + (
+                "" if consent else " Without your consent it is kept, and never used to train."
+            )
+
+        return write
+
+    for button, verdict in ((good, "accept"), (bad, "reject"), (better, "correct")):
+        button.click(
+            writer(verdict),  # type: ignore[arg-type]
+            [correction, note, reviewer, consent, *inputs],
+            told,
+            api_visibility="private",
+            show_progress="hidden",
+        )

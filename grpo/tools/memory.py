@@ -1,0 +1,355 @@
+"""Memory: a config, the shape of a model and a machine -> the bytes that each process will hold, without a weight.
+
+What stays is arithmetic; N weights, T of them trained, W processes, float32 = 4 bytes (ZeRO: arXiv 1910.02054, section 3.1):
+
+    weights 4 N      gradients 4 T      AdamW's moments 8 T      frozen reference 4 N      what engines sample from: see below
+
+What comes and goes (activations, the gradient's way back) is not guessed: forward and backward are run on fake tensors, which have shapes and no memory, and
+whatever is alive at the same time is counted.
+"""
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from grpo.config.schema import Config, LoraConfig
+from grpo.errors import ConfigError
+from grpo.kernels.attention import NAME
+from grpo.kernels.cpu.compiler import pretended
+from grpo.kernels.cpu.decoder_layer import use_lean_layers
+from grpo.kernels.cpu.gemm import accumulating
+from grpo.logprobs import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
+from grpo.models.logprob_model import Scorer
+from grpo.models.lora import add_adapter
+from grpo.packing import PackedBatch, pack
+from grpo.rollout.backbones import FusedBackbone
+from grpo.types import Completion, Group, Prompt
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What an accelerate config file says that memory depends on."""
+
+    kind: str = "single"
+    """single, ddp, fsdp2, zero2, zero3"""
+    processes: int = 1
+    precision: str = "no"
+    cpu: bool = True
+    reads_once: bool = False
+    """The main process reads the weights for all, on its CPU."""
+    offloads: bool = False
+    """FSDP2's shards of weights, gradients and moments stay in the machine's memory (fsdp_offload_params)."""
+
+    @property
+    def compute(self) -> torch.dtype | None:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+
+
+def machine_of(path: str) -> Machine:
+    """An accelerate config file -> what it means for memory."""
+    try:
+        loaded: Any = load_config_from_file(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the accelerate config {path}: {error}") from error
+    kinds = {"FSDP": "fsdp2", "NO": "single"}
+    name = str(getattr(loaded.distributed_type, "value", loaded.distributed_type))
+    kind = kinds.get(name, "ddp")
+    if name == "DEEPSPEED":
+        kind = f"zero{loaded.deepspeed_config['zero_stage']}"
+    once = kind == "fsdp2" and bool(loaded.fsdp_config.get("fsdp_cpu_ram_efficient_loading"))
+    away = kind == "fsdp2" and bool(loaded.fsdp_config.get("fsdp_offload_params"))
+    return Machine(kind, int(loaded.num_processes), str(loaded.mixed_precision), bool(loaded.use_cpu), once, away)
+
+
+def estimate(
+    config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine, used: "Simulated | None" = None
+) -> dict[str, float]:
+    """GiB by part on each process, "peak" among them: what stays and the larger of sampling and learning. `model` is on the
+    "meta" device. Not in it: the program itself, and on GPUs the CUDA context and the allocator's gaps.
+    `used`: what `simulate` said of the same batches, where it is known."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    lora = config.lora.r is not None
+    shards = machine.processes if machine.kind in ("fsdp2", "zero2", "zero3") else 1
+    used = used or simulate(model, config, longest_prompt, machine)
+    trained = used.trained
+    base = 2 if lora and config.model.torch_dtype == "bfloat16" else 4
+    weights: float = base * size + (4 * trained if lora else 0)
+    masters = 0.0
+    if machine.kind in ("zero2", "zero3"):  # the live weights are in the compute dtype, the masters apart
+        weights = weights / 2 if machine.compute else weights
+        masters = 4 * trained / shards
+    if machine.kind in ("fsdp2", "zero3"):
+        weights /= shards
+    copies = config.objective.beta > 0 and (not lora or config.model.reference is not None)
+    parts = {
+        "weights": weights + masters,
+        # DDP keeps them a second time, in the buckets that ranks exchange: accelerate leaves gradient_as_bucket_view off.
+        "gradients": 4 * trained / shards + (4 * trained if machine.kind == "ddp" else 0),
+        "AdamW": 8 * trained / shards,
+        "reference": 4 * size if copies and not (config.model.reference_offload and not machine.cpu) else 0,
+        "working copy": working_copy(machine, config, model),
+    }
+    if machine.offloads and not machine.cpu:
+        parts |= {"weights": 0, "gradients": 0, "AdamW": 0}
+    engine = engine_bytes(config, model, longest_prompt, machine)
+    if not machine.cpu:  # its captured graphs point at it
+        parts["engine: cache and its own layout of the weights"] = engine
+    stays = sum(parts.values())
+    unit = largest_unit(model) if machine.kind in ("fsdp2", "zero3") else 0
+    width = 2 if machine.compute and machine.kind == "zero3" else 4  # autocast casts what FSDP gathers
+    learning = used.activations + 2 * width * unit  # a unit's whole weights, and the next one's
+    if machine.compute and not machine.cpu:  # a GPU's head product reads a 16-bit copy
+        learning += 2 * model.get_output_embeddings().weight.numel()
+    sampling = draw_bytes(config, model, machine) + (engine if machine.cpu else 0)
+    parts |= {"sampling": sampling, "learning: activations": learning}
+    # The gradients of a step are gone while the engine samples.
+    parts["peak"] = stays + max(sampling - (4 * trained / shards if parts["gradients"] else 0), learning)
+    if machine.kind in ("fsdp2", "zero3"):  # a process that has the whole model keeps its part
+        whole = base * size
+        if machine.reads_once and not machine.cpu:  # one weight at a time comes from the main process
+            whole = base * max(parameter.numel() for parameter in model.parameters())
+        parts["start: what is not sharded yet"] = whole
+        parts["peak"] = max(parts["peak"], whole + parts["weights"] + parts["reference"] + parts["working copy"])
+    return {name: value / GIB for name, value in parts.items()}
+
+
+def linear_weights(model: nn.Module) -> int:
+    """Weights of linear layers, the head left out."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear) and part is not head)
+
+
+def working_copy(machine: Machine, config: Config, model: PreTrainedModel) -> float:
+    """Bytes that WorkingCopy (grpo/models/weights.py) does not share with the live weights."""
+    if config.rollout.engine == "vllm":
+        return 0
+    size, linear = sum(parameter.numel() for parameter in model.parameters()), linear_weights(model)
+    base = 2 if config.lora.r is not None and config.model.torch_dtype == "bfloat16" else 4
+    width = 2 if machine.compute and machine.kind != "zero2" else base
+    if machine.kind in ("fsdp2", "zero3") or config.rollout.max_staleness > 0:
+        return width * linear + base * (size - linear)
+    if machine.kind == "zero2" and config.lora.r is None:
+        return 0
+    if machine.compute and machine.kind != "zero2":
+        return width * linear
+    return (
+        base * linear
+        if config.lora.target_modules == ["all-linear"] and config.lora.r
+        else _adapted(config.lora, model)
+    )
+
+
+def _adapted(lora: LoraConfig, model: PreTrainedModel) -> float:
+    if lora.r is None:
+        return 0
+    ends = tuple(lora.target_modules)
+    return sum(
+        4 * part.weight.numel()
+        for name, part in model.named_modules()
+        if name.endswith(ends) and hasattr(part, "weight")
+    )
+
+
+def largest_unit(model: PreTrainedModel) -> int:
+    """Weights of the largest part that FSDP and ZeRO-3 gather at once: a layer, or the embedding."""
+    layers = model._no_split_modules or []
+    units = [m for m in model.modules() if type(m).__name__ in layers]
+    units += [model.get_input_embeddings(), model.get_output_embeddings()]
+    return max(sum(parameter.numel() for parameter in unit.parameters()) for unit in units)
+
+
+def engine_bytes(config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine) -> float:
+    """What the engine holds while it samples: keys and values, and where it is the native one, the weights in a layout of its own
+    (grpo/rollout/backbones.py)."""
+    if config.rollout.engine == "vllm":
+        return 0
+    cache = slots_of(config, model, longest_prompt, machine) * cache_per_slot(config, model, longest_prompt, machine)
+    if config.rollout.engine != "native" or not FusedBackbone.fits(model):
+        return cache
+    width = 2 if machine.compute else 4
+    head = model.get_output_embeddings().weight.numel()
+    # A CPU's float32 products and its head are packed; on a GPU the head is cast where precision is mixed.
+    return cache + width * linear_weights(model) + (4 * head if machine.cpu else 2 * head if machine.compute else 0)
+
+
+def cache_per_slot(config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine) -> float:
+    """Bytes of keys and values of one completion."""
+    shape = model.config
+    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    width = 2 if machine.compute else 4
+    longest = longest_prompt + config.sampling.max_completion_length
+    return 2 * width * longest * shape.num_hidden_layers * heads * head_size
+
+
+def slots_of(config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine) -> int:
+    """How many completions are decoded at a time: all of this process's, as far as slots and rollout.cache_gib go."""
+    mine = -(-config.prompts_per_step // machine.processes) * config.sampling.num_generations
+    slots = min(config.rollout.slots, mine)
+    if config.rollout.engine == "native" and config.rollout.cache_gib is not None:
+        slots = min(slots, int(config.rollout.cache_gib * GIB / cache_per_slot(config, model, longest_prompt, machine)))
+    return max(slots, 1)
+
+
+def draw_bytes(config: Config, model: PreTrainedModel, machine: Machine) -> float:
+    """The logits of a step, and what the draw makes of them: 3 more of the same size."""
+    mine = -(-config.prompts_per_step // machine.processes) * config.sampling.num_generations
+    return 0 if config.rollout.engine == "vllm" else 4 * 4 * min(config.rollout.slots, mine) * model.config.vocab_size
+
+
+@dataclass(frozen=True)
+class Simulated:
+    trained: int
+    """Weights that are trained."""
+    activations: int
+    """Most bytes alive at once while learning, beyond weights, gradients and moments."""
+
+
+def simulate(model: PreTrainedModel, config: Config, longest_prompt: int, machine: Machine) -> Simulated:
+    """Forward and backward on fake tensors, with the largest batch that the config makes. Every layer keeps the same, so that
+    2 and 3 of them tell what all of them keep."""
+    layers = model.config.num_hidden_layers
+    if layers <= 4:
+        return _simulate(model.config, config, longest_prompt, machine)
+    two, three = (_simulate(_shorter(model.config, count), config, longest_prompt, machine) for count in (2, 3))
+    return Simulated(
+        two.trained + (layers - 2) * (three.trained - two.trained),
+        two.activations + (layers - 2) * (three.activations - two.activations),
+    )
+
+
+def _shorter(shape: Any, layers: int) -> Any:
+    """The same architecture with fewer layers."""
+    shape = copy.deepcopy(shape)
+    shape.num_hidden_layers = layers
+    if getattr(shape, "layer_types", None):
+        shape.layer_types = shape.layer_types[:layers]
+    return shape
+
+
+def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine) -> Simulated:
+    batches = step_batches(config, longest_prompt, machine.processes)
+    batch = max(batches, key=lambda batch: len(batch.input_ids_T))
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation="sdpa").train()
+        made.set_attn_implementation(NAME)
+        if machine.cpu:
+            use_lean_layers(made, products=machine.kind not in ("zero2", "zero3"))
+        if config.lora.r is not None:
+            add_adapter(made, config.lora, base="")
+        if config.model.gradient_checkpointing:
+            made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trained = sum(parameter.numel() for parameter in made.parameters() if parameter.requires_grad)
+    # The gradients of the batches before are there, and take in this one's. Where they are sharded, they never are there as a whole:
+    # a layer's, and what it is added to.
+    there = len(batches) > 1 or machine.kind in ("fsdp2", "zero2", "zero3")
+    with FakeTensorMode() as fake:
+        _materialise(made)
+        scorer = Scorer(made, swapped=True, temperature=1.0, entropy_gradient=config.objective.entropy_coef != 0)
+        if there:
+            for parameter in made.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        live = LiveBytes()
+        enabled = machine.compute is not None
+        with _chunks_of(machine), pretended() if machine.cpu else contextlib.nullcontext():
+            with live, torch.autocast("cpu", dtype=machine.compute or torch.bfloat16, enabled=enabled):
+                logprobs, _ = scorer(_Faked(batch, fake, machine))
+            with live, accumulating() if machine.processes == 1 else contextlib.nullcontext():
+                logprobs.sum().backward()
+    return Simulated(trained, live.peak if there else max(live.peak - 4 * trained, 0))
+
+
+@contextlib.contextmanager
+def _chunks_of(machine: Machine) -> Iterator[None]:
+    """Within, logits come in chunks of the machine's size, although the fake tensors are on the CPU."""
+    usual = CHUNK_BYTES["cpu"]
+    CHUNK_BYTES["cpu"] = usual if machine.cpu else CHUNK_BYTES_ELSEWHERE
+    try:
+        yield
+    finally:
+        CHUNK_BYTES["cpu"] = usual
+
+
+def _materialise(model: nn.Module) -> None:
+    """Give a model on the "meta" device fake tensors on the CPU instead. Tied weights stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(torch.empty(parameter.shape), parameter.requires_grad)
+            setattr(module, name, made[id(parameter)])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+class _Faked:
+    """A packed batch on fake tensors. Its layout is worked out before, since that looks at numbers."""
+
+    def __init__(self, batch: PackedBatch, fake: FakeTensorMode, machine: Machine) -> None:
+        for name, value in vars(batch).items():
+            setattr(self, name, fake.from_tensor(value) if isinstance(value, torch.Tensor) else value)
+        with unset_fake_temporarily():
+            self.layout = batch.layout
+            self.layout.on_cpu = machine.cpu
+            for span in batch.spans:
+                for block in self.layout.blocks(span):
+                    self.layout.padding(block)
+        padding = self.layout._padding
+        padding.update({key: tuple(map(fake.from_tensor, pair)) for key, pair in padding.items()})  # type: ignore[misc]
+
+
+def step_batches(config: Config, longest_prompt: int, processes: int) -> list[PackedBatch]:
+    """The batches that one process makes of a step in which every completion is as long as it may be."""
+    mine = -(-config.prompts_per_step // processes)
+    length = config.sampling.max_completion_length
+    completion = Completion([2] * length, [0.0] * length, False, "")
+    groups = [
+        Group(Prompt(i, "", (2,) * max(longest_prompt, 1)), [completion] * config.sampling.num_generations)
+        for i in range(mine)
+    ]
+    advantages = torch.ones(mine, config.sampling.num_generations)
+    return pack(groups, advantages, max_tokens=config.tokens_per_batch)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, as long as somebody holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        taken = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, torch.Tensor) and id(leaf.untyped_storage()) not in taken:
+                self._count(leaf.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self._seen:
+            return
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def freed(_: weakref.ref) -> None:
+            self.now -= size
+            self._seen.pop(key, None)
+
+        self._seen[key] = weakref.ref(storage, freed)

@@ -1,0 +1,234 @@
+"""Display: metrics and completions -> what a person sees in the terminal; a display that breaks never stops training.
+
+On a terminal: four lines that follow the run. In a log file: a plain line now and then. On every process but the first:
+nothing.
+"""
+
+import atexit
+import contextlib
+import time
+import unicodedata
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from grpo.runtime.command import settle, silence
+
+_SECONDS_BETWEEN_LINES = 5.0
+_COMPLETIONS = 3
+_SPARKS = 40
+"""Steps in the little curve of the reward."""
+_LONGEST = 800
+"""Characters shown of a prompt or completion: a model that rambles must not flood the terminal."""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # rich would end the program with SystemExit here; `train | head` must go on training
+
+
+class Display:
+    """Shows a run that does `total_steps` steps and begins (or goes on) after `start` of them."""
+
+    def __init__(self, total_steps: int, start: int = 0, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._total, self._start = total_steps, start
+        self._began = time.monotonic()
+        self._last_line: float | None = None
+        self._accuracy: float | None = None
+        self._console = _Console(highlight=False)
+        self._rewards: list[float] = []
+        self._live: Live | None = None
+        if enabled:
+            atexit.register(settle, "stdout")  # what others print meanwhile is no reason to fail
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Show that `step` steps are done (1 after the first), and their last metrics."""
+        accuracy = metrics.get("eval/accuracy")
+        self._accuracy = self._accuracy if accuracy is None else accuracy
+        if step == self._start + 1 and "time/step" in metrics:
+            seconds = metrics["time/step"]
+            left = _clock(seconds * (self._total - step))
+            self.say(
+                f"the first step took {seconds:.1f} s: the {self._total - step} left take about {left}, evaluations apart"
+            )
+        self._guarded(lambda: self._show_step(step, metrics))
+
+    def completions(self, rows: list[dict[str, Any]]) -> None:
+        """Show up to 3 rows of rollouts.jsonl ("prompt", "completion", "reward")."""
+        self._guarded(lambda: self._console.print(*(self._panel(row) for row in rows[:_COMPLETIONS])))
+
+    def say(self, text: str) -> None:
+        """Show a message."""
+        self._guarded(lambda: self._console.print(self._text(text), soft_wrap=True))
+
+    def table(self, before: dict[str, float] | None, after: dict[str, float] | None, run_dir: Any) -> None:
+        """Show the held-out evaluation before and after training, and where everything is written."""
+        self.close()
+        self._guarded(lambda: self._show_table(before or {}, after or {}))
+        self.say(f"Everything about this run is in {run_dir}")
+
+    def close(self) -> None:
+        """Give the terminal back (the bar hides the cursor). A second call does nothing."""
+        live, self._live = self._live, None
+        if live is not None:
+            self._guarded(live.stop)
+
+    def _summary(self, step: int, metrics: dict[str, Any]) -> str:
+        """reward 0.42, accuracy 0.31, length 118, 512 tokens/s, 0:03:12 left"""
+        parts = []
+        for name, value, style in [
+            ("reward", metrics.get("reward/mean"), ".3f"),
+            ("accuracy", self._accuracy, ".3f"),
+            ("length", metrics.get("rollout/length_mean"), ".0f"),
+        ]:
+            if value is not None:
+                parts.append(f"{name} {value:{style}}")
+        speed = metrics.get("rollout/tokens_per_second")
+        if speed is not None:
+            parts.append(f"{speed:.0f} tokens/s")
+        if step > self._start:
+            parts.append(f"{self._left(step)} left")
+        return ", ".join(parts)
+
+    def _left(self, step: int) -> str:
+        """Time to the end, at the pace of this run so far, evaluations included."""
+        return _clock((time.monotonic() - self._began) / max(1, step - self._start) * (self._total - step))
+
+    def _show_step(self, step: int, metrics: dict[str, Any]) -> None:
+        if self._console.is_terminal:
+            if self._live is None:
+                # No refresh thread: an error in it could not be caught, and nothing changes between two steps.
+                self._live = Live(console=self._console, auto_refresh=False)
+                self._live.start()
+            self._live.update(self._view(step, metrics), refresh=True)
+            return
+        now = time.monotonic()
+        if self._last_line is None or step >= self._total or now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self._console.print(
+                self._text(f"step {step}/{self._total}: {self._summary(step, metrics)}"), soft_wrap=True
+            )
+
+    def _view(self, step: int, metrics: dict[str, Any]) -> Group:
+        """step 12/500 ━━━━╺━━━━━━━━━━━ 0:03:12 left
+        reward 0.420 ▁▂▂▃▅▆▇   accuracy 0.310
+        length 118   KL 0.0012   entropy 0.42   clipped 0 %   truncated 3 %   flat 12 %
+        512 tokens/s   2.1 GiB   rollout 61 %   reward 2 %   reference 8 %   update 29 %
+        """
+        top = Table.grid(padding=(0, 1))
+        top.add_row(
+            f"step {step}/{self._total}",
+            ProgressBar(total=self._total, completed=step, width=min(40, max(10, self._console.width - 40))),
+            f"{self._left(step)} left" if step > self._start else "",
+        )
+        if "reward/mean" in metrics:
+            self._rewards = [*self._rewards, float(metrics["reward/mean"])][-_SPARKS:]
+        first = [f"reward {self._rewards[-1]:.3f} {sparkline(self._rewards)}"] if self._rewards else []
+        if self._accuracy is not None:
+            first.append(f"accuracy {self._accuracy:.3f}")
+        second = _named(
+            metrics,
+            ("length", "rollout/length_mean", ".0f"),
+            ("KL", "policy/kl", ".4f"),
+            ("entropy", "policy/entropy", ".2f"),
+            ("clipped", "policy/clip_fraction", ".0%"),
+            ("truncated", "rollout/truncated_fraction", ".0%"),
+            ("flat", "reward/zero_std_fraction", ".0%"),
+        )
+        third = (
+            [f"{metrics['rollout/tokens_per_second']:.0f} tokens/s"] if "rollout/tokens_per_second" in metrics else []
+        )
+        if "memory/peak_gib" in metrics:
+            third.append(f"{metrics['memory/peak_gib']:.1f} GiB")
+        whole = metrics.get("time/step") or 0.0
+        phases = [f"time/{name}" for name in ("rollout", "reward", "reference", "update")]
+        if whole > 0:
+            third += [f"{key.removeprefix('time/')} {metrics[key] / whole:.0%}" for key in phases if key in metrics]
+        lines = [self._text("   ".join(line)) for line in (first, second, third) if line]
+        for line in lines:
+            line.no_wrap, line.overflow = True, "ellipsis"
+        return Group(top, *lines)
+
+    def _panel(self, row: dict[str, Any]) -> Panel:
+        prompt = row.get("prompt", "")
+        if isinstance(prompt, list):  # chat messages: the last one is the question
+            prompt = prompt[-1].get("content", "") if prompt else ""
+        reward = row.get("reward")
+        title = f"step {row.get('step', '?')}" + ("" if reward is None else f", reward {reward:.3f}")
+        question, answer = (self._text(_shorten(str(text))) for text in (prompt, row.get("completion", "")))
+        question.stylize("dim")
+        content = Text.assemble(question, "\n", answer)
+        return Panel(content, title=Text(title), title_align="left")
+
+    def _show_table(self, before: dict[str, float], after: dict[str, float]) -> None:
+        keys = list(dict.fromkeys([*before, *after]))
+        if not keys:
+            return
+        table = Table()
+        for heading in ("held out", "before", "after", "change"):
+            table.add_column(heading, justify="left" if heading == "held out" else "right")
+        for key in keys:
+            old, new = before.get(key), after.get(key)
+            change = "" if old is None or new is None else f"{new - old:+.3f}"
+            cells = [key, "" if old is None else f"{old:.3f}", "" if new is None else f"{new:.3f}", change]
+            table.add_row(*(self._text(cell) for cell in cells))
+        self._console.print(table)
+
+    def _text(self, text: str) -> Text:
+        """Text that shows exactly its characters: no markup, no control, nothing that cannot be written."""
+        encoding = self._console.encoding
+        return Text(visible(text).encode(encoding, "backslashreplace").decode(encoding))
+
+    def _guarded(self, action: Callable[[], Any]) -> None:
+        if not self.enabled:
+            return
+        try:
+            action()
+        except (OSError, ValueError):  # a full disk, `| head`, a closed terminal (ValueError: closed file)
+            self.enabled = False
+            self._silence()
+
+    def _silence(self) -> None:
+        """Point standard output at nothing: what is left in its buffer would fail again when Python exits, with 120."""
+        silence(self._console.file)
+        if self._live is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._live.stop()
+
+
+def sparkline(values: list[float]) -> str:
+    """0 1 3 2 -> ▁▃█▆, the least at the bottom and the most at the top; a flat line where all are the same."""
+    low, high = min(values), max(values)
+    levels = "▁▂▃▄▅▆▇█"
+    return "".join(levels[round((value - low) / (high - low) * 7) if high > low else 0] for value in values)
+
+
+def _named(metrics: dict[str, Any], *wanted: tuple[str, str, str]) -> list[str]:
+    """("KL", "policy/kl", ".4f") -> "KL 0.0012", for each metric that is there."""
+    return [f"{name} {metrics[key]:{style}}" for name, key, style in wanted if metrics.get(key) is not None]
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def visible(text: str) -> str:
+    r"""Control, format and bidirectional characters as their code: ESC -> \x1b. Line breaks stay."""
+    return "".join(
+        character
+        if character == "\n" or unicodedata.category(character) not in {"Cc", "Cf", "Cs", "Zl", "Zp"}
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text) - _LONGEST} more characters)"

@@ -1,0 +1,194 @@
+"""Curves: what the dashboard draws, and how to read it. docs/metrics.md shows the same hints; a test holds the two together.
+
+run directories -> the lines of each curve; what runs came to; what differs between them
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from grpo.tracking.drawing import Line
+from grpo.tracking.run_reader import MetricsFile, RunFolder, extremes, thin
+
+POINTS = 300
+"""Points in one line of a curve: as many as its pixels show apart."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    title: str
+    keys: str
+    """Metrics whose whole name matches this pattern, each a line."""
+    hint: str
+    """One line: what it should look like, and what to do if it does not."""
+
+
+CURVES = (
+    Curve(
+        "Reward",
+        "reward/mean",
+        "Should rise, noisily. Flat from the start: every group scores alike, so read the completions.",
+    ),
+    Curve(
+        "Each reward",
+        "reward/.+/mean",
+        "Before weights. Format rises first, being right later; one that stays at 0 teaches nothing.",
+    ),
+    Curve(
+        "Held-out accuracy",
+        "eval/accuracy",
+        "The one that counts. If the reward rises and this does not, the reward is being gamed.",
+    ),
+    Curve(
+        "KL to the reference",
+        "policy/kl",
+        "How far the policy has moved. A slow rise is learning; a jump: lower the learning rate or raise beta.",
+    ),
+    Curve(
+        "Entropy",
+        "policy/entropy",
+        "How unsure the model is, per token. Near 0, completions are all alike and nothing is left to compare.",
+    ),
+    Curve(
+        "Completion length",
+        "rollout/length_mean",
+        "Tokens. Growing with accuracy: it found that thinking pays. Growing alone: it rambles.",
+    ),
+    Curve(
+        "Clipped, truncated, flat",
+        "policy/clip_fraction|rollout/truncated_fraction|reward/zero_std_fraction",
+        "Shares that teach less. Many truncated: raise max_completion_length. Many flat: too easy or too hard.",
+    ),
+    Curve(
+        "Gradient norm",
+        "policy/grad_norm",
+        "Before clipping. Steady is good; a spike beside a jump of KL is a step that went too far.",
+    ),
+    Curve(
+        "Learning rate",
+        "policy/learning_rate",
+        "What the schedule gave each step. It should end where you expect it to.",
+    ),
+    Curve(
+        "Tokens per second",
+        "rollout/tokens_per_second",
+        "Speed of sampling. It falls when completions get longer, or when somebody else uses the machine.",
+    ),
+    Curve(
+        "Memory",
+        "memory/peak_gib",
+        "GiB, the most so far. Still rising after the first steps: longer completions, or a leak.",
+    ),
+    Curve(
+        "Seconds per phase",
+        "time/(rollout|reward|reference|update)",
+        "Sampling should take most of it. A long reward phase: a slow reward function.",
+    ),
+)
+
+
+def lines_of(curve: Curve, runs: Sequence[RunFolder], smoothing: float = 0.0) -> list[Line]:
+    """All lines of a curve. A line is named after its run, its metric, or both: whatever tells it from the others."""
+    found = [(run, key) for run in runs for key in keys_of(curve, run.metrics)]
+    several_runs, several_keys = len({id(run) for run, _ in found}) > 1, len({key for _, key in found}) > 1
+    lines = []
+    for run, key in found:
+        steps, values = run.metrics.arrays(key)
+        if not len(values):
+            continue
+        short = short_name(key)
+        name = f"{short} · {run.name}" if several_runs and several_keys else run.name if several_runs else short
+        smoothed = smooth(values, smoothing)
+        at, means = (np.array(each) for each in thin(steps, smoothed, POINTS))
+        ends = (float(steps[0]), float(steps[-1]))
+        lines.append(Line(name, at, means, *extremes(smoothed, POINTS), ends, last=float(values[-1])))
+    return lines
+
+
+def keys_of(curve: Curve, metrics: MetricsFile) -> list[str]:
+    return [key for key in metrics.columns if re.fullmatch(curve.keys, key)]
+
+
+def other_keys(runs: Sequence[RunFolder]) -> list[str]:
+    """Every metric of the runs that no curve shows: those of callbacks, for example."""
+    shown = re.compile("|".join(f"(?:{curve.keys})" for curve in CURVES))
+    return sorted({key for run in runs for key in run.metrics.columns if not shown.fullmatch(key)})
+
+
+def short_name(key: str) -> str:
+    """reward/accuracy/mean -> accuracy; policy/clip_fraction -> clip_fraction"""
+    return re.sub(r"^[^/]+/|/mean$", "", key)
+
+
+def smooth(values: np.ndarray, amount: float) -> np.ndarray:
+    """Exponential moving average, started without a bias: s_t = sum of a^(t-i) x_i / sum of a^(t-i). amount = a, 0 = as it is.
+
+    # values 1 3, amount 0.5  ->  1, (0.5 * 1 + 3) / 1.5 = 2.33
+    """
+    if amount <= 0 or len(values) < 2:
+        return values
+    total = weight = 0.0
+    smoothed = np.empty(len(values))
+    for index, value in enumerate(values.tolist()):
+        total, weight = amount * total + value, amount * weight + 1.0
+        smoothed[index] = total / weight
+    return smoothed
+
+
+def seconds_left(run: RunFolder) -> float | None:
+    """Steps to go times the median of the last 20 steps; None where that cannot be known."""
+    steps, durations = run.config().get("steps"), run.metrics.arrays("time/step")[1]
+    if run.finished or not isinstance(steps, int) or not len(durations):
+        return None
+    return float(max(0, steps - run.metrics.steps[-1]) * np.median(durations[-20:]))
+
+
+def state_of(run: RunFolder) -> str:
+    """finished, training, or stopped: nothing was written for ten steps' time, and for a minute at least."""
+    if run.finished:
+        return "finished"
+    durations = run.metrics.arrays("time/step")[1]
+    step = float(np.median(durations[-20:])) if len(durations) else 60.0
+    return "training" if run.seconds_quiet < max(60.0, 10 * step) else "stopped"
+
+
+def comparison(runs: Sequence[RunFolder]) -> tuple[list[str], list[list[str]]]:
+    """(headings, rows): a row per run with what it came to."""
+    headings = ["run", "state", "steps", "accuracy before", "accuracy after", "reward, last tenth", "tokens/s", "hours"]
+    rows = []
+    for run in runs:
+        accuracy, reward = run.metrics.arrays("eval/accuracy")[1], run.metrics.arrays("reward/mean")[1]
+        speed, seconds = run.metrics.arrays("rollout/tokens_per_second")[1], run.metrics.arrays("time/step")[1]
+        late = reward[-max(1, len(reward) // 10) :]
+        rows.append(
+            [run.name, state_of(run), str(run.metrics.steps[-1]) if run.metrics.steps else "0"]
+            + [f"{value:.3f}" if value is not None else "" for value in (_at(accuracy, 0), _at(accuracy, -1))]
+            + [f"{late.mean():.3f}" if len(late) else "", f"{np.median(speed):.0f}" if len(speed) else ""]
+            + [f"{seconds.sum() / 3600:.2f}"]
+        )
+    return headings, rows
+
+
+def differences(runs: Sequence[RunFolder]) -> tuple[list[str], list[list[str]]]:
+    """(headings, rows): the config keys whose values are not the same in all runs."""
+    flat = [_flatten(run.config()) for run in runs]
+    keys = list(dict.fromkeys(key for config in flat for key in config))
+    rows = [[key, *(str(config.get(key, "not set")) for config in flat)] for key in keys]
+    rows = [row for row in rows if len(set(row[1:])) > 1 and row[0] not in ("run_dir", "tracking.run_name")]
+    return ["key", *(run.name for run in runs)], rows
+
+
+def _at(values: np.ndarray, index: int) -> float | None:
+    return float(values[index]) if len(values) else None
+
+
+def _flatten(nested: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

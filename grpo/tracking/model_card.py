@@ -1,0 +1,185 @@
+"""Model card: a run directory -> the README.md of its published model, with the real config, data, evaluation and licence.
+
+Also the upload itself, which the data's card must permit (grpo/data/card.py). Every number is read from the run; what nobody stated, the card says is not stated.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+
+from grpo.data.card import card_of_run, publishable
+from grpo.errors import ConfigError, StorageError
+from grpo.tracking.console import visible
+from grpo.tracking.report import fenced
+from grpo.tracking.run_reader import RunFolder
+
+HELD_OUT = {"eval/accuracy": "accuracy", "eval/accuracy_flexible": "flexible accuracy", "eval/format": "format"}
+
+
+def model_card(
+    run_dir: Path, *, licence: str | None = None, data_card: dict[str, Any] | None = None, step: int | None = None
+) -> ModelCard:
+    """The card of a run's model, or of its checkpoint at `step`. `licence`: an identifier of the hub (apache-2.0, cc-by-4.0, ...). `data_card`: what is
+    known about the data (source, licence, permission, ...); None = what the run recorded."""
+    run = RunFolder(run_dir)
+    config = run.config()
+    if not config or not run.metrics.refresh():
+        raise ConfigError(f"{run_dir} is no run directory: it needs config.yaml and metrics.jsonl")
+    data = ModelCardData(
+        license=licence,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["grpo", "reinforcement-learning"],
+        base_model=_hub_id(str(config["model"]["name"])),
+        model_name=_one_line(run.name),
+        eval_results=_results(run, config, step),
+    )
+    header = data.to_yaml().strip()
+    about_data = card_of_run(run_dir) if data_card is None else data_card
+    return ModelCard(f"---\n{header}\n---\n{_body(run, config, licence, about_data, step)}")
+
+
+def publish(
+    run_dir: Path,
+    folder: Path,
+    repo_id: str,
+    *,
+    licence: str | None = None,
+    step: int | None = None,
+    private: bool = True,
+    **hub: str | None,
+) -> str:
+    """Writes the card of the run's model into `folder` and uploads it; -> its address. `hub`: token, endpoint, as for push.
+
+    Raises ConfigError where the data's card does not permit it, before anything is sent; StorageError as push does.
+    """
+    model_card(run_dir, licence=licence, data_card=publishable(run_dir), step=step).save(folder / "README.md")
+    return push(folder, repo_id, private=private, **hub)
+
+
+def push(
+    folder: Path, repo_id: str, *, token: str | None = None, endpoint: str | None = None, private: bool = True
+) -> str:
+    """Uploads a model folder; -> its address. The token comes from HF_TOKEN where none is given, never from a config.
+
+    Raises StorageError, with the command that tries again, for whatever the network or the hub answers.
+    """
+    api = HfApi(endpoint=endpoint, token=token)
+    try:
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Model trained with GRPO")
+    except Exception as error:  # the hub raises dozens of kinds; to the person they are one: it is not there
+        again = f"hf upload {repo_id} {folder}{' --private' if private else ''}"
+        raise StorageError(
+            f"cannot push {folder} to {repo_id}: {type(error).__name__}: {error}. The folder is complete; try again with: {again}"
+        ) from error
+    return str(address)
+
+
+def _series(run: RunFolder, key: str, step: int | None) -> tuple[list[int], list[float]]:
+    """A key's steps and values, up to the step that the card is about."""
+    steps, values = run.metrics.series(key)
+    kept = [index for index, at in enumerate(steps) if step is None or at <= step]
+    return [steps[index] for index in kept], [values[index] for index in kept]
+
+
+def _results(run: RunFolder, config: dict[str, Any], step: int | None) -> list[EvalResult] | None:
+    found = []
+    for key, name in HELD_OUT.items():
+        _, values = _series(run, key, step)
+        if values:
+            found.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type="custom",
+                    dataset_name=_one_line(
+                        str(_without_places(config["data"].get("eval_path") or config["data"]["name"]))
+                    ),
+                    metric_type="accuracy",
+                    metric_name=f"{name} (held out, greedy)",
+                    metric_value=round(values[-1], 4),
+                )
+            )
+    return found or None
+
+
+def _body(
+    run: RunFolder, config: dict[str, Any], licence: str | None, data_card: dict[str, Any], step: int | None
+) -> str:
+    environment = run.environment()
+    rows = []
+    for key, name in HELD_OUT.items():
+        steps, values = _series(run, key, step)
+        if values:
+            rows.append(f"| {name} | {values[0]:.3f} (step {steps[0]}) | {values[-1]:.3f} (step {steps[-1]}) |")
+    evaluation = (
+        ["| held out | before | after |", "|---|---|---|", *rows] if rows else ["Not evaluated on held-out data."]
+    )
+    _, ci = _series(run, "eval/accuracy_ci95", step)
+    if ci:
+        evaluation += ["", f"Greedy decoding; 95 % interval of the accuracy: ±{ci[-1]:.3f}."]
+    source = config["data"].get("path") or config["data"]["name"]
+    about = {"source": source, "licence": "not stated", "permission": "not stated", **data_card}
+    without_paths = {key: value for key, value in config.items() if key not in ("run_dir", "resume")}
+    settings = yaml.safe_dump(_without_places(without_paths), sort_keys=False, allow_unicode=True)
+    versions = environment.get("versions", {})
+    return "\n".join(
+        [
+            f"# {_one_line(run.name)}",
+            "",
+            f"Trained from {_one_line(_without_places(str(config['model']['name'])))} with Group Relative Policy Optimization "
+            f"(arXiv 2402.03300), {max(run.metrics.steps) if step is None else step} steps.",
+            "",
+            f"Licence: {licence or 'not stated: ask before you use it'}.",
+            "",
+            "## Evaluation",
+            "",
+            *evaluation,
+            "",
+            "## Data",
+            "",
+            *(f"- {_one_line(str(key))}: {_one_line(str(value))}" for key, value in about.items()),
+            "",
+            "## Limits",
+            "",
+            "The rewards below are all that it was trained for; nothing else about its answers was measured.",
+            "",
+            "## Settings",
+            "",
+            *_fenced_whole(settings),
+            "",
+            "Commit "
+            + _one_line(str(environment.get("git_commit")))
+            + "; "
+            + ", ".join(f"{_one_line(str(name))} {_one_line(str(value))}" for name, value in versions.items() if value),
+            "",
+        ]
+    )
+
+
+def _fenced_whole(text: str) -> list[str]:
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = fenced("")[0].removesuffix("text") + "`" * longest
+    return [fence + "yaml", visible(text).rstrip(), fence]
+
+
+def _one_line(text: str) -> str:
+    """Text that Markdown and YAML show as it is: no markup, no HTML, one line."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", visible(text).replace("\n", " "))[:300]
+
+
+def _without_places(value: Any) -> Any:
+    """Absolute paths -> their last part: where somebody keeps their files is nobody's business."""
+    if isinstance(value, dict):
+        return {_without_places(key): _without_places(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_places(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _hub_id(name: str) -> str | None:
+    """A base model that is on the hub; a local folder's path is nobody's business."""
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None

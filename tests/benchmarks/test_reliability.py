@@ -1,0 +1,26 @@
+"""docs/reliability.md is what benchmarks/reliability.py makes of the stored results, and names tests that exist."""
+
+import json
+from pathlib import Path
+
+from benchmarks.reliability import NOT_HERE, PAGE, RESULTS, ROWS, page
+
+TESTS = Path(__file__).parents[1]
+
+
+def test_the_page_is_the_stored_results() -> None:
+    assert page(json.loads(RESULTS.read_text())) == PAGE.read_text()
+
+
+def test_every_row_names_tests_that_exist() -> None:
+    for name, (_, tests) in ROWS.items():
+        for test in tests:
+            file, _, function = test.partition("::")
+            assert f"def {function}(" in (TESTS / file).read_text() or not function, (name, test)
+    wanted = {f"R{number}" for number in range(1, 27)} | {f"X{number}" for number in range(1, 15)}
+    assert wanted == ROWS.keys() | NOT_HERE.keys()
+
+
+def test_no_stored_row_failed() -> None:
+    rows = json.loads(RESULTS.read_text())["rows"]
+    assert {name: row["failed"] for name, row in rows.items() if row["failed"]} == {}

@@ -1,0 +1,225 @@
+"""Data: rows from files to examples, with every error naming its file and line; and the real GSM8K, where there."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from grpo.config.schema import DataConfig
+from grpo.data.extractors import EXTRACTORS
+from grpo.data.rows import DATASETS, SYSTEM_PROMPT, Example, load_examples
+from grpo.errors import ConfigError
+from grpo.rewards.math_answers import parse_number
+
+ROWS = [
+    {"question": "Tom has 3 bags of 360 beans. How many beans?", "answer": "3 * 360 = <<3*360=1080>>1080\n#### 1,080"},
+    {"question": "Ann owes $5 and pays $8. What is left?", "answer": "5 - 8 = -3\n#### -3"},
+]
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def load(path: str, part: Any = "train", **settings: Any) -> list[Example]:
+    settings.setdefault("name", "question_answer")
+    return load_examples(DataConfig(path=path, **settings), part, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("extractor", "text", "answer"),
+    [
+        ("hash", "9 * 2\n#### 1,080", "1080"),
+        ("hash", "#### 1\n#### $2.50 \nmore", "2.50"),
+        ("hash", "####  ", None),
+        ("hash", "18", None),
+        ("xml", "<answer>1</answer><answer>\n 1,800\n</answer>", "1800"),
+        ("xml", "<answer>18", None),
+        ("xml", "<answer> </answer>", None),
+        ("boxed", r"so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        ("boxed", r"\boxed{1} then \boxed{\{2\}}", r"\{2\}"),
+        ("boxed", r"\boxed{1", None),
+        ("boxed", "\\boxed{" * 20_000, None),
+        ("number", "he pays 3 and then $1,018.", "1018"),
+        ("number", "none", None),
+        ("plain", " Paris \n", "Paris"),
+        ("plain", "  ", None),
+    ],
+)
+def test_extractors(extractor: str, text: str, answer: str | None) -> None:
+    assert EXTRACTORS[extractor](text) == answer
+
+
+def test_gsm8k_rows_become_examples(tmp_path: Path) -> None:
+    examples = load(write(tmp_path / "train.jsonl", ROWS), name="gsm8k")
+    assert examples[0] == Example(
+        [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": ROWS[0]["question"]}],
+        {"question": ROWS[0]["question"], "answer": "1080", "solution": ROWS[0]["answer"]},
+    )
+    assert examples[1].columns["answer"] == "-3"
+
+
+def test_held_out_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", ROWS)
+    eval_path = write(tmp_path / "test.jsonl", ROWS)
+    for name in ("gsm8k", "question_answer"):
+        assert load(path, "held_out", name=name) == []
+        assert len(load(path, "held_out", name=name, eval_path=eval_path)) == 2
+        assert len(load(path, "held_out", name=name, eval_path=eval_path, eval_size=None)) == 2
+        limited = load(path, "held_out", name=name, eval_path=eval_path, eval_size=1)
+        assert [example.columns["answer"] for example in limited] == ["1080"]
+
+
+def test_system_prompt_and_worked_example(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", ROWS)
+    roles = lambda **settings: [message["role"] for message in load(path, **settings)[0].messages]  # noqa: E731
+    assert roles() == ["system", "user"]
+    assert roles(system_prompt=None) == ["user"]
+    assert roles(one_shot=True) == ["system", "user", "assistant", "user"]
+    assert load(path, system_prompt="Be brief.")[0].messages[0] == {"role": "system", "content": "Be brief."}
+    shown = load(path, one_shot=True)[0].messages[2]["content"]
+    assert shown.startswith("<reasoning>\n") and shown.endswith("<answer>\n19\n</answer>\n")
+    assert "<answer>" not in load(path, one_shot=True, system_prompt=None)[0].messages[1]["content"]
+
+
+def test_mapped_columns_and_untouched_ones(tmp_path: Path) -> None:
+    row = {"ask": "Capital of France?", "gold": "Paris", "pair_id": 7, "tags": ["a"]}
+    path = write(tmp_path / "a.jsonl", [row])
+    example = load(path, question="ask", answer="gold", extractor="plain")[0]
+    assert example.columns == {
+        "question": "Capital of France?", "answer": "Paris", "pair_id": 7, "tags": ["a"]
+    }  # fmt: skip
+
+
+def test_the_identity_of_a_row_is_carried_under_its_own_name(tmp_path: Path) -> None:
+    row = {"question": "q", "answer": "a", "id": 7, "made": "2025-10-28T18:31:06.592517"}
+    path = write(tmp_path / "a.jsonl", [row])
+    example = load(path, extractor="plain", pair_id="id", generated_at="made")[0]
+    assert example.columns == {
+        "question": "q", "answer": "a", "pair_id": 7, "generated_at": "2025-10-28T18:31:06.592517"
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"no column 'no' \(columns there: .*\): correct data.pair_id"):
+        load(path, extractor="plain", pair_id="no")
+
+
+def test_a_hub_dataset_and_its_held_out_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of data files goes through the same call as a name on the hub."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "owner"
+    folder.mkdir()
+    write(folder / "train.jsonl", ROWS)
+    write(folder / "test.jsonl", ROWS[1:])
+    train = load(str(folder))
+    assert [example.columns["answer"] for example in train] == ["1080", "-3"]
+    held_out = load(str(folder), "held_out", eval_split="test")
+    assert [example.columns["answer"] for example in held_out] == ["-3"]
+    assert load(str(folder), "held_out") == []
+    with pytest.raises(ConfigError, match=r"no/such-dataset \(train\) cannot be loaded"):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        load("no/such-dataset")
+
+
+def test_csv_and_parquet_give_what_jsonl_gives(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    expected = load(write(tmp_path / "a.jsonl", ROWS))
+    csv_lines = ["question,answer"] + [f'"{row["question"]}","{row["answer"]}"' for row in ROWS]
+    (tmp_path / "a.csv").write_text("\ufeff" + "\n".join(csv_lines) + "\n", encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    assert load(str(tmp_path / "a.csv")) == expected
+    assert load(str(tmp_path / "a.parquet")) == expected
+
+
+def test_trl_prompts(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "2 + 2?"}]
+    path = write(tmp_path / "a.jsonl", [{"prompt": "The sky is", "length": 3}, {"prompt": chat, "answer": "#### 4"}])
+    assert load(path) == [
+        Example("The sky is", {"question": "The sky is", "length": 3}),
+        Example(chat, {"question": "2 + 2?", "answer": "4", "solution": "#### 4"}),
+    ]
+    with pytest.raises(ConfigError, match=r"b.jsonl:1: column 'prompt' is '\[\]'"):
+        load(write(tmp_path / "b.jsonl", [{"prompt": []}]))
+
+
+def test_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate_problems(count: int, *, seed: int, split: str) -> list[dict[str, str]]:
+        return [{"question": f"{split} {seed} {index}", "answer": f"#### {index}"} for index in range(count)]
+
+    monkeypatch.setitem(sys.modules, "grpo.data.arithmetic", SimpleNamespace(generate_problems=generate_problems))
+    train = load_examples(DataConfig(name="arithmetic"), "train", seed=5)
+    held_out = load_examples(DataConfig(name="arithmetic", eval_size=20), "held_out", seed=5)
+    assert (len(train), len(held_out)) == (4000, 20)
+    assert train[3].columns == {"question": "train 5 3", "answer": "3", "solution": "#### 3"}
+    assert held_out[0].columns["question"] == "held_out 5 0"
+
+
+def test_a_dataset_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = [Example("text", {"a": 1})]
+    entries = {"rows": lambda data, part, seed: ROWS, "built": lambda data, part, seed: built}
+    monkeypatch.setattr(DATASETS, "_entries", {**DATASETS._entries, **entries})
+    assert load_examples(DataConfig(name="rows"), "train", 0)[1].columns["answer"] == "-3"
+    assert load_examples(DataConfig(name="built"), "train", 0) == built
+    monkeypatch.setattr(DATASETS, "_entries", {"none": lambda data, part, seed: []})
+    with pytest.raises(ConfigError, match="none is empty"):
+        load_examples(DataConfig(name="none"), "train", 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"question": "q", "answer": "#### 1"}\n\n{"question": ', r"a.jsonl:3: not JSON"),
+        ('{"question": "q", "answer": "#### 1"}\n[1]', r"a.jsonl:2: a list, each line must be a JSON object"),
+        (b'{"question": "q"}\n\xff\xfe', r"a.jsonl:2: not UTF-8"),
+        ("\n\n", r"a.jsonl is empty"),
+        ('{"q": "q", "answer": "#### 1"}', r"a.jsonl:1: there is no column 'question' \(columns there: q, answer\)"),
+        ('{"question": "q", "gold": "1"}', r"a.jsonl:1: there is no column 'answer' \(columns there: question, gold\)"),
+        ('{"question": "", "answer": "#### 1"}', r"a.jsonl:1: column 'question' is '', it must be"),
+        ('{"question": 5, "answer": "#### 1"}', r"a.jsonl:1: column 'question' is 5"),
+        ('{"question": "q", "answer": null}', r"0 of 1 answers fit .*the column 'answer' holds nothing"),
+        ('{"question": "q", "answer": "it is 5"}\n' * 3, r"0 of 3 answers fit extractor 'hash' \(#### N\); 'number' fits 3: set data.extractor number"),  # noqa: E501
+        ('{"question": "q", "answer": "tea"}', r"'plain' fits 1: set data.extractor plain"),
+        ('{"question": "q", "answer": "#### 1"}\n{"question": "q", "answer": "two"}', r"a.jsonl:2: no answer for extractor 'hash' .*'two'; the same for 1 of 2 rows"),  # noqa: E501
+        ('{"question": "q", "answer": "#### 1", "completion_ids": 1}', r"a.jsonl:1: a column may not be called 'completion_ids'"),  # noqa: E501
+    ],
+)  # fmt: skip
+def test_an_unusable_file_is_named_with_its_line(tmp_path: Path, content: str | bytes, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message):
+        load(str(path))
+
+
+def test_other_unusable_sources(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.path: there is no file /no/such.jsonl"):
+        load("/no/such.jsonl")
+    with pytest.raises(ConfigError, match=r"data.eval_path: there is no file /no/such.jsonl"):
+        load("/no/train.jsonl", "held_out", eval_path="/no/such.jsonl")
+    with pytest.raises(ConfigError, match="data.path is null"):
+        load_examples(DataConfig(name="question_answer"), "train", 0)
+    with pytest.raises(ConfigError, match="data.extractor is 'hsh'"):
+        load(write(tmp_path / "a.jsonl", ROWS), extractor="hsh")
+    for name, content, message in [
+        ("a.txt", "text", r"ends in '.txt'"),
+        ("a.parquet", "text", r"a.parquet: not a Parquet file"),
+        ("a.csv", "question,answer\nq,a,b\n", r"a.csv:2: this row must have 2 fields"),
+        ("b.csv", "question,answer\nq\n", r"b.csv:2: this row must have 2 fields"),
+        ("c.csv", 'question,answer\nq,"a\n', r"c.csv:2: not CSV"),
+    ]:
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        with pytest.raises(ConfigError, match=message):
+            load(str(tmp_path / name))
+
+
+@pytest.mark.skipif("GRPO_GSM8K_DIR" not in os.environ, reason="GRPO_GSM8K_DIR: a folder with train.jsonl, test.jsonl")
+@pytest.mark.parametrize(("file", "count"), [("train.jsonl", 7473), ("test.jsonl", 1319)])
+def test_every_gold_answer_of_the_real_gsm8k_is_a_number(file: str, count: int) -> None:
+    examples = load(str(Path(os.environ["GRPO_GSM8K_DIR"]) / file), name="gsm8k")
+    assert len(examples) == count
+    assert [example for example in examples if parse_number(example.columns["answer"]) is None] == []

@@ -1,0 +1,587 @@
+"""Error messages, word for word: how each is provoked, and what the person then reads. docs/errors.md explains the same ones.
+
+DIR stands for the folder that a test works in.
+"""
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from grpo.config.parser import load_config
+from grpo.config.schema import DataConfig
+from grpo.data.card import check_permission, publishable, record_card
+from grpo.data.rows import load_examples
+from grpo.data.stream import render_prompts
+from grpo.errors import ConfigError, GrpoError, NumericsError, OutOfMemory, RewardError, StorageError
+from grpo.losses import find_objective
+from grpo.models.lora import load_adapter
+from grpo.models.reference import check_vocabulary
+from grpo.rewards.scoring import RewardSum, call_reward
+from grpo.rewards.workers import RewardRunner
+from grpo.rollout.engine import find_engine
+from grpo.run.build import check_names
+from grpo.run.checkpoint import check_room, load_checkpoint, newest_valid, save_checkpoint
+from grpo.runtime.oom import memory_advice
+from grpo.runtime.run_lock import RunLock, check_free
+from grpo.tracking.diagnostics import Watch
+from grpo.tracking.model_card import push
+from grpo.tracking.report import write_report
+from grpo.tracking.run_logger import choose_run_dir
+from grpo.trainer import check_skipped
+from grpo.types import Completion, Group, Prompt
+from tests.tracking.test_diagnostics import observe
+
+PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
+NO_LEARNING = "## A run that does not learn"
+GOOD = {"question": "a", "answer": "#### 1"}
+
+
+@dataclass(frozen=True)
+class Case:
+    provoke: Callable[[Path], Any]
+    kind: type[GrpoError]
+    message: str
+
+
+def flags(*words: str) -> Callable[[Path], Any]:
+    return lambda _: load_config(["--model.name=m", *words])
+
+
+def config_file(text: str) -> Callable[[Path], Any]:
+    def provoke(folder: Path) -> None:
+        (folder / "my.yaml").write_text(text)
+        load_config(["--config", str(folder / "my.yaml")])
+
+    return provoke
+
+
+def rows(*lines: str | bytes | dict, name: str = "data.jsonl", **settings: Any) -> Callable[[Path], Any]:
+    def provoke(folder: Path) -> None:
+        load_examples(DataConfig(path=str(written(folder, *lines, name=name)), **settings), "train", 0)
+
+    return provoke
+
+
+def written(folder: Path, *lines: str | bytes | dict, name: str = "data.jsonl") -> Path:
+    texts = [json.dumps(line) if isinstance(line, dict) else line for line in lines]
+    (folder / name).write_bytes(b"".join(text if isinstance(text, bytes) else text.encode() + b"\n" for text in texts))
+    return folder / name
+
+
+def too_long(folder: Path) -> None:
+    tokenizer = cast(
+        Any, SimpleNamespace(chat_template=None, encode=lambda text, **_: list(text), bos_token_id=None, eos_token_id=0)
+    )
+    examples = load_examples(DataConfig(path=str(written(folder, GOOD)), system_prompt=None), "train", 0)
+    render_prompts(examples, tokenizer, 1)
+
+
+def card(text: str) -> Callable[[Path], Any]:
+    def provoke(folder: Path) -> None:
+        (folder / "data_card.yaml").write_text(text)
+        check_permission(DataConfig(path=str(written(folder, GOOD))))
+
+    return provoke
+
+
+def publish_trained_on(text: str) -> Callable[[Path], Any]:
+    def provoke(folder: Path) -> None:
+        if text:
+            (folder / "data_card.yaml").write_text(text)
+        record_card(folder, DataConfig(path=str(written(folder, GOOD))))
+        publishable(folder)
+
+    return provoke
+
+
+def reward(body: str, count: int = 2) -> Callable[[Path], Any]:
+    """A reward in a file of one's own, on `count` completions."""
+
+    def provoke(folder: Path) -> None:
+        (folder / "mine.py").write_text(f"def score(completions, **columns):\n    {body}\n")
+        name = f"{folder}/mine.py:score"
+        sys.modules.pop(next((key for key in sys.modules if key.startswith("grpo_file_")), ""), None)
+        call_reward(name, RewardSum({name: 1.0}).functions[name], [group(count)])
+
+    return provoke
+
+
+def group(count: int = 2) -> Group:
+    return Group(Prompt(0, "question", (), {"answer": "1"}), [Completion([1], [0.0], True, "an answer")] * count)
+
+
+def broken_half(folder: Path) -> None:
+    (folder / "mine.py").write_text("def score(completions, **columns):\n    raise KeyError('units')\n")
+    runner = RewardRunner({f"{folder}/mine.py:score": 1.0}, deadline=60, on_error="mask", workers=1)
+    try:
+        runner([group(4)])
+    finally:
+        runner.close()
+
+
+def same_folder_again(folder: Path) -> None:
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    choose_run_dir(load_config(["--model.name=m", f"--run_dir={folder}"]), cast(Any, None))
+
+
+def in_use(folder: Path) -> None:
+    lock = RunLock(folder)
+    try:
+        check_free(folder)
+    finally:
+        lock.release()
+
+
+def half_a_checkpoint(folder: Path) -> None:
+    path = saved(folder)
+    file = path / "policy.safetensors"
+    file.write_bytes(file.read_bytes()[:40])
+    load_checkpoint(path)
+
+
+def changed_checkpoint(folder: Path) -> None:
+    path = saved(folder)
+    file = path / "policy.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    load_checkpoint(path)
+
+
+def no_manifest(folder: Path) -> None:
+    path = saved(folder)
+    (path / "manifest.json").unlink()
+    load_checkpoint(path)
+
+
+def saved(folder: Path) -> Path:
+    return save_checkpoint(folder, 12, {"policy": {"weight": torch.ones(2, 3)}}, {"step": 12}, keep=1)
+
+
+def full_disk(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+
+        def fails(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr("grpo.run.checkpoint.save_file", fails)
+        saved(folder)
+
+
+def no_room(folder: Path, call: Callable[[], Any]) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10**9, free=1_200_000))
+        return call()
+
+
+def no_room_for_a_checkpoint(folder: Path) -> None:
+    no_room(folder, lambda: save_checkpoint(folder, 12, {"policy": {"a": torch.ones(600_000)}}, {}, keep=1))
+
+
+def a_push_in_vain(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        push(folder / "final", "me/model", token="hf_test", endpoint="http://127.0.0.1:9")
+
+
+def pickled_adapter(folder: Path) -> None:
+    (folder / "adapter_model.bin").write_bytes(b"")
+    load_adapter(cast(Any, None), folder)
+
+
+def other_vocabulary(_: Path) -> None:
+    ours, theirs = ({"a": 0, "b": 1}, {"a": 1, "b": 0})
+    tokenizers = [cast(Any, SimpleNamespace(get_vocab=lambda words=words: words)) for words in (ours, theirs)]
+    check_vocabulary(2, 2, *tokenizers, "other/model")
+
+
+def skipped(folder: Path) -> None:
+    check_skipped(cast(Any, SimpleNamespace(policy=SimpleNamespace(skipped_in_a_row=3), run_dir=folder)), 7)
+
+
+def no_memory_left(_: Path) -> None:
+    """A real allocator's refusal, in what looks like the loop's own update."""
+    loop: dict[str, Any] = {"torch": torch}
+    exec(compile("def update():\n    torch.empty(1 << 50)", "grpo/trainer.py", "exec"), loop)
+    with memory_advice(load_config(["--model.name=m"])):
+        loop["update"]()
+
+
+CARD = "source: the committee\nlicence: cc-by-4.0\npermission: {}\nsteward: committee@example.org\n"
+
+CASES: dict[str, Case] = {
+    "unknown flag": Case(
+        flags("--sampling.num_generation=4"),
+        ConfigError,
+        "unknown flag --sampling.num_generation (value '4'): did you mean 'sampling.num_generations'?",
+    ),
+    "key without its section": Case(
+        flags("--num_generations=4"),
+        ConfigError,
+        "unknown flag --num_generations (value '4'): did you mean 'sampling.num_generations'?",
+    ),
+    "unknown key in a file": Case(
+        config_file("sampling:\n  num_generation: 4\n"),
+        ConfigError,
+        "DIR/my.yaml: unknown key 'sampling.num_generation' (value 4): did you mean 'sampling.num_generations'?",
+    ),
+    "no such config file": Case(flags("--config", "none.yaml"), ConfigError, "--config: there is no file none.yaml"),
+    "broken YAML": Case(
+        config_file("steps: 3\nrewards: [1\n"),
+        ConfigError,
+        "DIR/my.yaml:3: not valid YAML: expected ',' or ']', but got '<stream end>' (while parsing a flow sequence)",
+    ),
+    "key given twice": Case(
+        config_file("steps: 1\nsteps: 2\n"), ConfigError, "DIR/my.yaml:2: not valid YAML: key 'steps' is given twice"
+    ),
+    "YAML that would run code": Case(
+        config_file("steps: !!python/object/apply:os.system [ls]\n"),
+        ConfigError,
+        "DIR/my.yaml:1: not valid YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.system'",
+    ),
+    "wrong type": Case(flags("--steps=many"), ConfigError, "steps is 'many', needs a whole number"),
+    "not one of the choices": Case(
+        flags("--objective.kl_estimator=k9"),
+        ConfigError,
+        "objective.kl_estimator is 'k9', needs one of 'k1', 'k2', 'k3'",
+    ),
+    "flag without a value": Case(flags("--steps"), ConfigError, "--steps has no value: write --steps VALUE"),
+    "secret on the command line": Case(
+        flags("--hub_token=hf_CANARY"),
+        ConfigError,
+        "there is no key 'hub_token': secrets belong neither into a config nor on a command line, where others can read them. Put HF_TOKEN or WANDB_API_KEY into .env (see .env.example)",
+    ),
+    "one completion per prompt": Case(
+        flags("--sampling.num_generations=1"),
+        ConfigError,
+        "sampling.num_generations is 1, needs at least 2: a lone completion has no siblings to be compared with, so its advantage is always 0",
+    ),
+    "greedy sampling": Case(
+        flags("--sampling.temperature=0"),
+        ConfigError,
+        "sampling.temperature is 0.0, needs to be above 0: greedy completions of one prompt are all the same, so nothing could be learned from comparing them",
+    ),
+    "truncated sampling": Case(
+        flags("--sampling.top_p=0.9"),
+        ConfigError,
+        "sampling.top_p is 0.9: a truncated sampling distribution is not the one that the policy is trained as, so the importance ratios would be biased. Leave top_p at 1.0 and top_k at 0 for training",
+    ),
+    "token budget too small": Case(
+        flags("--tokens_per_batch=600"),
+        ConfigError,
+        "tokens_per_batch is 600, too small for one prompt and one completion: data.max_prompt_length 512 + sampling.max_completion_length 512 = 1024. Set tokens_per_batch to at least 1024",
+    ),
+    "no rewards": Case(
+        flags("--rewards={}"),
+        ConfigError,
+        "rewards is empty (or every weight is 0): name at least one, for example --rewards.accuracy 1.0",
+    ),
+    "resume which run": Case(
+        flags("--resume=auto"),
+        ConfigError,
+        "resume is auto, but neither run_dir nor tracking.run_name says which run: add --run_dir outputs/YOUR_RUN",
+    ),
+    "bfloat16 weights that train": Case(
+        flags("--model.torch_dtype=bfloat16"),
+        ConfigError,
+        "model.torch_dtype is bfloat16, but lora.r is not set: weights that are trained need float32, since a step of 1e-6 is lost in the rounding of anything less. Set lora.r (16 is usual), or leave torch_dtype float32 and load_in_4bit false",
+    ),
+    "reference that is never used": Case(
+        flags("--model.reference=x", "--objective.beta=0"),
+        ConfigError,
+        "model.reference is x, but objective.beta is 0, so no reference is ever used: set a beta or drop it",
+    ),
+    "unknown tracker": Case(
+        flags("--tracking.report_to=[mlflow]"),
+        ConfigError,
+        "tracking.report_to has 'mlflow', knows tensorboard, trackio, wandb",
+    ),
+    "unknown objective": Case(
+        lambda _: find_objective("gpro"),
+        ConfigError,
+        "unknown objective 'gpro': did you mean 'grpo'? Known: ...; or point to your own with 'package.module:name' or 'path/file.py:name'",
+    ),
+    "unknown engine": Case(
+        lambda _: find_engine("nativ"),
+        ConfigError,
+        "unknown engine 'nativ': did you mean 'native'? Known: ...; or point to your own with 'package.module:name' or 'path/file.py:name'",
+    ),
+    "setting that an estimator would ignore": Case(
+        lambda _: check_names(
+            load_config(["--model.name=m", "--objective.loss_type=rloo", "--objective.scale_rewards=none"]).objective
+        ),
+        ConfigError,
+        "objective.scale_rewards is none, but the advantage estimator rloo has a scale of its own: leave scale_rewards out, or set objective.advantage_estimator to group",
+    ),
+    "no such data file": Case(
+        lambda _: load_examples(DataConfig(path="none.jsonl"), "train", 0),
+        ConfigError,
+        "data.path: there is no file none.jsonl",
+    ),
+    "unknown kind of file": Case(
+        rows("x", name="data.txt"),
+        ConfigError,
+        "data.path: DIR/data.txt ends in '.txt', it must be one of .jsonl, .csv, .parquet",
+    ),
+    "empty file": Case(rows(), ConfigError, "data.path: DIR/data.jsonl is empty: it holds no rows"),
+    "row that is not JSON": Case(
+        rows(GOOD, '{"question": "b'),
+        ConfigError,
+        "DIR/data.jsonl:2: not JSON: Invalid control character (column 16): mend it, or leave such rows out with --data.bad_rows skip",
+    ),
+    "row that is not UTF-8": Case(
+        rows(b'{"question": "\xe2", "answer": "#### 1"}\n'),
+        ConfigError,
+        "DIR/data.jsonl:1: not UTF-8 text: 'utf-8' codec can't decode byte 0xe2 in position 14: invalid continuation byte: mend it, or leave such rows out with --data.bad_rows skip",
+    ),
+    "CSV row with too many fields": Case(
+        rows("question,answer", "a,b,c", name="data.csv"),
+        ConfigError,
+        "DIR/data.csv:2: this row must have 2 fields, as the first line has: mend it, or leave such rows out with --data.bad_rows skip",
+    ),
+    "no column for the question": Case(
+        rows({"q": "a", "answer": "#### 1"}),
+        ConfigError,
+        "DIR/data.jsonl:1: there is no column 'question' (columns there: q, answer): set data.question to the one that holds the question",
+    ),
+    "no column for the answer": Case(
+        rows({"question": "a", "gold": "#### 1"}),
+        ConfigError,
+        "DIR/data.jsonl:1: there is no column 'answer' (columns there: question, gold): set data.answer to the one that holds the answer",
+    ),
+    "column with a reserved name": Case(
+        rows({**GOOD, "completions": 3}),
+        ConfigError,
+        "DIR/data.jsonl:1: a column may not be called 'completions', rewards get that name: rename it",
+    ),
+    "no answer fits the extractor": Case(
+        rows({"question": "a", "answer": "One says `wi`."}),
+        ConfigError,
+        "DIR/data.jsonl: 0 of 1 answers fit extractor 'hash' (#### N); 'quoted_terms' fits 1: set data.extractor quoted_terms",
+    ),
+    "some answers do not fit": Case(
+        rows(GOOD, {"question": "b", "answer": "2"}),
+        ConfigError,
+        "DIR/data.jsonl:2: no answer for extractor 'hash' (#### N) in '2'; the same for 1 of 2 rows: mend or remove them, set data.bad_rows skip, or set data.extractor to another of hash, xml, boxed, quoted_terms, number, plain",
+    ),
+    "unknown extractor": Case(
+        rows(GOOD, extractor="hashes"),
+        ConfigError,
+        "data.extractor is 'hashes', it must be one of hash, xml, boxed, quoted_terms, number, plain",
+    ),
+    "every prompt too long": Case(
+        too_long,
+        ConfigError,
+        "data.max_prompt_length is 1, which leaves none of the 1 prompts (the shortest has 2 tokens): raise it",
+    ),
+    "data that may not be used": Case(
+        card(CARD.format("prohibited")),
+        ConfigError,
+        "data card DIR/data_card.yaml: permission is prohibited. Ask its stewards (committee@example.org); if you have their permission in spite of it, say so with --data.i_have_permission true, which the model card will show",
+    ),
+    "data card without a licence": Case(
+        card("source: here\npermission: granted\n"),
+        ConfigError,
+        "data card DIR/data_card.yaml: 'licence' is missing; it needs source, licence, permission",
+    ),
+    "publishing without a data card": Case(
+        publish_trained_on(""),
+        ConfigError,
+        "DIR: the model was trained on local data without a data card (DIR/data.jsonl): write DIR/data.jsonl.card.yaml with source, licence and permission, and train with it, before you publish",
+    ),
+    "publishing without permission": Case(
+        publish_trained_on(CARD.format("unknown")),
+        ConfigError,
+        "DIR: the data's card says permission: unknown. To publish, it must be granted; or train with --data.i_have_permission true, which states that you have it",
+    ),
+    "unknown reward": Case(
+        lambda _: RewardSum({"acuracy": 1.0}),
+        ConfigError,
+        "unknown reward 'acuracy': did you mean 'accuracy'? Known: ...; or point to your own with 'package.module:name' or 'path/file.py:name'",
+    ),
+    "reward in a file that is not there": Case(
+        lambda folder: RewardSum({f"{folder}/my.py:score": 1.0}),
+        ConfigError,
+        "reward 'DIR/my.py:score': there is no file DIR/my.py",
+    ),
+    "reward that needs a column": Case(
+        lambda _: RewardSum({"accuracy": 1.0}).check_columns({"prompt"}),
+        ConfigError,
+        "reward 'accuracy' needs the column 'answer', which the data does not have (columns there: prompt): choose another reward, or add the column to every row",
+    ),
+    "reward that raises": Case(
+        reward("return [1 / 0]"),
+        RewardError,
+        "reward 'DIR/mine.py:score' raised ZeroDivisionError('division by zero') on completion number 0, 'an answer'",
+    ),
+    "reward with too few values": Case(
+        reward("return [1.0]"),
+        RewardError,
+        "reward 'DIR/mine.py:score' returned 1 values for 2 completions: it must return one number (or None) each; the first without a partner is number 1, 'an answer'",
+    ),
+    "reward that is not finite": Case(
+        reward("return [0.0, float('nan')]"),
+        RewardError,
+        "reward 'DIR/mine.py:score' returned nan for completion number 1, 'an answer': it must be finite (None = does not apply)",
+    ),
+    "reward that is text": Case(
+        reward("return ['1', '0']"),
+        RewardError,
+        "reward 'DIR/mine.py:score' returned a str ('1') for completion number 0, 'an answer': it must return a number, or None where it does not apply",
+    ),
+    "reward that fails too often": Case(
+        broken_half,
+        RewardError,
+        "reward 'DIR/mine.py:score' failed on 4 of 4 completions: raised KeyError('units') on completion number 0, 'an answer'; raised KeyError('units') on completion number 1, 'an answer'; raised KeyError('units') on completion number 2, 'an answer'. Mend the function; `python launch/check.py` runs it on examples",
+    ),
+    "reference with another vocabulary": Case(
+        other_vocabulary,
+        ConfigError,
+        "model.reference 'other/model' numbers 2 tokens differently ('a' is 0 for the policy, 1 for the reference): a KL between them means nothing. Use a reference with the same tokenizer",
+    ),
+    "run directory that holds a run": Case(
+        same_folder_again,
+        ConfigError,
+        "run_dir DIR already holds a run (metrics.jsonl). Continue it with --resume auto, or choose another folder with --run_dir",
+    ),
+    "run directory in use": Case(
+        in_use,
+        ConfigError,
+        "run_dir DIR is in use by process 4711 on HOST: wait for it, end it, or choose another --run_dir",
+    ),
+    "report on a folder without a run": Case(
+        write_report, ConfigError, "--run DIR holds no metrics.jsonl with a step in it: give the folder of a run"
+    ),
+    "checkpoint cut off": Case(
+        half_a_checkpoint,
+        StorageError,
+        "DIR/checkpoints/step-12/policy.safetensors is damaged: 0.0 MB of 0.0 MB (40 of 96 bytes). Choose another checkpoint for --resume",
+    ),
+    "checkpoint changed": Case(
+        changed_checkpoint,
+        StorageError,
+        "DIR/checkpoints/step-12/policy.safetensors is damaged: its 0.0 MB (96 bytes) are not the ones that were written (sha256 differs). Choose another checkpoint for --resume",
+    ),
+    "checkpoint without its manifest": Case(
+        no_manifest,
+        StorageError,
+        "DIR/checkpoints/step-12 has no manifest.json: it is no complete checkpoint. Choose another one for --resume",
+    ),
+    "disk full while saving": Case(
+        full_disk,
+        StorageError,
+        "cannot save the checkpoint DIR/checkpoints/step-12: [Errno 28] No space left on device. It needs 0.0 MB of free space; older checkpoints are untouched. Free some space, lower save_total_limit, or set another run_dir",
+    ),
+    "no room for a checkpoint": Case(
+        no_room_for_a_checkpoint,
+        StorageError,
+        "cannot save the checkpoint DIR/checkpoints/step-12: [Errno 28] only 1.2 MB are free. It needs 2.4 MB of free space; older checkpoints are untouched. Free some space, lower save_total_limit, or set another run_dir",
+    ),
+    "no room for a run": Case(
+        lambda folder: no_room(folder, lambda: check_room(folder / "run", 2_400_000, 800_000, keep=2)),
+        StorageError,
+        "1.2 MB are free for DIR/run; a checkpoint takes about 2.4 MB, final/ 0.8 MB: this run could not be saved. Free some space, or set another run_dir",
+    ),
+    "push to the hub that failed": Case(
+        a_push_in_vain,
+        StorageError,
+        "cannot push DIR/final to me/model: ConnectError: [Errno 111] Connection refused. The folder is complete; try again with: hf upload me/model DIR/final --private",
+    ),
+    "pickled adapter": Case(
+        pickled_adapter,
+        ConfigError,
+        "DIR holds no adapter_model.safetensors; adapter_model.bin, a pickle, is not read",
+    ),
+    "numbers that are not finite": Case(
+        skipped,
+        NumericsError,
+        "3 optimizer steps in a row (the last one in step 7) had a loss or gradient that is not finite; the weights are as they were before. Their batches are in DIR/faults: lower optimizer.learning_rate, or resume from an older checkpoint",
+    ),
+    "out of memory": Case(
+        no_memory_left,
+        OutOfMemory,
+        "out of memory while learning: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4503599627370496 bytes. Error code 12 (Cannot allocate memory)\n"
+        "Change one of these, in this order, and start again (--resume auto goes on from the last checkpoint):\n"
+        "  1. --tokens_per_batch 4096 (now 8192): fewer tokens in the model at once; the gradient stays the same\n"
+        "  2. --model.gradient_checkpointing true (now false): one layer's activations instead of all, for about a third more compute; the gradient stays the same\n"
+        "  3. --lora.r 16 (now off): gradients and AdamW's moments, 12 bytes for each weight, for an adapter only; no second model as the reference\n"
+        "  4. --model.reference_offload true (now false): the reference, 4 bytes for each weight, is on the GPU only while it is used",
+    ),
+}
+
+FINDINGS: dict[str, dict[str, Any]] = {
+    "dead": {"rewards": [{"a": 0.0, "b": 1.0}, {"a": 0.0, "b": 2.0}]},
+    "dead, soft_format": {"rewards": [{"soft_format": 0.0}] * 2},
+    "constant": {"rewards": [{"a": 0.5}] * 2},
+    "silent": {"rewards": [{"a": math.nan}] * 2},
+    "flat": {"reward/zero_std_fraction": 1.0},
+    "truncated": {"rollout/truncated_fraction": 1.0},
+    "no_end_token": {"ended": False},
+    "no_answer_found": {"text": "It is 4."},
+    "kl": {"policy/kl": lambda step: 0.4 * step},
+    "entropy_rise": {"policy/entropy": lambda step: 0.5 + 0.2 * step},
+    "entropy_fall": {"policy/entropy": lambda step: 2.0 * 0.5**step},
+    "sampler": {"policy/sampling_logprob_difference": 0.2},
+    "learning_rate": {"policy/learning_rate": 0.0},
+}
+"""What a run looks like in which each finding is made (tests/tracking/test_diagnostics.py), in the order of the page."""
+
+
+def message_of(case: Case, folder: Path) -> str:
+    with pytest.raises(case.kind) as raised:
+        case.provoke(folder)
+    text = str(raised.value).replace(str(folder), "DIR")
+    text = re.sub(r"process \d+ on \S+?:", "process 4711 on HOST:", text)
+    return re.sub(r"Known: [^;]*;", "Known: ...;", text)  # which grow with every reward and objective
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_message(name: str, tmp_path: Path) -> None:
+    assert message_of(CASES[name], tmp_path) == CASES[name].message
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path: Path) -> None:
+    (saved(tmp_path) / "manifest.json").unlink()
+    path, reasons = newest_valid(tmp_path)
+    assert path is None and [reason.replace(str(tmp_path), "DIR") for reason in reasons] == [
+        "ignoring step-12: " + CASES["checkpoint without its manifest"].message
+    ]
+
+
+def test_the_page_lists_every_exit_code() -> None:
+    codes = {kind.exit_code for kind in GrpoError.__subclasses__() if hasattr(kind, "exit_code")} - {
+        GrpoError.exit_code
+    }
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", PAGE.read_text(), re.MULTILINE)}
+    assert codes <= listed | {130, 143} and 0 in listed
+
+
+def test_the_page_shows_every_finding_as_the_run_says_it() -> None:
+    found = {}
+    for name, changes in FINDINGS.items():
+        [(_, finding)] = observe(
+            Watch(max_completion_length=512, has_answer=lambda text: "<answer>" in text), **changes
+        )
+        assert finding.name.partition(":")[0] == name.partition(",")[0]
+        found[name] = str(finding)
+    assert dict(explained(PAGE.read_text().partition(NO_LEARNING)[2])) == found
+
+
+def explained(page: str) -> list[tuple[str, str]]:
+    """(title, text) of each message on the page."""
+    return re.findall(r"^\*\*(.+)\*\*\n\n```text\n((?:.+\n)*?.+)\n```$", page, re.MULTILINE)
+
+
+def test_the_page_explains_every_message_and_no_other() -> None:
+    shown = explained(PAGE.read_text().partition(NO_LEARNING)[0])
+    assert {name.lower(): text for name, text in shown} == {name.lower(): case.message for name, case in CASES.items()}
+    assert len(shown) == len(CASES) >= 25

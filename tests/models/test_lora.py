@@ -1,0 +1,189 @@
+"""LoRA: the adapter off is the reference, the working copy never moves the base, and every way of saving gives it back."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from grpo.config.parser import load_config
+from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from grpo.data.tokenizer import load_tokenizer
+from grpo.errors import ConfigError
+from grpo.models.loading import load_model
+from grpo.models.logprob_model import probe_batch
+from grpo.models.lora import add_adapter, load_adapter, lora_layers
+from grpo.models.weights import WorkingCopy, full_weights
+from grpo.policy import Policy
+from grpo.trainer import train
+from tests.fakes import tiny_data, tiny_folder, tiny_model
+
+
+def lora_policy(path: Path, targets: list[str] | None = None, **model: object) -> Policy:
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets or ["all-linear"])
+    return Policy(
+        Accelerator(cpu=True),
+        str(path),
+        ModelConfig(name=str(path), **model),
+        ObjectiveConfig(beta=0.04),
+        OptimizerConfig(learning_rate=0.01),
+        lora,
+        temperature=1.0,
+        optimizer_steps=10,
+    )
+
+
+def learn(policy: Policy, steps: int = 2) -> None:
+    batch = probe_batch(policy.model.config.vocab_size)
+    for _ in range(steps):
+        policy.backward(-policy.logprobs(batch)[0].mean())
+        policy.step()
+        policy.refresh_sampler()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_folder(tmp_path / "model")
+
+
+@pytest.mark.parametrize("targets", [["all-linear"], ["q_proj", "down_proj"], ["embed_tokens"], ["lm_head", "v_proj"]])
+def test_off_is_the_start_and_the_copy_is_the_policy(folder: Path, targets: list[str]) -> None:
+    policy, batch = lora_policy(folder, targets), probe_batch(42)
+    with torch.no_grad():
+        start = policy.logprobs(batch)[0]
+    policy.check()
+    learn(policy)
+    with torch.no_grad():
+        after = policy.logprobs(batch)[0]
+        reference = policy.reference_logprobs([batch])[0]
+        from grpo.models.logprob_model import Scorer
+
+        sampled = Scorer(policy.sampler, swapped=True, temperature=1.0)(batch)[0]
+    assert reference is not None
+    assert torch.equal(reference, start)
+    assert (after - start).abs().max() > 0.01
+    assert torch.allclose(sampled, after, atol=2e-5)
+    assert not list(lora_layers(policy.sampler))  # no wrapper of peft's: plain layers
+
+
+def test_only_the_adapter_learns_and_the_copy_shares_what_it_can(folder: Path) -> None:
+    policy = lora_policy(folder, ["q_proj"])
+    before = {name: tensor.clone() for name, tensor in full_weights(policy.model)}
+    learn(policy)
+    trained = [name for name, parameter in policy.model.named_parameters() if parameter.requires_grad]
+    assert all("lora_" in name for name in trained)
+    after = dict(full_weights(policy.model))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)} == set(policy.working_copy.own)
+    shared = policy.sampler.get_input_embeddings().weight
+    assert shared.data_ptr() == policy.model.get_input_embeddings().weight.data_ptr()
+
+
+def test_a_thousand_merges_drift_by_exactly_zero(folder: Path) -> None:
+    policy = lora_policy(folder, torch_dtype="bfloat16")  # where merging in place drifts most
+    learn(policy)
+    base = {name: p.clone() for name, p in policy.model.named_parameters() if "lora_" not in name}
+    merged = {name: p.clone() for name, p in policy.sampler.named_parameters()}
+    for _ in range(1000):
+        policy.refresh_sampler()
+    assert all(torch.equal(base[name], p) for name, p in policy.model.named_parameters() if name in base)
+    assert all(torch.equal(merged[name], p) for name, p in policy.sampler.named_parameters())
+
+
+def test_merged_folder_and_adapter_folder_are_the_policy(folder: Path, tmp_path: Path) -> None:
+    policy, batch = lora_policy(folder), probe_batch(42)
+    learn(policy)
+    policy.save(tmp_path / "run" / "final", load_tokenizer(str(folder)))
+    with torch.no_grad():
+        expected = policy.sampler(batch.rows()[0]).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+        assert torch.allclose(merged(batch.rows()[0]).logits, expected, atol=1e-5)
+        again = load_adapter(load_model(str(folder)), tmp_path / "run" / "adapter")
+        assert torch.allclose(again(batch.rows()[0]).logits, expected, atol=1e-5)
+    settings = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (4, 8, str(folder))
+
+
+def test_a_tied_head_as_target_is_refused(tmp_path: Path) -> None:
+    tiny_folder(tmp_path / "tied")
+    model = tiny_model(vocab_size=42, tie_word_embeddings=True)
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(tmp_path / "tied")
+    with pytest.raises(ConfigError, match="takes in .*(lm_head|embed_tokens), whose weight is tied"):
+        lora_policy(tmp_path / "tied", ["embed_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.load_in_4bit=true"], "load_in_4bit is true, but lora.r is not set"),
+        (["--model.torch_dtype=bfloat16"], "torch_dtype is bfloat16, but lora.r is not set"),
+        (["--lora.r=4", "--model.sync_ref_model=true"], "the reference is the adapter switched off, and cannot move"),
+        (["--lora.r=0"], "lora.r is 0, needs at least 1"),
+        (["--lora.r=4", "--lora.target_modules=[]"], "lora.target_modules is empty"),
+        (["--objective.beta=0", "--model.sync_ref_model=true"], "objective.beta is 0, so no reference is ever used"),
+    ],
+)
+def test_refused_before_weights(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(flags)
+
+
+def test_targets_that_do_not_exist_are_told_what_does(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="This model's linear layers are down_proj, gate_proj"):
+        lora_policy(folder, ["query"])
+
+
+def test_4bit_without_bitsandbytes_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else real(name))
+    with pytest.raises(ConfigError, match="bitsandbytes is missing: pip install bitsandbytes=="):
+        lora_policy(folder, load_in_4bit=True)
+
+
+def lora_run(place: Path, folder: Path, name: str, steps: int, **more: object) -> dict[str, torch.Tensor]:
+    """A short run in place/name; -> its last checkpoint's weights."""
+    tiny_data(place / "data.jsonl")
+    settings = {
+        "model.name": folder,
+        "data.path": place / "data.jsonl",
+        "data.system_prompt": "null",
+        "run_dir": place / name,
+        "lora.r": 4,
+        "steps": steps,
+        "prompts_per_step": 3,
+        "sampling.num_generations": 4,
+        "sampling.max_completion_length": 8,
+        "optimizer.learning_rate": 0.01,
+        "optimizer.lr_scheduler_type": "constant",
+        "eval_every": 0,
+        "save_every": 1,
+        "tracking.report_to": "[]",
+        "rewards": '{"tests.letters:count_letters": 1.0}',
+    } | more
+    train(load_config([f"--{key}={value}" for key, value in settings.items()]))
+    return load_file(place / name / "checkpoints" / f"step-{steps}" / "model.safetensors")
+
+
+def test_resume_is_exact_with_an_adapter(tmp_path: Path, folder: Path) -> None:
+    whole = lora_run(tmp_path, folder, "whole", 3)
+    lora_run(tmp_path, folder, "part", 1)
+    resumed = lora_run(tmp_path, folder, "part", 3, resume="auto")
+    assert whole.keys() == resumed.keys()
+    assert all("lora_" in name for name in whole)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    with pytest.raises(ConfigError, match="resume with the lora"):
+        lora_run(tmp_path, folder, "part", 4, resume="auto", **{"lora.r": "null"})
+
+
+def test_merged_layers_get_the_dtype_that_zero2_gives_the_live_ones(folder: Path) -> None:
+    model = load_model(str(folder))
+    copied = WorkingCopy(model)
+    add_adapter(model, LoraConfig(r=4), base="")
+    copied.follow(model, torch.device("cpu"), compute=None, rounded=torch.bfloat16, sharded=False)
+    assert {parameter.dtype for parameter in copied.own.values()} == {torch.bfloat16}

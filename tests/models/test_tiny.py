@@ -1,0 +1,77 @@
+import json
+import random
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo.data.arithmetic import generate_problems, is_held_out
+from grpo.models.tiny import GSM8K_RECIPE, PROSE_RECIPE, ProseRecipe, Recipe, completion_text, make_starter, recipe_for
+
+TINY = Recipe(hidden_size=16, layers=1, heads=2, vocabulary=400, problems=200, steps=3, batch=4)
+
+
+def test_problems_are_worked_out_rightly() -> None:
+    for problem in generate_problems(300, seed=1, split="train"):
+        *lines, last = problem["answer"].splitlines()
+        total = None
+        for line in lines:
+            left, result = line.split("=")
+            sign = "+" if "+" in left else "-"
+            a, b = map(int, left.split(sign))
+            assert total is None or total == a
+            total = a + b if sign == "+" else a - b
+            assert total == int(result) >= 0
+        assert last == f"#### {total}"
+
+
+def test_train_and_held_out_never_meet_whatever_the_seed() -> None:
+    train = {p["question"] for seed in range(3) for p in generate_problems(500, seed=seed, split="train")}
+    held_out = {p["question"] for seed in range(3) for p in generate_problems(200, seed=seed, split="held_out")}
+    assert not train & held_out
+    assert all(is_held_out(question) for question in held_out)
+    assert generate_problems(5, seed=0, split="train") == generate_problems(5, seed=0, split="train")
+    assert generate_problems(5, seed=0, split="train") != generate_problems(5, seed=1, split="train")
+
+
+def test_a_plain_folder_made_once_and_made_again_when_damaged(tmp_path: Path) -> None:
+    said: list[str] = []
+    folder = make_starter(seed=0, cache=tmp_path, report=said.append, recipe=TINY)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Tom has 12 pens."}], add_generation_prompt=True, return_dict=False
+    )
+    assert tokenizer.decode(ids) == "<|user|>Tom has 12 pens.<|assistant|>"
+    assert tokenizer.decode(tokenizer("ẖ â 😀")["input_ids"]) == "ẖ â 😀"
+    assert said
+    said.clear()
+    assert make_starter(seed=0, cache=tmp_path, report=said.append, recipe=TINY) == folder
+    assert not said
+    (folder / "config.json").write_text("{}")
+    make_starter(seed=0, cache=tmp_path, report=said.append, recipe=TINY)
+    assert "damaged (config.json has changed)" in said[0]
+    assert json.loads((folder / "config.json").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_made_from_other_problems(tmp_path: Path) -> None:
+    rows = [
+        {"question": f"What is {a} and 1?", "answer": f"{a}+1=<<{a}+1={a + 1}>>{a + 1}\n#### {a + 1}"}
+        for a in range(50)
+    ]
+    folder = make_starter(seed=0, problems=rows, cache=tmp_path, report=lambda text: None, recipe=TINY)
+    assert (folder / "starter.json").is_file()
+
+
+def test_a_prose_answer_is_read_whole_or_hastily() -> None:
+    answer = "my is mî-, stone is tâga. It is `mîtâgaẖ`."
+    for hasty, unmarked, text in [
+        (0.0, 1.0, answer),
+        (1.0, 0.0, "`mîtâgaẖ`"),
+        (1.0, 1.0, "`mitagah`"),
+    ]:
+        recipe = ProseRecipe(hasty_fraction=hasty, unmarked_fraction=unmarked)
+        assert completion_text(answer, recipe, random.Random(0)) == text
+    assert completion_text("No term.", ProseRecipe(hasty_fraction=1.0), random.Random(0)) == "No term."
+    assert recipe_for([{"question": "q", "answer": answer}]) == PROSE_RECIPE
+    assert recipe_for([{"question": "q", "answer": "#### 1"}]) == GSM8K_RECIPE

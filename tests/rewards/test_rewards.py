@@ -1,0 +1,341 @@
+"""Rewards: values by hand, agreement with the regular expressions, hostile text, and errors that name the place."""
+
+import itertools
+import math
+import re
+import time
+from fractions import Fraction
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from grpo.errors import ConfigError, RewardError
+from grpo.rewards.math_answers import last_number, parse_number
+from grpo.rewards.scoring import REWARDS, RewardSum, call_reward
+from grpo.rewards.xml_format import lenient_answer
+from grpo.types import Completion, Group, Prompt
+
+GOOD = "<reasoning>\n2 + 2\n</reasoning>\n<answer>\n4\n</answer>\n"
+CHAT = [{"role": "user", "content": "2 + 2?"}]
+
+
+def group(*texts: str, messages: Any = CHAT, **columns: Any) -> Group:
+    completions = [Completion([index, 0], [-0.5, -0.1], True, text) for index, text in enumerate(texts)]
+    return Group(Prompt(0, messages, (1, 2), columns), completions)
+
+
+def score(name: str, text: str, **columns: Any) -> float | None:
+    return call_reward(name, REWARDS.get(name), [group(text, **columns)])[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1,080", 1080),
+        ("-3", -3),
+        ("+3", 3),
+        ("3.0", 3),
+        ("3.", 3),
+        ("18.", 18),
+        (".5", Fraction(1, 2)),
+        ("$5", 5),
+        ("-$5", -5),
+        ("$-5", -5),
+        ("50%", 50),
+        ("3/4", Fraction(3, 4)),
+        ("\u22127", -7),
+        (" 12\n", 12),
+        ("0.1", Fraction(1, 10)),
+        ("1,234,567.25", Fraction(123456725, 100)),
+        ("9" * 40, int("9" * 40)),
+    ],
+)
+def test_parse_number(text: str, value: Any) -> None:
+    assert parse_number(text) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "²",
+        "③",
+        "٣",
+        "1,0,8",
+        "1,08",
+        "nan",
+        "NaN",
+        "inf",
+        "1/0",
+        "-$-5",
+        "3 apples",
+        "1 2",
+        "1e5",
+        "1_000",
+        "18..",
+    ]
+    + ["9" * 41, "9" * 100_000],
+)
+def test_parse_number_refuses(text: str) -> None:
+    assert parse_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("first 3, then it costs $1,080.", 1080),
+        ("so 24-7 is 17", 17),
+        ("x = -7", -7),
+        ("24-7", 7),
+        ("half: 1/2.", Fraction(1, 2)),
+        ("none", None),
+    ],
+)
+def test_last_number(text: str, value: Any) -> None:
+    assert last_number(text) == value
+
+
+def answer_of(inside: str) -> str:
+    return f"<reasoning>\n1 2 3\n</reasoning>\n<answer>\n{inside}\n</answer>\n"
+
+
+@pytest.mark.parametrize(
+    ("inside", "gold", "value"),
+    [
+        ("1,080", "1080", 1.0),
+        ("$18.00", "18", 1.0),
+        ("18 eggs", "18", 1.0),
+        ("18 or 19", "18", 0.0),
+        ("18 - 0", "18", 0.0),
+        ("5²", "5", 0.0),
+        ("-18", "18", 0.0),
+        ("24-7", "17", 0.0),
+        ("", "18", 0.0),
+        ("0.5", "1/2", 1.0),
+        ("Paris", "Paris", 1.0),
+        ("e\u0301", "\u00e9", 1.0),
+        ("paris", "Paris", 0.0),
+    ],
+)
+def test_accuracy(inside: str, gold: str, value: float) -> None:
+    assert score("accuracy", answer_of(inside), answer=gold) == value
+
+
+def test_accuracy_wants_one_answer_block() -> None:
+    assert score("accuracy", "18", answer="18") == 0.0
+    assert score("accuracy", "<answer>18", answer="18") == 0.0
+    assert score("accuracy", "</answer>18<answer>", answer="18") == 0.0
+    assert score("accuracy", "<answer>18</answer>", answer="18") == 1.0
+    assert score("accuracy", "<answer>18</answer><answer>18</answer>", answer="18") == 0.0
+    assert score("accuracy", "<answer>18</answer>", answer=None) is None
+    assert score("accuracy", "<answer>18</answer>", answer=18) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (GOOD, 1.0),
+        ("  \n" + GOOD + "\n", 1.0),
+        ("<reasoning>a\nb</reasoning><answer>4</answer>", 1.0),
+        ("Sure! " + GOOD, 0.0),
+        (GOOD + "Done", 0.0),
+        (GOOD + GOOD, 0.0),
+        ("<reasoning>a</reasoning>so<answer>4</answer>", 0.0),
+        ("<answer>4</answer><reasoning>a</reasoning>", 0.0),
+        ("<reasoning>a<answer>4</answer></reasoning>", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_xml_format(text: str, value: float) -> None:
+    assert score("xml_format", text) == value
+
+
+def test_the_classics_on_a_perfect_completion() -> None:
+    # xmlcount: four tags of 0.125; nothing follows "\n</answer>\n", and 1 - 1 = 0 characters too many follow the tag.
+    assert score("xmlcount", GOOD) == 0.5
+    assert score("soft_format", GOOD) == 0.0  # the dot stops at line breaks
+    assert score("soft_format", "<reasoning>2 + 2</reasoning> \n <answer>4</answer>") == 0.5
+    assert score("strict_format", GOOD) == 0.5
+    assert score("strict_format", GOOD.replace("2 + 2", "2\n2")) == 0.0
+    assert score("int", GOOD) == 0.5
+    assert score("correctness", GOOD, answer="4") == 2.0
+    assert score("correctness", GOOD, answer="4.0") == 0.0
+
+
+def test_xmlcount_takes_off_what_follows_the_answer() -> None:
+    # 10 characters after "\n</answer>\n": 0.5 - 0.010 - 0.010
+    assert score("xmlcount", GOOD + "x" * 10) == pytest.approx(0.48)
+    # No "\n</answer>\n": the whole 15 characters count, 0.125 - 0.015
+    assert score("xmlcount", "abc\n<answer>\n12") == pytest.approx(0.110)
+    assert score("xmlcount", "") == 0.0
+
+
+def test_the_lenient_answer_is_the_last_one() -> None:
+    assert lenient_answer("<answer>1</answer> no, <answer> 2 </answer> x </answer>") == "2"
+    assert lenient_answer("just text ") == "just text"
+    assert score("int", "<answer>²</answer>") == 0.5  # the known quirk of str.isdigit
+    assert score("int", "<answer>-3</answer>") == 0.0
+
+
+def test_format_rewards_agree_with_their_regular_expressions() -> None:
+    soft = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>")
+    parts = ["</reasoning>", "<answer>", "</answer>", "\n", " "]
+    matches = 0
+    for length in range(7):
+        for chosen in itertools.product(parts, repeat=length):
+            text = "<reasoning>" + "".join(chosen)
+            expected = 0.5 if soft.match(text) else 0.0
+            assert REWARDS.get("soft_format")(completions=[text]) == [expected], text
+            matches += expected > 0
+    assert matches > 100
+
+
+HOSTILE = [
+    "<reasoning>" + "</reasoning><answer>" * 5_000,
+    "<reasoning>" + "</reasoning>\n<answer>" * 5_000,
+    "<reasoning>\n" * 8_000,
+    "<reasoning>\n\n</reasoning>\n<answer>\n" + "\n</answer>" * 10_000,
+    "<reasoning>" + "</reasoning>" + " " * 100_000,
+    "<answer>" + "9" * 100_000 + "</answer>",
+    "<answer>" + "1," * 50_000 + "</answer>",
+    "<answer>" + "-$" * 50_000 + "</answer>",
+    "<answer>" + "1 " * 50_000 + "</answer>",
+    "<answer>" * 12_500,
+    "\n" * 100_000,
+    "\\boxed{" * 14_000,
+]
+
+
+@pytest.mark.parametrize("name", ["xmlcount", "soft_format", "strict_format", "int", "correctness", "xml_format"])
+def test_hostile_text_takes_bounded_time(name: str) -> None:
+    check_time(name)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "exact_match"])
+def test_hostile_answers_take_bounded_time(name: str) -> None:
+    check_time(name)
+    start = time.perf_counter()
+    for text in HOSTILE:
+        last_number(text)
+    assert time.perf_counter() - start < 2
+
+
+def check_time(name: str) -> None:
+    start = time.perf_counter()
+    values = call_reward(name, REWARDS.get(name), [group(*HOSTILE, answer="18")])
+    assert time.perf_counter() - start < 2  # milliseconds, and seconds to hours where the time is quadratic or worse
+    assert len(values) == len(HOSTILE)
+
+
+def test_exact_match() -> None:
+    assert score("exact_match", " caf\u00e9\n", answer="cafe\u0301") == 1.0
+    assert score("exact_match", "cafe", answer="caf\u00e9") == 0.0
+    assert score("exact_match", "so <answer>tea</answer>", answer="tea") == 1.0
+    assert score("exact_match", "tea", answer=None) is None
+
+
+def test_rewards_get_trl_arguments() -> None:
+    seen: dict[str, Any] = {}
+
+    def all_of_them(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[float | None]:
+        seen.update(columns, prompts=prompts, completions=completions, completion_ids=completion_ids)
+        return [0.0] * len(prompts)
+
+    groups = [group("a", "b", answer="1", extra=5), group("c", "d", messages="text", answer="2")]
+    call_reward("all_of_them", all_of_them, groups)
+    assert seen == {
+        "prompts": [CHAT, CHAT, "text", "text"],
+        "completions": [[{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}], "c", "d"],
+        "completion_ids": [[0, 0], [1, 0], [0, 0], [1, 0]],
+        "answer": ["1", "1", "2", "2"],
+        "extra": [5, 5, None, None],
+    }
+
+
+def test_a_reward_gets_only_what_it_names() -> None:
+    def by_answer(answer: list[str]) -> list[float | None]:
+        return [float(text) for text in answer]
+
+    assert call_reward("by_answer", by_answer, [group("a", "b", answer="3", other=1)]) == [3.0, 3.0]
+
+
+def test_numbers_of_every_kind_are_taken() -> None:
+    values = [True, 2, numpy.float32(0.5), None]
+    taken = call_reward("kinds", lambda completions: values, [group("a", "b", "c", "d")])
+    assert taken == [1.0, 2.0, 0.5, None]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0, math.nan], r"'bad' returned nan for completion number 1, 'second one'.*finite"),
+        ([1.0, math.inf], r"'bad' returned inf for completion number 1, 'second one'"),
+        ([10**400, 1.0], r"'bad' returned inf for completion number 0, 'first'"),
+        ([1.0, "1.0"], r"'bad' returned a str \('1.0'\) for completion number 1, 'second one'"),
+        ([1.0], r"'bad' returned 1 values for 2 completions.*number 1, 'second one'"),
+        ([1.0, 1.0, 1.0], r"'bad' returned 3 values for 2 completions"),
+        (1.0, r"'bad' returned a float, it must return a list.*'first'"),
+        (None, r"'bad' returned a NoneType"),
+    ],
+)
+def test_a_bad_return_value_is_named(values: Any, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        call_reward("bad", lambda completions: values, [group("first", "second one")])
+
+
+class NotAnException(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kind", [ValueError, NotAnException])
+def test_a_reward_that_raises_is_named_with_its_completion(kind: type[BaseException]) -> None:
+    def fragile(completions: Any) -> list[float | None]:
+        if any("bad" in completion for completion in completions):
+            raise kind("cannot read it")
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"'fragile' raised .*cannot read it.* number 2, 'bad" + "x" * 117) as caught:
+        call_reward("fragile", fragile, [group("a", "b", "bad" + "x" * 500, messages="text")])
+    assert isinstance(caught.value.__cause__, kind)
+    assert len(str(caught.value)) < 300
+
+
+def test_reward_sum_leaves_out_what_does_not_apply(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(completions: Any) -> list[float | None]:
+        return [1.0, None, 3.0, None]
+
+    def second(completions: Any) -> list[float | None]:
+        return [10.0, 20.0, None, None]
+
+    def watched(completions: Any) -> list[float | None]:
+        return [7.0, 7.0, 7.0, 7.0]
+
+    entries = {"first": first, "second": second, "watched": watched}
+    monkeypatch.setattr(REWARDS, "_entries", {**REWARDS._entries, **entries})
+    scores = RewardSum({"first": 2.0, "second": -0.5, "watched": 0.0})([group("a", "b"), group("c", "d")])
+    # 2 * 1 - 0.5 * 10 = -3    -0.5 * 20 = -10    2 * 3 = 6    nothing applies (a watched reward never counts)
+    torch.testing.assert_close(
+        scores.rewards_PG, torch.tensor([[-3.0, -10.0], [6.0, math.nan]], dtype=torch.float64), equal_nan=True
+    )
+    torch.testing.assert_close(
+        scores.by_name["first"], torch.tensor([[1.0, math.nan], [3.0, math.nan]], dtype=torch.float64), equal_nan=True
+    )
+    assert scores.by_name["watched"].tolist() == [[7.0, 7.0], [7.0, 7.0]]
+
+
+def test_check_columns_names_what_is_missing() -> None:
+    RewardSum({"accuracy": 1.0, "xml_format": 0.2}).check_columns({"question", "answer"})
+    RewardSum({"xml_format": 0.2}).check_columns(set())
+    message = r"'accuracy' needs the column 'answer'.*columns there: gold, question"
+    with pytest.raises(ConfigError, match=message):
+        RewardSum({"accuracy": 1.0}).check_columns({"question", "gold"})
+
+
+def test_reward_sum_refuses_unknown_names_and_weights() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'accuracy'"):
+        RewardSum({"acuracy": 1.0})
+    with pytest.raises(ConfigError, match="weight of 'accuracy' is nan"):
+        RewardSum({"accuracy": math.nan})

@@ -1,0 +1,358 @@
+"""Rewards in processes of their own: what fails is masked and counted, what hangs is killed, nothing else is touched."""
+
+import dataclasses
+import itertools
+import math
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from grpo.advantages import group_advantages
+from grpo.errors import RewardError
+from grpo.rewards.scoring import RewardSum
+from grpo.rewards.workers import RewardRunner, address_of
+from tests import faulty_rewards
+from tests.rewards.test_rewards import group
+
+FAULTY = "tests.faulty_rewards:faulty"
+
+
+@pytest.fixture
+def runners() -> Iterator[list[RewardRunner]]:
+    made: list[RewardRunner] = []
+    yield made
+    for runner in made:
+        runner.close()
+
+
+def run(runners: list[RewardRunner], *texts: str, name: str = FAULTY, **options: Any) -> Any:
+    runner = RewardRunner({name: 1.0}, **options)
+    runners.append(runner)
+    return runner([group(*texts, messages="text")])
+
+
+def test_values_are_those_of_the_function(runners: list[RewardRunner]) -> None:
+    weights = {"accuracy": 1.0, "xml_format": 0.2, "tests.letters:count_letters": 0.5}
+    groups = [
+        group("<reasoning>\n1\n</reasoning>\n<answer>\n4\n</answer>", "<answer>4</answer>", answer="4"),
+        group("aab", "", answer=None),
+    ]
+    runner = RewardRunner(weights)
+    runners.append(runner)
+    apart, here = runner(groups), RewardSum(weights)(groups)
+    torch.testing.assert_close(apart.rewards_PG, here.rewards_PG, rtol=0, atol=0, equal_nan=True)
+    for name in weights:
+        torch.testing.assert_close(apart.by_name[name], here.by_name[name], rtol=0, atol=0, equal_nan=True)
+    assert apart.failures == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("nan", "returned nan: it must be finite"),
+        ("inf", "returned inf: it must be finite"),
+        ("huge", r"returned 10000000.0: more than 1e\+06"),
+        ("text", r"returned a str \('1.0'\)"),
+        ("nested", "returned a list"),
+        ("raise", r"raised ValueError\('cannot read it'\)"),
+        ("die", "ended its process by SIGSEGV"),
+        ("leave", r"ended its process \(exit code 7\)"),
+    ],
+)
+def test_one_bad_completion_is_masked_and_counted(runners: list[RewardRunner], fault: str, reason: str) -> None:
+    scores = run(runners, "a", "abc", fault, "ab")
+    [failure] = scores.failures
+    assert (failure.reward, failure.index, failure.timed_out) == (FAULTY, 2, False)
+    assert re.match(reason, failure.reason), failure.reason
+    assert scores.rewards_PG[0].isnan().tolist() == [False, False, True, False]
+    # Masked is not 0: mean and deviation are those of 1, 3, 2, so the advantages are -1, 1, 0 (up to 1e-4).
+    assert group_advantages(scores.rewards_PG)[0].tolist() == pytest.approx([-1, 1, 0, 0], abs=1e-3)
+
+
+def test_none_does_not_apply_and_is_no_failure(runners: list[RewardRunner]) -> None:
+    scores = run(runners, "a", "none")
+    assert scores.failures == [] and scores.rewards_PG.isnan().tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("fault", ["hang", "spin", "child"])
+def test_a_hang_is_killed_and_only_it_is_masked(runners: list[RewardRunner], record_property: Any, fault: str) -> None:
+    scores = run(runners, "a", "abc", fault, "ab", deadline=2.0)
+    [failure] = scores.failures
+    assert failure.index == 2 and failure.timed_out
+    assert failure.reason == "gave no value within 0.25 s"
+    in_words = {"hang": "asleep", "spin": "in C code", "child": "waiting for a program that it started"}
+    record_property("killed while", in_words[fault])
+    assert scores.rewards_PG[0, [0, 1, 3]].tolist() == [1, 3, 2]
+    left = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", "1000"]]
+    assert left == []
+
+
+def test_a_slow_reward_makes_no_other_one_wait(runners: list[RewardRunner]) -> None:
+    runner = RewardRunner({FAULTY: 1.0, "tests.faulty_rewards:steady": 1.0}, deadline=30.0)
+    runners.append(runner)
+    runner([group("a", "b", messages="text")])
+    runner.submit([group("hang", "b", messages="text")])
+    assert runner._pending is not None
+    [slow], [fast] = runner._pending[1]
+    assert fast.result(timeout=20) == [1.0, 1.0]  # there, while the other one still hangs
+    assert not slow.done()
+
+
+def test_a_reward_that_compares_completions_is_asked_again_without_the_bad_one(runners: list[RewardRunner]) -> None:
+    scores = run(runners, "a", "raise", "abc", name="tests.faulty_rewards:relative")
+    assert scores.rewards_PG[0, [0, 2]].tolist() == [0.25, 0.75]  # 1 / 4 and 3 / 4: the bad one counts nowhere
+    assert [failure.index for failure in scores.failures] == [1]
+
+
+@pytest.mark.parametrize(
+    ("texts", "name", "message"),
+    [
+        (
+            ["a", "raise", "raise", "b"],
+            FAULTY,
+            r"failed on 2 of 4 completions: raised .* on completion number 1, 'raise'",
+        ),
+        (["a", "b", "c"], "tests.faulty_rewards:short", "failed on 3 of 3.*returned 1 values for 3 completions"),
+    ],
+)
+def test_a_reward_that_fails_often_ends_the_run(
+    runners: list[RewardRunner], texts: list[str], name: str, message: str
+) -> None:
+    with pytest.raises(RewardError, match=message):
+        run(runners, *texts, name=name)
+
+
+def test_what_becomes_of_a_failure_can_be_chosen(runners: list[RewardRunner]) -> None:
+    scores = run(runners, "ab", "raise", on_error="zero")
+    assert scores.rewards_PG.tolist() == [[2.0, 0.0]] and len(scores.failures) == 1
+    with pytest.raises(RewardError, match="raised ValueError.* on completion number 1, 'raise'"):
+        run(runners, "ab", "raise", on_error="raise")
+
+
+def test_silence_for_three_steps_ends_the_run(runners: list[RewardRunner]) -> None:
+    runner = RewardRunner({FAULTY: 1.0}, deadline=0.5)
+    runners.append(runner)
+    for _ in range(2):
+        silent = runner([group("hang", "hang", messages="text")])
+        assert len(silent.failures) == 2 and silent.rewards_PG.isnan().all()
+    with pytest.raises(RewardError, match="none of the completions of 3 steps in time.*raise scoring.deadline"):
+        runner([group("hang", "hang", messages="text")])
+
+
+def test_a_failed_part_masks_the_sum(runners: list[RewardRunner]) -> None:
+    runner = RewardRunner({FAULTY: 1.0, "tests.faulty_rewards:steady": 0.5})
+    runners.append(runner)
+    scores = runner([group("ab", "raise", "none", messages="text")])
+    assert scores.rewards_PG[0, 0] == 2.5 and scores.rewards_PG[0, 2] == 0.5  # None: only the other one applies
+    assert math.isnan(scores.rewards_PG[0, 1])  # failed: what it would have added is not known
+    assert scores.by_name["tests.faulty_rewards:steady"].tolist() == [[1, 1, 1]]
+
+
+def test_a_function_that_no_other_process_can_import(runners: list[RewardRunner], monkeypatch: Any) -> None:
+    from grpo.rewards.scoring import REWARDS
+
+    offset = 3.0
+
+    def from_a_notebook(completions: list[Any]) -> list[float]:
+        return [len(text) + offset for text in completions]
+
+    assert address_of(from_a_notebook) is None
+    assert address_of(faulty_rewards.steady) == "tests.faulty_rewards:steady"
+    monkeypatch.setattr(REWARDS, "_entries", {**REWARDS._entries, "notebook": from_a_notebook})
+    assert run(runners, "a", "ab", name="notebook").rewards_PG.tolist() == [[4.0, 5.0]]
+
+
+def test_rewards_of_a_file_and_a_registered_one(runners: list[RewardRunner], tmp_path: Any) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from grpo.rewards.registry import register_reward\n"
+        "@register_reward('runner_test_mine')\n"
+        "def mine(completions, **columns):\n"
+        "    return [2.0 for _ in completions]\n"
+    )
+    assert run(runners, "a", name=f"{tmp_path}/mine.py:mine").rewards_PG.tolist() == [[2.0]]
+    assert run(runners, "a", name="runner_test_mine").rewards_PG.tolist() == [[2.0]]
+
+
+def test_no_process_thread_or_file_is_left(runners: list[RewardRunner]) -> None:
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    runner = RewardRunner({FAULTY: 1.0}, deadline=1.0)
+    runner([group("a", messages="text")])
+    runner.close()
+    files, threads = open_files(), threading.active_count()
+    for _ in range(2):
+        runner = RewardRunner({FAULTY: 1.0}, deadline=1.0)
+        runner([group("a", "hang", "die", messages="text")])
+        runner.close()
+    assert open_files() <= files
+    deadline = time.monotonic() + 10
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert threading.active_count() <= threads
+    assert [child for child in psutil.Process().children(recursive=True) if child.status() == "zombie"] == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_reward_may_print_to_a_full_disk() -> None:
+    import subprocess
+    import sys
+
+    program = (
+        "from grpo.rewards.workers import RewardRunner\n"
+        "from tests.rewards.test_rewards import group\n"
+        "runner = RewardRunner({'tests.faulty_rewards:chatty': 1.0})\n"
+        "scores = runner([group('a', messages='text')])\n"
+        "assert scores.failures == [] and scores.rewards_PG.tolist() == [[1.0]], scores\n"
+    )
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert "AssertionError" not in result.stderr, result.stderr
+
+
+# Hostile to eval, to sympy, to regular expressions, to parsers.
+PAYLOADS = [
+    "9**9**9**9",
+    "-" * 200_000,
+    "(" * 100_000,
+    "\\frac{" * 2_000 + "1" + "}{1}" * 2_000,
+    "{" * 50_000 + "}" * 50_000,
+    "9^{9^{9^9}}",
+    "10^{10^{10^{10}}}",
+    "100000000!",
+    "((3!)!)!",
+    "2^{99999999}",
+    "x^{x^{x^{x^x}}}",
+    "\\int_0^{10^{10^{10}}} e^{x^{99999}} dx",
+    "\\sum_{n=1}^{10^{99}} n^{99}",
+    "\\sqrt[99999]{" * 50 + "2" + "}" * 50,
+    "9" * 100_000,
+    "1/3" * 30_000,
+    "__import__('os').system('touch /tmp/pwned')",
+    "</reasoning><answer>" * 5_000,
+    "1,2," * 20_000,
+    "\\pi" * 10_000,
+]
+
+
+def hostile_completions() -> list[str]:
+    wraps = ["\\boxed{%s}", "<answer>%s</answer>", "<reasoning>\n%s\n</reasoning>\n<answer>\n%s\n</answer>", "%s"]
+    made = itertools.cycle(wrap.replace("%s", payload) for payload, wrap in itertools.product(PAYLOADS, wraps))
+    return list(itertools.islice(made, 64))
+
+
+def test_64_hostile_completions(runners: list[RewardRunner], record_property: Any) -> None:
+    """Every built-in reward, math_verify among them, on one step of them: bounded, and none earns anything for its
+    answer. The bound is on the work: how often a process had to be killed, each time within its second."""
+    pytest.importorskip("math_verify")
+    texts = hostile_completions()
+    weights = {"math_verify": 1.0, "accuracy": 1.0, "countdown": 1.0, "exact_match": 1.0}
+    runner = RewardRunner(weights)
+    runners.append(runner)
+    began = time.monotonic()
+    hostile = runner([group(*texts, answer="7", nums=[7], target=7)])
+    record_property("seconds for all of them", round(time.monotonic() - began, 1))
+    assert sum(failure.timed_out for failure in hostile.failures) <= 8
+    assert all(failure.timed_out for failure in hostile.failures), hostile.failures
+    for name in weights:
+        assert hostile.by_name[name].nan_to_num().sum() == 0, name
+    assert not os.path.exists("/tmp/pwned")
+    record_property("hostile completions tried", len(texts))
+    record_property("killed", sum(failure.timed_out for failure in hostile.failures))
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "value"),
+    [
+        ("\\frac{1}{2}", "0.5", 1.0),
+        ("x+1", "1+x", 1.0),
+        ("\\frac{2}{4}", "\\frac{1}{2}", 1.0),
+        ("1,080", "1080.0", 1.0),
+        ("8", "7", 0.0),
+        ("2^{3}", "8", 1.0),
+        ("9^{9^{9^9}}", "8", 0.0),
+    ],
+)
+def test_math_verify(answer: str, gold: str, value: float) -> None:
+    pytest.importorskip("math_verify")
+    from grpo.rewards.math_verified import math_verify
+
+    for text in (f"so it is \\boxed{{{answer}}}.", f"<reasoning>r</reasoning><answer>{answer}</answer>"):
+        assert math_verify(completions=[text, "no answer"], answer=[gold, gold]) == [value, 0.0]
+    assert math_verify(completions=["\\boxed{1}"], answer=[None]) == [None]
+
+
+def test_no_reward_vector_makes_a_non_finite_advantage(record_property: Any) -> None:
+    """All pairs of extremes, and random vectors of them."""
+    extremes = [0.0, -0.0, 1.0, 1e-300, 1e6, -1e6, 1e30, 1e200, 1e308, -1.7e308, math.inf, -math.inf, math.nan]
+    rows = [[a, b, a] for a, b in itertools.product(extremes, repeat=2)]
+    generator = random.Random(0)
+    rows += [[generator.choice(extremes) for _ in range(3)] for _ in range(500)]
+    record_property("hostile reward vectors tried", len(rows))
+    for scale in ("group", "batch", "none"):
+        advantages = group_advantages(torch.tensor(rows, dtype=torch.float64), scale=scale)
+        assert bool(torch.isfinite(advantages.float()).all()), scale
+        for row in rows[:50]:
+            assert bool(torch.isfinite(group_advantages(torch.tensor([row]), scale=scale).float()).all()), (row, scale)
+
+
+def test_groups_that_are_offered_early_get_the_same_scores_and_are_judged_once(
+    runners: list[RewardRunner], tmp_path: Any
+) -> None:
+    """`each` judges one by one, and may begin early; `relative` compares the completions of a step, and must not."""
+    calls = tmp_path / "calls"
+    (tmp_path / "mine.py").write_text(
+        "from grpo.rewards.registry import one_by_one\n"
+        "@one_by_one(1.0)\n"
+        "def each(completions, **columns):\n"
+        f"    open({str(calls)!r}, 'a').write(completions[0] + chr(10))\n"
+        "    if completions[0] == 'raise':\n"
+        "        raise ValueError\n"
+        "    return [float(len(c)) for c in completions]\n"
+    )
+    weights = {f"{tmp_path}/mine.py:each": 1.0, "tests.faulty_rewards:relative": 1.0}
+    groups = [group("a", "abc", messages="text"), group("ab", "raise1", messages="text")]
+    groups = [dataclasses.replace(g, prompt=dataclasses.replace(g.prompt, draw=draw)) for draw, g in enumerate(groups)]
+    plain, early = RewardRunner(weights), RewardRunner(weights)
+    runners += [plain, early]
+    expected = plain(groups)
+    once = sorted(calls.read_text().split())
+    calls.unlink()
+    for each in reversed(groups):  # in whatever order they are finished
+        early.offer(each)
+    early.submit(groups)
+    got = early.collect()
+    assert sorted(calls.read_text().split()) == once
+    torch.testing.assert_close(got.rewards_PG, expected.rewards_PG, rtol=0, atol=0, equal_nan=True)
+    assert got.failures == expected.failures
+    again = early(groups)  # offered groups are forgotten once they are submitted
+    torch.testing.assert_close(again.rewards_PG, expected.rewards_PG, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_failure_in_a_group_that_was_offered_names_its_place_among_all(
+    runners: list[RewardRunner], tmp_path: Any
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from grpo.rewards.registry import one_by_one\n"
+        "@one_by_one(1.0)\n"
+        "def each(completions, **columns):\n"
+        "    return [1.0 / (completions[0] != 'bad') for c in completions]\n"
+    )
+    runner = RewardRunner({f"{tmp_path}/mine.py:each": 1.0})
+    runners.append(runner)
+    groups = [group(*texts, messages="text") for texts in (["a"] * 4, ["b", "b", "bad", "b"])]
+    groups = [dataclasses.replace(g, prompt=dataclasses.replace(g.prompt, draw=draw)) for draw, g in enumerate(groups)]
+    for each in groups:
+        runner.offer(each)
+    runner.submit(groups)
+    scores = runner.collect()
+    assert [failure.index for failure in scores.failures] == [6]
+    assert scores.rewards_PG.isnan().flatten().nonzero().flatten().tolist() == [6]

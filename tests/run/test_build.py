@@ -1,0 +1,79 @@
+"""Mistakes are told before any weight loads: `model.name` is a folder that does not exist, and nobody gets as far."""
+
+from pathlib import Path
+
+import pytest
+
+from grpo.config.parser import load_config
+from grpo.errors import ConfigError
+from grpo.run.build import derived_values, prepare
+from tests.fakes import tiny_data, tiny_folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data.path=missing.jsonl"], "data.path: there is no file missing.jsonl"),
+        (["--data.question=query"], "there is no column 'query' .columns there: question, answer, pair_id."),
+        (["--data.extractor=boxed"], "0 of 12 answers fit extractor 'boxed'.*set data.extractor"),
+        (["--data.name=gsm9k"], "unknown dataset 'gsm9k': did you mean 'gsm8k'"),
+        (['--rewards={"acuracy": 1}'], "unknown reward 'acuracy': did you mean 'accuracy'"),
+        (['--rewards={"nowhere.py:f": 1}'], "there is no file .*nowhere.py"),
+        (["--rollout.engine=nativ"], "unknown engine 'nativ': did you mean 'native'"),
+        (["--objective.loss_type=gpro"], "unknown objective 'gpro': did you mean 'grpo'"),
+        (["--resume=outputs/none/checkpoints/step-3"], "resume: there is no folder"),
+        ([], "model.name '.*no-such-model' cannot be loaded|its tokenizer cannot be loaded"),
+    ],
+)
+def test_errors_before_weights(tmp_path: Path, flags: list[str], message: str) -> None:
+    tiny_data(tmp_path / "data.jsonl")
+    base = [
+        f"--model.name={tmp_path / 'no-such-model'}",
+        f"--data.path={tmp_path / 'data.jsonl'}",
+        f"--run_dir={tmp_path / 'run'}",
+    ]
+    with pytest.raises(ConfigError, match=message):
+        prepare(load_config([*base, *flags]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_needs_a_column_the_data_lacks(tmp_path: Path) -> None:
+    tiny_data(tmp_path / "data.jsonl")
+    (tmp_path / "mine.py").write_text("def needy(completions, hint):\n    return [0.0 for _ in completions]\n")
+    rewards = f'{{"{tmp_path}/mine.py:needy": 1.0}}'
+    flags = ["--model.name=nowhere", f"--data.path={tmp_path / 'data.jsonl'}", f"--rewards={rewards}", "--run_dir=x"]
+    with pytest.raises(ConfigError, match="needs the column 'hint'.*answer, pair_id, question, solution"):
+        prepare(load_config(flags))
+
+
+def test_a_reference_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tests.fakes import tiny_model
+
+    tiny_folder(tmp_path / "model")
+    tiny_data(tmp_path / "data.jsonl")
+    other = tiny_model(vocab_size=50)
+    other.set_attn_implementation("sdpa")
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "other")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    flags = [
+        f"--model.name={tmp_path / 'model'}",
+        f"--model.reference={tmp_path / 'other'}",
+        f"--data.path={tmp_path / 'data.jsonl'}",
+        f"--run_dir={tmp_path / 'run'}",
+        "--data.system_prompt=null",
+        "--tracking.report_to=[]",
+    ]
+    with pytest.raises(ConfigError, match="a vocabulary of 50, the policy one of 42"):
+        prepare(load_config(flags))
+
+
+def test_effective_values_for_the_trackers() -> None:
+    config = load_config(["--model.name=m", "--steps=100", "--prompts_per_step=4", "--sampling.num_generations=16"])
+    values = derived_values(config, prompts=200, run_name="run-1")
+    assert values["batch_size"] == 64
+    assert values["num_train_epochs"] == 2.0
+    assert values["learning_rate"] == 1e-6
+    assert values["run_name"] == "run-1"

@@ -1,0 +1,152 @@
+"""The dry run: what it finds without loading a weight, and the scores of completions from a file."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grpo.config.parser import load_config
+from grpo.data.rows import load_examples
+from grpo.errors import ConfigError
+from grpo.tools import check as check_module
+from grpo.tools.check import batch_in_words, check, score_rows, tokenizer_and_shape
+from tests.fakes import tiny_data, tiny_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    tiny_folder(tmp_path / "model")
+    tiny_data(tmp_path / "data.jsonl")
+    (tmp_path / "model" / "model.safetensors").unlink()  # a dry run reads no weight
+    return [
+        f"--model.name={tmp_path / 'model'}",
+        f"--data.path={tmp_path / 'data.jsonl'}",
+        f"--run_dir={tmp_path / 'run'}",
+        "--data.system_prompt=null",
+        "--tracking.report_to=[]",
+        "--data.max_prompt_length=32",
+    ]
+
+
+def test_what_a_sound_config_shows(flags: list[str], tmp_path: Path) -> None:
+    found = check(load_config(flags))
+    assert (found.rows, found.with_answer, found.duplicates, found.overlap) == (12, 12, 0, 0)
+    assert found.lengths == {"shortest": 4, "median": 4, "95 %": 6, "max": 6}  # "0+1=" and "10+11="; one token a letter
+    assert [prompt.answer for prompt in found.prompts] == ["1", "3"]
+    assert found.form == "xml"
+    assert found.rewards["accuracy"].scores == {"gold": 1.0, "wrong": 0.0, "empty": 0.0, "hostile": 0.0}
+    assert found.rewards["xml_format"].scores == {"gold": 1.0, "wrong": 1.0, "empty": 0.0, "hostile": 1.0}
+    assert found.problems == [] and found.warnings == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dead_reward_is_named_and_one_that_pays_wrong_answers_is_a_problem(flags: list[str]) -> None:
+    found = check(load_config([*flags, '--rewards={"accuracy": 1.0, "soft_format": 0.5}']))
+    assert found.rewards["soft_format"].problem == (
+        "constant: 0.0 for gold, wrong, empty and hostile answers alike, so it teaches nothing"
+    )
+    assert found.problems == []
+    found = check(load_config([*flags, '--rewards={"xml_format": 1.0}']))
+    assert found.problems[0].startswith("a right answer earns 1.000, a wrong one 1.000")
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("__import__('time').sleep(60)", "too slow: not done after 1 s"),
+        ("1 / 0", "broken on the gold xml completions"),
+        ("__import__('os')._exit(1)", "broken: its process died"),
+    ],
+)
+def test_a_reward_that_hangs_raises_or_dies(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, problem: str
+) -> None:
+    monkeypatch.setattr(check_module, "DEADLINE", 1.0)
+    (tmp_path / "mine.py").write_text(f"def bad(completions, **columns):\n    {body}\n")
+    found = check(load_config([*flags, f'--rewards={{"accuracy": 1.0, "{tmp_path}/mine.py:bad": 1.0}}']))
+    assert problem in found.problems[0]
+
+
+def test_held_out_questions_among_the_training_rows(flags: list[str], tmp_path: Path) -> None:
+    found = check(load_config([*flags, f"--data.eval_path={tmp_path / 'data.jsonl'}"]))
+    assert found.overlap == 12 and "12 of 12 held-out questions" in found.problems[0]
+
+
+def test_bad_rows_streams_and_permission_are_looked_at_as_train_does(flags: list[str], tmp_path: Path) -> None:
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.write('{"question": "no mark", "answer": "5"}\n')
+    found = check(load_config([*flags, "--data.bad_rows=skip"]))
+    assert found.data == (
+        "data: 13 rows, 12 used, 1 left out (rejected.jsonl); extractor hash found 12 of 13 answers (92.3%), the first is '1'"
+    )
+    assert found.rejected[0]["place"] == f"{tmp_path / 'data.jsonl'}:13"
+    (tmp_path / "data_card.yaml").write_text("source: here\nlicence: mit\npermission: unknown\n")
+    streamed = check(load_config([*flags, "--data.bad_rows=skip", "--data.streaming=true"]))
+    assert "only the first 12 rows were looked at" in streamed.data and "epochs" not in streamed.batch
+    assert streamed.warnings == [
+        f"data card {tmp_path / 'data_card.yaml'}: permission is unknown. Ask before you publish a model that was trained on it"
+    ]
+    (tmp_path / "data_card.yaml").write_text("source: here\nlicence: mit\npermission: prohibited\n")
+    with pytest.raises(ConfigError, match="permission is prohibited"):
+        check(load_config(flags))
+
+
+def test_large_files_are_measured_at_even_distances(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_module, "MEASURED_ROWS", 5)
+    found = check(load_config([*flags, "--data.max_prompt_length=4", "--num_train_epochs=3"]))
+    # every third of 12 rows: "0+1=", "3+4=", "6+7=", "9+10="; the last has 5 tokens, so a quarter of 12 is left out
+    assert (found.measured, found.too_long) == (4, 1)
+    assert found.warnings == ["1 of the 4 measured prompts are longer than data.max_prompt_length 4: left out"]
+    assert found.steps == 4  # 3 epochs of 9 prompts, 8 a step
+
+
+def test_the_arithmetic_by_hand(flags: list[str]) -> None:
+    config = load_config([*flags, "--steps=6", "--prompts_per_step=4", "--sampling.max_completion_length=10"])
+    assert batch_in_words(config, 12) == (
+        "4 prompts x 8 completions = 32 completions per step, at most 320 tokens; 1 optimizer step on them, in batches "
+        "of up to 8,192 tokens; 6 steps = 24 prompts = 2.00 epochs of 12; all over all processes together"
+    )
+    model = tokenizer_and_shape(config, load_examples(config.data, "train", 0))[1]
+    assert all(parameter.is_meta for parameter in model.parameters())
+    size = sum(parameter.numel() for parameter in model.parameters())
+    found = check(config)
+    assert found.memory["AdamW"] * 2**30 == 8 * size
+    assert found.memory["peak"] > found.memory["weights"] + found.memory["gradients"] + found.memory["AdamW"]
+
+
+def test_scores_of_a_file(tmp_path: Path) -> None:
+    right = "<reasoning>\nx\n</reasoning>\n<answer>\n1,080\n</answer>\n"
+    rows = [
+        {"prompt": "q", "completion": right, "answer": "1080", "pair_id": 7},
+        {"prompt": [{"role": "user", "content": "q"}], "completion": "no", "answer": "3"},
+        {"prompt": "q", "completion": [{"role": "assistant", "content": right}], "answer": None},
+        {"step": 1, "draw": 2, "sample": 0, "prompt": "q", "completion": right, "columns": {"answer": "1080"}},
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "launch/check.py", "--completions", tmp_path / "in.jsonl"]
+    subprocess.run([*command, "--output", tmp_path / "out.jsonl"], cwd=ROOT, check=True, capture_output=True)
+    scored = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["rewards"] for row in scored] == [
+        {"accuracy": 1.0, "xml_format": 1.0},
+        {"accuracy": 0.0, "xml_format": 0.0},
+        {"accuracy": None, "xml_format": 1.0},
+        {"accuracy": 1.0, "xml_format": 1.0},
+    ]
+    assert [row["reward"] for row in scored] == pytest.approx([1.2, 0.0, 0.2, 1.2])
+    assert scored[0]["pair_id"] == 7
+    with pytest.raises(ConfigError, match="row 1: needs 'prompt' and 'completion'"):
+        score_rows(load_config([]), [{"prompt": "x"}])
+
+
+@pytest.mark.slow
+def test_the_command_on_the_starter_and_on_a_broken_config(tmp_path: Path) -> None:
+    command = [sys.executable, "launch/check.py", f"--run_dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "8 prompts x 16 completions = 128 completions per step" in done.stdout and "ready to train" in done.stdout
+    done = subprocess.run([*command, '--rewards={"xml_format": 1}'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "problem: a right answer earns" in done.stdout

@@ -1,0 +1,184 @@
+"""Export and GGUF: a GGUF file as the base, trained, and out again in every format; each is the policy that was trained."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from grpo.config.parser import load_config
+from grpo.config.schema import ModelConfig
+from grpo.data.tokenizer import load_tokenizer
+from grpo.errors import ConfigError
+from grpo.models.loading import load_model
+from grpo.models.lora import load_adapter
+from grpo.tools.export import export, go_template
+from grpo.trainer import train
+from tests.fakes import tiny_data, tiny_folder, tiny_model
+from tests.gguf_files import chat_tokenizer, write_gguf
+
+pytest.importorskip("gguf")
+IDS = torch.tensor([[40, 41, 42, 43, 60, 90]])
+ROOT = Path(__file__).parents[2]
+
+
+def chat_model(seed: int = 0) -> PreTrainedModel:
+    tokenizer = chat_tokenizer()
+    model = tiny_model(
+        vocab_size=len(tokenizer), spread=2.0, seed=seed, eos_token_id=tokenizer.eos_token_id, pad_token_id=0
+    )
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def run(tmp_path: Path, name: str, **changes: object) -> Path:
+    settings = {
+        "data.path": tiny_data(tmp_path / "data.jsonl"),
+        "run_dir": tmp_path / name,
+        "steps": 2,
+        "prompts_per_step": 2,
+        "sampling.num_generations": 4,
+        "sampling.max_completion_length": 6,
+        "optimizer.learning_rate": 0.01,
+        "eval_every": 0,
+        "save_every": 1,
+        "scoring.workers": 0,
+        "tracking.report_to": "[]",
+        "tracking.report": "false",
+        "rewards": '{"tests.letters:count_letters": 1.0}',
+    } | changes
+    return train(load_config([f"--{key}={value}" for key, value in settings.items()]))
+
+
+@pytest.mark.parametrize(("quantized", "most"), [(False, 0.0), (True, 0.05)])
+def test_a_gguf_is_the_model_and_the_tokenizer_that_it_was_made_of(
+    tmp_path: Path, quantized: bool, most: float
+) -> None:
+    model, tokenizer = chat_model(), chat_tokenizer()
+    write_gguf(tmp_path / "model.gguf", model, tokenizer, quantized=quantized)
+    loaded = load_model(str(tmp_path), ModelConfig(name=str(tmp_path), gguf_file="model.gguf"))
+    assert float((logits(loaded) - logits(model)).abs().max()) <= most
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    again = load_tokenizer(str(tmp_path), "model.gguf")
+    text = "what is 2 + 3? ünïcode <|im_end|>"
+    assert again(text).input_ids == tokenizer(text).input_ids
+    assert (again.chat_template, again.eos_token) == (tokenizer.chat_template, tokenizer.eos_token)
+
+
+def test_round_trip_gguf_to_policy_to_gguf(tmp_path: Path) -> None:
+    """A GGUF is trained; gguf-ready, converted as Ollama would, gives the trained policy's logits again."""
+    base = tmp_path / "base"
+    base.mkdir()
+    start, tokenizer = chat_model(), chat_tokenizer()
+    write_gguf(base / "model.gguf", start, tokenizer, quantized=False)
+    run_dir = run(tmp_path, "run", **{"model.name": base, "model.gguf_file": "model.gguf"})
+    folder = export(run_dir, "gguf-ready")
+    trained = AutoModelForCausalLM.from_pretrained(folder)
+    assert float((logits(trained) - logits(start)).abs().max()) > 0.01
+    write_gguf(tmp_path / "out.gguf", trained, AutoTokenizer.from_pretrained(folder), quantized=False)
+    again = load_model(str(tmp_path), ModelConfig(name=str(tmp_path), gguf_file="out.gguf"))
+    assert torch.equal(logits(again), logits(trained))
+    lines = (folder / "Modelfile").read_text()
+    assert lines.startswith("FROM .\nTEMPLATE ")
+    assert 'SYSTEM """Respond in the following format:\n<reasoning>' in lines
+    assert 'PARAMETER temperature 1.0\nPARAMETER stop "<|im_end|>"\n' in lines
+
+
+def render(template: str, system: str, messages: list[tuple[str, str]]) -> str:
+    """What Go makes of the one shape of template that go_template writes."""
+    pieces = [json.loads(f'"{piece}"') for piece in _strings(template)]
+    first, second, otherwise, after_user, after_assistant = pieces
+    text = first + system + second if system else otherwise
+    after = {"user": after_user, "assistant": after_assistant}
+    return text + "".join(content + after[role] for role, content in messages)
+
+
+def _strings(template: str) -> list[str]:
+    return [part[1:-1] for part in template.replace("{{ ", "\0").replace(" }}", "\0").split("\0") if part[:1] == '"']
+
+
+def test_the_ollama_template_says_what_the_chat_template_says() -> None:
+    tokenizer = chat_tokenizer()
+    template = go_template(tokenizer)
+    chat = [("user", "2+2?"), ("assistant", "4"), ("user", 'and "3"?\n')]
+    for system in ("Be brief.", ""):
+        messages = [{"role": "system", "content": system}] if system else []
+        messages += [{"role": role, "content": content} for role, content in chat]
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert render(template, system, chat) == expected
+    tokenizer.chat_template = None
+    assert go_template(tokenizer) == "{{ .Prompt }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0].content | trim | upper }}", "the chat template changes messages"),
+        ("{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}>", "differently by their place"),
+        ("{{ raise_exception('no system') }}", "refuses a system message"),
+    ],
+)
+def test_a_template_that_ollama_cannot_say_is_refused(template: str, message: str) -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ConfigError, match=message):
+        go_template(tokenizer)
+
+
+def test_every_format_of_a_lora_run_and_of_its_checkpoints_is_the_policy(tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path / "model")
+    more = {"model.name": base, "lora.r": 4, "data.system_prompt": "null"}
+    run_dir = run(tmp_path, "run", **more)
+    expected = AutoModelForCausalLM.from_pretrained(run_dir / "final")
+    ids = IDS % 42
+
+    def of(model: PreTrainedModel) -> torch.Tensor:
+        with torch.no_grad():
+            return model(ids).logits
+
+    merged = AutoModelForCausalLM.from_pretrained(export(run_dir, "merged"))
+    assert torch.equal(of(merged), of(expected))
+    adapted = load_adapter(load_model(str(base)), export(run_dir, "adapter"))
+    assert torch.allclose(of(adapted), of(expected), atol=1e-5)
+    last = AutoModelForCausalLM.from_pretrained(export(run_dir, "merged", tmp_path / "last", step=2))
+    assert torch.allclose(of(last), of(expected), atol=1e-6)
+    adapter = load_adapter(load_model(str(base)), export(run_dir, "adapter", tmp_path / "adapter", step=2))
+    assert torch.allclose(of(adapter), of(expected), atol=1e-5)
+    first = AutoModelForCausalLM.from_pretrained(export(run_dir, "merged", tmp_path / "first", step=1))
+    assert float((of(first) - of(expected)).abs().max()) > 1e-4
+    with pytest.raises(ConfigError, match="is not empty"):
+        export(run_dir, "merged")
+    with pytest.raises(ConfigError, match="--step 9: there is no"):
+        export(run_dir, "merged", tmp_path / "none", step=9)
+
+
+def test_what_cannot_be_exported_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no run directory"):
+        export(tmp_path, "merged")
+    (tmp_path / "config.yaml").write_text("model:\n  name: somewhere\n")
+    with pytest.raises(ConfigError, match="trained without lora.r"):
+        export(tmp_path, "adapter")
+    with pytest.raises(ConfigError, match="has no final/: the run did not end; and no checkpoint"):
+        export(tmp_path, "merged")
+    with pytest.raises(ConfigError, match="knows merged, adapter, gguf-ready"):
+        export(tmp_path, "onnx")
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: Path) -> None:
+    run_dir = run(tmp_path, "run", **{"model.name": tiny_folder(tmp_path / "model"), "data.system_prompt": "null"})
+    command = [sys.executable, str(ROOT / "launch" / "export.py"), "--run", str(run_dir), "--format"]
+    done = subprocess.run([*command, "gguf-ready"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"ollama create mine -f {run_dir}/export/gguf-ready/Modelfile" in done.stdout
+    refused = subprocess.run([*command, "adapter"], capture_output=True, text=True)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "trained without lora.r" in refused.stderr

@@ -1,0 +1,209 @@
+"""The run says why it does not learn: each finding is provoked here, said once, and named."""
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo.policy import Policy
+from grpo.rewards.xml_format import only_answer
+from grpo.rollout.native_engine import NativeEngine
+from grpo.tracking.diagnostics import Finding, Watch, patience_for
+from grpo.types import Group
+from tests.data.test_data_faults import shaped
+from tests.test_trainer import run
+
+RANDOM = "[sum(map(ord, str(c))) % 8 / 8 for c in completions]"
+FALLING = "[sum(map(ord, str(c))) % 8 / 8 - calls for c in completions]"
+
+SOUND: dict[str, float] = {
+    "reward/mean": 0.5,
+    "reward/zero_std_fraction": 0.25,
+    "policy/kl": 0.01,
+    "policy/entropy": 1.5,
+    "policy/learning_rate": 1e-5,
+    "policy/sampling_logprob_difference": 1e-6,
+    "rollout/truncated_fraction": 0.25,
+}
+
+
+def rows(rewards: list[dict[str, float]], ended: bool = True, text: str = "<answer>4</answer>") -> list[dict[str, Any]]:
+    return [{"completion": text, "ended": ended, "rewards": values} for values in rewards]
+
+
+def observe(watch: Watch, steps: int = 40, **changes: Any) -> list[tuple[int, Finding]]:
+    """All findings of a run whose steps are sound but for `changes`; a callable gets the step."""
+    found = []
+    for step in range(1, steps + 1):
+        given = {key: value(step) if callable(value) else value for key, value in changes.items()}
+        seen = rows(
+            given.pop("rewards", [{"a": 0.0}, {"a": 1.0}]),
+            given.pop("ended", True),
+            given.pop("text", "<answer>4</answer>"),
+        )
+        found += [(step, finding) for finding in watch.observe(step, SOUND | given, seen)]
+    return found
+
+
+def test_a_sound_run_says_nothing() -> None:
+    assert observe(Watch(has_answer=lambda text: only_answer(text) is not None)) == []
+    assert observe(Watch(), rewards=[]) == []  # step 0: an evaluation, no completions
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "step", "says"),
+    [
+        ({"rewards": [{"a": 0.0, "b": 1.0}, {"a": 0.0, "b": 2.0}]}, "dead:a", 20, "reward 'a' has been 0 for all 40 completions of steps 1 to 20; it teaches nothing: it never fires"),
+        ({"rewards": [{"soft_format": 0.0}] * 2}, "dead:soft_format", 20, "reward 'soft_format' has been 0 .* stops at line breaks.* use xml_format"),
+        ({"rewards": [{"a": 0.5}] * 2}, "constant:a", 20, "reward 'a' has been 0.5 for all 40 completions"),
+        ({"rewards": [{"a": math.nan}] * 2}, "silent:a", 20, "reward 'a' applied to none of the completions of steps 1 to 20"),
+        ({"rollout/truncated_fraction": 1.0}, "truncated", 3, "6 of 6 completions of steps 1 to 3 hit sampling.max_completion_length 200 .*raise it"),
+        ({"ended": False}, "no_end_token", 20, "the end token was never sampled, in 40 completions.*eos_token"),
+        ({"text": "It is 4."}, "no_answer_found", 20, "none of 40 completions holds an answer .*data.system_prompt xml"),
+        ({"reward/zero_std_fraction": 1.0}, "flat", 20, "every group of steps 1 to 20 was flat.*too hard.*too easy"),
+        ({"policy/learning_rate": 0.0}, "learning_rate", 3, "learning rate has been 0 in steps 1 to 3"),
+        ({"policy/sampling_logprob_difference": 0.2}, "sampler", 3, "disagree by 0.2 nats.*rollout.engine native"),
+        ({"policy/kl": lambda step: 0.4 * step}, "kl", 5, "KL to the reference is running away: 2 nats"),
+        ({"policy/entropy": lambda step: 0.5 + 0.2 * step}, "entropy_rise", 8, "0.9 -> 1.9 nats.*at random"),
+        ({"policy/entropy": lambda step: 2.0 * 0.5**step}, "entropy_fall", 9, "collapsed.*the reward is no better"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and ":" not in value and " " not in value else None,
+)  # fmt: skip
+def test_each_finding_is_made_once(changes: dict[str, Any], name: str, step: int, says: str) -> None:
+    import re
+
+    watch = Watch(max_completion_length=200, has_answer=lambda text: only_answer(text) is not None)
+    found = observe(watch, **changes)
+    assert [(when, finding.name) for when, finding in found] == [(step, name)]
+    assert re.search(says, str(found[0][1])), str(found[0][1])
+    assert "\n" not in str(found[0][1])
+    assert observe(Watch(said={name}), **changes) == []  # a resumed run does not say it again
+
+
+def test_a_learning_rate_of_0_is_said_at_once() -> None:
+    assert [(step, finding.name) for step, finding in observe(Watch(learning_rate=0.0))] == [(1, "learning_rate")]
+
+
+def test_a_model_that_became_certain_because_it_learned_is_fine() -> None:
+    learned = {"policy/entropy": lambda step: 2.0 * 0.5**step, "reward/mean": lambda step: step / 40}
+    assert observe(Watch(), **learned) == []
+
+
+def test_patience_follows_the_length_of_the_run() -> None:
+    assert [patience_for(steps) for steps in (1, 30, 60, 500)] == [5, 6, 12, 20]
+
+
+def findings(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "findings.jsonl").read_text().splitlines()]
+
+
+def test_a_run_with_the_classic_dead_reward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The reward that many a run has trained with, unseen. In the file, in the terminal, in the report; and not twice."""
+    rewards = {"soft_format": 1.0, f"{tmp_path}/count_a.py:count_a": 1.0}
+    settings = {"rewards": json.dumps(rewards), "steps": 5, "eval_every": 0, "save_every": 5, "tracking.report": "true"}
+    run(tmp_path, "run", **settings)
+    found = {row["name"]: row for row in findings(tmp_path / "run")}
+    assert found["dead:soft_format"]["step"] == 5
+    assert found["dead:soft_format"]["text"].startswith("reward 'soft_format' has been 0 for all 60 completions")
+    assert capsys.readouterr().out.count("reward 'soft_format' has been 0") == 1
+    assert r"reward 'soft\_format' has been 0" in (tmp_path / "run" / "report.md").read_text()
+    run(tmp_path, "run", **settings | {"steps": 11, "resume": "auto"})
+    assert sum(row["name"] == "dead:soft_format" for row in findings(tmp_path / "run")) == 1
+
+
+def wrong_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine says that it drew each token with a logprob that is 0.2 off; the check at the start is asleep."""
+    generate = NativeEngine.generate
+
+    def shifted(self: NativeEngine, *arguments: Any, finished: Any = None, **named: Any) -> list[Group]:
+        groups = [
+            Group(
+                group.prompt,
+                [
+                    dataclasses.replace(each, logprobs=[value - 0.2 for value in each.logprobs])
+                    for each in group.completions
+                ],
+            )
+            for group in generate(self, *arguments, **named)
+        ]
+        for group in groups if finished else []:
+            finished(group)
+        return groups
+
+    monkeypatch.setattr("grpo.run.build.check_agreement", lambda *arguments: 0.0)
+    monkeypatch.setattr(NativeEngine, "generate", shifted)
+
+
+def forgetting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the fourth optimizer step on, all letters are as likely as any other."""
+    step, steps = Policy.step, itertools.count(1)
+
+    def blurred(self: Policy, usable: bool = True) -> float:
+        norm = step(self, usable)
+        if next(steps) >= 4:
+            self.model.get_parameter("model.norm.weight").data.zero_()
+        return norm
+
+    monkeypatch.setattr(Policy, "step", blurred)
+
+
+def never_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo.run.build.check_agreement", lambda *arguments: 0.0)
+    shaped(monkeypatch, [5] * 8, False, "dddddddd")
+
+
+FAULTS: dict[str, tuple[str, dict[str, Any], Any]] = {
+    # finding: (the body of a reward, settings, what is done to the engine)
+    "constant:mine": ("[0.5 for _ in completions]", {}, None),
+    "silent:mine": ("[None for _ in completions]", {}, None),
+    "truncated": (RANDOM, {}, never_ending),
+    "no_end_token": (RANDOM, {}, never_ending),
+    "sampler": (RANDOM, {}, wrong_logprobs),
+    "kl": (RANDOM, {"optimizer.learning_rate": 0.3}, None),
+    "entropy_fall": (FALLING, {"optimizer.learning_rate": 0.3, "objective.beta": 0, "steps": 10}, None),
+    "entropy_rise": (RANDOM, {"sampling.temperature": 0.05, "objective.beta": 0, "steps": 8}, forgetting),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_run_says_what_is_wrong_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any, name: str
+) -> None:
+    """Provoked in a real run: by its reward, its settings, or its engine."""
+    values, settings, harm = FAULTS[name]
+    (tmp_path / "mine.py").write_text(
+        f"calls = 0\ndef mine(completions, **_):\n    global calls\n    calls += 1\n    return {values}\n"
+    )
+    if harm is not None:
+        harm(monkeypatch)
+    common = {"steps": 6, "eval_every": 0, "save_every": 0, "rewards": json.dumps({f"{tmp_path}/mine.py:mine": 1.0})}
+    run(tmp_path, "run", **common | settings)
+    names = {row["name"].replace(f"{tmp_path}/mine.py:", "") for row in findings(tmp_path / "run")}
+    assert name in names, names
+    record_property("provoked in real runs", name.partition(":")[0])
+
+
+def test_a_run_that_cannot_learn_says_so(tmp_path: Path, record_property: Any) -> None:
+    """No end in sight, no answer, nothing to compare, and a learning rate of 0: each by its own name."""
+    run(
+        tmp_path,
+        "run",
+        **{
+            "steps": 5,
+            "eval_every": 0,
+            "save_every": 0,
+            "rewards": '{"accuracy": 1.0}',
+            "optimizer.learning_rate": 0,
+            "sampling.max_completion_length": 1,
+            "tokens_per_batch": 1024,
+        },
+    )
+    names = {row["name"] for row in findings(tmp_path / "run")}
+    provoked = {"dead:accuracy", "flat", "learning_rate", "no_answer_found"}
+    assert provoked <= names
+    for name in sorted(provoked):
+        record_property("provoked in real runs", name.partition(":")[0])
