@@ -64,9 +64,9 @@ def main() -> None:
 
 def starter_shape() -> Path:
     """The starter after one of its supervised steps: made in seconds, cached."""
-    from grpo.models.tiny import Recipe, make_starter
+    from grpo.models.tiny import Recipe, make_tiny_model
 
-    return make_starter(seed=0, recipe=Recipe(steps=1, problems=500))
+    return make_tiny_model(seed=0, recipe=Recipe(steps=1, problems=500))
 
 
 def run(model: Path, name: str, steps: int, milliseconds: float) -> list[dict[str, Any]]:

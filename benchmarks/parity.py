@@ -240,13 +240,13 @@ def fixed_rewards() -> dict[str, list[float]]:
 
 
 def run_ours(case: Case, folder: Path) -> Outcome:
-    """Through our own learn_from and update: advantages, packing, objective, optimizer."""
+    """Through our own compute_advantages and update: advantages, packing, objective, optimizer."""
     from types import SimpleNamespace
 
     from accelerate import Accelerator
 
     from grpo.config.schema import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, SamplingConfig
-    from grpo.experience import Sampled, learn_from
+    from grpo.experience import Sampled, compute_advantages
     from grpo.policy import Policy
     from grpo.rewards.scoring import Scores
     from grpo.run.state import Progress
@@ -299,7 +299,7 @@ def run_ours(case: Case, folder: Path) -> Outcome:
         score=SimpleNamespace(weights={"first": 1.0, "second": 0.5}),
     )
     sums = Sums()
-    update(run, learn_from(run, Sampled(case.groups(), scores, list(range(prompts))), sums), sums, Clock())
+    update(run, compute_advantages(run, Sampled(case.groups(), scores, list(range(prompts))), sums), sums, Clock())
     outcome.weights = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     outcome.clipped = sums.mean("clipped")
     return outcome
@@ -349,7 +349,7 @@ def run_trl(case: Case, folder: Path) -> Outcome:
             self.running += float(loss.detach())
             return loss
 
-    class Watch(TrainerCallback):
+    class Diagnostics(TrainerCallback):
         def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
             grads = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
             outcome.gradients.append(grads)
@@ -400,7 +400,7 @@ def run_trl(case: Case, folder: Path) -> Outcome:
             train_dataset=Dataset.from_list([{"prompt": str(group.prompt.messages)} for group in groups]),
             reward_funcs=[first, second],
             processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
-            callbacks=[Watch()],
+            callbacks=[Diagnostics()],
             rollout_func=rollouts,
             optimizers=(sgd, torch.optim.lr_scheduler.LambdaLR(sgd, lambda _: 1.0)) if sgd else (None, None),
         )

@@ -141,7 +141,7 @@ def lengths_of(groups: list[Group]) -> Tensor:
     return torch.tensor([[len(c.token_ids) for c in group.completions] for group in groups], dtype=torch.float64)
 
 
-def learn_from(run: "Run", sampled: Sampled, sums: Sums) -> Experience:
+def compute_advantages(run: "Run", sampled: Sampled, sums: Sums) -> Experience:
     """Which completions count, and how much better each was than what it is compared with."""
     groups = [sampled.groups[row] for row in sampled.rows]
     rewards_PG, by_reward = sampled.scores.rewards_PG[sampled.rows], sampled.scores.by_name

@@ -16,9 +16,9 @@ from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, Optimiz
 from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError, NumericsError
 from grpo.kernels.cpu.decoder_layer import use_lean_layers
-from grpo.kernels.cpu.gemm import accumulating
+from grpo.kernels.cpu.gemm import accumulate_grads_inplace
 from grpo.models.loading import load_to_train
-from grpo.models.logprob_model import Scorer, probe_batch
+from grpo.models.logprob_model import LogprobModel, probe_batch
 from grpo.models.lora import add_adapter, off, save_adapter
 from grpo.models.optimizer_state import Tensors, optimizer_from_tensors, optimizer_to_tensors
 from grpo.models.reference import Reference, check_vocabulary
@@ -30,7 +30,7 @@ from grpo.runtime.distributed import compute_dtype, from_main, is_sharded, retur
 
 
 class Policy:
-    """Everything that learns. `model` is the live model; `scorer` is what it goes through, wrapped for the machine;
+    """Everything that learns. `model` is the live model; `logprob_model` is what it goes through, wrapped for the machine;
     `sampler` is the plain model that engines read, brought up to date by `refresh_sampler`; with `separate_sampler` it
     shares no memory with what learns, so that it can be read meanwhile."""
 
@@ -55,22 +55,22 @@ class Policy:
         if self.zero_stage:
             zero.configure(accelerator, optimizer.max_grad_norm)
         self.read_once = sharding.reads_once(accelerator) and not config.load_in_4bit
-        self.model, self.swapped = load_to_train(path, config, accelerator, once=self.read_once)
+        self.model, self.uses_packed_attention = load_to_train(path, config, accelerator, once=self.read_once)
         if accelerator.device.type == "cpu":
             # ZeRO gathers a weight while its own layer is called, and adds up gradients over ranks in the order in which they come:
             # all must take the same way through a layer, and gemm.c is only for those with rows enough.
             use_lean_layers(self.model, products=not self.zero_stage)
         self.working_copy = WorkingCopy(self.model)
-        scorer = Scorer(
+        logprob_model = LogprobModel(
             self.model,
-            swapped=self.swapped,
+            uses_packed_attention=self.uses_packed_attention,
             temperature=temperature,
             entropy_gradient=objective.entropy_coef != 0,
         )
         self.reference: Reference | None = None
         with_lora = lora is not None and lora.r is not None
         if objective.beta > 0 and (config.reference or not with_lora):
-            self.reference = self._second_model(scorer, path)
+            self.reference = self._second_model(logprob_model, path)
         self.adapter = None
         if with_lora:
             assert lora is not None
@@ -97,10 +97,14 @@ class Policy:
             fused=self.fused,
         )
         prepare: Callable = partial(sharding.shard, accelerator) if self.read_once else accelerator.prepare
-        self.scorer, self.prepared_optimizer = prepare(scorer, self.optimizer)
+        self.logprob_model, self.prepared_optimizer = prepare(logprob_model, self.optimizer)
         # Ranks that share weights must go through the model equally often, and a checkpointed layer once in each direction.
-        self.shares_prompts = self.swapped and type(self.scorer) is Scorer and not config.gradient_checkpointing
-        zero.announce(scorer, self.model.get_output_embeddings())
+        self.shares_prompts = (
+            self.uses_packed_attention
+            and type(self.logprob_model) is LogprobModel
+            and not config.gradient_checkpointing
+        )
+        zero.announce(logprob_model, self.model.get_output_embeddings())
         self.scheduler = get_scheduler(
             optimizer.lr_scheduler_type,
             self.optimizer,
@@ -109,16 +113,16 @@ class Policy:
         )
         if objective.beta > 0 and self.reference is None:
             adapter = self.adapter
-            self.reference = Reference(self.scorer, self.device, switch=lambda: off(adapter))  # type: ignore[arg-type]
+            self.reference = Reference(self.logprob_model, self.device, switch=lambda: off(adapter))  # type: ignore[arg-type]
 
-    def _second_model(self, scorer: "Scorer", path: str) -> Reference:
+    def _second_model(self, logprob_model: "LogprobModel", path: str) -> Reference:
         """A frozen copy of the policy, or the model that model.reference names."""
         name = self.config.reference
         if name is None:
-            other, swapped = copy.deepcopy(self.model), self.swapped
+            other, uses_packed_attention = copy.deepcopy(self.model), self.uses_packed_attention
         else:
             plain = ModelConfig(attn_implementation=self.config.attn_implementation)
-            other, swapped = load_to_train(name, plain, self.accelerator, once=self.read_once)
+            other, uses_packed_attention = load_to_train(name, plain, self.accelerator, once=self.read_once)
             check_vocabulary(
                 self.model.config.vocab_size,
                 other.config.vocab_size,
@@ -127,8 +131,8 @@ class Policy:
                 name,
             )
         if self.read_once:
-            sharding.hand_out(other, self.device)
-        frozen = Scorer(other, swapped=swapped, temperature=scorer.temperature)
+            sharding.broadcast_weights(other, self.device)
+        frozen = LogprobModel(other, uses_packed_attention=uses_packed_attention, temperature=logprob_model.temperature)
         return Reference(frozen, self.device, offload=self.config.reference_offload)
 
     @property
@@ -155,7 +159,7 @@ class Policy:
     def logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """[N] logprobs with a gradient, [N] entropies without."""
         with self.accelerator.autocast():  # FSDP2's wrapper, unlike DDP's, does not bring it along
-            return self.scorer(batch)
+            return self.logprob_model(batch)
 
     def reference_logprobs(self, batches: list[PackedBatch]) -> list[Tensor | None]:
         """[N] logprobs of the reference for each batch; None where there is none."""
@@ -175,7 +179,7 @@ class Policy:
     def accumulate(self, *, sync: bool) -> Iterator[None]:
         """Ranks exchange gradients only where `sync` is true: at the last batch of an optimizer step."""
         self.last_of_step = sync
-        with contextlib.nullcontext() if sync else self.accelerator.no_sync(self.scorer):
+        with contextlib.nullcontext() if sync else self.accelerator.no_sync(self.logprob_model):
             yield
 
     def backward(self, loss: Tensor) -> None:
@@ -183,9 +187,9 @@ class Policy:
         and the average that DDP, FSDP and ZeRO take is undone here."""
         loss = loss * self.accelerator.num_processes
         if self.zero_stage:
-            zero.backward(self.scorer, loss, last=self.last_of_step)
+            zero.backward(self.logprob_model, loss, last=self.last_of_step)
         else:
-            with accumulating() if type(self.scorer) is Scorer else contextlib.nullcontext():
+            with accumulate_grads_inplace() if type(self.logprob_model) is LogprobModel else contextlib.nullcontext():
                 self.accelerator.backward(loss)
 
     def step(self, usable: bool = True) -> float:
@@ -195,10 +199,10 @@ class Policy:
         moment of the optimizer; `skipped_in_a_row` counts how often that has just happened.
         """
         if self.zero_stage:
-            norm = zero.step(self.scorer)
+            norm = zero.step(self.logprob_model)
             taken = math.isfinite(norm)
         else:
-            norm = float(full(self.accelerator.clip_grad_norm_(self.scorer.parameters(), self.max_grad_norm)))
+            norm = float(full(self.accelerator.clip_grad_norm_(self.logprob_model.parameters(), self.max_grad_norm)))
             taken = usable and math.isfinite(norm)
             if self.accelerator.scaler is not None:
                 # It looks for overflow itself, skips the step and scales less: no fault while there is scale to take away.
@@ -208,7 +212,7 @@ class Policy:
                 self.prepared_optimizer.step()
             self.prepared_optimizer.zero_grad()
         if self.shares_prompts:
-            self.scorer.prompts.forget()
+            self.logprob_model.prompts.forget()
         self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
         self.scheduler.step()
         return_freed_memory(self.device)
@@ -246,7 +250,7 @@ class Policy:
         if self.zero_stage:
             weights, moments = zero.full_state(self.model, self.optimizer)
         elif is_sharded(self.accelerator):
-            weights, moments = sharding.full_state(self.scorer, self.optimizer)
+            weights, moments = sharding.full_state(self.logprob_model, self.optimizer)
         else:
             learned = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
             weights = dict(self.model.state_dict())
@@ -291,9 +295,9 @@ class Policy:
         for group in moments.get("param_groups", []):
             group["fused"] = self.fused  # not what was right where the checkpoint was written
         if self.zero_stage:
-            zero.load_full_state(self.model, self.scorer, self.optimizer, tensors["model"], moments)
+            zero.load_full_state(self.model, self.logprob_model, self.optimizer, tensors["model"], moments)
         elif is_sharded(self.accelerator):
-            sharding.load_full_state(self.scorer, self.optimizer, tensors.get("model", {}), moments)
+            sharding.load_full_state(self.logprob_model, self.optimizer, tensors.get("model", {}), moments)
         else:
             unknown = self.model.load_state_dict(tensors["model"], strict=False).unexpected_keys
             if unknown:

@@ -55,7 +55,9 @@ class Registry(Generic[T]):
         if ":" in name:
             return self._load(name)
         near = difflib.get_close_matches(name, self._entries, n=3)
-        near.sort(key=lambda known: sorted(known) != sorted(name))  # letters swapped: "gpro" is grpo, not gspo
+        near.sort(
+            key=lambda known: sorted(known) != sorted(name)
+        )  # letters uses_packed_attention: "gpro" is grpo, not gspo
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise ConfigError(
             f"unknown {self.kind} '{name}': {hint}Known: {', '.join(self.names())}; or point to your own with "

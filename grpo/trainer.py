@@ -7,7 +7,7 @@ import torch
 from grpo.config.schema import Config, correction_of
 from grpo.data.curriculum import Curriculum
 from grpo.errors import EngineError, Interrupted, NumericsError
-from grpo.experience import Experience, Sampled, kl_in_loss, learn_from, packed, sample
+from grpo.experience import Experience, Sampled, compute_advantages, kl_in_loss, packed, sample
 from grpo.kl import adapted_beta
 from grpo.losses import Counts, find_objective, importance_correction, policy_loss
 from grpo.packing import PackedBatch
@@ -22,7 +22,7 @@ from grpo.runtime.signals import Signals
 from grpo.runtime.sums import Sums
 from grpo.runtime.timing import Clock
 
-MOST_SKIPPED = 3
+MAX_SKIPPED = 3
 """Optimizer steps in a row that may be skipped because their loss or gradient is not finite."""
 
 
@@ -34,7 +34,7 @@ def train(config: Config) -> Path:
         try:
             loop(run, signals)
         except EngineError as error:
-            raise run.rescue(error) from error
+            raise run.save_on_engine_error(error) from error
         else:
             return run.finish()
         finally:
@@ -51,7 +51,7 @@ def loop(run: Run, signals: Signals) -> None:
         # 1. Sample G completions of each prompt, and 2. score them.
         sampled = sample(run, step, clock)
         # 3. Compare each with its siblings.
-        experience = learn_from(run, sampled, sums)
+        experience = compute_advantages(run, sampled, sums)
         clock.lap("reference")
         # 4. Lay them end to end, and 5. learn.
         batches = update(run, experience, sums, clock)
@@ -61,7 +61,7 @@ def loop(run: Run, signals: Signals) -> None:
         run.follow(done)
         clock.lap("update")
         # 6. What was too easy, or hopeless, is left out for a while. 7. Write it down.
-        run.keep_faults(done, sampled.groups, sampled.scores, batches if sums.total("skipped") else [])
+        run.dump_failed_batches(done, sampled.groups, sampled.scores, batches if sums.total("skipped") else [])
         measured = measure(run, sampled)
         metrics = step_metrics(run, sampled, experience, sums, clock.laps)
         metrics |= measured
@@ -171,7 +171,7 @@ def measure(run: Run, sampled: Sampled) -> dict[str, float]:
 
 def check_skipped(run: Run, step: int) -> None:
     """Raises NumericsError after too many optimizer steps in a row that had to be skipped."""
-    if run.policy.skipped_in_a_row >= MOST_SKIPPED:
+    if run.policy.skipped_in_a_row >= MAX_SKIPPED:
         raise NumericsError(
             f"{run.policy.skipped_in_a_row} optimizer steps in a row (the last one in step {step}) had a loss or gradient "
             f"that is not finite; the weights are as they were before. Their batches are in {run.run_dir / 'faults'}: "

@@ -193,7 +193,7 @@ def forced_lengths(suite: Suite, step: int) -> list[int]:
 def make_work(suite: Suite, folder: Path, data_path: str | None) -> None:
     """The model and the prompts that both get: model/ and rows.jsonl."""
     from grpo.data.arithmetic import generate_problems
-    from grpo.models.tiny import GSM8K_RECIPE, Recipe, make_starter
+    from grpo.models.tiny import GSM8K_RECIPE, Recipe, make_tiny_model
 
     if suite.gsm8k and not data_path:
         raise ConfigError("this suite needs GSM8K rows: add --data.path train.jsonl")
@@ -217,7 +217,7 @@ def make_work(suite: Suite, folder: Path, data_path: str | None) -> None:
         steps=suite.warm_up_steps,
         batch=16,
     )
-    model = make_starter(seed=0, problems=rows, recipe=recipe, report=lambda text: print(text, file=sys.stderr))
+    model = make_tiny_model(seed=0, problems=rows, recipe=recipe, report=lambda text: print(text, file=sys.stderr))
     (folder / "model").symlink_to(model)
 
 
@@ -425,7 +425,7 @@ def run_trl(suite: Suite, folder: Path, name: str) -> dict:
                 return call(model, ids, mask, *args, **kwargs)
             return self._timed("reference", call, model, ids, mask, *args, **kwargs)
 
-    class Watch(TrainerCallback):
+    class Diagnostics(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             clock.clear()
             positions[:] = [0, 0]
@@ -488,7 +488,7 @@ def run_trl(suite: Suite, folder: Path, name: str) -> dict:
             train_dataset=dataset,
             reward_funcs=[registered.get(reward) for reward in REWARDS],
             processing_class=tokenizer,
-            callbacks=[Watch()],
+            callbacks=[Diagnostics()],
         )
         before = loaded_memory(suite.device)
         trainer.train()
@@ -538,7 +538,7 @@ def decode_times(suite: Suite, folder: Path) -> str:
     torch.set_num_threads(cpu_threads(1))
     model, tokenizer = load_model(str(folder / "model")), load_tokenizer(str(folder / "model"))
     model.to(suite.device)
-    engine = NativeEngine(model, tokenizer, slots=256, swapped=use_grpo_attention(model))
+    engine = NativeEngine(model, tokenizer, slots=256, uses_packed_attention=use_grpo_attention(model))
     engine.end_ids = set()  # nothing ends early
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()][:4]
     prompts = [Prompt(i, row["question"], tuple(tokenizer(row["question"])["input_ids"])) for i, row in enumerate(rows)]

@@ -79,14 +79,14 @@ def evaluate_one(config: Config, path: str, samples: int, accelerator: Any) -> t
     tokenizer = load_tokenizer(path)
     prompts, dropped = render_prompts(examples, tokenizer, config.data.max_prompt_length)
     model = load_model(path)
-    swapped = use_grpo_attention(model)
+    uses_packed_attention = use_grpo_attention(model)
     model.to(accelerator.device)
     engine = build_engine(
         config.rollout.engine,
         model,
         tokenizer,
         slots=config.rollout.slots,
-        swapped=swapped,
+        uses_packed_attention=uses_packed_attention,
         config=config.rollout,
         accelerator=accelerator,
         weights=model.named_parameters,

@@ -34,7 +34,7 @@ class FakeVLLM:
         if folder is not None:
             self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
             use_grpo_attention(self.model.eval())
-            self.engine = build_engine("native", self.model, CharTokenizer(), slots=64, swapped=True)
+            self.engine = build_engine("native", self.model, CharTokenizer(), slots=64, uses_packed_attention=True)
         fake = self
 
         class Handler(BaseHTTPRequestHandler):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from grpo.kernels.attention import PackedLayout
-from grpo.models.logprob_model import Scorer
+from grpo.models.logprob_model import LogprobModel
 from grpo.packing import pack
 from tests.fakes import FAMILIES, group, tiny_model
 
@@ -51,7 +51,7 @@ def test_packed_equals_one_sequence_at_a_time_in_values_and_gradients(
 
     groups = [group(0, ids(5), [ids(4), ids(9), ids(1)]), group(1, ids(2), [ids(6), ids(3), ids(3)])]
     batch = pack(groups, torch.ones(2, 3), max_tokens=1000)[0]
-    packed = Scorer(model, swapped=True, temperature=0.9)(batch)[0]
+    packed = LogprobModel(model, uses_packed_attention=True, temperature=0.9)(batch)[0]
     packed.sum().backward()
     ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
@@ -74,17 +74,17 @@ def test_packed_equals_one_sequence_at_a_time_in_values_and_gradients(
 
 def test_a_token_of_one_completion_moves_no_other() -> None:
     model = tiny_model()
-    scorer = Scorer(model, swapped=True, temperature=1.0)
+    logprob_model = LogprobModel(model, uses_packed_attention=True, temperature=1.0)
     first = pack([group(0, [5, 6], [[7, 8], [9, 10]])], torch.ones(1, 2), max_tokens=99)[0]
     second = pack([group(0, [5, 6], [[7, 30], [9, 10]])], torch.ones(1, 2), max_tokens=99)[0]
     with torch.no_grad():
-        assert torch.equal(scorer(first)[0][2:], scorer(second)[0][2:])
+        assert torch.equal(logprob_model(first)[0][2:], logprob_model(second)[0][2:])
 
 
 def test_rows_are_the_same_sequences() -> None:
     model = tiny_model()
     batch = pack([group(0, [5, 6], [[7, 8], [9]]), group(1, [4], [[3, 2, 9], [8]])], torch.ones(2, 2), max_tokens=99)[0]
     with torch.no_grad():
-        packed = Scorer(model, swapped=True, temperature=1.0)(batch)[0]
-        rows = Scorer(model, swapped=False, temperature=1.0)(batch)[0]
+        packed = LogprobModel(model, uses_packed_attention=True, temperature=1.0)(batch)[0]
+        rows = LogprobModel(model, uses_packed_attention=False, temperature=1.0)(batch)[0]
     assert torch.allclose(packed, rows, atol=1e-5)

@@ -7,7 +7,7 @@ import pytest
 
 from grpo.config.parser import load_config
 from grpo.data.invented_language import generate_rows, make_lexicon
-from grpo.models.tiny import ProseRecipe, make_starter
+from grpo.models.tiny import ProseRecipe, make_tiny_model
 from grpo.runtime.statistics import mcnemar
 from grpo.tracking.report import paired_items
 from grpo.tracking.run_reader import RunFolder
@@ -22,7 +22,7 @@ def test_three_hundred_rows_to_an_established_gain(tmp_path: Path) -> None:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     recipe = ProseRecipe(vocabulary=450, steps=240, batch=32, unmarked_fraction=0.75)
-    model = make_starter(seed=0, problems=parts["train"], cache=tmp_path / "cache", recipe=recipe)
+    model = make_tiny_model(seed=0, problems=parts["train"], cache=tmp_path / "cache", recipe=recipe)
     flags = {
         "config": "launch/configs/invented_language.yaml",
         "model.name": model,

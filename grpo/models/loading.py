@@ -42,13 +42,13 @@ def load_to_train(
         return model, config.attn_implementation == NAME and use_grpo_attention(model)
 
     if not once:
-        model, swapped = read()
-        return model.to(accelerator.device), swapped
+        model, uses_packed_attention = read()
+        return model.to(accelerator.device), uses_packed_attention
     found: tuple[PretrainedConfig, GenerationConfig | None, bool] | ConfigError | None = None
     if accelerator.is_main_process:
         try:
-            model, swapped = read()
-            found = (model.config, model.generation_config, swapped)
+            model, uses_packed_attention = read()
+            found = (model.config, model.generation_config, uses_packed_attention)
         except ConfigError as error:
             found = error
     [found] = broadcast_object_list([found])
@@ -56,14 +56,14 @@ def load_to_train(
         raise found
     assert found is not None
     if not accelerator.is_main_process:
-        settings, generation, swapped = found
+        settings, generation, uses_packed_attention = found
         model = ready(outline(settings), path)
         model.generation_config = generation  # type: ignore[assignment]
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(accelerator.device)
-    return model, swapped
+    return model, uses_packed_attention
 
 
 def outline(config: PretrainedConfig) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Scorer: a model and a packed batch -> logprobs and entropies; and the probe that finds which attention gives them."""
+"""LogprobModel: a model and a packed batch -> logprobs and entropies; and the probe that finds which attention gives them."""
 
 import torch
 from torch import Tensor, nn
@@ -13,23 +13,25 @@ from grpo.packing import PackedBatch
 AttentionInterface.register(NAME, grpo_attention)
 
 
-class Scorer(nn.Module):
+class LogprobModel(nn.Module):
     """A causal LM whose forward pass is what training needs: packed batch -> logprobs [N] and entropies [N].
 
     It is a module of its own, because wrappers (DDP, FSDP, autocast) only see what goes through `forward`.
     """
 
-    def __init__(self, model: PreTrainedModel, *, swapped: bool, temperature: float, entropy_gradient: bool = False):
+    def __init__(
+        self, model: PreTrainedModel, *, uses_packed_attention: bool, temperature: float, entropy_gradient: bool = False
+    ):
         super().__init__()
-        self.model, self.swapped, self.temperature = model, swapped, temperature
+        self.model, self.uses_packed_attention, self.temperature = model, uses_packed_attention, temperature
         self.entropy_gradient = entropy_gradient
         self.prompts = SharedPrompts()
         self._no_split_modules = model._no_split_modules  # the layers that FSDP shards one by one
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        if self.swapped and any(span.split for span in batch.spans):
+        if self.uses_packed_attention and any(span.split for span in batch.spans):
             hidden_NH = self.prompts.hidden(self.model.base_model, batch)
-        elif self.swapped:
+        elif self.uses_packed_attention:
             hidden = self.model.base_model(
                 input_ids=batch.input_ids_T[None],
                 position_ids=batch.positions_T[None],
@@ -61,10 +63,10 @@ def use_grpo_attention(model: PreTrainedModel) -> bool:
     tolerance = {torch.float16: 2e-2, torch.bfloat16: 1e-1}.get(model.dtype, 1e-3)
     batch = probe_batch(model.config.vocab_size).to(next(model.parameters()).device)
     with torch.no_grad():
-        plain = Scorer(model, swapped=False, temperature=1.0)(batch)[0]
+        plain = LogprobModel(model, uses_packed_attention=False, temperature=1.0)(batch)[0]
         try:
             model.set_attn_implementation(NAME)
-            packed = Scorer(model, swapped=True, temperature=1.0)(batch)[0]
+            packed = LogprobModel(model, uses_packed_attention=True, temperature=1.0)(batch)[0]
         except (NotImplementedError, TypeError, ValueError):
             packed = None
     if packed is None or not torch.allclose(plain, packed, atol=tolerance, rtol=1e-3):

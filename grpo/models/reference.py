@@ -20,28 +20,28 @@ from grpo.packing import PackedBatch
 
 
 class Reference:
-    """`scorer` computes the logprobs: a model of its own, or the policy's, used inside `switch` (its adapter off)."""
+    """`logprob_model` computes the logprobs: a model of its own, or the policy's, used inside `switch` (its adapter off)."""
 
     def __init__(
         self,
-        scorer: nn.Module,
+        logprob_model: nn.Module,
         device: torch.device,
         *,
         switch: Callable[[], AbstractContextManager] | None = None,
         offload: bool = False,
     ) -> None:
-        self.scorer, self.device, self.switch, self.offload = scorer, device, switch, offload
+        self.logprob_model, self.device, self.switch, self.offload = logprob_model, device, switch, offload
         if switch is None:
-            scorer.requires_grad_(False).eval()
+            logprob_model.requires_grad_(False).eval()
             if offload:
-                scorer.to("cpu")
+                logprob_model.to("cpu")
 
     @torch.no_grad()
     def logprobs(self, batches: list[PackedBatch]) -> list[Tensor]:
         """[N] for each batch; the weights travel to the device and back once for all of them."""
         with self._in_use():
             # The last batch of a split group has the prompt in its row: see grpo/models/shared_prompt.py.
-            return [self.scorer(batch)[0] for batch in reversed(batches)][::-1]
+            return [self.logprob_model(batch)[0] for batch in reversed(batches)][::-1]
 
     @property
     def holds_weights(self) -> bool:
@@ -57,7 +57,7 @@ class Reference:
 
     @property
     def model(self) -> nn.Module:
-        return self.scorer.model  # type: ignore[return-value]
+        return self.logprob_model.model  # type: ignore[return-value]
 
     @contextlib.contextmanager
     def _in_use(self) -> Iterator[None]:
@@ -65,11 +65,11 @@ class Reference:
             with self.switch():
                 yield
         elif self.offload:
-            self.scorer.to(self.device)
+            self.logprob_model.to(self.device)
             try:
                 yield
             finally:
-                self.scorer.to("cpu")
+                self.logprob_model.to("cpu")
         else:
             yield
 

@@ -77,7 +77,7 @@ GSM8K_RECIPE = Recipe(vocabulary=4096, steps=300, batch=32, hasty_fraction=0.5, 
 PROSE_RECIPE = ProseRecipe(vocabulary=450, steps=500, unmarked_fraction=0.75)
 
 
-def make_starter(
+def make_tiny_model(
     *,
     seed: int,
     problems: list[dict[str, str]] | None = None,

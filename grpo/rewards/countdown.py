@@ -12,7 +12,7 @@ from typing import Any
 from grpo.rewards.registry import register_reward, text_of
 from grpo.rewards.xml_format import only_answer
 
-LONGEST, DEEPEST, MOST_DIGITS = 200, 20, 12
+LONGEST, DEEPEST, MAX_DIGITS = 200, 20, 12
 """Characters, nested operations, digits of one number: a hostile expression is refused before it is read."""
 
 _ALLOWED = re.compile(r"[0-9+\-*/() ]+")
@@ -33,7 +33,7 @@ def evaluate_arithmetic(text: str) -> tuple[Fraction, list[int]] | None:
     text = text.strip().translate(_SIGNS)
     if len(text) > LONGEST or not _ALLOWED.fullmatch(text):
         return None
-    if any(len(digits) > MOST_DIGITS for digits in re.findall(r"[0-9]+", text)):
+    if any(len(digits) > MAX_DIGITS for digits in re.findall(r"[0-9]+", text)):
         return None
     try:
         tree = ast.parse(text, mode="eval")

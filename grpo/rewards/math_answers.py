@@ -8,7 +8,7 @@ from grpo.rewards.registry import register_reward, text_of
 from grpo.rewards.text_match import same_text
 from grpo.rewards.xml_format import only_answer
 
-MOST_DIGITS = 40
+MAX_DIGITS = 40
 """Longer numbers are nobody's answer, and turning a hostile completion's million digits into an integer takes long."""
 
 _WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
@@ -29,7 +29,7 @@ def parse_number(text: str) -> Fraction | None:
     None for "", "1,0,8", "nan", "²", "③", "1/0", "3 apples", and more than 40 digits.
     """
     text = text.strip()
-    if len(text) > 2 * MOST_DIGITS or sum(character.isdigit() for character in text) > MOST_DIGITS:
+    if len(text) > 2 * MAX_DIGITS or sum(character.isdigit() for character in text) > MAX_DIGITS:
         return None
     match = _NUMBER.fullmatch(text.replace("\u2212", "-"))
     if match is None or (match["sign"] and match["inner_sign"]):

@@ -24,7 +24,7 @@ __all__ = ["REWARDS", "Failure", "RewardFunction", "RewardSum", "Scores", "call_
 
 ALWAYS_THERE = ("prompts", "completions", "completion_ids")
 """What every reward can ask for. Everything else that it names is a column of the data."""
-LARGEST = 1e6
+MAX_REWARD = 1e6
 """A reward beyond this is a mistake (a loss, a length, a time stamp), and would drown every other reward."""
 
 
@@ -208,8 +208,8 @@ def number_or_fault(value: Any) -> float | None | str:
         number = math.inf
     if not math.isfinite(number):
         return f"returned {number}: it must be finite (None = does not apply)"
-    if abs(number) > LARGEST:
-        return f"returned {number}: more than {LARGEST:g} in size drowns every other reward"
+    if abs(number) > MAX_REWARD:
+        return f"returned {number}: more than {MAX_REWARD:g} in size drowns every other reward"
     return number
 
 

@@ -46,7 +46,7 @@ from grpo.types import Group
 
 START_SECONDS = 120.0
 """How long a worker may take to start, and to import the file that holds its reward."""
-MOST_FAILURES = 0.2
+MAX_FAILURES = 0.2
 """Of one step's completions: a reward that fails on more of them is broken, and training on the rest would hide it."""
 SILENT_STEPS = 3
 """After so many steps in a row without one value in time, a reward is given up."""
@@ -137,7 +137,7 @@ class RewardRunner(RewardSum):
         late = len(failed) - len(broken)
         if failed and self.on_error == "raise":
             raise RewardError(f"reward '{name}' {_place(failed[0], texts)}")
-        if len(broken) > max(1, MOST_FAILURES * len(texts)):
+        if len(broken) > max(1, MAX_FAILURES * len(texts)):
             examples = "; ".join(_place(failure, texts) for failure in broken[:3])
             raise RewardError(
                 f"reward '{name}' failed on {len(broken)} of {len(texts)} completions: {examples}. "
@@ -213,7 +213,7 @@ class Judge:
             worker.send({key: [column[i] for i in indices] for key, column in arguments.items()}, self.deadline)
             answer = worker.receive(self.deadline)
         except (EOFError, OSError):
-            return Failure(self.name, indices[0], worker.obituary())
+            return Failure(self.name, indices[0], worker.exit_reason())
         if answer is None:
             worker.kill()
             return Failure(self.name, indices[0], f"gave no value within {self.deadline:g} s", timed_out=True)
@@ -249,7 +249,7 @@ class Judge:
                 worker.send({key: [column[index]] for key, column in arguments.items()}, left)
                 answer = worker.receive(left)
             except (EOFError, OSError):
-                yield index, Failure(self.name, index, worker.obituary())
+                yield index, Failure(self.name, index, worker.exit_reason())
                 continue
             if answer is None:
                 killed += 1
@@ -293,7 +293,7 @@ class Worker:
         except (EOFError, OSError):
             ready = False
         if not ready:
-            raise RewardError(f"reward '{self.name}': its process does not start ({self.obituary()})")
+            raise RewardError(f"reward '{self.name}': its process does not start ({self.exit_reason()})")
 
     def send(self, arguments: dict[str, list[Any]], seconds: float) -> None:
         self.start()
@@ -307,7 +307,7 @@ class Worker:
             return None
         return json.loads(self._pipe.recv_bytes())  # text, not pickle: what comes out of a reward is only read
 
-    def obituary(self) -> str:
+    def exit_reason(self) -> str:
         """How the process ended, which is then cleared away."""
         process = self._process
         code = None

@@ -1,4 +1,4 @@
-"""Ahead: the prompts of later steps -> completions, sampled while the policy still learns from earlier ones.
+"""AsyncSampler: the prompts of later steps -> completions, sampled while the policy still learns from earlier ones.
 
     max_staleness 0    sample 1, learn 1, sample 2, learn 2, ...           every completion is of the policy that learns from it
     max_staleness 1    sample 1 | learn 1 and sample 2 | learn 2 and sample 3 | ...            of the policy one step before
@@ -31,7 +31,7 @@ class Batch:
     """Steps done by the policy that it was sampled from."""
 
 
-class Ahead:
+class AsyncSampler:
     """Calls `generate` for this step and for the next `staleness` ones; those in a thread, if there are any.
 
     The weights that `generate` reads may change only after `settle`.

@@ -28,7 +28,7 @@ class RolloutEngine(Protocol):
 
 
 EngineFactory = Callable[..., RolloutEngine]
-"""(model, tokenizer, *, ...) with any of: slots, swapped, cache_gib, config (RolloutConfig), accelerator, weights, longest."""
+"""(model, tokenizer, *, ...) with any of: slots, uses_packed_attention, cache_gib, config (RolloutConfig), accelerator, weights, longest."""
 
 ENGINES: Registry[EngineFactory] = Registry("engine")
 register_engine = ENGINES.register
@@ -50,7 +50,7 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def build_engine(
     name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **offered: Any
 ) -> RolloutEngine:
-    """The engine called `name`, with those of the `offered` values that it names. slots: completions at a time; swapped: the
+    """The engine called `name`, with those of the `offered` values that it names. slots: completions at a time; uses_packed_attention: the
     model runs with our attention (grpo/kernels/attention.py); for engines with weights of their own see grpo/rollout/vllm_engine.py.
     """
     factory = find_engine(name)

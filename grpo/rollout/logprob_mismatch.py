@@ -59,7 +59,7 @@ def tolerance_for(policy: Policy) -> float:
     return TOLERANCE[compute_dtype(policy.accelerator) or policy.model.dtype]
 
 
-def prove_updates(engine: RolloutEngine, policy: Policy, config: Config) -> None:
+def verify_weight_sync(engine: RolloutEngine, policy: Policy, config: Config) -> None:
     """Raises NumericsError unless the engine follows the policy to quite other weights, and back. An update that says that
     it worked proves nothing: a copy of one weight that it forgot (of a tied head, for example) would go on sampling.
 

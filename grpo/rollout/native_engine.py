@@ -112,10 +112,10 @@ class NativeEngine:
         tokenizer: PreTrainedTokenizerBase,
         *,
         slots: int,
-        swapped: bool,
+        uses_packed_attention: bool,
         cache_gib: float | None = None,
     ):
-        if not swapped:
+        if not uses_packed_attention:
             raise ConfigError(
                 f"rollout.engine native cannot run {type(model).__name__}, whose attention cannot be swapped exactly: "
                 f"set rollout.engine to transformers"

@@ -33,8 +33,10 @@ class _Draw(LogitsProcessor):
 class TransformersEngine:
     """model.generate on the stock attention, for one prompt's group at a time."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, slots: int, swapped: bool):
-        self.model, self.tokenizer, self.swapped = model, tokenizer, swapped
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, slots: int, uses_packed_attention: bool
+    ):
+        self.model, self.tokenizer, self.uses_packed_attention = model, tokenizer, uses_packed_attention
         self.end_ids = end_token_ids(model, tokenizer)
 
     def update_weights(self, step: int) -> None:
@@ -46,7 +48,7 @@ class TransformersEngine:
     ) -> list[Group]:
         """See RolloutEngine."""
         before = self.model.config._attn_implementation
-        if self.swapped:
+        if self.uses_packed_attention:
             self.model.set_attn_implementation("sdpa")
         try:
             groups = []

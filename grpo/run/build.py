@@ -27,9 +27,9 @@ from grpo.rewards.scoring import RewardSum
 from grpo.rewards.sources import changed_sources, reward_sources
 from grpo.rewards.workers import RewardRunner
 from grpo.rewards.xml_format import only_answer
-from grpo.rollout.async_sampler import Ahead
+from grpo.rollout.async_sampler import AsyncSampler
 from grpo.rollout.engine import RolloutEngine, build_engine, find_engine, is_separate
-from grpo.rollout.logprob_mismatch import TOLERANCE, check_agreement, prove_updates
+from grpo.rollout.logprob_mismatch import TOLERANCE, check_agreement, verify_weight_sync
 from grpo.rollout.vllm_engine import check_vllm, longest_of
 from grpo.run.callbacks import Callbacks, build_callbacks
 from grpo.run.checkpoint import check_room, load_checkpoint, newest_valid, read_state
@@ -38,7 +38,7 @@ from grpo.run.state import Progress, Run
 from grpo.runtime.distributed import compute_dtype, from_main, start_accelerator
 from grpo.runtime.run_lock import RunLock, check_free
 from grpo.tracking.console import Display
-from grpo.tracking.diagnostics import Watch, patience_for
+from grpo.tracking.diagnostics import Diagnostics, patience_for
 from grpo.tracking.run_logger import Tracker, check_trackers, choose_run_dir
 from grpo.types import Group, Prompt, SamplingPlan
 
@@ -202,7 +202,7 @@ def checked_engine(
             policy.sampler,
             tokenizer,
             slots=config.rollout.slots,
-            swapped=policy.swapped,
+            uses_packed_attention=policy.uses_packed_attention,
             config=config.rollout,
             accelerator=accelerator,
             weights=policy.plain_weights,
@@ -210,7 +210,7 @@ def checked_engine(
             cache_gib=config.rollout.cache_gib,
         )
     if is_separate(engine):
-        prove_updates(engine, policy, config)
+        verify_weight_sync(engine, policy, config)
     check_agreement(engine, policy, config.sampling.temperature, config.rollout.max_logprob_difference)
     return engine
 
@@ -244,7 +244,7 @@ def in_one_line(config: Config, accelerator: Accelerator, data: TrainingData, he
 
 def sampling_ahead(
     config: Config, accelerator: Accelerator, engine: RolloutEngine, score: RewardSum, start: int
-) -> Ahead:
+) -> AsyncSampler:
     """How the completions of a step are made: the engine's, each group scored as soon as it is whole."""
     sampling = config.sampling
     plan = SamplingPlan(sampling.num_generations, sampling.max_completion_length, sampling.temperature, config.seed)
@@ -253,7 +253,7 @@ def sampling_ahead(
         with accelerator.autocast():
             return engine.generate(prompts, plan, finished=score.offer)
 
-    return Ahead(generate, config.rollout.max_staleness, config.steps - start, accelerator.device)
+    return AsyncSampler(generate, config.rollout.max_staleness, config.steps - start, accelerator.device)
 
 
 def check_resumption(config: Config, saved: dict, score: RewardSum, processes: int) -> list[str]:
@@ -291,10 +291,10 @@ def lock_run(run_dir: Path) -> RunLock:
         raise StorageError(f"cannot write the run directory {run_dir}: {error}. Set another --run_dir") from error
 
 
-def watch_for(config: Config, accelerator: Accelerator, tracker: Tracker | None) -> Watch:
+def watch_for(config: Config, accelerator: Accelerator, tracker: Tracker | None) -> Diagnostics:
     """What looks for the reasons why this run does not learn."""
     reads_answers = {"accuracy", "countdown"} & {name for name, weight in config.rewards.items() if weight}
-    return Watch(
+    return Diagnostics(
         patience_for(config.steps),
         config.sampling.max_completion_length,
         config.optimizer.learning_rate,
@@ -315,14 +315,14 @@ def model_path(config: Config, rows: list[Example], accelerator: Accelerator, sa
     """The folder or hub id to load; for "starter", the folder is made first, once, by the main process."""
     if config.model.name != "starter":
         return config.model.name
-    from grpo.models.tiny import make_starter
+    from grpo.models.tiny import make_tiny_model
 
     problems = None
     if config.data.name != "arithmetic":
         problems = [{"question": _question(row, config.data), "answer": _worked_answer(row)} for row in rows]
     path = ""
     if accelerator.is_main_process:
-        path = str(make_starter(seed=config.seed, problems=problems, report=say))
+        path = str(make_tiny_model(seed=config.seed, problems=problems, report=say))
     return broadcast_object_list([path])[0]
 
 

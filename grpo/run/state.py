@@ -15,7 +15,7 @@ from grpo.packing import PackedBatch
 from grpo.policy import Policy
 from grpo.rewards.scoring import RewardSum, Scores
 from grpo.rewards.sources import reward_sources
-from grpo.rollout.async_sampler import Ahead
+from grpo.rollout.async_sampler import AsyncSampler
 from grpo.rollout.engine import RolloutEngine
 from grpo.run.callbacks import Callbacks, State
 from grpo.run.checkpoint import save_checkpoint
@@ -23,7 +23,7 @@ from grpo.runtime.distributed import gather_rows, max_over_ranks
 from grpo.runtime.run_lock import RunLock
 from grpo.tracking.console import Display
 from grpo.tracking.debug_dumps import dump_batches, dump_failures
-from grpo.tracking.diagnostics import Watch
+from grpo.tracking.diagnostics import Diagnostics
 from grpo.tracking.report import write_report
 from grpo.tracking.run_logger import Tracker
 from grpo.types import Group, Prompt
@@ -50,7 +50,7 @@ class Run:
     policy: Policy
     tokenizer: PreTrainedTokenizerBase
     engine: RolloutEngine
-    ahead: Ahead
+    ahead: AsyncSampler
     stream: PromptStream | StreamedPrompts
     held_out: list[Prompt]
     score: RewardSum
@@ -60,7 +60,7 @@ class Run:
     lock: RunLock | None
     callbacks: Callbacks
     steps_done: int
-    watch: Watch
+    watch: Diagnostics
     first_eval: dict[str, float] = field(default_factory=dict)
     last_eval: dict[str, float] = field(default_factory=dict)
     unmeasured: EngineError | None = None
@@ -108,7 +108,7 @@ class Run:
         self.policy.refresh_sampler()
         self.engine.update_weights(step)
 
-    def keep_faults(self, step: int, groups: list[Group], scores: Scores, skipped: list[PackedBatch]) -> None:
+    def dump_failed_batches(self, step: int, groups: list[Group], scores: Scores, skipped: list[PackedBatch]) -> None:
         """Write what rewards could not judge, and the batches of a step that changed nothing; and say so."""
         rank = self.accelerator.process_index
         for line in dump_failures(self.run_dir, step, rank, groups, scores):
@@ -117,7 +117,7 @@ class Run:
             path = dump_batches(self.run_dir, step, rank, skipped)
             self.display.say(f"step {step} was skipped: its loss or gradient is not finite. Its batches are in {path}")
 
-    def rescue(self, error: EngineError) -> EngineError:
+    def save_on_engine_error(self, error: EngineError) -> EngineError:
         """Save what there was after the last whole step, which a failed engine cannot have touched; -> the error, with how
         to go on. Collective: engines fail on every rank at once."""
         step, self.progress = self.whole

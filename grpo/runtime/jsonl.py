@@ -6,7 +6,7 @@ from pathlib import Path
 
 from grpo.errors import StorageError
 
-MOST_WAITING = 256 * 2**20
+MAX_WAITING = 256 * 2**20
 """Bytes that may wait in memory for room on the disk."""
 
 
@@ -29,7 +29,7 @@ class Lines:
         error = self._flush()
         if error is None:
             return
-        if len(self._waiting) > MOST_WAITING:
+        if len(self._waiting) > MAX_WAITING:
             raise StorageError(f"cannot write {self.path}: {error}. Free some space, then --resume auto")
         if not self._warned:
             self._warned = True

@@ -28,9 +28,9 @@ from grpo.errors import ConfigError
 from grpo.kernels.attention import NAME
 from grpo.kernels.cpu.compiler import pretended
 from grpo.kernels.cpu.decoder_layer import use_lean_layers
-from grpo.kernels.cpu.gemm import accumulating
+from grpo.kernels.cpu.gemm import accumulate_grads_inplace
 from grpo.logprobs import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
-from grpo.models.logprob_model import Scorer
+from grpo.models.logprob_model import LogprobModel
 from grpo.models.lora import add_adapter
 from grpo.packing import PackedBatch, pack
 from grpo.rollout.backbones import FusedBackbone
@@ -258,7 +258,9 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
     there = len(batches) > 1 or machine.kind in ("fsdp2", "zero2", "zero3")
     with FakeTensorMode() as fake:
         _materialise(made)
-        scorer = Scorer(made, swapped=True, temperature=1.0, entropy_gradient=config.objective.entropy_coef != 0)
+        logprob_model = LogprobModel(
+            made, uses_packed_attention=True, temperature=1.0, entropy_gradient=config.objective.entropy_coef != 0
+        )
         if there:
             for parameter in made.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -266,8 +268,8 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
         enabled = machine.compute is not None
         with _chunks_of(machine), pretended() if machine.cpu else contextlib.nullcontext():
             with live, torch.autocast("cpu", dtype=machine.compute or torch.bfloat16, enabled=enabled):
-                logprobs, _ = scorer(_Faked(batch, fake, machine))
-            with live, accumulating() if machine.processes == 1 else contextlib.nullcontext():
+                logprobs, _ = logprob_model(_Faked(batch, fake, machine))
+            with live, accumulate_grads_inplace() if machine.processes == 1 else contextlib.nullcontext():
                 logprobs.sum().backward()
     return Simulated(trained, live.peak if there else max(live.peak - 4 * trained, 0))
 

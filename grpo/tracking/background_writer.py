@@ -1,4 +1,4 @@
-"""Courier: calls to somebody else's tracker -> made one after another in a thread of their own, so that training never waits.
+"""BackgroundWriter: calls to somebody else's tracker -> made one after another in a thread of their own, so that training never waits.
 
 post(start) -> post(log) -> post(log) -> ... -> close(finish) -> wait(5.0)      return at once, but for wait
                    |
@@ -21,7 +21,7 @@ Report = Callable[[str, BaseException | None], None]
 """Called once, with what it was doing and the error (None: it took too long)."""
 
 
-class Courier:
+class BackgroundWriter:
     """Makes calls for one tracker. After a failure it takes no more of them."""
 
     def __init__(self, name: str, failed: Report):
@@ -87,6 +87,6 @@ class Courier:
 
 
 @prevents_exit
-def one_is_left_behind() -> bool:
+def has_hung_call() -> bool:
     """Whether some call never returned. What its library has registered for the end of the program may wait for it, too."""
     return any(thread.name.startswith(THREAD) for thread in threading.enumerate())

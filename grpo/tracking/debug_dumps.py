@@ -12,7 +12,7 @@ from grpo.packing import PackedBatch
 from grpo.rewards.scoring import Scores
 from grpo.types import Group
 
-MOST_ROWS = 16
+MAX_ROWS = 16
 """Examples per step and process: a reward that is always late must not fill the disk."""
 
 
@@ -52,7 +52,7 @@ def dump_failures(run_dir: Path, step: int, rank: int, groups: list[Group], scor
             "prompt": completions[failure.index][0].messages,
             "completion": completions[failure.index][1].text,
         }
-        for failure in scores.failures[:MOST_ROWS]
+        for failure in scores.failures[:MAX_ROWS]
     ]
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

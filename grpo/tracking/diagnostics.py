@@ -1,4 +1,4 @@
-"""Watch: each step's metrics and completions -> why this run does not learn, in one line with the mend, once.
+"""Diagnostics: each step's metrics and completions -> why this run does not learn, in one line with the mend, once.
 
     step 1 ... 20   reward/soft_format/mean 0.0, std 0.0   ->   nothing
     step 20                                                ->   "reward 'soft_format' has been 0 for all 640 completions of ..."
@@ -22,7 +22,7 @@ ENTROPY_RISE = 1.0
 """Nats per token more than at the start, and at least twice as much."""
 ENTROPY_FALL = 0.02
 """Of what it was at the start: the completions of a prompt are all but the same."""
-SOON = 3
+MIN_STEPS = 3
 """Steps after which what can only be a mistake is said."""
 
 
@@ -39,7 +39,7 @@ class Finding:
 
 
 @dataclass
-class Watch:
+class Diagnostics:
     """Looks at a run as it goes. `patience`: steps before a number that does not move is called stuck."""
 
     patience: int = 20
@@ -55,7 +55,7 @@ class Watch:
 
     def __post_init__(self) -> None:
         # Entropy is judged over more steps than a short run's patience.
-        self._metrics: deque[tuple[int, Metrics]] = deque(maxlen=max(self.patience, 2 * SOON))
+        self._metrics: deque[tuple[int, Metrics]] = deque(maxlen=max(self.patience, 2 * MIN_STEPS))
         self._start: dict[str, list[float]] = {}
         self._completions: deque[int] = deque(maxlen=self.patience)
         self._scores: deque[dict[str, set[float]]] = deque(maxlen=self.patience)
@@ -76,7 +76,7 @@ class Watch:
             self._answers += sum(self.has_answer(row["completion"]) for row in rows)
         for key in ("policy/entropy", "reward/mean"):
             self._start.setdefault(key, [])
-            if key in metrics and len(self._start[key]) < SOON:
+            if key in metrics and len(self._start[key]) < MIN_STEPS:
                 self._start[key].append(metrics[key])
         found = [
             *self._rewards(),
@@ -124,12 +124,12 @@ class Watch:
         """Completions that are cut off; a model that cannot stop; answers that cannot be found."""
         found = []
         limit = self.max_completion_length
-        if self._all("rollout/truncated_fraction", SOON, lambda value: value == 1):
-            count = sum(list(self._completions)[-SOON:])
+        if self._all("rollout/truncated_fraction", MIN_STEPS, lambda value: value == 1):
+            count = sum(list(self._completions)[-MIN_STEPS:])
             found.append(
                 Finding(
                     "truncated",
-                    f"{count} of {count} completions of {self._steps(SOON)} hit sampling.max_completion_length {limit} "
+                    f"{count} of {count} completions of {self._steps(MIN_STEPS)} hit sampling.max_completion_length {limit} "
                     f"without an end",
                     "raise it, or ask for shorter answers; what was cut off can hardly earn a reward",
                 )
@@ -176,27 +176,27 @@ class Watch:
             found.append(
                 Finding("learning_rate", "optimizer.learning_rate is 0: no weight will ever change", "set it above 0")
             )
-        elif self._all("policy/learning_rate", SOON, lambda value: value == 0):
+        elif self._all("policy/learning_rate", MIN_STEPS, lambda value: value == 0):
             found.append(
                 Finding(
                     "learning_rate",
-                    f"the learning rate has been 0 in {self._steps(SOON)}",
+                    f"the learning rate has been 0 in {self._steps(MIN_STEPS)}",
                     "a schedule that is over, or a warm-up that does not begin: look at steps, optimizer.warmup_ratio and "
                     "optimizer.lr_scheduler_type",
                 )
             )
-        if self._all("policy/sampling_logprob_difference", SOON, lambda value: value > self.tolerance):
+        if self._all("policy/sampling_logprob_difference", MIN_STEPS, lambda value: value > self.tolerance):
             value = self._last("policy/sampling_logprob_difference", 1)[0]
             found.append(
                 Finding(
                     "sampler",
-                    f"sampler and trainer disagree by {value:.2g} nats per token on average in {self._steps(SOON)} (rounding "
+                    f"sampler and trainer disagree by {value:.2g} nats per token on average in {self._steps(MIN_STEPS)} (rounding "
                     f"explains {self.tolerance:g})",
                     "they are not the same policy: set rollout.engine native, rollout.correction truncate, or the same "
                     "precision for both",
                 )
             )
-        if self._all("policy/kl", SOON, lambda value: value > KL_RUNAWAY):
+        if self._all("policy/kl", MIN_STEPS, lambda value: value > KL_RUNAWAY):
             found.append(
                 Finding(
                     "kl",
@@ -207,8 +207,8 @@ class Watch:
         return found + self._entropy()
 
     def _entropy(self) -> list[Finding]:
-        start, last = self._start["policy/entropy"], self._last("policy/entropy", SOON)
-        if len(self._metrics) < 2 * SOON or len(start) < SOON or len(last) < SOON:
+        start, last = self._start["policy/entropy"], self._last("policy/entropy", MIN_STEPS)
+        if len(self._metrics) < 2 * MIN_STEPS or len(start) < MIN_STEPS or len(last) < MIN_STEPS:
             return []
         before, now = statistics.fmean(start), statistics.fmean(last)
         if now > 2 * before and now > before + ENTROPY_RISE:
@@ -220,7 +220,7 @@ class Watch:
                     "lower optimizer.learning_rate, objective.entropy_coef, or raise objective.beta",
                 )
             ]
-        rewards = self._start["reward/mean"], self._last("reward/mean", SOON)
+        rewards = self._start["reward/mean"], self._last("reward/mean", MIN_STEPS)
         better = all(rewards) and statistics.fmean(rewards[1]) > statistics.fmean(rewards[0])
         if now < ENTROPY_FALL * before and not better:  # a model that has learned its task may well be certain
             return [

@@ -35,7 +35,7 @@ from grpo.errors import ConfigError, StorageError
 from grpo.runtime.jsonl import Lines
 from grpo.runtime.redaction import redacted
 from grpo.tracking.backends import REMOTE, Outside, completions_table, start_tracker
-from grpo.tracking.background_writer import CALL_SECONDS, Courier
+from grpo.tracking.background_writer import CALL_SECONDS, BackgroundWriter
 from grpo.tracking.diagnostics import Finding
 
 _log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Tracker:
         self._patience, self._ending = config.tracking.finish_timeout, False
         self._outside: dict[str, Outside] = {}
         self._couriers = {
-            library: Courier(library, partial(self._failed, library)) for library in config.tracking.report_to
+            library: BackgroundWriter(library, partial(self._failed, library)) for library in config.tracking.report_to
         }
         for library, courier in self._couriers.items():
             start = partial(start_tracker, library, run_dir, config.tracking.project, settings, resume_step, last_step)

@@ -167,7 +167,7 @@ def test_the_end_token_is_trained_where_it_is_the_padding_too() -> None:
     """R18. Lengths are recorded, not found by looking for padding: the first end token stays in the completion."""
     tokenizer = CharTokenizer()
     tokenizer.pad_token_id = tokenizer.eos_token_id
-    engine = NativeEngine(tiny_model(), tokenizer, slots=4, swapped=True)  # type: ignore[arg-type]
+    engine = NativeEngine(tiny_model(), tokenizer, slots=4, uses_packed_attention=True)  # type: ignore[arg-type]
     [group] = engine.generate([Prompt(0, "x", (12, 13))], SamplingPlan(16, 30, 1.0, 0))
     ended = [completion for completion in group.completions if completion.ended]
     assert ended and all(completion.token_ids[-1] == 0 and 0 not in completion.token_ids[:-1] for completion in ended)

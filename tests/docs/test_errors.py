@@ -32,7 +32,7 @@ from grpo.run.build import check_names
 from grpo.run.checkpoint import check_room, load_checkpoint, newest_valid, save_checkpoint
 from grpo.runtime.oom import memory_advice
 from grpo.runtime.run_lock import RunLock, check_free
-from grpo.tracking.diagnostics import Watch
+from grpo.tracking.diagnostics import Diagnostics
 from grpo.tracking.model_card import push
 from grpo.tracking.report import write_report
 from grpo.tracking.run_logger import choose_run_dir
@@ -569,7 +569,7 @@ def test_the_page_shows_every_finding_as_the_run_says_it() -> None:
     found = {}
     for name, changes in FINDINGS.items():
         [(_, finding)] = observe(
-            Watch(max_completion_length=512, has_answer=lambda text: "<answer>" in text), **changes
+            Diagnostics(max_completion_length=512, has_answer=lambda text: "<answer>" in text), **changes
         )
         assert finding.name.partition(":")[0] == name.partition(",")[0]
         found[name] = str(finding)

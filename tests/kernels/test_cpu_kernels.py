@@ -23,8 +23,8 @@ from grpo.kernels.attention import GroupSpan, PackedLayout, grpo_attention
 from grpo.kernels.cpu.compiler import compiled, kernels
 from grpo.kernels.cpu.decoder_layer import use_lean_layers
 from grpo.kernels.cpu.fused_ops import _RMSNorm, _SwiGLU
-from grpo.kernels.cpu.gemm import accumulating, product
-from grpo.models.logprob_model import Scorer, probe_batch, use_grpo_attention
+from grpo.kernels.cpu.gemm import accumulate_grads_inplace, product
+from grpo.models.logprob_model import LogprobModel, probe_batch, use_grpo_attention
 from grpo.models.lora import add_adapter
 from grpo.rollout.backbones import FusedBackbone, ModuleBackbone
 from grpo.rollout.compiled_backbone import CompiledBackbone, Panels, library
@@ -137,7 +137,7 @@ def test_products_equal_torch_whichever_way_they_are_given(
 
 @needs_a_compiler
 def test_gradients_are_added_where_they_belong_and_autograd_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model with a tied head and a padding token, twice: within `accumulating` over two backward passes, and without."""
+    """A model with a tied head and a padding token, twice: within `accumulate_grads_inplace` over two backward passes, and without."""
     monkeypatch.setattr(grpo.kernels.cpu.gemm, "FEWEST_ROWS", 1)
     plain = tiny_model("qwen2", tie_word_embeddings=True)
     plain.get_input_embeddings().padding_idx = 3
@@ -145,10 +145,10 @@ def test_gradients_are_added_where_they_belong_and_autograd_gives_the_same(monke
     use_grpo_attention(plain)
     twin = copy.deepcopy(plain)
     batch = probe_batch(plain.config.vocab_size)
-    for model, way in ((plain, contextlib.nullcontext), (twin, accumulating)):
-        scorer = Scorer(model, swapped=True, temperature=0.9)
+    for model, way in ((plain, contextlib.nullcontext), (twin, accumulate_grads_inplace)):
+        logprob_model = LogprobModel(model, uses_packed_attention=True, temperature=0.9)
         for factor in (1.0, -3.0):
-            logprobs, _ = scorer(batch)
+            logprobs, _ = logprob_model(batch)
             with way():
                 (logprobs * torch.arange(len(logprobs)) * factor).sum().backward()
     for (name, one), other in zip(plain.named_parameters(), twin.parameters(), strict=True):
@@ -182,7 +182,9 @@ def test_a_whole_layer_equals_its_modules(monkeypatch: pytest.MonkeyPatch, famil
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.train()
         called.clear()
-        logprobs, _ = Scorer(model, swapped=True, temperature=1.0)(probe_batch(model.config.vocab_size))
+        logprobs, _ = LogprobModel(model, uses_packed_attention=True, temperature=1.0)(
+            probe_batch(model.config.vocab_size)
+        )
         (logprobs * torch.arange(1, 1 + len(logprobs))).sum().backward()
         assert all((parameter.grad is None) == (frozen in name) for name, parameter in model.named_parameters())
         zero = torch.zeros(())
@@ -207,20 +209,23 @@ def test_a_layer_in_which_something_was_replaced_is_looked_at_again(monkeypatch:
     model = tiny_model("qwen2")
     use_lean_layers(model)
     use_grpo_attention(model)
-    scorer, batch = Scorer(model, swapped=True, temperature=1.0), probe_batch(model.config.vocab_size)
-    before = scorer(batch)[0].detach()
+    logprob_model, batch = (
+        LogprobModel(model, uses_packed_attention=True, temperature=1.0),
+        probe_batch(model.config.vocab_size),
+    )
+    before = logprob_model(batch)[0].detach()
     twin = copy.deepcopy(model)  # has weights of its own
     twin.model.layers[0].mlp.up_proj.weight.data.zero_()
-    assert torch.equal(scorer(batch)[0], before)
-    changed = Scorer(twin, swapped=True, temperature=1.0)(batch)[0].detach()
+    assert torch.equal(logprob_model(batch)[0], before)
+    changed = LogprobModel(twin, uses_packed_attention=True, temperature=1.0)(batch)[0].detach()
     assert not torch.allclose(changed, before)
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(twin.model.layers[0].mlp.up_proj.weight.data.clone())
-    assert torch.equal(scorer(batch)[0], changed)
+    assert torch.equal(logprob_model(batch)[0], changed)
     add_adapter(model, LoraConfig(r=4, target_modules=["up_proj"]), base="")
     for name, parameter in model.named_parameters():
         if "lora" in name:
             parameter.data.fill_(0.1)
-    assert not torch.allclose(scorer(batch)[0], changed)
+    assert not torch.allclose(logprob_model(batch)[0], changed)
 
 
 @needs_a_compiler
@@ -238,8 +243,8 @@ def test_products_beside_an_adapter_equal_torch(monkeypatch: pytest.MonkeyPatch,
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.data.normal_(std=0.1)
-        with accumulating():
-            Scorer(model, swapped=True, temperature=1.0)(batch)[0].sum().backward()
+        with accumulate_grads_inplace():
+            LogprobModel(model, uses_packed_attention=True, temperature=1.0)(batch)[0].sum().backward()
         assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
         return [parameter.grad for parameter in trained if parameter.grad is not None]
 

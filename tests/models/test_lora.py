@@ -59,9 +59,9 @@ def test_off_is_the_start_and_the_copy_is_the_policy(folder: Path, targets: list
     with torch.no_grad():
         after = policy.logprobs(batch)[0]
         reference = policy.reference_logprobs([batch])[0]
-        from grpo.models.logprob_model import Scorer
+        from grpo.models.logprob_model import LogprobModel
 
-        sampled = Scorer(policy.sampler, swapped=True, temperature=1.0)(batch)[0]
+        sampled = LogprobModel(policy.sampler, uses_packed_attention=True, temperature=1.0)(batch)[0]
     assert reference is not None
     assert torch.equal(reference, start)
     assert (after - start).abs().max() > 0.01

@@ -17,7 +17,7 @@ from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError, NumericsError
 from grpo.kernels.attention import NAME, grpo_attention
 from grpo.models.loading import load_model
-from grpo.models.logprob_model import Scorer, probe_batch, use_grpo_attention
+from grpo.models.logprob_model import LogprobModel, probe_batch, use_grpo_attention
 from grpo.policy import Policy
 from grpo.rollout.engine import build_engine
 from grpo.rollout.logprob_mismatch import check_agreement
@@ -90,10 +90,10 @@ def test_a_model_kept_in_bf16_takes_our_attention(tmp_path: Path, monkeypatch: p
     folder = str(tiny_folder(tmp_path / "deep", **shape))
     exact, model = load_model(folder), load_model(folder, ModelConfig(torch_dtype="bfloat16"))
     with torch.no_grad():
-        truth = Scorer(exact, swapped=False, temperature=1.0)(BATCH)[0]
-        plain = Scorer(model, swapped=False, temperature=1.0)(BATCH)[0]
+        truth = LogprobModel(exact, uses_packed_attention=False, temperature=1.0)(BATCH)[0]
+        plain = LogprobModel(model, uses_packed_attention=False, temperature=1.0)(BATCH)[0]
         assert use_grpo_attention(model)
-        ours = Scorer(model, swapped=True, temperature=1.0)(BATCH)[0]
+        ours = LogprobModel(model, uses_packed_attention=True, temperature=1.0)(BATCH)[0]
     assert float((ours - truth).abs().mean()) < 1.5 * float((plain - truth).abs().mean())
     model.set_attn_implementation("sdpa")
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, NAME, of_wrong_sign)
@@ -111,7 +111,7 @@ def test_bf16_computes_the_layers_in_bf16_and_the_head_in_float32(folder: Path) 
             logits = policy.model.get_output_embeddings()(torch.ones(1, 32, dtype=torch.bfloat16))
     assert seen["layer"] == torch.bfloat16
     assert (logprobs.dtype, entropies.dtype, logits.dtype) == (torch.float32, torch.float32, torch.float32)
-    exact = Scorer(policy.model, swapped=True, temperature=1.0)
+    exact = LogprobModel(policy.model, uses_packed_attention=True, temperature=1.0)
     with torch.no_grad():
         difference = (exact(BATCH)[0] - logprobs).abs()
     assert 0 < float(difference.max()) < 0.2  # it is bfloat16, and no worse
@@ -131,7 +131,9 @@ def test_sampler_and_scorer_use_the_same_rounded_weights(folder: Path, lora: boo
     if not lora:
         assert torch.equal(projection, policy.model.model.layers[0].self_attn.q_proj.weight.bfloat16())
     with policy.accelerator.autocast():
-        engine = build_engine("native", policy.sampler, load_tokenizer(str(folder)), slots=4, swapped=True)
+        engine = build_engine(
+            "native", policy.sampler, load_tokenizer(str(folder)), slots=4, uses_packed_attention=True
+        )
     assert check_agreement(engine, policy, 1.0) < 0.05
 
 
@@ -141,10 +143,10 @@ def test_an_engine_with_other_weights_or_another_temperature_is_found_at_the_sta
     policy = policy_of(folder, Accelerator(cpu=True))
     tokenizer = load_tokenizer(str(folder))
     other = load_model(str(tiny_folder(tmp_path / "other", seed=1)))
-    wrong = build_engine("native", other, tokenizer, slots=4, swapped=use_grpo_attention(other))
+    wrong = build_engine("native", other, tokenizer, slots=4, uses_packed_attention=use_grpo_attention(other))
     with pytest.raises(NumericsError, match="the engine and the trainer disagree.*where rounding explains 0.001"):
         check_agreement(wrong, policy, 1.0)
-    right = build_engine("native", policy.sampler, tokenizer, slots=4, swapped=True)
+    right = build_engine("native", policy.sampler, tokenizer, slots=4, uses_packed_attention=True)
     assert check_agreement(right, policy, 1.0) < 1e-5
     with pytest.raises(NumericsError, match="disagree"):
         check_agreement(right, policy, 0.7)
@@ -209,7 +211,9 @@ def test_fp16_scales_the_loss_not_the_gradient_that_is_used(folder: Path) -> Non
     policy.check()
     assert learn(policy) == pytest.approx(plain, rel=2e-2)  # unscaled before clipping
     with policy.accelerator.autocast():
-        engine = build_engine("native", policy.sampler, load_tokenizer(str(folder)), slots=4, swapped=True)
+        engine = build_engine(
+            "native", policy.sampler, load_tokenizer(str(folder)), slots=4, uses_packed_attention=True
+        )
     policy.refresh_sampler()
     assert check_agreement(engine, policy, 1.0) < 2e-2
 

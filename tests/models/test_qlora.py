@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo.models.loading import load_model
-from grpo.models.logprob_model import Scorer, probe_batch
+from grpo.models.logprob_model import LogprobModel, probe_batch
 from grpo.models.lora import delta, lora_layers
 from tests.fakes import tiny_folder
 from tests.models.test_lora import learn, lora_policy, lora_run
@@ -32,7 +32,7 @@ def test_the_base_stays_in_4_bits_and_what_is_sampled_is_what_learns(folder: Pat
     learn(policy)
     with torch.no_grad():
         after = policy.logprobs(batch)[0]
-        sampled = Scorer(policy.sampler, swapped=True, temperature=1.0)(batch)[0]
+        sampled = LogprobModel(policy.sampler, uses_packed_attention=True, temperature=1.0)(batch)[0]
         reference = policy.reference_logprobs([batch])[0]
     assert all(torch.equal(before[name], bases[name].data) for name in bases)
     assert (after - start).abs().max() > 0.01

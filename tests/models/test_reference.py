@@ -11,7 +11,7 @@ from grpo.config.schema import ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import NumericsError
 from grpo.models.loading import load_model
-from grpo.models.logprob_model import Scorer, probe_batch, use_grpo_attention
+from grpo.models.logprob_model import LogprobModel, probe_batch, use_grpo_attention
 from grpo.policy import Policy
 from grpo.rollout.engine import build_engine
 from grpo.types import Prompt, SamplingPlan
@@ -61,7 +61,7 @@ def test_another_checkpoint(tmp_path: Path, folder: Path) -> None:
     policy = policy_of(folder, reference=str(other))
     alone = load_model(str(other))
     with torch.no_grad():
-        expected = Scorer(alone, swapped=use_grpo_attention(alone), temperature=1.0)(BATCH)[0]
+        expected = LogprobModel(alone, uses_packed_attention=use_grpo_attention(alone), temperature=1.0)(BATCH)[0]
     assert torch.equal(reference(policy), expected)
 
 
@@ -94,7 +94,9 @@ def test_gradient_checkpointing_changes_no_gradient_and_no_token(
         policy.backward(-policy.logprobs(BATCH)[0].mean())
         gradients.append({name: value.grad.clone() for name, value in policy.model.named_parameters()})
         policy.refresh_sampler()
-        engine = build_engine("native", policy.sampler, load_tokenizer(str(folder)), slots=4, swapped=True)
+        engine = build_engine(
+            "native", policy.sampler, load_tokenizer(str(folder)), slots=4, uses_packed_attention=True
+        )
         [group] = engine.generate([Prompt(0, "", (5, 6, 7))], SamplingPlan(4, 12, 1.0, seed=0))
         drawn.append([(completion.token_ids, completion.logprobs) for completion in group.completions])
     assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-7) for name in gradients[0])

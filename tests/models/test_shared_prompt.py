@@ -15,7 +15,7 @@ from grpo.config.parser import load_config
 from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.kernels.attention import PackedLayout
 from grpo.kernels.cpu.decoder_layer import use_lean_layers
-from grpo.models.logprob_model import Scorer
+from grpo.models.logprob_model import LogprobModel
 from grpo.models.shared_prompt import KeptPrompt
 from grpo.packing import PackedBatch, pack
 from grpo.policy import Policy
@@ -54,15 +54,15 @@ def batches_of(max_tokens: int, share: bool = False) -> list[PackedBatch]:
     return pack(groups, advantages, max_tokens=max_tokens, share_prompts=share)
 
 
-def learned(scorer: nn.Module, batches: list[PackedBatch]) -> tuple[Tensor, dict[str, Tensor]]:
+def learned(logprob_model: nn.Module, batches: list[PackedBatch]) -> tuple[Tensor, dict[str, Tensor]]:
     """Logprobs of all batches, and the gradient of sum of advantage * logprob^2 over them by parameter."""
     logprobs = []
     for batch in batches:
-        logprobs_N = scorer(batch)[0]
+        logprobs_N = logprob_model(batch)[0]
         (batch.advantages_N * logprobs_N.square()).sum().backward()
         logprobs.append(logprobs_N.detach())
-    gradients = {name: p.grad.clone() for name, p in scorer.model.named_parameters() if p.grad is not None}
-    scorer.model.zero_grad()
+    gradients = {name: p.grad.clone() for name, p in logprob_model.model.named_parameters() if p.grad is not None}
+    logprob_model.model.zero_grad()
     return torch.cat(logprobs), gradients
 
 
@@ -117,10 +117,10 @@ def test_the_same_logprobs_and_gradients_as_in_one_batch_and_as_with_the_prompt_
     if whole_layers:
         monkeypatch.setattr(grpo.kernels.cpu.gemm, "FEWEST_ROWS", 1)
         use_lean_layers(model)
-    scorer = Scorer(model, swapped=True, temperature=0.9)
-    whole, whole_gradients = learned(scorer, batches_of(1000))
-    repeated, repeated_gradients = learned(scorer, batches_of(NARROW))
-    ours, gradients = learned(scorer, batches_of(NARROW, share=True))
+    logprob_model = LogprobModel(model, uses_packed_attention=True, temperature=0.9)
+    whole, whole_gradients = learned(logprob_model, batches_of(1000))
+    repeated, repeated_gradients = learned(logprob_model, batches_of(NARROW))
+    ours, gradients = learned(logprob_model, batches_of(NARROW, share=True))
     for expected, expected_gradients in ((whole, whole_gradients), (repeated, repeated_gradients)):
         assert torch.allclose(ours, expected, atol=1e-5)
         assert_same(gradients, expected_gradients)
@@ -129,48 +129,50 @@ def test_the_same_logprobs_and_gradients_as_in_one_batch_and_as_with_the_prompt_
 def test_a_window_hides_the_start_of_the_prompt() -> None:
     """That the windows above are not wider than the sequences: without them the numbers are others."""
     scorers = [
-        Scorer(tiny_model(spread=2.0, **changes), swapped=True, temperature=1.0)
+        LogprobModel(tiny_model(spread=2.0, **changes), uses_packed_attention=True, temperature=1.0)
         for changes in ({}, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1})
     ]
     with torch.no_grad():
-        wide, narrow = (torch.cat([scorer(batch)[0] for batch in batches_of(NARROW)]) for scorer in scorers)
+        wide, narrow = (
+            torch.cat([logprob_model(batch)[0] for batch in batches_of(NARROW)]) for logprob_model in scorers
+        )
     assert float((wide - narrow).abs().max()) > 0.01
 
 
 def test_what_goes_through_the_model_and_that_nothing_is_left() -> None:
     model = tiny_model(spread=2.0)
-    scorer, seen = Scorer(model, swapped=True, temperature=1.0), tokens_seen(model)
+    logprob_model, seen = LogprobModel(model, uses_packed_attention=True, temperature=1.0), tokens_seen(model)
     repeated, shared = batches_of(NARROW), batches_of(NARROW, share=True)
-    learned(scorer, repeated)
+    learned(logprob_model, repeated)
     assert seen == [20, 23, 22, 16, 16] and sum(seen) == TOKENS + 6 + 2 * 7
     seen.clear()
-    learned(scorer, shared)  # a row of at most 24; before it, without a graph, the prompt of a group that begins
+    learned(logprob_model, shared)  # a row of at most 24; before it, without a graph, the prompt of a group that begins
     assert seen == [6, 21, 7, 21, 19, 16] and sum(seen) == TOKENS + 6 + 7
     seen.clear()
     with torch.no_grad():
-        backwards = torch.cat([scorer(batch)[0] for batch in shared[::-1]][::-1])
+        backwards = torch.cat([logprob_model(batch)[0] for batch in shared[::-1]][::-1])
         assert seen == [16, 19, 21, 21] and sum(seen) == TOKENS
-        assert torch.allclose(backwards, torch.cat([scorer(batch)[0] for batch in shared]), atol=1e-5)
-        assert torch.allclose(backwards, torch.cat([scorer(batch)[0] for batch in repeated]), atol=1e-5)
-    assert not scorer.prompts._open
-    scorer(shared[0])
-    scorer.prompts.forget()
+        assert torch.allclose(backwards, torch.cat([logprob_model(batch)[0] for batch in shared]), atol=1e-5)
+        assert torch.allclose(backwards, torch.cat([logprob_model(batch)[0] for batch in repeated]), atol=1e-5)
+    assert not logprob_model.prompts._open
+    logprob_model(shared[0])
+    logprob_model.prompts.forget()
     with pytest.raises(AssertionError, match="the last part of a group"):
-        scorer(shared[1])
+        logprob_model(shared[1])
 
 
 def test_scoring_in_between_changes_nothing() -> None:
-    scorer = Scorer(tiny_model(spread=2.0), swapped=True, temperature=1.0)
+    logprob_model = LogprobModel(tiny_model(spread=2.0), uses_packed_attention=True, temperature=1.0)
     batches = batches_of(NARROW, share=True)
-    expected, expected_gradients = learned(scorer, batches)
+    expected, expected_gradients = learned(logprob_model, batches)
 
-    def forward(self: Scorer, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    def forward(self: LogprobModel, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            Scorer.forward(self, batch)
-        return Scorer.forward(self, batch)
+            LogprobModel.forward(self, batch)
+        return LogprobModel.forward(self, batch)
 
-    scorer.forward = forward.__get__(scorer)  # type: ignore[method-assign]
-    ours, gradients = learned(scorer, batches)
+    logprob_model.forward = forward.__get__(logprob_model)  # type: ignore[method-assign]
+    ours, gradients = learned(logprob_model, batches)
     assert torch.equal(ours, expected)
     assert_same(gradients, expected_gradients)
 
@@ -181,8 +183,12 @@ def test_rows_hold_the_budget_and_batches_stay_complete() -> None:
     for name in ("tokens_N", "advantages_N", "sampling_logprobs_N", "weights_N", "lengths_S"):
         assert torch.equal(torch.cat([getattr(batch, name) for batch in shared]), getattr(whole, name))
     with torch.no_grad():
-        ours = torch.cat([Scorer(model, swapped=True, temperature=1.0)(batch)[0] for batch in shared])
-        rows = torch.cat([Scorer(model, swapped=False, temperature=1.0)(batch)[0] for batch in shared])
+        ours = torch.cat(
+            [LogprobModel(model, uses_packed_attention=True, temperature=1.0)(batch)[0] for batch in shared]
+        )
+        rows = torch.cat(
+            [LogprobModel(model, uses_packed_attention=False, temperature=1.0)(batch)[0] for batch in shared]
+        )
     assert torch.allclose(ours, rows, atol=1e-5)
     for tokens in range(16, 60):  # whatever the budget
         batches = batches_of(tokens, share=True)
@@ -232,7 +238,7 @@ def test_through_a_policy_and_its_reference(
         assert torch.allclose(*references, atol=1e-5)
         policy.backward((narrow[0].advantages_N * policy.logprobs(narrow[0])[0]).sum())
         policy.step()
-    assert not policy.scorer.prompts._open  # of the group that was left halfway
+    assert not policy.logprob_model.prompts._open  # of the group that was left halfway
 
 
 def test_the_reference_computes_the_prompt_once(tmp_path: Path) -> None:

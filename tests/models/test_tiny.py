@@ -5,7 +5,15 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.data.arithmetic import generate_problems, is_held_out
-from grpo.models.tiny import GSM8K_RECIPE, PROSE_RECIPE, ProseRecipe, Recipe, completion_text, make_starter, recipe_for
+from grpo.models.tiny import (
+    GSM8K_RECIPE,
+    PROSE_RECIPE,
+    ProseRecipe,
+    Recipe,
+    completion_text,
+    make_tiny_model,
+    recipe_for,
+)
 
 TINY = Recipe(hidden_size=16, layers=1, heads=2, vocabulary=400, problems=200, steps=3, batch=4)
 
@@ -35,7 +43,7 @@ def test_train_and_held_out_never_meet_whatever_the_seed() -> None:
 
 def test_a_plain_folder_made_once_and_made_again_when_damaged(tmp_path: Path) -> None:
     said: list[str] = []
-    folder = make_starter(seed=0, cache=tmp_path, report=said.append, recipe=TINY)
+    folder = make_tiny_model(seed=0, cache=tmp_path, report=said.append, recipe=TINY)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
     ids = tokenizer.apply_chat_template(
@@ -45,10 +53,10 @@ def test_a_plain_folder_made_once_and_made_again_when_damaged(tmp_path: Path) ->
     assert tokenizer.decode(tokenizer("ẖ â 😀")["input_ids"]) == "ẖ â 😀"
     assert said
     said.clear()
-    assert make_starter(seed=0, cache=tmp_path, report=said.append, recipe=TINY) == folder
+    assert make_tiny_model(seed=0, cache=tmp_path, report=said.append, recipe=TINY) == folder
     assert not said
     (folder / "config.json").write_text("{}")
-    make_starter(seed=0, cache=tmp_path, report=said.append, recipe=TINY)
+    make_tiny_model(seed=0, cache=tmp_path, report=said.append, recipe=TINY)
     assert "damaged (config.json has changed)" in said[0]
     assert json.loads((folder / "config.json").read_text())
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
@@ -59,7 +67,7 @@ def test_made_from_other_problems(tmp_path: Path) -> None:
         {"question": f"What is {a} and 1?", "answer": f"{a}+1=<<{a}+1={a + 1}>>{a + 1}\n#### {a + 1}"}
         for a in range(50)
     ]
-    folder = make_starter(seed=0, problems=rows, cache=tmp_path, report=lambda text: None, recipe=TINY)
+    folder = make_tiny_model(seed=0, problems=rows, cache=tmp_path, report=lambda text: None, recipe=TINY)
     assert (folder / "starter.json").is_file()
 
 

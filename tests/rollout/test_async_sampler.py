@@ -15,7 +15,7 @@ from grpo.config.schema import correction_of
 from grpo.errors import ConfigError
 from grpo.models.loading import load_model
 from grpo.models.logprob_model import use_grpo_attention
-from grpo.rollout.async_sampler import Ahead
+from grpo.rollout.async_sampler import AsyncSampler
 from grpo.rollout.engine import build_engine
 from grpo.run.checkpoint import load_checkpoint, save_checkpoint
 from grpo.types import Completion, Group, Prompt, SamplingPlan
@@ -48,7 +48,7 @@ def test_each_step_learns_from_the_policy_of_so_many_steps_ago(tmp_path: Path, s
             model.load_state_dict(load_file(folder / "checkpoints" / f"step-{before}" / "model.safetensors"))
             model.tie_weights()
         use_grpo_attention(model)
-        engine = build_engine("native", model, tokenizer, slots=64, swapped=True)
+        engine = build_engine("native", model, tokenizer, slots=64, uses_packed_attention=True)
         rows = [row for row in rollouts(folder) if row["step"] == step and row["sample"] == 0]
         ids = [tuple(tokenizer.encode(row["prompt"] + "\n", add_special_tokens=False)) for row in rows]
         groups = engine.generate(
@@ -139,12 +139,12 @@ def test_what_was_sampled_ahead_is_shared_out_over_any_number_of_ranks() -> None
         return [Group(p, [Completion([p.draw], [-0.1], True, "x")] * 2) for p in prompts]
 
     prompts = [Prompt(draw, "text", (1, 2), {"answer": "4"}) for draw in range(8)]
-    one = Ahead(made, staleness=1, left=5, device=torch.device("cpu"))
+    one = AsyncSampler(made, staleness=1, left=5, device=torch.device("cpu"))
     shares = iter([prompts[:4], prompts[4:]])
     assert one.take(lambda: next(shares), version=7).groups == made(prompts[:4])
     rows = json.loads(json.dumps(one.rows()))
     for rank in range(3):
-        again = Ahead(made, staleness=1, left=4, device=torch.device("cpu"))
+        again = AsyncSampler(made, staleness=1, left=4, device=torch.device("cpu"))
         again.load(rows, rank, 3)
         batch = again.take(lambda: prompts[:1], version=8)
         assert (batch.groups, batch.version) == (made(prompts[4:])[rank::3], 7)
@@ -159,7 +159,7 @@ def test_an_error_while_sampling_ahead_reaches_the_step_that_needs_it() -> None:
         return []
 
     draws = iter(range(9))
-    ahead = Ahead(broken, staleness=1, left=5, device=torch.device("cpu"))
+    ahead = AsyncSampler(broken, staleness=1, left=5, device=torch.device("cpu"))
     ahead.take(lambda: [Prompt(next(draws), "", ())], 0)
     ahead.settle()
     with pytest.raises(ValueError, match="no more"):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from grpo.errors import ConfigError
-from grpo.models.logprob_model import Scorer
+from grpo.models.logprob_model import LogprobModel
 from grpo.packing import pack
 from grpo.rollout.engine import build_engine
 from grpo.types import Prompt, SamplingPlan
@@ -24,8 +24,12 @@ def prompts() -> list[Prompt]:
 def test_native_equals_transformers(family: str, temperature: float) -> None:
     model = tiny_model(family)
     plan = SamplingPlan(4, 12, temperature, seed=7)
-    native = build_engine("native", model, CharTokenizer(), slots=6, swapped=True).generate(prompts(), plan)
-    oracle = build_engine("transformers", model, CharTokenizer(), slots=6, swapped=True).generate(prompts(), plan)
+    native = build_engine("native", model, CharTokenizer(), slots=6, uses_packed_attention=True).generate(
+        prompts(), plan
+    )
+    oracle = build_engine("transformers", model, CharTokenizer(), slots=6, uses_packed_attention=True).generate(
+        prompts(), plan
+    )
     for mine, theirs in zip(native, oracle, strict=True):
         for a, b in zip(mine.completions, theirs.completions, strict=True):
             assert a.token_ids == b.token_ids
@@ -35,16 +39,22 @@ def test_native_equals_transformers(family: str, temperature: float) -> None:
 
 def test_completions_do_not_depend_on_slots_or_neighbours() -> None:
     model, plan = tiny_model(), SamplingPlan(3, 10, 1.0, seed=1)
-    wide = build_engine("native", model, CharTokenizer(), slots=64, swapped=True).generate(prompts(), plan)
-    narrow = build_engine("native", model, CharTokenizer(), slots=2, swapped=True).generate(prompts(), plan)
-    alone = build_engine("native", model, CharTokenizer(), slots=64, swapped=True).generate(prompts()[2:3], plan)
+    wide = build_engine("native", model, CharTokenizer(), slots=64, uses_packed_attention=True).generate(
+        prompts(), plan
+    )
+    narrow = build_engine("native", model, CharTokenizer(), slots=2, uses_packed_attention=True).generate(
+        prompts(), plan
+    )
+    alone = build_engine("native", model, CharTokenizer(), slots=64, uses_packed_attention=True).generate(
+        prompts()[2:3], plan
+    )
     ids = [[c.token_ids for c in group.completions] for group in wide]
     assert ids == [[c.token_ids for c in group.completions] for group in narrow]
     assert ids[2] == [c.token_ids for c in alone[0].completions]
 
 
 def test_the_end_token_is_kept_and_ends_the_completion() -> None:
-    groups = build_engine("native", tiny_model(), CharTokenizer(), slots=64, swapped=True).generate(
+    groups = build_engine("native", tiny_model(), CharTokenizer(), slots=64, uses_packed_attention=True).generate(
         prompts(), SamplingPlan(16, 30, 1.0, seed=2)
     )
     completions = [completion for group in groups for completion in group.completions]
@@ -59,17 +69,19 @@ def test_the_end_token_is_kept_and_ends_the_completion() -> None:
 def test_sampling_and_training_logprobs_are_the_same(temperature: float) -> None:
     model = tiny_model()
     plan = SamplingPlan(4, 12, temperature, seed=5)
-    groups = build_engine("native", model, CharTokenizer(), slots=8, swapped=True).generate(prompts(), plan)
+    groups = build_engine("native", model, CharTokenizer(), slots=8, uses_packed_attention=True).generate(
+        prompts(), plan
+    )
     batch = pack(groups, torch.ones(len(groups), 4), max_tokens=10_000)[0]
     with torch.no_grad():
-        trained = Scorer(model, swapped=True, temperature=temperature)(batch)[0]
+        trained = LogprobModel(model, uses_packed_attention=True, temperature=temperature)(batch)[0]
     assert torch.allclose(trained, batch.sampling_logprobs_N, atol=1e-4)
 
 
 @pytest.mark.parametrize("engine", ["native", "transformers"])
 def test_groups_are_handed_out_as_soon_as_they_are_whole(engine: str) -> None:
     early: list = []
-    built = build_engine(engine, tiny_model(), CharTokenizer(), slots=3, swapped=True)
+    built = build_engine(engine, tiny_model(), CharTokenizer(), slots=3, uses_packed_attention=True)
     groups = built.generate(prompts(), SamplingPlan(4, 12, 1.0, seed=7), finished=early.append)
     assert sorted(g.prompt.draw for g in early) == [g.prompt.draw for g in groups]
     assert all(any(g is group for group in groups) for g in early)
@@ -77,16 +89,18 @@ def test_groups_are_handed_out_as_soon_as_they_are_whole(engine: str) -> None:
 
 def test_the_cache_keeps_to_its_budget() -> None:
     model, plan = tiny_model(), SamplingPlan(3, 10, 1.0, seed=1)
-    wide = build_engine("native", model, CharTokenizer(), slots=64, swapped=True)
+    wide = build_engine("native", model, CharTokenizer(), slots=64, uses_packed_attention=True)
     # 2 layers x 2 heads x 8 numbers x (key, value) = 64 numbers of 4 bytes; 14 + 10 positions: 6144 bytes a completion
     assert wide.position_numbers == 64
     assert wide.slots_that_fit(15, 24, free=2 * 6144 * 4) == 4  # half of what is free
     assert wide.slots_that_fit(15, 24, free=2**40) == 15
-    narrow = build_engine("native", model, CharTokenizer(), slots=64, swapped=True, cache_gib=2.5 * 6144 / 2**30)
+    narrow = build_engine(
+        "native", model, CharTokenizer(), slots=64, uses_packed_attention=True, cache_gib=2.5 * 6144 / 2**30
+    )
     assert narrow.slots_that_fit(15, 24, free=2**40) == 2
     ids = [[[c.token_ids for c in group.completions] for group in e.generate(prompts(), plan)] for e in (wide, narrow)]
     assert ids[0] == ids[1]
-    none = build_engine("native", model, CharTokenizer(), slots=64, swapped=True, cache_gib=6143 / 2**30)
+    none = build_engine("native", model, CharTokenizer(), slots=64, uses_packed_attention=True, cache_gib=6143 / 2**30)
     with pytest.raises(ConfigError, match="raise rollout.cache_gib, or lower sampling.max_completion_length"):
         none.generate(prompts(), plan)
 
@@ -98,7 +112,9 @@ def test_sampled_frequencies_follow_the_model(family: str) -> None:
     prompt = prompts()[0]
     prompt = Prompt(0, "text", tuple(token % 12 for token in prompt.token_ids))
     plan = SamplingPlan(count, 2, 1.3, seed=11)
-    group = build_engine("native", model, CharTokenizer(), slots=1000, swapped=True).generate([prompt], plan)[0]
+    group = build_engine("native", model, CharTokenizer(), slots=1000, uses_packed_attention=True).generate(
+        [prompt], plan
+    )[0]
     model.set_attn_implementation("sdpa")
     first = torch.tensor([completion.token_ids[0] for completion in group.completions])
     for after in (None, int(first[first != 0].mode().values)):

@@ -24,7 +24,7 @@ from grpo.config.schema import RolloutConfig
 from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import EngineError
 from grpo.models.loading import load_model
-from grpo.models.logprob_model import Scorer, use_grpo_attention
+from grpo.models.logprob_model import LogprobModel, use_grpo_attention
 from grpo.packing import pack
 from grpo.rollout.engine import build_engine
 from grpo.rollout.vllm_client import Server
@@ -134,7 +134,7 @@ def test_greedy_tokens_and_logprobs_follow_the_weights(folder: Path, server: Run
         accelerator=Accelerator(cpu=True),
         weights=model.named_parameters,
     )
-    native = build_engine("native", model, tokenizer, slots=16, swapped=True)
+    native = build_engine("native", model, tokenizer, slots=16, uses_packed_attention=True)
     # The last one is long enough for the prefix cache, which must not survive an update.
     prompts = [Prompt(7, "", (5, 6, 7)), Prompt(8, "", (9, 3)), Prompt(9, "", tuple(2 + i % 40 for i in range(100)))]
     seen = []
@@ -154,7 +154,7 @@ def test_greedy_tokens_and_logprobs_follow_the_weights(folder: Path, server: Run
         groups = engine.generate(prompts, plan)
         (batch,) = pack(groups, torch.zeros(3, 4), max_tokens=10_000)
         with torch.no_grad():
-            logprobs = Scorer(model, swapped=True, temperature=0.7)(batch)[0]
+            logprobs = LogprobModel(model, uses_packed_attention=True, temperature=0.7)(batch)[0]
         torch.testing.assert_close(batch.sampling_logprobs_N, logprobs, atol=1e-4, rtol=0)
         again = engine.generate(prompts[1:], plan)
         for one, other in zip(groups[1:], again, strict=True):  # by prompt and sample, whatever runs beside them

@@ -14,7 +14,7 @@ import launch.vllm_server
 from grpo.config.parser import load_config
 from grpo.config.schema import RolloutConfig, correction_of
 from grpo.errors import ConfigError, EngineError, NumericsError
-from grpo.models.logprob_model import Scorer, probe_batch
+from grpo.models.logprob_model import LogprobModel, probe_batch
 from grpo.rollout import vllm_client
 from grpo.rollout.engine import build_engine
 from grpo.rollout.logprob_mismatch import scale
@@ -133,13 +133,13 @@ def test_the_engine_agrees_with_the_native_one(tmp_path: Path) -> None:
             other,
             CharTokenizer(),
             slots=8,
-            swapped=True,
+            uses_packed_attention=True,
             config=config,
             accelerator=Accelerator(cpu=True),
             weights=other.named_parameters,
         )
         engine.update_weights(0)
-        native = build_engine("native", other, CharTokenizer(), slots=8, swapped=True)
+        native = build_engine("native", other, CharTokenizer(), slots=8, uses_packed_attention=True)
         greedy = SamplingPlan(3, 10, 0.0, 0)
         expected, found = native.generate(prompts, greedy), engine.generate(prompts, greedy)
         assert [[c.token_ids for c in g.completions] for g in found] == [
@@ -222,7 +222,7 @@ def test_changed_weights_show_each_one_that_was_forgotten(family: str) -> None:
 
     def logprobs(model: torch.nn.Module) -> torch.Tensor:
         with torch.no_grad():
-            return Scorer(model, swapped=True, temperature=1.0)(batch)[0]  # type: ignore[arg-type]
+            return LogprobModel(model, uses_packed_attention=True, temperature=1.0)(batch)[0]  # type: ignore[arg-type]
 
     model = tiny_model(family, spread=2.0, tie_word_embeddings=True)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

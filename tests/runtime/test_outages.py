@@ -177,7 +177,7 @@ def test_a_call_that_overstays_is_noticed_while_the_run_goes_on(monkeypatch: pyt
     monkeypatch.setattr(courier, "CALL_SECONDS", 0.0)
     failures: list[tuple[str, BaseException | None]] = []
     started, never = threading.Event(), threading.Event()
-    made = courier.Courier("x", lambda doing, error: failures.append((doing, error)))
+    made = courier.BackgroundWriter("x", lambda doing, error: failures.append((doing, error)))
     made.post("start", lambda: (started.set(), never.wait()))
     started.wait()
     made.post("log", lambda: None)
@@ -190,12 +190,12 @@ def test_a_call_that_never_returns_does_not_hold_up_the_end_of_the_program() -> 
     """Real W&B, with a server that is silent, waits 90 s more when the interpreter ends."""
     program = (
         "import atexit, threading\n"
-        "from grpo.tracking.background_writer import Courier\n"
+        "from grpo.tracking.background_writer import BackgroundWriter\n"
         "from grpo.errors import GrpoError\n"
         "from grpo.runtime.command import run_main\n"
         "atexit.register(threading.Event().wait)\n"
         "def main():\n"
-        "    courier = Courier('x', lambda doing, error: print(doing, error))\n"
+        "    courier = BackgroundWriter('x', lambda doing, error: print(doing, error))\n"
         "    courier.close(threading.Event().wait)\n"
         "    courier.wait(0.1)\n"
         "    print('done')\n"

@@ -55,7 +55,7 @@ def test_chat_streams_what_the_engine_would_decode(tmp_path: Path) -> None:
         assert all(later[name].startswith(earlier[name]) for name in by_name)
     for name, folder in (("trained", "final"), ("base", "base")):
         model, tokenizer = load_model(str(tmp_path / folder)), load_tokenizer(str(tmp_path / folder))
-        engine = build_engine("native", model, tokenizer, slots=1, swapped=use_grpo_attention(model))
+        engine = build_engine("native", model, tokenizer, slots=1, uses_packed_attention=use_grpo_attention(model))
         ids = tuple(tokenizer.encode("1+2=", add_special_tokens=False))
         [group] = engine.generate([Prompt(0, "1+2=", ids)], SamplingPlan(1, 9, 0.0, 0))
         assert states[-1][name] == group.completions[0].text

@@ -8,8 +8,8 @@ import torch
 
 from grpo.config.parser import load_config
 from grpo.kernels.cpu.decoder_layer import use_lean_layers
-from grpo.kernels.cpu.gemm import accumulating
-from grpo.models.logprob_model import Scorer
+from grpo.kernels.cpu.gemm import accumulate_grads_inplace
+from grpo.models.logprob_model import LogprobModel
 from grpo.tools.memory import LiveBytes, Machine, cache_per_slot, estimate, machine_of, simulate, step_batches
 from tests.fakes import tiny_model
 
@@ -36,8 +36,8 @@ def test_fake_tensors_count_what_real_ones_take(extra: list[str], machine: Machi
             parameter.grad = torch.zeros_like(parameter)
     live = LiveBytes()
     with live:
-        logprobs, _ = Scorer(model, swapped=True, temperature=1.0)(batch)
-    with live, accumulating() if machine.processes == 1 else contextlib.nullcontext():
+        logprobs, _ = LogprobModel(model, uses_packed_attention=True, temperature=1.0)(batch)
+    with live, accumulate_grads_inplace() if machine.processes == 1 else contextlib.nullcontext():
         logprobs.sum().backward()
     real = live.peak - (4 * sum(parameter.numel() for parameter in model.parameters()) if first else 0)
     assert simulate(model, config, 6, machine).activations == pytest.approx(real, rel=0.05)

@@ -12,7 +12,7 @@ import pytest
 from grpo.policy import Policy
 from grpo.rewards.xml_format import only_answer
 from grpo.rollout.native_engine import NativeEngine
-from grpo.tracking.diagnostics import Finding, Watch, patience_for
+from grpo.tracking.diagnostics import Diagnostics, Finding, patience_for
 from grpo.types import Group
 from tests.data.test_data_faults import shaped
 from tests.test_trainer import run
@@ -35,7 +35,7 @@ def rows(rewards: list[dict[str, float]], ended: bool = True, text: str = "<answ
     return [{"completion": text, "ended": ended, "rewards": values} for values in rewards]
 
 
-def observe(watch: Watch, steps: int = 40, **changes: Any) -> list[tuple[int, Finding]]:
+def observe(watch: Diagnostics, steps: int = 40, **changes: Any) -> list[tuple[int, Finding]]:
     """All findings of a run whose steps are sound but for `changes`; a callable gets the step."""
     found = []
     for step in range(1, steps + 1):
@@ -50,8 +50,8 @@ def observe(watch: Watch, steps: int = 40, **changes: Any) -> list[tuple[int, Fi
 
 
 def test_a_sound_run_says_nothing() -> None:
-    assert observe(Watch(has_answer=lambda text: only_answer(text) is not None)) == []
-    assert observe(Watch(), rewards=[]) == []  # step 0: an evaluation, no completions
+    assert observe(Diagnostics(has_answer=lambda text: only_answer(text) is not None)) == []
+    assert observe(Diagnostics(), rewards=[]) == []  # step 0: an evaluation, no completions
 
 
 @pytest.mark.parametrize(
@@ -76,21 +76,21 @@ def test_a_sound_run_says_nothing() -> None:
 def test_each_finding_is_made_once(changes: dict[str, Any], name: str, step: int, says: str) -> None:
     import re
 
-    watch = Watch(max_completion_length=200, has_answer=lambda text: only_answer(text) is not None)
+    watch = Diagnostics(max_completion_length=200, has_answer=lambda text: only_answer(text) is not None)
     found = observe(watch, **changes)
     assert [(when, finding.name) for when, finding in found] == [(step, name)]
     assert re.search(says, str(found[0][1])), str(found[0][1])
     assert "\n" not in str(found[0][1])
-    assert observe(Watch(said={name}), **changes) == []  # a resumed run does not say it again
+    assert observe(Diagnostics(said={name}), **changes) == []  # a resumed run does not say it again
 
 
 def test_a_learning_rate_of_0_is_said_at_once() -> None:
-    assert [(step, finding.name) for step, finding in observe(Watch(learning_rate=0.0))] == [(1, "learning_rate")]
+    assert [(step, finding.name) for step, finding in observe(Diagnostics(learning_rate=0.0))] == [(1, "learning_rate")]
 
 
 def test_a_model_that_became_certain_because_it_learned_is_fine() -> None:
     learned = {"policy/entropy": lambda step: 2.0 * 0.5**step, "reward/mean": lambda step: step / 40}
-    assert observe(Watch(), **learned) == []
+    assert observe(Diagnostics(), **learned) == []
 
 
 def test_patience_follows_the_length_of_the_run() -> None:

@@ -3,7 +3,7 @@
 gemm.c is made for the few hundred rows of a packed batch. Alone it is little faster than general libraries, and most for the head
 (docs/speed.md). Where there is no C compiler, in 16 bits and on GPUs, it is torch that multiplies.
 
-Within `accumulating`, a backward pass adds the gradients of these weights to .grad by itself, instead of making each of them,
+Within `accumulate_grads_inplace`, a backward pass adds the gradients of these weights to .grad by itself, instead of making each of them,
 as large as its weight, for autograd to add and throw away.
 """
 
@@ -77,7 +77,7 @@ _accumulating = False
 
 
 @contextlib.contextmanager
-def accumulating() -> Iterator[None]:
+def accumulate_grads_inplace() -> Iterator[None]:
     """Within, backward passes add to .grad of the weights that are multiplied here, and autograd does not hear of it: for weights
     of this process alone, since what exchanges gradients (DDP, FSDP) waits for autograd."""
     global _accumulating
@@ -135,7 +135,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding of token ids that are often few beside the vocabulary: within `accumulating`, only their rows of the gradient are
+    """nn.Embedding of token ids that are often few beside the vocabulary: within `accumulate_grads_inplace`, only their rows of the gradient are
     touched."""
 
     def forward(self, input: Tensor) -> Tensor:

@@ -51,13 +51,13 @@ def configure(accelerator: Accelerator, max_grad_norm: float) -> None:
     settings["steps_per_print"] = 10**9
 
 
-def announce(scorer: nn.Module, head: nn.Module) -> None:
-    """After `prepare`: the scorer reads the weight of the head and never calls it, so ZeRO-3 must gather it for the scorer."""
+def announce(logprob_model: nn.Module, head: nn.Module) -> None:
+    """After `prepare`: the logprob_model reads the weight of the head and never calls it, so ZeRO-3 must gather it for the logprob_model."""
     if hasattr(next(head.parameters()), "ds_id"):
         import deepspeed
 
         for parameter in head.parameters():
-            deepspeed.zero.register_external_parameter(scorer, parameter)
+            deepspeed.zero.register_external_parameter(logprob_model, parameter)
 
 
 def backward(engine: Any, loss: Tensor, *, last: bool) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import PreTrainedModel
 
 PREFIX = "model."
-"""The live model is the `model` of the scorer that is wrapped."""
+"""The live model is the `model` of the logprob_model that is wrapped."""
 WRAPPED = "_checkpoint_wrapped_module."
 """In the name of a layer under fsdp_activation_checkpointing; torch leaves it out of the names of an optimizer's state."""
 
@@ -33,9 +33,9 @@ def reads_once(accelerator: Accelerator) -> bool:
 
 
 def shard(
-    accelerator: Accelerator, scorer: nn.Module, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator, logprob_model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """`accelerator.prepare` for a scorer with its parameters on the CPU of the main process and the meta device of the others:
+    """`accelerator.prepare` for a logprob_model with its parameters on the CPU of the main process and the meta device of the others:
     laid out without memory, then filled shard by shard, one parameter at a time.
 
     Accelerate's own way wants persistent buffers to be shards too, and finds the optimizer's parameters by their address, which
@@ -43,24 +43,24 @@ def shard(
     """
     plugin = accelerator.state.fsdp_plugin
     plugin.cpu_ram_efficient_loading = False
-    source = scorer.state_dict() if accelerator.is_main_process else {}
-    with _buffers_kept(scorer):
-        scorer.to("meta")
-    retie(scorer)
-    trains(optimizer, scorer)
-    prepared = accelerator.prepare(scorer, optimizer)
+    source = logprob_model.state_dict() if accelerator.is_main_process else {}
+    with _buffers_kept(logprob_model):
+        logprob_model.to("meta")
+    retie(logprob_model)
+    trains(optimizer, logprob_model)
+    prepared = accelerator.prepare(logprob_model, optimizer)
     offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
-    with _buffers_kept(scorer):
-        scorer.to_empty(device=torch.device("cpu") if offloaded else accelerator.device)
-    retie(scorer)
-    trains(optimizer, scorer)
+    with _buffers_kept(logprob_model):
+        logprob_model.to_empty(device=torch.device("cpu") if offloaded else accelerator.device)
+    retie(logprob_model)
+    trains(optimizer, logprob_model)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offloaded)
-    set_model_state_dict(scorer, source, options=options)
+    set_model_state_dict(logprob_model, source, options=options)
     plugin.cpu_ram_efficient_loading = True
     return prepared
 
 
-def hand_out(model: PreTrainedModel, device: torch.device) -> None:
+def broadcast_weights(model: PreTrainedModel, device: torch.device) -> None:
     """A model with its parameters on the CPU of the main process and the meta device of the others -> whole, on `device`, everywhere.
     Collective."""
     if torch.distributed.get_rank() == 0:
@@ -83,27 +83,27 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
         part._buffers.update(buffers)
 
 
-def retie(scorer: nn.Module) -> None:
+def retie(logprob_model: nn.Module) -> None:
     """A parameter that moves to another kind of device becomes a new one under each of its names."""
-    scorer.model.tie_weights()  # type: ignore[operator, union-attr]
+    logprob_model.model.tie_weights()  # type: ignore[operator, union-attr]
 
 
-def trains(optimizer: torch.optim.Optimizer, scorer: nn.Module) -> None:
+def trains(optimizer: torch.optim.Optimizer, logprob_model: nn.Module) -> None:
     [group] = optimizer.param_groups
-    group["params"] = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
+    group["params"] = [parameter for parameter in logprob_model.parameters() if parameter.requires_grad]
 
 
-def full_state(scorer: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def full_state(logprob_model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(weights that are trained, optimizer state by weight name), on the CPU of the main process, empty elsewhere."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    weights = get_model_state_dict(scorer, options=options)
-    moments = get_optimizer_state_dict(scorer, optimizer, options=options)
+    weights = get_model_state_dict(logprob_model, options=options)
+    moments = get_optimizer_state_dict(logprob_model, optimizer, options=options)
     whole = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
     return whole, moments
 
 
 def load_full_state(
-    scorer: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], moments: dict[str, Any]
+    logprob_model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], moments: dict[str, Any]
 ) -> None:
     """What full_state gave, or a run that was not sharded saved (its optimizer state is by number), on the main process; what the
     others pass is not looked at. Each tensor travels alone, so that the others never hold more than their shards and one of them.
@@ -112,16 +112,16 @@ def load_full_state(
     whole: dict[str, Tensor] = {}
     if torch.distributed.get_rank() == 0:
         whole = {PREFIX + name: tensor for name, tensor in weights.items()}
-        moments = _by_name(moments, scorer)
+        moments = _by_name(moments, logprob_model)
     else:
         moments = {}
-    set_model_state_dict(scorer, whole, options=options)  # type: ignore[arg-type]
-    set_optimizer_state_dict(scorer, optimizer, moments, options=options)
+    set_model_state_dict(logprob_model, whole, options=options)  # type: ignore[arg-type]
+    set_optimizer_state_dict(logprob_model, optimizer, moments, options=options)
 
 
-def _by_name(moments: dict[str, Any], scorer: nn.Module) -> dict[str, Any]:
+def _by_name(moments: dict[str, Any], logprob_model: nn.Module) -> dict[str, Any]:
     """The state of an optimizer over the trained parameters in their order, its numbers turned into names."""
-    names = [name for name, parameter in scorer.named_parameters() if parameter.requires_grad]
+    names = [name for name, parameter in logprob_model.named_parameters() if parameter.requires_grad]
     names = [name.replace(WRAPPED, "") for name in names]
     [group] = moments["param_groups"]
     if group["params"] != list(range(len(names))):

@@ -8,8 +8,8 @@ from grpo.tools.dashboard.feedback_form import feedback_form
 from grpo.tracking.console import visible
 from grpo.tracking.run_reader import Row, groups_of, is_correct, matching
 
-MOST_CARDS = 32
-MOST_ROWS = 300
+MAX_CARDS = 32
+MAX_ROWS = 300
 """Rows in the table: more than anybody reads."""
 SCOPES = {"this step": 1, "10 steps": 10, "100 steps": 100, "all steps": None}
 """Label -> steps that are searched, back from the one that is shown; None = to the first."""
@@ -111,7 +111,7 @@ def find(
     if not found:
         return [], at
     oldest = 0 if back is None else max(0, at - back + 1)
-    return found[0].search(at, oldest, lambda rows: matching(rows, **conditions), MOST_ROWS)
+    return found[0].search(at, oldest, lambda rows: matching(rows, **conditions), MAX_ROWS)
 
 
 def _told(rows: list[Row], newest: int, oldest: int) -> str:
@@ -119,7 +119,7 @@ def _told(rows: list[Row], newest: int, oldest: int) -> str:
     where = f"step {newest}" if oldest >= newest else f"steps {oldest} to {newest}"
     if not rows:
         return f"No completion of {where} fits."
-    count = f"The newest {len(rows)}" if len(rows) >= MOST_ROWS else str(len(rows))
+    count = f"The newest {len(rows)}" if len(rows) >= MAX_ROWS else str(len(rows))
     many = "completion" if len(rows) == 1 else "completions"
     return f"{count} {many} of {where}. Click one for its whole group."
 
@@ -155,7 +155,7 @@ def _cards(gr: Any, board: Board, name: str | None, rows: list[Row]) -> None:
         gr.Textbox(visible(str(rows[0].get("prompt", ""))), label="Prompt", lines=2, max_lines=8, scale=4)
         gr.Textbox(visible("" if gold is None else str(gold)), label="Gold answer", lines=2, max_lines=8, scale=1)
     with gr.Row(elem_classes=["cards"]):
-        for row in rows[:MOST_CARDS]:
+        for row in rows[:MAX_CARDS]:
             gr.Textbox(
                 visible(str(row.get("completion", ""))),
                 label=_title(row),
