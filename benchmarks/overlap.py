@@ -72,7 +72,7 @@ def starter_shape() -> Path:
 def run(model: Path, name: str, steps: int, milliseconds: float) -> list[dict[str, Any]]:
     """-> the metrics of each step."""
     from grpo.config.parser import load_config
-    from grpo.rewards.workers import RewardRunner
+    from grpo.rewards.workers import RewardWorkerPool
     from grpo.trainer import train
 
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +98,7 @@ def run(model: Path, name: str, steps: int, milliseconds: float) -> list[dict[st
         if name == "in turn":
             with (
                 patch("grpo.experience.packed_before_rewards", lambda config: False),
-                patch.object(RewardRunner, "offer", lambda self, group: None),
+                patch.object(RewardWorkerPool, "offer", lambda self, group: None),
             ):
                 train(config)
         else:

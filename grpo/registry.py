@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +22,17 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Names -> entries of one kind ("reward", "dataset", "objective", "engine")."""
+    """Names -> entries of one kind ("reward", "dataset", "objective", "engine").
 
-    def __init__(self, kind: str):
+    Args:
+        kind: Noun for error messages.
+        package: Package with the built-in entries. Its modules are imported when a name is looked up that is not
+            registered yet: the module of that name first, then the others. A new file there needs no other change.
+    """
+
+    def __init__(self, kind: str, package: str | None = None):
         self.kind = kind
+        self._package = package
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -42,7 +50,8 @@ class Registry(Generic[T]):
         return file_under_name
 
     def names(self) -> list[str]:
-        """The registered names, sorted."""
+        """Return all names, sorted."""
+        self._import_until(None)
         return sorted(self._entries)
 
     def get(self, name: str) -> T:
@@ -50,6 +59,8 @@ class Registry(Generic[T]):
 
         Raises ConfigError for a name that is not there, with the nearest one that is.
         """
+        if ":" not in name:
+            self._import_until(name)
         if name in self._entries:
             return self._entries[name]
         if ":" in name:
@@ -63,6 +74,16 @@ class Registry(Generic[T]):
             f"unknown {self.kind} '{name}': {hint}Known: {', '.join(self.names())}; or point to your own with "
             f"'package.module:name' or 'path/file.py:name'"
         )
+
+    def _import_until(self, name: str | None) -> None:
+        """Import the package's modules, the one called `name` first, until `name` is registered; all for None."""
+        if self._package is None:
+            return
+        modules = [found.name for found in pkgutil.iter_modules(importlib.import_module(self._package).__path__)]
+        for module in sorted(modules, key=lambda module: module != name):
+            if name in self._entries:
+                return
+            importlib.import_module(f"{self._package}.{module}")
 
     def _load(self, name: str) -> T:
         place, _, attribute = name.rpartition(":")

@@ -379,7 +379,7 @@ def run_trl(suite: Suite, folder: Path, name: str) -> dict:
     from grpo.data.stream import PromptStream
     from grpo.data.tokenizer import load_tokenizer
     from grpo.models.loading import load_model
-    from grpo.rewards.scoring import REWARDS as registered
+    from grpo.rewards.registry import REWARDS as registered
     from grpo.runtime.distributed import cpu_threads
     from grpo.types import Prompt
 

@@ -288,6 +288,8 @@ class Config:
     gradient."""
     rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "xml_format": 0.2})
     """Reward function -> weight. Registered names, package.module:function, or path/file.py:function."""
+    reward_kwargs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Keyword arguments of reward functions: a name in `rewards` -> {argument: value}."""
     callbacks: list[str] = field(default_factory=list)
     """Your own code during training, mostly more metrics: layer_gradient_norms, package.module:Class, or path/file.py:Class."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -313,11 +315,11 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}. A rewards table stays one value: its names may hold dots."""
+    """{"a": {"b": 1}} -> {"a.b": 1}. `rewards` and `reward_kwargs` stay one value: their names may hold dots."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         path = f"{prefix}{key}"
-        if isinstance(value, dict) and path != "rewards":
+        if isinstance(value, dict) and path not in ("rewards", "reward_kwargs"):
             flat.update(flatten(value, path + "."))
         else:
             flat[path] = value

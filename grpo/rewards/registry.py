@@ -1,4 +1,4 @@
-"""The reward registry, apart from the rewards, so that one reward's file can import it without the others."""
+"""Registry of reward functions, apart from the rewards, so that one reward's file can import it without the others."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,20 +7,26 @@ from grpo.registry import Registry
 
 RewardFunction = Callable[..., list[float | None]]
 """TRL's signature: f(prompts, completions, completion_ids, **columns) -> one number per completion, or None where the
-reward does not apply. Every argument is a keyword and a flat list of P * G entries."""
+reward does not apply. Every argument is a keyword and a flat list of P * G entries, apart from `reward_kwargs`."""
 
-REWARDS: Registry[RewardFunction] = Registry("reward")
+REWARDS: Registry[RewardFunction] = Registry("reward", package="grpo.rewards")
 register_reward = REWARDS.register
 
 
 def text_of(completion: Any) -> str:
-    """The text of one completion as rewards get it: "4" -> "4";  [{"role": "assistant", "content": "4"}] -> "4"."""
+    """Return the text of a completion as rewards get it: "4", or [{"role": "assistant", "content": "4"}]."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 def one_by_one(seconds: float, needs: str | None = None) -> Callable[[RewardFunction], RewardFunction]:
-    """Says of a reward that it judges each completion by itself, and how long that may take: its workers share the
-    completions out, and one that takes longer costs nothing but itself. `needs`: a library that must be installed."""
+    """Decorator for a reward that scores each completion by itself.
+
+    Its workers share the completions out, and a slow completion costs no other one its score.
+
+    Args:
+        seconds: Deadline for one completion.
+        needs: Name of a module that must be installed.
+    """
 
     def mark(function: RewardFunction) -> RewardFunction:
         function.seconds_each, function.needs = seconds, needs  # type: ignore[attr-defined]

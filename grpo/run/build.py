@@ -25,7 +25,7 @@ from grpo.models.optimizer_state import Tensors
 from grpo.policy import Policy
 from grpo.rewards.scoring import RewardSum
 from grpo.rewards.sources import changed_sources, reward_sources
-from grpo.rewards.workers import RewardRunner
+from grpo.rewards.workers import RewardWorkerPool
 from grpo.rewards.xml_format import only_answer
 from grpo.rollout.async_sampler import AsyncSampler
 from grpo.rollout.engine import RolloutEngine, build_engine, find_engine, is_separate
@@ -307,8 +307,11 @@ def watch_for(config: Config, accelerator: Accelerator, tracker: Tracker | None)
 def build_score(config: Config) -> RewardSum:
     """The rewards, in worker processes unless scoring.workers is 0. Raises ConfigError for one that is not there."""
     if config.scoring.workers == 0:
-        return RewardSum(config.rewards)
-    return RewardRunner(config.rewards, config.scoring.deadline, config.scoring.on_error, config.scoring.workers)
+        return RewardSum(config.rewards, config.reward_kwargs)
+    scoring = config.scoring
+    return RewardWorkerPool(
+        config.rewards, scoring.deadline, scoring.on_error, scoring.workers, kwargs=config.reward_kwargs
+    )
 
 
 def model_path(config: Config, rows: list[Example], accelerator: Accelerator, say: Callable[[str], None]) -> str:

@@ -21,6 +21,7 @@ from grpo.data.stream import prompt_token_ids, prompts_token_ids
 from grpo.data.streaming import peek
 from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError, GrpoError
+from grpo.rewards.calls import call_reward
 from grpo.rewards.math_answers import parse_number
 from grpo.rewards.scoring import RewardSum
 from grpo.rollout.engine import find_engine
@@ -116,7 +117,7 @@ def check(config: Config, machine: Machine | None = None) -> Check:
     found = Check(config=flatten(to_dict(config)))
     check_names(config.objective)
     find_engine(config.rollout.engine)
-    score = RewardSum(config.rewards)
+    score = RewardSum(config.rewards, config.reward_kwargs)
     check_trackers(config.tracking.report_to)
     found.run_dir = str(choose_run_dir(config, datetime.now()))
     permission = check_permission(config.data)
@@ -365,17 +366,15 @@ def _in_a_process(name: str, score: RewardSum, groups: dict[str, list[Group]]) -
 def _score_all(name: str, score: RewardSum, groups: dict[str, list[Group]]) -> _Given:
     scores: dict[str, list[float | None]] = {}
     seconds, count = 0.0, 0
-    one = RewardSum.__new__(RewardSum)
-    one.weights, one.functions = {name: 1.0}, {name: score.functions[name]}
     for kind, made in groups.items():
         started = time.perf_counter()
         try:
-            values = one(made).by_name[name].flatten().tolist()
+            values = call_reward(name, score.functions[name], made, score.kwargs[name])
         except GrpoError as error:
             return _Given(scores, 0.0, f"broken on the {kind} completions: {error}")
         if not kind.startswith("hostile"):
             seconds, count = seconds + time.perf_counter() - started, count + len(made)
-        scores[kind] = [None if value != value else value for value in values]
+        scores[kind] = values
     return _Given(scores, 1000 * seconds / max(1, count))
 
 
@@ -385,7 +384,7 @@ def score_rows(config: Config, rows: list[dict[str, Any]]) -> list[dict[str, Any
     A prompt that is text gives rewards a completion that is text; one of messages gives messages. Rows of a run's
     rollouts.jsonl are taken as well: theirs were chats. Raises ConfigError for rows without the two fields.
     """
-    score = RewardSum(config.rewards)
+    score = RewardSum(config.rewards, config.reward_kwargs)
     groups: list[Group] = []
     for number, row in enumerate(rows, start=1):
         if "prompt" not in row or "completion" not in row:

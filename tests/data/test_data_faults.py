@@ -16,7 +16,7 @@ from grpo.data.training_data import repeated_prompts
 from grpo.errors import ConfigError
 from grpo.rewards.math_answers import accuracy
 from grpo.rewards.text_match import exact_match
-from grpo.rewards.workers import RewardRunner
+from grpo.rewards.workers import RewardWorkerPool
 from grpo.rollout.engine import end_token_ids
 from grpo.rollout.native_engine import NativeEngine
 from grpo.tracking.run_logger import Tracker
@@ -113,7 +113,7 @@ def test_letters_come_back_as_they_were(tmp_path: Path, text: str) -> None:
 
 def test_rewards_in_other_processes_see_the_letters_as_they_are() -> None:
     """R16. The completion and its columns, code point by code point."""
-    runner = RewardRunner({"tests.faulty_rewards:code_points": 1.0})
+    runner = RewardWorkerPool({"tests.faulty_rewards:code_points": 1.0})
     try:
         groups = [
             Group(Prompt(0, "q", (1,), {"note": text}), [Completion([0], [0.0], True, text + "!")]) for text in LETTERS

@@ -25,8 +25,9 @@ from grpo.errors import ConfigError, GrpoError, NumericsError, OutOfMemory, Rewa
 from grpo.losses import find_objective
 from grpo.models.lora import load_adapter
 from grpo.models.reference import check_vocabulary
-from grpo.rewards.scoring import RewardSum, call_reward
-from grpo.rewards.workers import RewardRunner
+from grpo.rewards.calls import call_reward
+from grpo.rewards.scoring import RewardSum
+from grpo.rewards.workers import RewardWorkerPool
 from grpo.rollout.engine import find_engine
 from grpo.run.build import check_names
 from grpo.run.checkpoint import check_room, load_checkpoint, newest_valid, save_checkpoint
@@ -115,13 +116,24 @@ def reward(body: str, count: int = 2) -> Callable[[Path], Any]:
     return provoke
 
 
+def reward_kwargs(**kwargs: Any) -> Callable[[Path], Any]:
+    """A reward with the argument `limit`, called with `kwargs`, on data that has a column `limit`."""
+
+    def provoke(folder: Path) -> None:
+        (folder / "mine.py").write_text("def score(completions, limit: int = 50, **columns):\n    return []\n")
+        name = f"{folder}/mine.py:score"
+        RewardSum({name: 1.0}, {name: kwargs}).check_columns({"answer", "limit"})
+
+    return provoke
+
+
 def group(count: int = 2) -> Group:
     return Group(Prompt(0, "question", (), {"answer": "1"}), [Completion([1], [0.0], True, "an answer")] * count)
 
 
 def broken_half(folder: Path) -> None:
     (folder / "mine.py").write_text("def score(completions, **columns):\n    raise KeyError('units')\n")
-    runner = RewardRunner({f"{folder}/mine.py:score": 1.0}, deadline=60, on_error="mask", workers=1)
+    runner = RewardWorkerPool({f"{folder}/mine.py:score": 1.0}, deadline=60, on_error="mask", workers=1)
     try:
         runner([group(4)])
     finally:
@@ -413,6 +425,26 @@ CASES: dict[str, Case] = {
         ConfigError,
         "reward 'DIR/my.py:score': there is no file DIR/my.py",
     ),
+    "keyword argument of a reward that is not one of the rewards": Case(
+        lambda _: RewardSum({"accuracy": 1.0}, {"brevity": {"limit": 20}}),
+        ConfigError,
+        "reward_kwargs has 'brevity', it must be one of the rewards: accuracy",
+    ),
+    "unknown keyword argument of a reward": Case(
+        reward_kwargs(limits=20),
+        ConfigError,
+        "reward_kwargs: reward 'DIR/mine.py:score' has no argument 'limits': did you mean 'limit'? It accepts limit",
+    ),
+    "keyword argument of the wrong type": Case(
+        reward_kwargs(limit="many"),
+        ConfigError,
+        "reward_kwargs: argument 'limit' of reward 'DIR/mine.py:score' is 'many', needs int",
+    ),
+    "keyword argument that is a column": Case(
+        reward_kwargs(limit=20),
+        ConfigError,
+        "reward_kwargs: argument 'limit' of reward 'DIR/mine.py:score' is also a column of the data (columns there: answer, limit): rename the argument or the column",
+    ),
     "reward that needs a column": Case(
         lambda _: RewardSum({"accuracy": 1.0}).check_columns({"prompt"}),
         ConfigError,
@@ -426,7 +458,7 @@ CASES: dict[str, Case] = {
     "reward with too few values": Case(
         reward("return [1.0]"),
         RewardError,
-        "reward 'DIR/mine.py:score' returned 1 values for 2 completions: it must return one number (or None) each; the first without a partner is number 1, 'an answer'",
+        "reward 'DIR/mine.py:score' returned 1 values for 2 completions: it must return one number (or None) each; the first mismatch is at number 1, 'an answer'",
     ),
     "reward that is not finite": Case(
         reward("return [0.0, float('nan')]"),
@@ -441,7 +473,7 @@ CASES: dict[str, Case] = {
     "reward that fails too often": Case(
         broken_half,
         RewardError,
-        "reward 'DIR/mine.py:score' failed on 4 of 4 completions: raised KeyError('units') on completion number 0, 'an answer'; raised KeyError('units') on completion number 1, 'an answer'; raised KeyError('units') on completion number 2, 'an answer'. Mend the function; `python launch/check.py` runs it on examples",
+        "reward 'DIR/mine.py:score' failed on 4 of 4 completions: raised KeyError('units') on completion number 0, 'an answer'; raised KeyError('units') on completion number 1, 'an answer'; raised KeyError('units') on completion number 2, 'an answer'. Fix the function; `python launch/check.py` runs it on examples",
     ),
     "reference with another vocabulary": Case(
         other_vocabulary,

@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 
 from grpo.rewards.countdown import evaluate_arithmetic
-from grpo.rewards.scoring import REWARDS
+from grpo.rewards.registry import REWARDS
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from grpo.data.extractors import EXTRACTORS
 from grpo.rewards.prose import chrf_score, match_terms, words
-from grpo.rewards.scoring import REWARDS
+from grpo.rewards.registry import REWARDS
 
 GOLD = "ẖôṯîga"
 FULL = "You would say `ẖôṯîga`. This is the word for stone as it is."

@@ -3,6 +3,8 @@
 import itertools
 import math
 import re
+import subprocess
+import sys
 import time
 from fractions import Fraction
 from typing import Any
@@ -12,8 +14,10 @@ import pytest
 import torch
 
 from grpo.errors import ConfigError, RewardError
+from grpo.rewards.calls import call_reward
 from grpo.rewards.math_answers import last_number, parse_number
-from grpo.rewards.scoring import REWARDS, RewardSum, call_reward
+from grpo.rewards.registry import REWARDS
+from grpo.rewards.scoring import RewardSum
 from grpo.rewards.xml_format import lenient_answer
 from grpo.types import Completion, Group, Prompt
 
@@ -339,3 +343,74 @@ def test_reward_sum_refuses_unknown_names_and_weights() -> None:
         RewardSum({"acuracy": 1.0})
     with pytest.raises(ConfigError, match="weight of 'accuracy' is nan"):
         RewardSum({"accuracy": math.nan})
+
+
+def with_settings(completions: Any, answer: Any, limit: int = 5, factor: float = 1.0, **columns: Any) -> list[float]:
+    return [factor * min(limit, len(completion[0]["content"])) for completion in completions]
+
+
+def test_keyword_arguments_reach_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(REWARDS, "_entries", {**REWARDS._entries, "limited": with_settings})
+    groups = [group("a" * 9, "b", answer="1")]
+    assert RewardSum({"limited": 1.0})(groups).rewards_PG.tolist() == [[5.0, 1.0]]
+    limited = RewardSum({"limited": 1.0}, {"limited": {"limit": 8, "factor": 2}})
+    limited.check_columns({"answer"})
+    assert limited(groups).rewards_PG.tolist() == [[16.0, 2.0]]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"accuracy": {}}, "reward_kwargs has 'accuracy', it must be one of the rewards: limited"),
+        (
+            {"limited": {"limits": 8}},
+            "reward 'limited' has no argument 'limits': did you mean 'limit'\\? It accepts answer",
+        ),
+        ({"limited": {"completions": 8}}, "reward 'limited' has no argument 'completions'"),
+        ({"limited": {"columns": 8}}, "reward 'limited' has no argument 'columns'"),
+        ({"limited": {"limit": "8"}}, "argument 'limit' of reward 'limited' is '8', needs int"),
+        ({"limited": {"limit": True}}, "argument 'limit' of reward 'limited' is True, needs int"),
+        ({"limited": {"factor": None}}, "argument 'factor' of reward 'limited' is None, needs float"),
+    ],
+)
+def test_keyword_arguments_are_checked_against_the_signature(
+    monkeypatch: pytest.MonkeyPatch, kwargs: Any, message: str
+) -> None:
+    monkeypatch.setattr(REWARDS, "_entries", {**REWARDS._entries, "limited": with_settings})
+    with pytest.raises(ConfigError, match=message):
+        RewardSum({"limited": 1.0}, kwargs)
+
+
+def test_a_keyword_argument_cannot_hide_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(REWARDS, "_entries", {**REWARDS._entries, "limited": with_settings})
+    with pytest.raises(ConfigError, match="argument 'limit' of reward 'limited' is also a column of the data"):
+        RewardSum({"limited": 1.0}, {"limited": {"limit": 8}}).check_columns({"answer", "limit"})
+
+
+def test_rewards_import_without_torch() -> None:
+    """Worker processes import these modules: torch would take seconds and hundreds of megabytes in each."""
+    program = (
+        "import importlib, pkgutil, sys\n"
+        "import grpo.rewards, grpo.types\n"
+        "for found in pkgutil.iter_modules(grpo.rewards.__path__):\n"
+        "    importlib.import_module('grpo.rewards.' + found.name)\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_built_in_names_are_found_without_importing_their_modules_first() -> None:
+    program = (
+        "import sys\n"
+        "from grpo.rewards.registry import REWARDS\n"
+        "assert REWARDS.get('countdown').__module__ == 'grpo.rewards.countdown'\n"
+        "assert 'grpo.rewards.prose' not in sys.modules\n"
+        "assert REWARDS.get('accuracy').__module__ == 'grpo.rewards.math_answers'\n"
+        "print(*REWARDS.names())\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert set(shown.split()) == {
+        *("accuracy", "chrf", "correctness", "countdown", "exact_match", "feedback", "int", "language_guard"),
+        *("length_guard", "math_verify", "soft_format", "strict_format", "term_match", "token_f1", "xml_format"),
+        "xmlcount",
+    }

@@ -17,8 +17,10 @@ import torch
 
 from grpo.advantages import group_advantages
 from grpo.errors import RewardError
+from grpo.rewards.registry import REWARDS
 from grpo.rewards.scoring import RewardSum
-from grpo.rewards.workers import RewardRunner, address_of
+from grpo.rewards.worker_process import address_of
+from grpo.rewards.workers import RewardWorkerPool
 from tests import faulty_rewards
 from tests.rewards.test_rewards import group
 
@@ -26,28 +28,28 @@ FAULTY = "tests.faulty_rewards:faulty"
 
 
 @pytest.fixture
-def runners() -> Iterator[list[RewardRunner]]:
-    made: list[RewardRunner] = []
+def pools() -> Iterator[list[RewardWorkerPool]]:
+    made: list[RewardWorkerPool] = []
     yield made
-    for runner in made:
-        runner.close()
+    for pool in made:
+        pool.close()
 
 
-def run(runners: list[RewardRunner], *texts: str, name: str = FAULTY, **options: Any) -> Any:
-    runner = RewardRunner({name: 1.0}, **options)
-    runners.append(runner)
-    return runner([group(*texts, messages="text")])
+def run(pools: list[RewardWorkerPool], *texts: str, name: str = FAULTY, **options: Any) -> Any:
+    pool = RewardWorkerPool({name: 1.0}, **options)
+    pools.append(pool)
+    return pool([group(*texts, messages="text")])
 
 
-def test_values_are_those_of_the_function(runners: list[RewardRunner]) -> None:
+def test_values_are_those_of_the_function(pools: list[RewardWorkerPool]) -> None:
     weights = {"accuracy": 1.0, "xml_format": 0.2, "tests.letters:count_letters": 0.5}
     groups = [
         group("<reasoning>\n1\n</reasoning>\n<answer>\n4\n</answer>", "<answer>4</answer>", answer="4"),
         group("aab", "", answer=None),
     ]
-    runner = RewardRunner(weights)
-    runners.append(runner)
-    apart, here = runner(groups), RewardSum(weights)(groups)
+    pool = RewardWorkerPool(weights)
+    pools.append(pool)
+    apart, here = pool(groups), RewardSum(weights)(groups)
     torch.testing.assert_close(apart.rewards_PG, here.rewards_PG, rtol=0, atol=0, equal_nan=True)
     for name in weights:
         torch.testing.assert_close(apart.by_name[name], here.by_name[name], rtol=0, atol=0, equal_nan=True)
@@ -67,8 +69,8 @@ def test_values_are_those_of_the_function(runners: list[RewardRunner]) -> None:
         ("leave", r"ended its process \(exit code 7\)"),
     ],
 )
-def test_one_bad_completion_is_masked_and_counted(runners: list[RewardRunner], fault: str, reason: str) -> None:
-    scores = run(runners, "a", "abc", fault, "ab")
+def test_one_bad_completion_is_masked_and_counted(pools: list[RewardWorkerPool], fault: str, reason: str) -> None:
+    scores = run(pools, "a", "abc", fault, "ab")
     [failure] = scores.failures
     assert (failure.reward, failure.index, failure.timed_out) == (FAULTY, 2, False)
     assert re.match(reason, failure.reason), failure.reason
@@ -77,14 +79,16 @@ def test_one_bad_completion_is_masked_and_counted(runners: list[RewardRunner], f
     assert group_advantages(scores.rewards_PG)[0].tolist() == pytest.approx([-1, 1, 0, 0], abs=1e-3)
 
 
-def test_none_does_not_apply_and_is_no_failure(runners: list[RewardRunner]) -> None:
-    scores = run(runners, "a", "none")
+def test_none_does_not_apply_and_is_no_failure(pools: list[RewardWorkerPool]) -> None:
+    scores = run(pools, "a", "none")
     assert scores.failures == [] and scores.rewards_PG.isnan().tolist() == [[False, True]]
 
 
 @pytest.mark.parametrize("fault", ["hang", "spin", "child"])
-def test_a_hang_is_killed_and_only_it_is_masked(runners: list[RewardRunner], record_property: Any, fault: str) -> None:
-    scores = run(runners, "a", "abc", fault, "ab", deadline=2.0)
+def test_a_hang_is_killed_and_only_it_is_masked(
+    pools: list[RewardWorkerPool], record_property: Any, fault: str
+) -> None:
+    scores = run(pools, "a", "abc", fault, "ab", deadline=2.0)
     [failure] = scores.failures
     assert failure.index == 2 and failure.timed_out
     assert failure.reason == "gave no value within 0.25 s"
@@ -95,19 +99,19 @@ def test_a_hang_is_killed_and_only_it_is_masked(runners: list[RewardRunner], rec
     assert left == []
 
 
-def test_a_slow_reward_makes_no_other_one_wait(runners: list[RewardRunner]) -> None:
-    runner = RewardRunner({FAULTY: 1.0, "tests.faulty_rewards:steady": 1.0}, deadline=30.0)
-    runners.append(runner)
-    runner([group("a", "b", messages="text")])
-    runner.submit([group("hang", "b", messages="text")])
-    assert runner._pending is not None
-    [slow], [fast] = runner._pending[1]
+def test_a_slow_reward_makes_no_other_one_wait(pools: list[RewardWorkerPool]) -> None:
+    pool = RewardWorkerPool({FAULTY: 1.0, "tests.faulty_rewards:steady": 1.0}, deadline=30.0)
+    pools.append(pool)
+    pool([group("a", "b", messages="text")])
+    pool.submit([group("hang", "b", messages="text")])
+    assert pool._pending is not None
+    [slow], [fast] = pool._pending[1]
     assert fast.result(timeout=20) == [1.0, 1.0]  # there, while the other one still hangs
     assert not slow.done()
 
 
-def test_a_reward_that_compares_completions_is_asked_again_without_the_bad_one(runners: list[RewardRunner]) -> None:
-    scores = run(runners, "a", "raise", "abc", name="tests.faulty_rewards:relative")
+def test_a_reward_that_compares_completions_is_asked_again_without_the_bad_one(pools: list[RewardWorkerPool]) -> None:
+    scores = run(pools, "a", "raise", "abc", name="tests.faulty_rewards:relative")
     assert scores.rewards_PG[0, [0, 2]].tolist() == [0.25, 0.75]  # 1 / 4 and 3 / 4: the bad one counts nowhere
     assert [failure.index for failure in scores.failures] == [1]
 
@@ -124,41 +128,39 @@ def test_a_reward_that_compares_completions_is_asked_again_without_the_bad_one(r
     ],
 )
 def test_a_reward_that_fails_often_ends_the_run(
-    runners: list[RewardRunner], texts: list[str], name: str, message: str
+    pools: list[RewardWorkerPool], texts: list[str], name: str, message: str
 ) -> None:
     with pytest.raises(RewardError, match=message):
-        run(runners, *texts, name=name)
+        run(pools, *texts, name=name)
 
 
-def test_what_becomes_of_a_failure_can_be_chosen(runners: list[RewardRunner]) -> None:
-    scores = run(runners, "ab", "raise", on_error="zero")
+def test_what_becomes_of_a_failure_can_be_chosen(pools: list[RewardWorkerPool]) -> None:
+    scores = run(pools, "ab", "raise", on_error="zero")
     assert scores.rewards_PG.tolist() == [[2.0, 0.0]] and len(scores.failures) == 1
     with pytest.raises(RewardError, match="raised ValueError.* on completion number 1, 'raise'"):
-        run(runners, "ab", "raise", on_error="raise")
+        run(pools, "ab", "raise", on_error="raise")
 
 
-def test_silence_for_three_steps_ends_the_run(runners: list[RewardRunner]) -> None:
-    runner = RewardRunner({FAULTY: 1.0}, deadline=0.5)
-    runners.append(runner)
+def test_silence_for_three_steps_ends_the_run(pools: list[RewardWorkerPool]) -> None:
+    pool = RewardWorkerPool({FAULTY: 1.0}, deadline=0.5)
+    pools.append(pool)
     for _ in range(2):
-        silent = runner([group("hang", "hang", messages="text")])
+        silent = pool([group("hang", "hang", messages="text")])
         assert len(silent.failures) == 2 and silent.rewards_PG.isnan().all()
     with pytest.raises(RewardError, match="none of the completions of 3 steps in time.*raise scoring.deadline"):
-        runner([group("hang", "hang", messages="text")])
+        pool([group("hang", "hang", messages="text")])
 
 
-def test_a_failed_part_masks_the_sum(runners: list[RewardRunner]) -> None:
-    runner = RewardRunner({FAULTY: 1.0, "tests.faulty_rewards:steady": 0.5})
-    runners.append(runner)
-    scores = runner([group("ab", "raise", "none", messages="text")])
+def test_a_failed_part_masks_the_sum(pools: list[RewardWorkerPool]) -> None:
+    pool = RewardWorkerPool({FAULTY: 1.0, "tests.faulty_rewards:steady": 0.5})
+    pools.append(pool)
+    scores = pool([group("ab", "raise", "none", messages="text")])
     assert scores.rewards_PG[0, 0] == 2.5 and scores.rewards_PG[0, 2] == 0.5  # None: only the other one applies
     assert math.isnan(scores.rewards_PG[0, 1])  # failed: what it would have added is not known
     assert scores.by_name["tests.faulty_rewards:steady"].tolist() == [[1, 1, 1]]
 
 
-def test_a_function_that_no_other_process_can_import(runners: list[RewardRunner], monkeypatch: Any) -> None:
-    from grpo.rewards.scoring import REWARDS
-
+def test_a_function_that_no_other_process_can_import(pools: list[RewardWorkerPool], monkeypatch: Any) -> None:
     offset = 3.0
 
     def from_a_notebook(completions: list[Any]) -> list[float]:
@@ -167,32 +169,32 @@ def test_a_function_that_no_other_process_can_import(runners: list[RewardRunner]
     assert address_of(from_a_notebook) is None
     assert address_of(faulty_rewards.steady) == "tests.faulty_rewards:steady"
     monkeypatch.setattr(REWARDS, "_entries", {**REWARDS._entries, "notebook": from_a_notebook})
-    assert run(runners, "a", "ab", name="notebook").rewards_PG.tolist() == [[4.0, 5.0]]
+    assert run(pools, "a", "ab", name="notebook").rewards_PG.tolist() == [[4.0, 5.0]]
 
 
-def test_rewards_of_a_file_and_a_registered_one(runners: list[RewardRunner], tmp_path: Any) -> None:
+def test_rewards_of_a_file_and_a_registered_one(pools: list[RewardWorkerPool], tmp_path: Any) -> None:
     (tmp_path / "mine.py").write_text(
         "from grpo.rewards.registry import register_reward\n"
         "@register_reward('runner_test_mine')\n"
         "def mine(completions, **columns):\n"
         "    return [2.0 for _ in completions]\n"
     )
-    assert run(runners, "a", name=f"{tmp_path}/mine.py:mine").rewards_PG.tolist() == [[2.0]]
-    assert run(runners, "a", name="runner_test_mine").rewards_PG.tolist() == [[2.0]]
+    assert run(pools, "a", name=f"{tmp_path}/mine.py:mine").rewards_PG.tolist() == [[2.0]]
+    assert run(pools, "a", name="runner_test_mine").rewards_PG.tolist() == [[2.0]]
 
 
-def test_no_process_thread_or_file_is_left(runners: list[RewardRunner]) -> None:
+def test_no_process_thread_or_file_is_left(pools: list[RewardWorkerPool]) -> None:
     def open_files() -> int:
         return len(os.listdir("/proc/self/fd"))
 
-    runner = RewardRunner({FAULTY: 1.0}, deadline=1.0)
-    runner([group("a", messages="text")])
-    runner.close()
+    pool = RewardWorkerPool({FAULTY: 1.0}, deadline=1.0)
+    pool([group("a", messages="text")])
+    pool.close()
     files, threads = open_files(), threading.active_count()
     for _ in range(2):
-        runner = RewardRunner({FAULTY: 1.0}, deadline=1.0)
-        runner([group("a", "hang", "die", messages="text")])
-        runner.close()
+        pool = RewardWorkerPool({FAULTY: 1.0}, deadline=1.0)
+        pool([group("a", "hang", "die", messages="text")])
+        pool.close()
     assert open_files() <= files
     deadline = time.monotonic() + 10
     while threading.active_count() > threads and time.monotonic() < deadline:
@@ -207,10 +209,10 @@ def test_a_reward_may_print_to_a_full_disk() -> None:
     import sys
 
     program = (
-        "from grpo.rewards.workers import RewardRunner\n"
+        "from grpo.rewards.workers import RewardWorkerPool\n"
         "from tests.rewards.test_rewards import group\n"
-        "runner = RewardRunner({'tests.faulty_rewards:chatty': 1.0})\n"
-        "scores = runner([group('a', messages='text')])\n"
+        "pool = RewardWorkerPool({'tests.faulty_rewards:chatty': 1.0})\n"
+        "scores = pool([group('a', messages='text')])\n"
         "assert scores.failures == [] and scores.rewards_PG.tolist() == [[1.0]], scores\n"
     )
     with open("/dev/full", "w") as full:
@@ -249,16 +251,16 @@ def hostile_completions() -> list[str]:
     return list(itertools.islice(made, 64))
 
 
-def test_64_hostile_completions(runners: list[RewardRunner], record_property: Any) -> None:
+def test_64_hostile_completions(pools: list[RewardWorkerPool], record_property: Any) -> None:
     """Every built-in reward, math_verify among them, on one step of them: bounded, and none earns anything for its
     answer. The bound is on the work: how often a process had to be killed, each time within its second."""
     pytest.importorskip("math_verify")
     texts = hostile_completions()
     weights = {"math_verify": 1.0, "accuracy": 1.0, "countdown": 1.0, "exact_match": 1.0}
-    runner = RewardRunner(weights)
-    runners.append(runner)
+    pool = RewardWorkerPool(weights)
+    pools.append(pool)
     began = time.monotonic()
-    hostile = runner([group(*texts, answer="7", nums=[7], target=7)])
+    hostile = pool([group(*texts, answer="7", nums=[7], target=7)])
     record_property("seconds for all of them", round(time.monotonic() - began, 1))
     assert sum(failure.timed_out for failure in hostile.failures) <= 8
     assert all(failure.timed_out for failure in hostile.failures), hostile.failures
@@ -305,7 +307,7 @@ def test_no_reward_vector_makes_a_non_finite_advantage(record_property: Any) -> 
 
 
 def test_groups_that_are_offered_early_get_the_same_scores_and_are_judged_once(
-    runners: list[RewardRunner], tmp_path: Any
+    pools: list[RewardWorkerPool], tmp_path: Any
 ) -> None:
     """`each` judges one by one, and may begin early; `relative` compares the completions of a step, and must not."""
     calls = tmp_path / "calls"
@@ -321,8 +323,8 @@ def test_groups_that_are_offered_early_get_the_same_scores_and_are_judged_once(
     weights = {f"{tmp_path}/mine.py:each": 1.0, "tests.faulty_rewards:relative": 1.0}
     groups = [group("a", "abc", messages="text"), group("ab", "raise1", messages="text")]
     groups = [dataclasses.replace(g, prompt=dataclasses.replace(g.prompt, draw=draw)) for draw, g in enumerate(groups)]
-    plain, early = RewardRunner(weights), RewardRunner(weights)
-    runners += [plain, early]
+    plain, early = RewardWorkerPool(weights), RewardWorkerPool(weights)
+    pools += [plain, early]
     expected = plain(groups)
     once = sorted(calls.read_text().split())
     calls.unlink()
@@ -338,7 +340,7 @@ def test_groups_that_are_offered_early_get_the_same_scores_and_are_judged_once(
 
 
 def test_a_failure_in_a_group_that_was_offered_names_its_place_among_all(
-    runners: list[RewardRunner], tmp_path: Any
+    pools: list[RewardWorkerPool], tmp_path: Any
 ) -> None:
     (tmp_path / "mine.py").write_text(
         "from grpo.rewards.registry import one_by_one\n"
@@ -346,13 +348,23 @@ def test_a_failure_in_a_group_that_was_offered_names_its_place_among_all(
         "def each(completions, **columns):\n"
         "    return [1.0 / (completions[0] != 'bad') for c in completions]\n"
     )
-    runner = RewardRunner({f"{tmp_path}/mine.py:each": 1.0})
-    runners.append(runner)
+    pool = RewardWorkerPool({f"{tmp_path}/mine.py:each": 1.0})
+    pools.append(pool)
     groups = [group(*texts, messages="text") for texts in (["a"] * 4, ["b", "b", "bad", "b"])]
     groups = [dataclasses.replace(g, prompt=dataclasses.replace(g.prompt, draw=draw)) for draw, g in enumerate(groups)]
     for each in groups:
-        runner.offer(each)
-    runner.submit(groups)
-    scores = runner.collect()
+        pool.offer(each)
+    pool.submit(groups)
+    scores = pool.collect()
     assert [failure.index for failure in scores.failures] == [6]
     assert scores.rewards_PG.isnan().flatten().nonzero().flatten().tolist() == [6]
+
+
+def test_keyword_arguments_reach_the_processes(pools: list[RewardWorkerPool], tmp_path: Any) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def mine(completions, limit: int, **columns):\n    return [float(limit) for _ in completions]\n"
+    )
+    name = f"{tmp_path}/mine.py:mine"
+    pool = RewardWorkerPool({name: 1.0}, kwargs={name: {"limit": 7}})
+    pools.append(pool)
+    assert pool([group("a", "b", messages="text")]).rewards_PG.tolist() == [[7.0, 7.0]]

@@ -100,7 +100,7 @@ def test_the_reference_before_the_rewards_and_scores_before_the_last_completion_
     settings["rewards"] = json.dumps({f"{tmp_path}/each.py:each": 1.0, f"{tmp_path}/count_a.py:count_a": 1.0})
     early = run(tmp_path, "early", **settings)
     monkeypatch.setattr(grpo.experience, "packed_before_rewards", lambda config: False)
-    monkeypatch.setattr("grpo.rewards.workers.RewardRunner.offer", lambda self, group: None)
+    monkeypatch.setattr("grpo.rewards.workers.RewardWorkerPool.offer", lambda self, group: None)
     plain = run(tmp_path, "plain", **settings)
     assert same(early, plain)
     first, second = weights(tmp_path / "early"), weights(tmp_path / "plain")

@@ -24,7 +24,7 @@ from tests.test_trainer import CHANGING, arguments, run
 ROOT = Path(__file__).parents[2]
 PHASES = {
     "rollout": "grpo.rollout.native_engine.NativeEngine.generate",
-    "reward": "grpo.rewards.workers.RewardRunner.collect",
+    "reward": "grpo.rewards.workers.RewardWorkerPool.collect",
     "backward": "grpo.policy.Policy.backward",
     "step": "grpo.policy.Policy.step",
     "evaluation": "grpo.trainer.held_out",

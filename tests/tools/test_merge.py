@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from grpo.errors import ConfigError
-from grpo.rewards.scoring import REWARDS
+from grpo.rewards.registry import REWARDS
 from grpo.tools.community.feedback import Feedback, parse_feedback
 from grpo.tools.community.merge import merge, read_rows_of, versions_in, write_version
 

@@ -1,0 +1,177 @@
+"""One worker process for one reward function: started on demand, killed at its deadline, started again.
+
+Neither an endless loop in C code nor 9**9**9**9 can be stopped from inside a process, so rewards run in others.
+"""
+
+import contextlib
+import faulthandler
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from grpo.errors import ConfigError, RewardError
+from grpo.rewards.calls import values_or_error
+from grpo.rewards.registry import REWARDS, RewardFunction
+
+START_TIMEOUT = 120.0
+"""Seconds for a worker to start and to import the file of its reward."""
+
+
+class Worker:
+    """One process that holds one reward.
+
+    Args:
+        name: The reward's name.
+        function: The reward.
+        kwargs: Keyword arguments of the function from `reward_kwargs`; plain values.
+    """
+
+    def __init__(self, name: str, function: RewardFunction, kwargs: dict[str, Any]):
+        self.name, self.function, self.kwargs = name, function, kwargs
+        self._process: Any = None
+        self._pipe: Connection | None = None
+
+    def start(self) -> None:
+        """Start the process unless it is alive, and wait until it is ready.
+
+        Raises:
+            RewardError: The process does not start.
+        """
+        if self._process is not None and self._process.is_alive():
+            return
+        self.kill()
+        address = address_of(self.function)
+        # The fork server has imported this module only: forking this process itself would copy the locks of its threads.
+        # That is done only for a function that no other process can import (one from a notebook).
+        context: Any = multiprocessing.get_context("fork" if address is None else _start_method())
+        if address is not None and _start_method() == "forkserver":
+            context.set_forkserver_preload(["grpo.rewards.worker_process"])
+        self._pipe, theirs = multiprocessing.Pipe()
+        reward = self.function if address is None else address
+        self._process = context.Process(target=serve, args=(theirs, reward, self.kwargs), name=f"reward {self.name}")
+        self._process.start()
+        theirs.close()
+        try:
+            ready = self._pipe.poll(START_TIMEOUT) and self._pipe.recv_bytes() == b"ready"
+        except (EOFError, OSError):
+            ready = False
+        if not ready:
+            raise RewardError(f"reward '{self.name}': its process does not start ({self.exit_reason()})")
+
+    def send(self, arguments: dict[str, list[Any]], seconds: float) -> None:
+        """Send a request, starting the process first where needed. `seconds`: the deadline of the request."""
+        self.start()
+        assert self._pipe is not None
+        self._pipe.send((arguments, seconds))
+
+    def receive(self, seconds: float) -> list[float | None | str] | str | None:
+        """Wait for the answer to the last request.
+
+        Returns:
+            The values, one error text for all of them, or None if the deadline has passed.
+
+        Raises:
+            EOFError: The process has ended.
+        """
+        assert self._pipe is not None
+        if not self._pipe.poll(seconds):
+            return None
+        return json.loads(self._pipe.recv_bytes())  # JSON, not pickle: data from a reward process is not trusted
+
+    def exit_reason(self) -> str:
+        """Return how the process ended, and clear it away."""
+        process = self._process
+        code = None
+        if process is not None:
+            process.join(1.0)
+            code = process.exitcode
+        self.kill()
+        if code is not None and code < 0:
+            return f"ended its process by {signal.Signals(-code).name}"
+        return f"ended its process (exit code {code})"
+
+    def kill(self) -> None:
+        """Kill the process and whatever it has started."""
+        process, self._process = self._process, None
+        pipe, self._pipe = self._pipe, None
+        if pipe is not None:
+            pipe.close()
+        if process is None or process.pid is None:  # never started: the error that prevented it is already raised
+            return
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)  # the worker leads a process group of its own
+        process.kill()
+        process.join()
+        process.close()
+
+
+def serve(pipe: Connection, reward: str | RewardFunction, kwargs: dict[str, Any]) -> None:
+    """Main function of a worker process: answer requests until the pipe closes.
+
+    Args:
+        pipe: Receives (arguments, deadline in seconds); sends the values as JSON.
+        reward: The function, or its address (see `address_of`).
+        kwargs: Keyword arguments of the function.
+    """
+    with contextlib.suppress(OSError):
+        os.setsid()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the trainer handles Ctrl-C: it saves first, and still needs the rewards
+    sys.stdout, sys.stderr = _ForgivingStream(sys.stdout), _ForgivingStream(sys.stderr)
+    function: Callable[..., Any] = REWARDS.get(reward) if isinstance(reward, str) else reward
+    pipe.send_bytes(b"ready")
+    with open(os.devnull, "w") as devnull:
+        while True:
+            try:
+                arguments, seconds = pipe.recv()
+            except (EOFError, OSError):
+                return
+            # If the trainer is gone by then, this ends the process even inside C code that never returns.
+            faulthandler.dump_traceback_later(seconds + 10, exit=True, file=devnull)
+            answer = values_or_error(function, arguments, kwargs)
+            faulthandler.cancel_dump_traceback_later()
+            try:
+                pipe.send_bytes(json.dumps(answer).encode())
+            except OSError:
+                return
+
+
+def address_of(function: RewardFunction) -> str | None:
+    """Return how another process can import the function: "package.module:name" or "/path/file.py:name"; None if it cannot."""
+    module = sys.modules.get(getattr(function, "__module__", None) or "")
+    name = getattr(function, "__qualname__", "")
+    if module is None or module.__name__ == "__main__":
+        return None
+    place = str(module.__file__) if module.__name__.startswith("grpo_file_") else module.__name__
+    try:
+        return f"{place}:{name}" if REWARDS.get(f"{place}:{name}") is function else None
+    except ConfigError:
+        return None
+
+
+def _start_method() -> str:
+    return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+
+
+class _ForgivingStream:
+    """Output stream of a reward that prints: a full disk or a closed terminal must not fail the reward."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
