@@ -1,4 +1,4 @@
-"""Countdown: reach a target with given numbers -> was the arithmetic right? Evaluates the model's text without eval."""
+"""Reward for Countdown: reach a target with given numbers. Parses the model's arithmetic without eval."""
 
 import ast
 import json
@@ -12,8 +12,8 @@ from typing import Any
 from grpo.rewards.registry import register_reward, text_of
 from grpo.rewards.xml_format import only_answer
 
-LONGEST, DEEPEST, MAX_DIGITS = 200, 20, 12
-"""Characters, nested operations, digits of one number: a hostile expression is refused before it is read."""
+MAX_CHARACTERS, MAX_DEPTH, MAX_DIGITS = 200, 20, 12
+"""Limits of an expression, of its nested operations, and of one number: a hostile expression is not parsed."""
 
 _ALLOWED = re.compile(r"[0-9+\-*/() ]+")
 _BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
@@ -26,25 +26,25 @@ _SIGNS = str.maketrans({"\u2212": "-", "\u00d7": "*", "\u00f7": "/"})
 
 
 def evaluate_arithmetic(text: str) -> tuple[Fraction, list[int]] | None:
-    """The exact value of an expression in whole numbers, + - * / and brackets, and the numbers in it; else None.
+    """Return the exact value of an expression of whole numbers, + - * / and brackets, and its numbers; else None.
 
     "(25 - 5) / 3" -> (20/3, [25, 5, 3])      None for "2 ** 9", "7 // 2", "1 / 0", "__import__('os')", "9" * 13
     """
     text = text.strip().translate(_SIGNS)
-    if len(text) > LONGEST or not _ALLOWED.fullmatch(text):
+    if len(text) > MAX_CHARACTERS or not _ALLOWED.fullmatch(text):
         return None
     if any(len(digits) > MAX_DIGITS for digits in re.findall(r"[0-9]+", text)):
         return None
     try:
         tree = ast.parse(text, mode="eval")
         used: list[int] = []
-        return _value(tree.body, DEEPEST, used), used
+        return _value(tree.body, MAX_DEPTH, used), used
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
 
 
 def _value(node: ast.expr, depth: int, used: list[int]) -> Fraction:
-    """Every kind of node that is not named here (powers, floor division, calls, names) is a ValueError."""
+    """Evaluate a node. Raises ValueError for any other kind (powers, floor division, calls, names)."""
     if depth == 0:
         raise ValueError("nested too deeply")
     if isinstance(node, ast.Constant) and type(node.value) is int:
@@ -56,22 +56,22 @@ def _value(node: ast.expr, depth: int, used: list[int]) -> Fraction:
     if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
         left, right = _value(node.left, depth - 1, used), _value(node.right, depth - 1, used)
         return _BINARY[type(node.op)](left, right)
-    raise ValueError(f"{type(node).__name__} is no arithmetic")
+    raise ValueError(f"{type(node).__name__} is not arithmetic")
 
 
 @register_reward("countdown")
 def countdown(completions: list[Any], nums: list[Any], target: list[Any], **_: Any) -> list[float | None]:
-    """1.0 where the only answer block uses each of `nums` exactly once and comes to `target`, else 0.0.
+    """Return 1.0 where the only answer block uses each of `nums` exactly once and equals `target`, else 0.0.
 
     nums [25, 5, 3], target 60:    <answer>(25 - 5) * 3</answer> -> 1.0      <answer>20 * 3</answer> -> 0.0
     """
     return [
-        float(_reaches(text_of(completion), numbers, goal))
+        float(_is_solution(text_of(completion), numbers, goal))
         for completion, numbers, goal in zip(completions, nums, target, strict=True)
     ]
 
 
-def _reaches(text: str, nums: Any, target: Any) -> bool:
+def _is_solution(text: str, nums: Any, target: Any) -> bool:
     given = only_answer(text)
     evaluated = None if given is None else evaluate_arithmetic(given)
     if evaluated is None:

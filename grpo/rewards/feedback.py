@@ -1,4 +1,4 @@
-"""What people said, as a reward: a reply that was accepted earns, a reply that was turned down costs.
+"""Reward from human feedback: accepted replies earn 1, rejected replies cost 1.
 
 accepted ["It is `tâge`."]  disallowed ["It is `tâga`."]
 "It is `tâge`."  -> 1      "One says `tâge`." -> 1 (the same terms)      "It is  `tâga`." -> -1 (nearly the same text)
@@ -11,15 +11,15 @@ from grpo.rewards.prose import chrf_score, nfc
 from grpo.rewards.registry import register_reward, text_of
 from grpo.rewards.text_match import quoted_terms
 
-NEAR = 0.9
-"""chrF from which two texts count as the same reply."""
+SAME_REPLY_CHRF = 0.9
+"""Two texts with a chrF above this count as the same reply."""
 
 
 @register_reward("feedback")
 def feedback(
     completions: list[Any], accepted: list[Any] | None = None, disallowed: list[Any] | None = None, **_: Any
 ) -> list[float | None]:
-    """1.0, 0.0, -1.0 or None; the columns are those of a merged version of the data. Acceptance is looked at first."""
+    """Return 1.0, 0.0, -1.0 or None. The columns are those of a merged version; `accepted` is checked first."""
     nothing: list[Any] = [None] * len(completions)
     return [
         score(text_of(completion), list(good or []), list(bad or []))
@@ -28,6 +28,7 @@ def feedback(
 
 
 def score(text: str, accepted: list[str], disallowed: list[str]) -> float | None:
+    """Return the reward of one reply; None without feedback on the question."""
     if not accepted and not disallowed:
         return None
     terms = set(quoted_terms(text))
@@ -35,6 +36,6 @@ def score(text: str, accepted: list[str], disallowed: list[str]) -> float | None
         if nfc(text).strip() == nfc(reply).strip() or (terms and terms == set(quoted_terms(reply))):
             return 1.0
     for reply in disallowed:
-        if chrf_score(text, reply) > NEAR or (terms and terms == set(quoted_terms(reply))):
+        if chrf_score(text, reply) > SAME_REPLY_CHRF or (terms and terms == set(quoted_terms(reply))):
             return -1.0
     return 0.0

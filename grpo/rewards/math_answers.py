@@ -1,4 +1,4 @@
-"""Answers that are numbers: text -> exact fraction -> equal to the gold answer or not. No floats, no evaluation."""
+"""Numeric answers: text -> exact fraction, compared with the gold answer. No floats, no evaluation."""
 
 import re
 from fractions import Fraction
@@ -9,7 +9,7 @@ from grpo.rewards.text_match import same_text
 from grpo.rewards.xml_format import only_answer
 
 MAX_DIGITS = 40
-"""Longer numbers are nobody's answer, and turning a hostile completion's million digits into an integer takes long."""
+"""Longer numbers are not answers, and converting a million digits to an integer takes long."""
 
 _WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
 _NUMBER = re.compile(
@@ -23,7 +23,7 @@ _NUMBER_LIKE = re.compile(r"(?:(?<![\w)])[-+\u2212])?\$?(?:(?<![\w)])[-+\u2212])
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The value of a text that is one number and nothing else, or None.
+    """Return the value of a text that is one number and nothing else, or None.
 
     "1,080" -> 1080    "-3" -> -3    "3.0" -> 3    "$5" -> 5    "50%" -> 50    "3/4" -> 3/4    "18." -> 18
     None for "", "1,0,8", "nan", "²", "③", "1/0", "3 apples", and more than 40 digits.
@@ -45,18 +45,18 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def numbers_in(text: str) -> list[str]:
-    """Everything in the text that starts like a number: "from 3, to $1,080." -> ["3", "$1,080"]."""
+    """Return everything in the text that starts like a number: "from 3, to $1,080." -> ["3", "$1,080"]."""
     return [match.group().rstrip(",./") for match in _NUMBER_LIKE.finditer(text)]
 
 
 def last_number(text: str) -> Fraction | None:
-    """The value of the last number in the text, for flexible scoring that ignores the format; None without one."""
+    """Return the value of the last number in the text, for scoring that ignores the format; None without one."""
     numbers = numbers_in(text)
     return parse_number(numbers[-1]) if numbers else None
 
 
 def only_number(text: str) -> Fraction | None:
-    """The value of the only number in the text ("18 eggs" -> 18); None for no number, for several, for "5²"."""
+    """Return the value of the only number in the text ("18 eggs" -> 18); None for no number, several, or "5²"."""
     if any(character.isnumeric() and not character.isascii() for character in text):
         return None
     numbers = numbers_in(text)
@@ -65,10 +65,10 @@ def only_number(text: str) -> Fraction | None:
 
 @register_reward("accuracy")
 def accuracy(completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
-    """1.0 where the only number in the only answer block has the gold answer's value, else 0.0.
+    """Return 1.0 where the only number in the only answer block equals the gold answer, else 0.0.
 
-    Several answer blocks, or several numbers in one, score 0: a model must not be paid for listing guesses.
-    A gold answer that is not a number is compared as text (Unicode NFC). Without a gold answer: None.
+    Several answer blocks, or several numbers in one, score 0: listing guesses must not pay. A gold answer that is not a
+    number is compared as text (Unicode NFC). Without a gold answer: None.
     """
     return [
         None if gold is None else float(is_accurate(text_of(completion), str(gold)))
@@ -77,7 +77,7 @@ def accuracy(completions: list[Any], answer: list[Any], **_: Any) -> list[float 
 
 
 def is_accurate(text: str, gold: str) -> bool:
-    """Whether one completion's text answers with the gold answer. See accuracy."""
+    """Return whether one completion's answer equals the gold answer. See `accuracy`."""
     given = only_answer(text)
     if given is None:
         return False

@@ -1,7 +1,7 @@
-r"""Answers that need algebra ("\frac{1}{2}", "x^2+1", "{1, 2}"): completion -> equal to the gold answer, by math-verify.
+r"""Answers that need algebra ("\frac{1}{2}", "x^2+1", "{1, 2}"), compared with the gold answer by math-verify.
 
-The only importer of math_verify. Exact comparison comes first: it settles most of GSM8K in microseconds. What can keep
-sympy busy for ever (9^{9^{9^9}}) is refused unread; what gets through is stopped by the reward runner.
+The only importer of math_verify. Exact comparison comes first: it decides most of GSM8K in microseconds. Expressions
+that can keep sympy busy forever (9^{9^{9^9}}) are rejected unparsed; the worker pool stops the others at a deadline.
 """
 
 import re
@@ -12,8 +12,8 @@ from grpo.rewards.registry import one_by_one, register_reward, text_of
 from grpo.rewards.text_match import same_text
 from grpo.rewards.xml_format import only_answer
 
-LONGEST = 300
-"""Characters of an answer. Nobody's answer is longer, and parsing time grows quickly."""
+MAX_CHARACTERS = 300
+"""Longer answers are not parsed: parsing time grows quickly."""
 _TOWER = re.compile(r"(\^|\*\*)[^,;]*?(\^|\*\*)|(\^|\*\*)[\s{(]*-?[0-9]{4}|[0-9]{4,}\s*!|!\s*!|[0-9]{60}")
 """A power after a power, an exponent or a factorial of thousands, a number of 60 digits."""
 
@@ -21,7 +21,7 @@ _TOWER = re.compile(r"(\^|\*\*)[^,;]*?(\^|\*\*)|(\^|\*\*)[\s{(]*-?[0-9]{4}|[0-9]
 @register_reward("math_verify")
 @one_by_one(seconds=1.0, needs="math_verify")
 def math_verify(completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
-    r"""1.0 where the only answer block, or else the last \boxed{}, is mathematically equal to the gold answer, else 0.0.
+    r"""Return 1.0 where the only answer block, else the last \boxed{}, equals the gold answer mathematically, else 0.0.
 
     Without a gold answer: None. Needs math-verify: pip install -e ".[math]".
     """
@@ -36,7 +36,7 @@ def _is_equal(text: str, gold: str) -> bool:
         return True
     given = only_answer(text)
     given = last_boxed(text) if given is None else given
-    if given is None or len(given) > LONGEST:
+    if given is None or len(given) > MAX_CHARACTERS:
         return False
     if same_text(given, gold):
         return True
@@ -44,19 +44,19 @@ def _is_equal(text: str, gold: str) -> bool:
         return False
     from math_verify import parse, verify
 
-    # No timeouts of its own: they use signals, which fail outside the main thread and cannot stop C code.
+    # Without its own timeouts: they use signals, which fail outside the main thread and cannot stop C code.
     gold_parsed, given_parsed = (parse(f"${side}$", parsing_timeout=None) for side in (gold, given))
     return bool(verify(gold_parsed, given_parsed, timeout_seconds=None))
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Inside the last \boxed{...}, its braces balanced; None without one. Looks at LONGEST characters at most."""
+    r"""Return the content of the last \boxed{...}, at most MAX_CHARACTERS long, braces balanced; None without one."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
     start += len("\\boxed{")
     depth = 1
-    for position, character in enumerate(text[start : start + LONGEST + 1], start):
+    for position, character in enumerate(text[start : start + MAX_CHARACTERS + 1], start):
         depth += (character == "{") - (character == "}")
         if depth == 0:
             return text[start:position]

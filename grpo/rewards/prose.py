@@ -1,12 +1,12 @@
-"""Rewards for answers in prose: is the term right, is the wording near, is it of the right length, in the right letters?
+"""Rewards for answers in prose: the right terms, similar wording, a similar length, the right script.
 
-Each resists one way of being paid without being right:
+Each resists one way to earn reward without being right:
 
-    term_match       a near miss, an anagram, a list of guesses: only the very terms count, and each extra one costs
-    chrf             all or nothing: a word that is nearly right earns nearly as much, its letters in another order do not
-    token_f1         right words in the wrong place are fine; letters that are no words earn nothing
-    length_guard     one-word replies that dodge, and padding
-    language_guard   drifting into another script, spelling without the marks, and going round in circles
+    term_match       a near miss, an anagram, a list of guesses: only exact terms count, and each extra one costs
+    chrf             all or nothing: a nearly right word earns nearly as much, an anagram does not
+    token_f1         letters that form no words earn nothing; right words in another place count
+    length_guard     evasive one-word replies, and padding
+    language_guard   another script, missing diacritics, repetition
 
 Both sides are compared in Unicode NFC, so a text that was typed with combining marks equals one that was not; case stays.
 The references are the data's columns: `answer` (the extracted terms, one a line) and `solution` (the answer in full).
@@ -20,27 +20,31 @@ from typing import Any
 from grpo.rewards.registry import register_reward, text_of
 from grpo.rewards.text_match import quoted_terms
 
-LONGEST = 20_000
-"""Characters of a completion that are looked at: far more than any answer, and a bound on the time."""
+MAX_CHARACTERS = 20_000
+"""Characters of a completion that are compared: a bound on the time."""
 
 
 def nfc(text: str) -> str:
-    return unicodedata.normalize("NFC", text[:LONGEST])
+    """Return the text in Unicode NFC, cut off at MAX_CHARACTERS."""
+    return unicodedata.normalize("NFC", text[:MAX_CHARACTERS])
 
 
 @register_reward("term_match")
 def term_match(completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
-    """Right quoted terms / terms there should be, or are, whichever is more; 1.0 for exactly the gold ones.
+    """Return the number of right quoted terms / the larger of the numbers of gold and quoted terms.
 
     gold tâga:  `tâga` -> 1    `tâga` or `tâge` -> 1/2    `gâta` -> 0    tâga (not quoted) -> 0    gold None -> None
     """
     return [
-        None if gold is None else match_terms(quoted_terms(text_of(completion)[:LONGEST]), str(gold).splitlines())
+        None
+        if gold is None
+        else match_terms(quoted_terms(text_of(completion)[:MAX_CHARACTERS]), str(gold).splitlines())
         for completion, gold in zip(completions, answer, strict=True)
     ]
 
 
 def match_terms(given: list[str], gold: list[str]) -> float:
+    """Return the score of one list of terms. See `term_match`."""
     wanted = {nfc(term).strip() for term in gold if term.strip()}
     right = wanted & {nfc(term) for term in given}
     return len(right) / max(len(wanted), len(given), 1)
@@ -48,7 +52,7 @@ def match_terms(given: list[str], gold: list[str]) -> float:
 
 @register_reward("chrf")
 def chrf(completions: list[Any], answer: list[Any], solution: list[Any] | None = None, **_: Any) -> list[float | None]:
-    """chrF2 (Popović 2015, by sacrebleu) of the completion against the full answer, from 0 to 1."""
+    """Return chrF2 (Popović 2015, by sacrebleu) of the completion against the full answer, from 0 to 1."""
     references = full_answers(answer, solution)
     return [
         None if reference is None else chrf_score(text_of(completion), reference)
@@ -64,7 +68,7 @@ def _metric() -> Any:
 
 
 def chrf_score(text: str, reference: str) -> float:
-    """From 0 to 1; character n-grams up to 6, recall counted double. Case and marks count."""
+    """Return chrF2 from 0 to 1: character n-grams up to 6, recall weighted double. Case and diacritics count."""
     return _metric().sentence_score(nfc(text), [nfc(reference)]).score / 100
 
 
@@ -72,7 +76,7 @@ def chrf_score(text: str, reference: str) -> float:
 def token_f1(
     completions: list[Any], answer: list[Any], solution: list[Any] | None = None, **_: Any
 ) -> list[float | None]:
-    """Harmonic mean of precision and recall over whole words, each counted as often as it occurs (as in SQuAD)."""
+    """Return the F1 score over whole words, each counted as often as it occurs (as in SQuAD)."""
     references = full_answers(answer, solution)
     return [
         None if reference is None else f1(words(text_of(completion)), words(reference))
@@ -81,7 +85,7 @@ def token_f1(
 
 
 def f1(given: list[str], wanted: list[str]) -> float:
-    """2PR / (P + R) = 2 * common / (given + wanted)."""
+    """Return 2PR / (P + R) = 2 * common / (given + wanted)."""
     if not given or not wanted:
         return float(given == wanted)
     return 2 * (Counter(given) & Counter(wanted)).total() / (len(given) + len(wanted))
@@ -91,7 +95,7 @@ def f1(given: list[str], wanted: list[str]) -> float:
 def length_guard(
     completions: list[Any], answer: list[Any], solution: list[Any] | None = None, **_: Any
 ) -> list[float | None]:
-    """1.0 from half to one and a half times the full answer's words; falls to 0 at no word, and at three times as many."""
+    """Return 1.0 from 0.5 to 1.5 times the full answer's words, falling to 0 at no word and at three times as many."""
     scores: list[float | None] = []
     for completion, reference in zip(completions, full_answers(answer, solution), strict=True):
         if reference is None:
@@ -106,10 +110,10 @@ def length_guard(
 def language_guard(
     completions: list[Any], answer: list[Any], solution: list[Any] | None = None, **_: Any
 ) -> list[float | None]:
-    """Share of the completion's letters that belong to a script of the full answer, times the share of its three-word
-    runs that are not repeated more often than there. 0.0 without a letter.
+    """Return the fraction of letters in a script of the full answer times the fraction of three-word runs that are not
+    repeated more often than there. 0.0 without a letter.
 
-    Where the gold terms hold marked letters and the completion holds none at all, half: the marks were left out.
+    Halved where the full answer has letters with diacritics and the completion has none.
     """
     return [
         None if reference is None else language_score(text_of(completion), reference)
@@ -118,6 +122,7 @@ def language_guard(
 
 
 def language_score(text: str, reference: str) -> float:
+    """Return the score of one text. See `language_guard`."""
     text, reference = nfc(text), nfc(reference)
     letters = [character for character in text if character.isalpha()]
     if not letters:
@@ -133,18 +138,18 @@ def language_score(text: str, reference: str) -> float:
 
 @lru_cache(maxsize=4096)
 def script(character: str) -> str:
-    """The first word of the letter's Unicode name: LATIN, CYRILLIC, CJK, ..."""
+    """Return the first word of the letter's Unicode name: LATIN, CYRILLIC, CJK, ..."""
     return unicodedata.name(character, "UNKNOWN").partition(" ")[0]
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters, marks, digits and apostrophes, in NFC, case kept: "`tâga`, I'd say" -> ["tâga", "I'd", "say"]."""
+    """Return the words in NFC: runs of letters, marks, digits and apostrophes. "`tâga`, I'd" -> ["tâga", "I'd"]."""
     kept = "".join(c if c.isalnum() or unicodedata.combining(c) or c in "'\u2019-" else " " for c in nfc(text))
     return [word for word in (piece.strip("'\u2019-") for piece in kept.split()) if word]
 
 
 def full_answers(answer: list[Any], solution: list[Any] | None) -> list[str | None]:
-    """The answer column in full: `solution` where extraction left something out, else `answer`."""
+    """Return the full answers: `solution` where the extractor left something out, else `answer`."""
     longer = solution or [None] * len(answer)
     return [
         str(full) if full is not None else (None if short is None else str(short))

@@ -15,7 +15,7 @@ from grpo.rewards.registry import RewardFunction
 from grpo.types import Group
 
 STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
-"""Passed to every reward that names them. Every other argument is a column of the data or comes from `reward_kwargs`."""
+"""Passed to every reward that names them. Any other argument is a column of the data, or set by `reward_kwargs`."""
 
 
 def check_kwargs(name: str, function: RewardFunction, kwargs: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Sources: which file each reward of one's own came from, and its sha256, so that a run says what it was judged by."""
+"""Source files of custom rewards and their sha256, recorded with the run."""
 
 import hashlib
 import inspect
@@ -12,7 +12,7 @@ Sources = dict[str, dict[str, str]]
 
 
 def reward_sources(functions: Mapping[str, RewardFunction]) -> Sources:
-    """The file of every reward that is not built in. One that has no file (typed into a notebook) is left out."""
+    """Return the file of every reward that is not built in. One without a file (from a notebook) is left out."""
     sources: Sources = {}
     for name, function in functions.items():
         if (getattr(function, "__module__", None) or "").startswith("grpo."):
@@ -26,10 +26,10 @@ def reward_sources(functions: Mapping[str, RewardFunction]) -> Sources:
 
 
 def changed_sources(before: Sources, now: Sources) -> list[str]:
-    """A warning for each reward whose file is not what it was when the checkpoint was written."""
+    """Return a warning for each reward whose file has changed since the checkpoint was written."""
     return [
-        f"warning: reward '{name}' was changed since the checkpoint was written ({source['file']}, sha256 "
-        f"{before[name]['sha256'][:12]} -> {source['sha256'][:12]}): what follows is judged by other rules"
+        f"warning: reward '{name}' has changed since the checkpoint was written ({source['file']}, sha256 "
+        f"{before[name]['sha256'][:12]} -> {source['sha256'][:12]}): further steps use the new version"
         for name, source in now.items()
         if name in before and before[name]["sha256"] != source["sha256"]
     ]

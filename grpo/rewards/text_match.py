@@ -1,4 +1,4 @@
-"""Answers that are text: completion -> 1.0 if it is the gold answer, however its accents are encoded."""
+"""Text answers, compared in Unicode NFC, so that the encoding of accents does not matter."""
 
 import re
 import unicodedata
@@ -9,7 +9,7 @@ from grpo.rewards.xml_format import only_answer
 
 
 def same_text(one: str, other: str) -> bool:
-    """Equal once both are in Unicode NFC and stripped: "é" as one code point equals "e" with a combining accent."""
+    """Return whether two texts are equal in Unicode NFC and stripped: "é" equals "e" with a combining accent."""
     return unicodedata.normalize("NFC", one).strip() == unicodedata.normalize("NFC", other).strip()
 
 
@@ -17,9 +17,9 @@ _QUOTED = re.compile(r"`([^`\n]+)`|\"([^\"\n]+)\"|\u201c([^\u201c\u201d\n]+)\u20
 
 
 def quoted_terms(text: str) -> list[str]:
-    """The terms in `backticks`, "double", \u201ccurly\u201d or \u00abangle\u00bb quotes, in order, each once, NFC and stripped.
+    """Return the terms in `backticks` or "double", \u201ccurly\u201d or \u00abangle\u00bb quotes, NFC and stripped.
 
-    Where a text has backticks, only they count: its other quotes are translations. Single quotes never do: an
+    They are in order, each once. Where a text has backticks, only they count: its other quotes are translations. Single quotes never do: an
     apostrophe is a letter in many orthographies.
     """
     found = [next(term for term in match.groups() if term) for match in _QUOTED.finditer(text)]
@@ -30,7 +30,7 @@ def quoted_terms(text: str) -> list[str]:
 
 @register_reward("exact_match")
 def exact_match(completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
-    """1.0 where the completion is the gold answer, else 0.0; of a completion with one answer block, only that counts.
+    """Return 1.0 where the completion, or its only answer block if it has one, is the gold answer, else 0.0.
 
     Without a gold answer: None.
     """

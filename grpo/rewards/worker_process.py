@@ -46,8 +46,8 @@ class Worker:
             return
         self.kill()
         address = address_of(self.function)
-        # The fork server has imported this module only: forking this process itself would copy the locks of its threads.
-        # That is done only for a function that no other process can import (one from a notebook).
+        # The fork server has imported this module only. Forking this process would copy the locks of its threads; that is
+        # done only for a function that no other process can import (one from a notebook).
         context: Any = multiprocessing.get_context("fork" if address is None else _start_method())
         if address is not None and _start_method() == "forkserver":
             context.set_forkserver_preload(["grpo.rewards.worker_process"])
@@ -142,7 +142,7 @@ def serve(pipe: Connection, reward: str | RewardFunction, kwargs: dict[str, Any]
 
 
 def address_of(function: RewardFunction) -> str | None:
-    """Return how another process can import the function: "package.module:name" or "/path/file.py:name"; None if it cannot."""
+    """Return the address for other processes, "package.module:name" or "/path/file.py:name"; None without one."""
     module = sys.modules.get(getattr(function, "__module__", None) or "")
     name = getattr(function, "__qualname__", "")
     if module is None or module.__name__ == "__main__":

@@ -1,12 +1,12 @@
 """Reward worker pool: groups -> worker processes with deadlines -> Scores. No reward can hang or crash the training.
 
-    offer(group)   ---> thread of reward a ---> processes of a    while other groups are still being sampled
+    offer(group)   ---> thread of reward a ---> processes of a    while others are still being sampled
     submit(groups) ---> thread of reward a ---> processes of a    values, or killed at the deadline
                    \\--> thread of reward b ---> processes of b    (a slow reward does not delay another one)
     collect()      <--- values and failures, combined
 
-Only a reward that scores each completion by itself (@one_by_one) begins before all completions are sampled: any other one
-may compare them with each other, and gets all completions of a step together.
+Only a reward that scores each completion by itself (@one_by_one) begins before all completions are sampled. Any other
+one may compare them with each other, and gets all completions of a step together.
 
 A reward that fails on all completions together is called again one by one, to find the completions that it cannot score.
 Those are masked (no advantage, left out of their group's mean) and counted, never scored 0 in silence.
@@ -35,8 +35,8 @@ MAX_FAILED_FRACTION = 0.2
 MAX_STEPS_WITHOUT_VALUES = 3
 """Steps in a row in which a reward returns no value in time, after which the run ends."""
 MAX_KILLS = 8
-"""Kills of one worker per step; completions that it has not scored by then fail. Where completions are scored one by one
-only to find the slow ones, each gets the deadline divided by this number."""
+"""Kills of one worker per step; completions that it has not scored by then fail. Where completions are scored one by
+one only to find the slow ones, each gets the deadline divided by this number."""
 
 Values = list[float | None | Failure]
 
@@ -135,7 +135,7 @@ class RewardWorkerPool(RewardSum):
         return reward.thread.submit(reward.score, column_arguments(reward.function, groups, reward.kwargs), count)
 
     def _check(self, name: str, failed: list[Failure], texts: list[str]) -> None:
-        """Raise RewardError if a reward failed too often. Timeouts may be due to the completions; other failures are bugs."""
+        """Raise RewardError if a reward failed too often. Timeouts can be due to completions, other failures are bugs."""
         broken = [failure for failure in failed if not failure.timed_out]
         late = len(failed) - len(broken)
         if failed and self.on_error == "raise":
@@ -150,8 +150,8 @@ class RewardWorkerPool(RewardSum):
         self._steps_without_values[name] = self._steps_without_values[name] + 1 if silent else 0
         if self._steps_without_values[name] >= MAX_STEPS_WITHOUT_VALUES:
             raise RewardError(
-                f"reward '{name}' scored none of the completions of {MAX_STEPS_WITHOUT_VALUES} steps in time, the first "
-                f"of which {_with_completion(failed[0], texts)}. Make it faster, or raise scoring.deadline"
+                f"reward '{name}' scored none of the completions of {MAX_STEPS_WITHOUT_VALUES} steps in time, the "
+                f"first of which {_with_completion(failed[0], texts)}. Make it faster, or raise scoring.deadline"
             )
 
 

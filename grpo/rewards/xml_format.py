@@ -1,8 +1,8 @@
-"""Format rewards: does a completion keep to <reasoning>...</reasoning><answer>...</answer>?
+"""Format rewards for <reasoning>...</reasoning><answer>...</answer>.
 
-Five of them (xmlcount, soft_format, strict_format, int, correctness) are the ones known from GRPO demonstrations on
-GSM8K, quirks included, so that old runs can be repeated. xml_format is ours and the one to use. Each takes time
-linear in the completion's length, whatever the completion is.
+xmlcount, soft_format, strict_format, int and correctness are those of well-known GRPO demonstrations on GSM8K, quirks
+included, so that their runs can be repeated. xml_format is the recommended one. Each takes time linear in the
+completion's length.
 """
 
 import re
@@ -14,7 +14,7 @@ TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
 
 def only_answer(text: str) -> str | None:
-    """The stripped text inside the answer block if there is exactly one such block, else None."""
+    """Return the stripped text inside the answer block if there is exactly one, else None."""
     if text.count("<answer>") != 1 or text.count("</answer>") != 1:
         return None
     start, end = text.find("<answer>") + len("<answer>"), text.find("</answer>")
@@ -22,13 +22,13 @@ def only_answer(text: str) -> str | None:
 
 
 def lenient_answer(text: str) -> str:
-    """What follows the last <answer>, up to the first </answer> after it; without tags, the whole text. Stripped."""
+    """Return the text after the last <answer>, up to the next </answer>, stripped; without tags, the whole text."""
     return text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
 
 
 @register_reward("xml_format")
 def xml_format(completions: list[Any], **_: Any) -> list[float | None]:
-    """1.0 for one reasoning block, then one answer block, with nothing but whitespace around them; else 0.0."""
+    """Return 1.0 for one reasoning block and then one answer block with only whitespace around them, else 0.0."""
     return [float(_is_xml_format(text_of(completion))) for completion in completions]
 
 
@@ -46,9 +46,9 @@ def _is_xml_format(text: str) -> bool:
 
 @register_reward("xmlcount")
 def xmlcount(completions: list[Any], **_: Any) -> list[float | None]:
-    """0.125 for each tag that is there exactly once on its line, less 0.001 per character after the answer.
+    """Return 0.125 for each tag that is there exactly once on its line, minus 0.001 per character after the answer.
 
-    The known quirk stays: where the end of the answer is missing, the whole text counts as "after the answer".
+    Known quirk, kept: without the end of the answer, the whole text counts as "after the answer".
     """
     return [_xmlcount(text_of(completion)) for completion in completions]
 
@@ -68,16 +68,16 @@ def _xmlcount(text: str) -> float:
 
 @register_reward("soft_format")
 def soft_format(completions: list[Any], **_: Any) -> list[float | None]:
-    r"""0.5 where <reasoning>.*?</reasoning>\s*<answer>.*?</answer> matches at the start.
+    r"""Return 0.5 where <reasoning>.*?</reasoning>\s*<answer>.*?</answer> matches at the start, else 0.
 
-    The known quirk stays: the dot stops at a line break, so reasoning or an answer of several lines never matches,
-    and that is what the "xml" system prompt asks for. Use xml_format to reward it.
+    Known quirk, kept: the dot stops at a line break, so reasoning or an answer of several lines never matches, which is
+    what the "xml" system prompt asks for. Use xml_format instead.
     """
     return [0.5 * _is_soft_format(text_of(completion)) for completion in completions]
 
 
 def _is_soft_format(text: str) -> bool:
-    """The regular expression above in linear time: as one expression, "</reasoning><answer>" repeated costs n^2."""
+    """Match the regular expression in linear time: it is quadratic on repeated "</reasoning><answer>"."""
     if not text.startswith("<reasoning>"):
         return False
     first_line_end = _line_end(text, 0)
@@ -101,9 +101,9 @@ def _line_end(text: str, start: int) -> int:
 
 @register_reward("strict_format")
 def strict_format(completions: list[Any], **_: Any) -> list[float | None]:
-    """0.5 for exactly: tag, one line, tag, tag, one line, tag, each on its own line, and a line break at the end.
+    """Return 0.5 for exactly tag, one line, tag, tag, one line, tag, each on its own line, and a final line break.
 
-    The known quirk stays, as in soft_format: reasoning of more than one line never matches.
+    Known quirk, kept: reasoning of more than one line never matches.
     """
     # No two parts of the pattern can share a line, so there is one way to match and the time is linear.
     pattern = re.compile(r"^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n$")
@@ -112,13 +112,13 @@ def strict_format(completions: list[Any], **_: Any) -> list[float | None]:
 
 @register_reward("int")
 def int_answer(completions: list[Any], **_: Any) -> list[float | None]:
-    """0.5 where the answer is digits only. The known quirk stays: str.isdigit also takes "²", and refuses "-3"."""
+    """Return 0.5 where the answer is digits only. Known quirk, kept: str.isdigit accepts "²" and rejects "-3"."""
     return [0.5 if lenient_answer(text_of(completion)).isdigit() else 0.0 for completion in completions]
 
 
 @register_reward("correctness")
 def correctness(completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
-    """2.0 where the answer's text equals the gold answer's text ("1080" is not "1,080"); accuracy compares values."""
+    """Return 2.0 where the answer's text equals the gold text ("1080" is not "1,080"); accuracy compares values."""
     return [
         2.0 if lenient_answer(text_of(completion)) == gold else 0.0
         for completion, gold in zip(completions, answer, strict=True)

@@ -146,7 +146,7 @@ def test_a_changed_reward_file_is_warned_about(folder: Path, capsys: pytest.Capt
     run(folder, "same", **COSINE, eval_every=0, resume="auto")
     out = capsys.readouterr().out
     assert f"reward '{name}' is {folder / 'count_a.py'} (sha256 {sha256_of(folder / 'count_a.py')[:12]}" in out
-    assert "was changed since the checkpoint was written" not in out
+    assert "has changed since the checkpoint was written" not in out
     own = {"rewards": json.dumps({f"{folder}/own.py:own": 1.0}), "eval_every": 0} | COSINE
     shas = []
     for factor, settings in (("8", {"run_dir": folder / "own", "steps": 2}), ("9", {"resume": "auto"})):
@@ -156,7 +156,7 @@ def test_a_changed_reward_file_is_warned_about(folder: Path, capsys: pytest.Capt
         shas.append(sha256_of(folder / "own.py")[:12])
         run(folder, "own", **own | settings)
     out = capsys.readouterr().out
-    assert f"warning: reward '{folder}/own.py:own' was changed since the checkpoint was written" in out
+    assert f"warning: reward '{folder}/own.py:own' has changed since the checkpoint was written" in out
     assert f"sha256 {shas[0]} -> {shas[1]}" in out and shas[0] != shas[1]
 
 
