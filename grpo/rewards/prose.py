@@ -8,7 +8,7 @@ Each resists one way to earn reward without being right:
     length_guard     evasive one-word replies, and padding
     language_guard   another script, missing diacritics, repetition
 
-Both sides are compared in Unicode NFC, so a text that was typed with combining marks equals one that was not; case stays.
+Both sides are compared in Unicode NFC, so combining marks and composed letters are equal. Case is kept.
 The references are the data's columns: `answer` (the extracted terms, one a line) and `solution` (the answer in full).
 """
 

@@ -19,8 +19,8 @@ _QUOTED = re.compile(r"`([^`\n]+)`|\"([^\"\n]+)\"|\u201c([^\u201c\u201d\n]+)\u20
 def quoted_terms(text: str) -> list[str]:
     """Return the terms in `backticks` or "double", \u201ccurly\u201d or \u00abangle\u00bb quotes, NFC and stripped.
 
-    They are in order, each once. Where a text has backticks, only they count: its other quotes are translations. Single quotes never do: an
-    apostrophe is a letter in many orthographies.
+    They are in order, each once. Where a text has backticks, only they count: its other quotes are translations.
+    Single quotes never do: an apostrophe is a letter in many orthographies.
     """
     found = [next(term for term in match.groups() if term) for match in _QUOTED.finditer(text)]
     ticked = [match[1] for match in _QUOTED.finditer(text) if match[1]]

@@ -46,7 +46,7 @@ class Worker:
             return
         self.kill()
         address = address_of(self.function)
-        # The fork server has imported this module only. Forking this process would copy the locks of its threads; that is
+        # The fork server has imported this module only. Forking this process would copy the locks of its threads; it is
         # done only for a function that no other process can import (one from a notebook).
         context: Any = multiprocessing.get_context("fork" if address is None else _start_method())
         if address is not None and _start_method() == "forkserver":

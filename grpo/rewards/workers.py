@@ -8,8 +8,8 @@
 Only a reward that scores each completion by itself (@one_by_one) begins before all completions are sampled. Any other
 one may compare them with each other, and gets all completions of a step together.
 
-A reward that fails on all completions together is called again one by one, to find the completions that it cannot score.
-Those are masked (no advantage, left out of their group's mean) and counted, never scored 0 in silence.
+A reward that fails on all completions together is called again one by one, to find the ones that it cannot score. Those
+are masked (no advantage, left out of their group's mean) and counted, never scored 0 in silence.
 """
 
 import atexit
@@ -135,7 +135,7 @@ class RewardWorkerPool(RewardSum):
         return reward.thread.submit(reward.score, column_arguments(reward.function, groups, reward.kwargs), count)
 
     def _check(self, name: str, failed: list[Failure], texts: list[str]) -> None:
-        """Raise RewardError if a reward failed too often. Timeouts can be due to completions, other failures are bugs."""
+        """Raise RewardError if a reward failed too often. Timeouts can be due to completions, others are bugs."""
         broken = [failure for failure in failed if not failure.timed_out]
         late = len(failed) - len(broken)
         if failed and self.on_error == "raise":
