@@ -1,4 +1,4 @@
-"""Run lock: one process at a time writes a run directory. The system frees the lock when its holder dies, even by kill -9."""
+"""Run lock: one process at a time writes a run directory. The system releases it when its holder dies, even by SIGKILL."""
 
 import json
 import os
@@ -12,7 +12,11 @@ _NAME = ".lock"
 
 
 class RunLock:
-    """Held from construction until `release`. Raises ConfigError if another process holds it."""
+    """Lock that is held from construction until `release`.
+
+    Raises:
+        ConfigError: Another process holds it.
+    """
 
     def __init__(self, run_dir: Path):
         self._file: TextIO | None = (run_dir / _NAME).open("a+", encoding="utf-8")
@@ -25,14 +29,14 @@ class RunLock:
         self._file.flush()
 
     def release(self) -> None:
-        """A second call does nothing."""
+        """Release the lock. Idempotent."""
         file, self._file = self._file, None
         if file is not None:
             file.close()
 
 
 def check_free(run_dir: Path) -> None:
-    """Raise ConfigError if a run is being written there now. Before anything is loaded, and without making a file."""
+    """Raise ConfigError if another process writes this run directory. Creates no file."""
     path = run_dir / _NAME
     if path.is_file():
         with path.open("a+", encoding="utf-8") as file:
@@ -60,4 +64,4 @@ def _in_use(run_dir: Path) -> str:
         who = f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         who = "another process"
-    return f"run_dir {run_dir} is in use by {who}: wait for it, end it, or choose another --run_dir"
+    return f"run_dir {run_dir} is in use by {who}: wait for it, stop it, or choose another --run_dir"

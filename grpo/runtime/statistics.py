@@ -1,4 +1,4 @@
-"""Statistics: right and wrong answers -> intervals and a paired test. Plain numbers in, plain numbers out."""
+"""Statistics of right and wrong answers: confidence intervals, a paired test, pass@k. Plain numbers only."""
 
 import math
 
@@ -7,7 +7,9 @@ Z95 = 1.959963984540054
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927): unlike p +- 1.96 s it stays in [0, 1], and is not empty at 0 or 1.
+    """Return the 95 % interval of a proportion (Wilson 1927).
+
+    Unlike p +- 1.96 s it stays in [0, 1], and is not empty at 0 or 1.
 
     # 0 of 10 -> (0, 0.278);  5 of 10 -> (0.237, 0.763)
     """
@@ -20,7 +22,7 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
 
 
 def mean_interval(values: list[float]) -> tuple[float, float]:
-    """95 % interval of a mean, by its standard error: for averages over items whose samples are not independent."""
+    """Return the 95 % interval of a mean of independent values, by its standard error; infinite for one value."""
     count = len(values)
     mean = sum(values) / count
     if count < 2:
@@ -30,7 +32,11 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p-value (McNemar 1947) that two models are equally good, from the items that one alone got right.
+    """Return the exact two-sided p-value (McNemar 1947) of two equally good models.
+
+    Args:
+        only_first: Items that only the first model answered right.
+        only_second: Items that only the second model answered right.
 
     # 1 and 9: 2 * (C(10, 0) + C(10, 1)) / 2^10 = 22 / 1024 = 0.0215
     """
@@ -40,7 +46,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
-    """Unbiased estimate that at least one of k draws is right, from `correct` of `samples` (arXiv 2107.03374, eq. 1).
+    """Return the unbiased estimate that at least one of k samples is right (arXiv 2107.03374, eq. 1).
 
     # 1 of 4 right: pass@1 = 0.25, pass@2 = 1 - (3/4 * 2/3) = 0.5
     """

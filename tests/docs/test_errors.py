@@ -488,7 +488,7 @@ CASES: dict[str, Case] = {
     "run directory in use": Case(
         in_use,
         ConfigError,
-        "run_dir DIR is in use by process 4711 on HOST: wait for it, end it, or choose another --run_dir",
+        "run_dir DIR is in use by process 4711 on HOST: wait for it, stop it, or choose another --run_dir",
     ),
     "report on a folder without a run": Case(
         write_report, ConfigError, "--run DIR holds no metrics.jsonl with a step in it: give the folder of a run"

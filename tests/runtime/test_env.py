@@ -1,4 +1,4 @@
-"""Keys from .env: what is set wins, what is empty or broken does nothing, and nothing else is taken over."""
+"""Keys from .env: set variables win, empty values and broken lines are ignored, other variables stay out."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ from grpo.runtime import env as keys
 def test_the_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, already: str | None, token: str | None
 ) -> None:
-    monkeypatch.setattr(keys, "ROOT", tmp_path / "none")
+    monkeypatch.setattr(keys, "source_checkout", lambda: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "environ", {} if already is None else {"HF_TOKEN": already})
     if text is not None:
@@ -36,8 +36,18 @@ def test_the_nearer_file_wins_and_other_variables_stay_out(tmp_path: Path, monke
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / ".env").write_text("WANDB_API_KEY=here\nPATH=/evil\n")
     (tmp_path / ".env").write_text("WANDB_API_KEY=root\nHF_TOKEN=root\n")
-    monkeypatch.setattr(keys, "ROOT", tmp_path)
+    monkeypatch.setattr(keys, "source_checkout", lambda: tmp_path)
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(os, "environ", {})
     keys.load_keys()
     assert os.environ == {"WANDB_API_KEY": "here", "HF_TOKEN": "root"}
+
+
+def test_an_installed_package_has_no_source_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel lies in site-packages, whose .env belongs to nobody."""
+    file = tmp_path / "site-packages" / "grpo" / "runtime" / "env.py"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setattr(keys, "__file__", str(file))
+    assert keys.source_checkout() is None
+    (tmp_path / "site-packages" / "pyproject.toml").touch()
+    assert keys.source_checkout() == tmp_path / "site-packages"
