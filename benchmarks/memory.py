@@ -110,7 +110,8 @@ def fits() -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     from grpo.config.parser import load_config
-    from grpo.tools.memory import Machine, estimate, simulate
+    from grpo.models.strategies.base import Machine
+    from grpo.tools.memory import estimate, simulate
 
     machines = {
         "single_gpu": Machine("single", 1, "bf16", False),
@@ -167,8 +168,9 @@ def fits() -> dict[str, Any]:
 
 def measure(folder: Path, names: list[str]) -> list[dict[str, Any]]:
     from grpo.config.parser import load_config
+    from grpo.models.strategies.registry import machine_of
     from grpo.tools.check import tokenizer_and_shape
-    from grpo.tools.memory import estimate, machine_of
+    from grpo.tools.memory import estimate
 
     make(folder)
     (folder / "noise.py").write_text(

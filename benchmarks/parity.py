@@ -273,7 +273,7 @@ def run_ours(case: Case, folder: Path) -> Outcome:
     )
     if case.optimizer == "sgd":
         # Where our gradient is another multiple of the same one, the weights must still take the same step.
-        policy.prepared_optimizer = torch.optim.SGD(policy.model.parameters(), lr=LEARNING_RATE * case.factor)
+        policy.strategy.prepared_optimizer = torch.optim.SGD(policy.model.parameters(), lr=LEARNING_RATE * case.factor)
     outcome = Outcome([], [], {})
     step, backward = policy.step, policy.backward
     running = [0.0]

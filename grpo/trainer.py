@@ -141,7 +141,7 @@ def update(run: Run, experience: Experience, sums: Sums, clock: "Clock") -> list
             sums.add("grad_norm", policy.step(usable), 1)
             sums.add("skipped", policy.skipped_in_a_row > 0)
         else:  # every group was flat: nothing to learn, and no step that would only decay weights and momentum
-            policy.scheduler.step()
+            policy.skip_step()
     clock.lap("update")
     return batches[:real]
 

@@ -380,7 +380,7 @@ def run_trl(suite: Suite, folder: Path, name: str) -> dict:
     from grpo.data.tokenizer import load_tokenizer
     from grpo.models.loading import load_model
     from grpo.rewards.registry import REWARDS as registered
-    from grpo.runtime.distributed import cpu_threads
+    from grpo.runtime.device import cpu_threads
     from grpo.types import Prompt
 
     torch.set_num_threads(cpu_threads(1))
@@ -532,7 +532,7 @@ def decode_times(suite: Suite, folder: Path) -> str:
     from grpo.models.loading import load_model
     from grpo.models.logprob_model import use_grpo_attention
     from grpo.rollout.native_engine import NativeEngine
-    from grpo.runtime.distributed import cpu_threads
+    from grpo.runtime.device import cpu_threads
     from grpo.types import Prompt, SamplingPlan
 
     torch.set_num_threads(cpu_threads(1))

@@ -29,9 +29,9 @@ def main() -> None:
         score_file(config, ours.completions, ours.output)
         return
 
+    from grpo.models.strategies.registry import machine_of
     from grpo.tools.check import check
     from grpo.tools.check_display import show
-    from grpo.tools.memory import machine_of
 
     found = check(config, machine_of(ours.machine) if ours.machine else None)
     show(found, changed_settings(config))

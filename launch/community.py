@@ -273,9 +273,9 @@ def rights(model: str, rows: list[dict], max_completion_length: int) -> list[boo
     from grpo.data.tokenizer import load_tokenizer
     from grpo.models.loading import load_model
     from grpo.models.logprob_model import use_grpo_attention
+    from grpo.models.strategies.registry import start_accelerator
     from grpo.rollout.engine import build_engine
     from grpo.rollout.evaluation import evaluate
-    from grpo.runtime.distributed import start_accelerator
 
     accelerator, tokenizer, policy = start_accelerator(), load_tokenizer(model), load_model(model)
     examples = load_rows(table_of("gate", rows), DataConfig(extractor=EXTRACTOR, system_prompt=None), BadRows())

@@ -38,8 +38,8 @@ def main() -> None:
     base = base_of(ours.model) if ours.base == "run" else ours.base
     config.data.eval_path = config.data.eval_path or config.data.path
 
+    from grpo.models.strategies.registry import start_accelerator
     from grpo.rollout.evaluation import compare
-    from grpo.runtime.distributed import start_accelerator
 
     accelerator = start_accelerator()
     report: dict[str, Any] = {"model": ours.model}

@@ -10,13 +10,13 @@ import pytest
 import grpo.kernels.cpu.compiler
 import grpo.kernels.cpu.gemm
 import grpo.rollout.compiled_backbone
-import grpo.runtime.distributed
+import grpo.runtime.device
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo.runtime.distributed, "cpu_threads", lambda processes_here: 1)
+        patch.setattr(grpo.runtime.device, "cpu_threads", lambda processes_here: 1)
         yield
 
 

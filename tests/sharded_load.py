@@ -13,11 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
-from grpo.models.loading import load_to_train
 from grpo.models.logprob_model import probe_batch
-from grpo.models.weights import full_weights
+from grpo.models.strategies.registry import start_accelerator, strategy_for
 from grpo.policy import Policy
-from grpo.runtime.distributed import return_freed_memory, start_accelerator
+from grpo.runtime.device import return_freed_memory
 
 
 class Peak:
@@ -64,8 +63,10 @@ def main(folder: str, result: str) -> None:
     for once in (True, False):
         plugin.cpu_ram_efficient_loading = once
         row: dict[str, Any] = {}
+        strategy = strategy_for(accelerator)
+        strategy.configure(ModelConfig(), OptimizerConfig())
         with Peak() as peak:
-            model, _ = load_to_train(folder, ModelConfig(), accelerator, once=once)
+            model, _ = strategy.load(folder, ModelConfig())
         row["peak of loading"] = peak.bytes
         row["held"] = sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
         del model
@@ -80,8 +81,8 @@ def main(folder: str, result: str) -> None:
             policy = Policy(accelerator, folder, *parts, lora, temperature=1.0, optimizer_steps=1)
             policy.check()
             policy.refresh_sampler()
-            row["reads_once"] = policy.read_once
-            loaded = dict(full_weights(policy.model))
+            row["reads_once"] = policy.strategy.loads_on_main
+            loaded = dict(policy.strategy.full_weights(policy.model))
             row["weights"] = all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
             batch = probe_batch(policy.model.config.vocab_size)
             case = "full" if lora is None else "lora"

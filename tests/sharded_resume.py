@@ -14,10 +14,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.models.logprob_model import probe_batch
 from grpo.models.optimizer_state import Tensors
+from grpo.models.strategies.registry import start_accelerator
 from grpo.policy import Policy
 from grpo.run.build import read_checkpoint
 from grpo.run.checkpoint import load_checkpoint, save_checkpoint
-from grpo.runtime.distributed import start_accelerator
 from tests.sharded_load import Peak
 
 
@@ -45,13 +45,13 @@ def main(folder: str, result: str) -> None:
         row = seen[case] = {}
         row["offloaded"] = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
         policy = made(accelerator, folder, lora)
-        fresh = whole(policy.state()[0])
+        fresh = whole(policy.state_dict()[0])
         batch = probe_batch(policy.model.config.vocab_size)
         with policy.accumulate(sync=True):
             policy.backward(policy.logprobs(batch)[0].sum())
         policy.step()
         policy.sync_reference(1)
-        tensors, state = policy.state()
+        tensors, state = policy.state_dict()
         path = Path(f"{result}-{case}") / "checkpoints" / "step-1"
         if accelerator.is_main_process:
             save_checkpoint(path.parent.parent, 1, tensors, state, keep=1)
@@ -62,11 +62,11 @@ def main(folder: str, result: str) -> None:
         with Peak(files=True) as peak:  # that is how safetensors are read
             tensors, state = read_checkpoint(path, policy)
             row["read"] = sum(value.nbytes for value in whole(tensors).values())
-            policy.load_state(tensors, state)
+            policy.load_state_dict(tensors, state)
             del tensors
         row["peak"] = peak.bytes
         row["reference"] = sums(policy)
-        now = whole(policy.state()[0])
+        now = whole(policy.state_dict()[0])
         if accelerator.is_main_process:
             saved = whole(load_checkpoint(path)[0])
             row["checkpoint"] = sum(value.nbytes for value in saved.values())

@@ -1,22 +1,16 @@
-"""Loading: a folder or hub id -> a causal LM as training wants it, and its tokenizer.
+"""Loading: a folder or hub id -> a causal LM with every dropout 0 and its output head in float32.
 
-Every process reads the weights for itself; or, where the model is about to be sharded (FSDP2), the main process for all of
-them, and the others make the same model without memory (grpo/models/strategies/fsdp.py hands out the shards).
+A strategy may load on the main process alone, create `empty_model` on the others and distribute the weights
+(grpo/models/strategies/fsdp.py).
 """
 
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, init_empty_weights
-from accelerate.utils import broadcast_object_list
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from grpo.config.schema import ModelConfig
@@ -25,62 +19,56 @@ from grpo.errors import ConfigError
 from grpo.kernels.attention import NAME
 from grpo.models.logprob_model import use_grpo_attention
 from grpo.models.lora import check_quantization
-from grpo.models.weights import Float32Head
 
-disable_progress_bar()  # "Loading weights 38/38": noise between our own lines
-
-
-def load_to_train(
-    path: str, config: ModelConfig, accelerator: Accelerator, *, once: bool
-) -> tuple[PreTrainedModel, bool]:
-    """The model, and whether our attention was switched on in it. It is on the device of this process; if read `once`, its
-    parameters are on the CPU of the main process, and on the meta device of the others. Collective then: what the main process
-    cannot read is every process's ConfigError."""
-
-    def read() -> tuple[PreTrainedModel, bool]:
-        model = load_model(path, config, accelerator.device)
-        return model, config.attn_implementation == NAME and use_grpo_attention(model)
-
-    if not once:
-        model, uses_packed_attention = read()
-        return model.to(accelerator.device), uses_packed_attention
-    found: tuple[PretrainedConfig, GenerationConfig | None, bool] | ConfigError | None = None
-    if accelerator.is_main_process:
-        try:
-            model, uses_packed_attention = read()
-            found = (model.config, model.generation_config, uses_packed_attention)
-        except ConfigError as error:
-            found = error
-    [found] = broadcast_object_list([found])
-    if isinstance(found, ConfigError):
-        raise found
-    assert found is not None
-    if not accelerator.is_main_process:
-        settings, generation, uses_packed_attention = found
-        model = ready(outline(settings), path)
-        model.generation_config = generation  # type: ignore[assignment]
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(accelerator.device)
-    return model, uses_packed_attention
+disable_progress_bar()  # "Loading weights 38/38" would interrupt our own log
 
 
-def outline(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of `config`, its parameters without memory. Its buffers are real: RoPE's frequencies are in no file."""
+class Float32Head(nn.Linear):
+    """The output head, always in float32: logits rounded to bfloat16 put an error of 1e-2 on every logprob."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight.float())
+
+
+def load_for_training(path: str, config: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, bool]:
+    """Load a causal LM on this process, and use packed attention in it where configured and exact.
+
+    Args:
+        path: A folder or hub id.
+        config: The `model.*` section of the config.
+        device: Where a 4-bit model is quantized. Other weights are read on the CPU and stay there.
+
+    Returns:
+        The model, and whether it uses packed attention (grpo/kernels/attention.py).
+
+    Raises:
+        ConfigError: The model cannot be loaded or is not supported.
+    """
+    model = load_model(path, config, device)
+    return model, config.attn_implementation == NAME and use_grpo_attention(model)
+
+
+def empty_model(config: PretrainedConfig, path: str) -> PreTrainedModel:
+    """Create the model of `config` with parameters on the meta device. Buffers have memory: RoPE's are in no file."""
     attention = config._attn_implementation
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, attn_implementation="sdpa")
-    model.tie_weights()  # without memory, each name got a parameter of its own
+    model.tie_weights()  # on the meta device, each name got a parameter of its own
     model.set_attn_implementation(attention)
-    return model
+    return prepare_model(model, path)
 
 
 def load_model(path: str, config: ModelConfig | None = None, device: torch.device | None = None) -> PreTrainedModel:
-    """A causal LM with every dropout 0, so that sampling and scoring see one and the same policy; its head in float32.
+    """Load a causal LM with every dropout 0 and its output head in float32.
 
-    float32 weights and the model's own sdpa attention, unless `config` says otherwise (torch_dtype, attn_implementation,
-    load_in_4bit, gguf_file).
+    Args:
+        path: A folder or hub id.
+        config: torch_dtype, attn_implementation, load_in_4bit and gguf_file; None for float32 and sdpa attention.
+        device: Where a 4-bit model is quantized; None for the CPU.
+
+    Raises:
+        ConfigError: The model cannot be loaded, or its logprobs could not be computed exactly.
     """
     _check_there(path)
     if Path(path).is_dir() and not (config and config.gguf_file) and not (Path(path) / "config.json").is_file():
@@ -91,7 +79,7 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
     extra: dict[str, object] = {}
     dtype, attention = torch.float32, "sdpa"
     if config is not None:
-        if config.attn_implementation != NAME:  # ours takes the place of sdpa later, if a probe finds it exact
+        if config.attn_implementation != NAME:  # packed attention replaces sdpa later, if a probe finds it exact
             attention = config.attn_implementation
         dtype = getattr(torch, config.torch_dtype)
         if config.gguf_file:
@@ -121,15 +109,19 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
             f"model.name '{path}' cannot be loaded: its weights have other shapes than its config.json says: the files are "
             f"of two models"
         ) from error
-    if extra.get("gguf_file"):  # plain float32 weights by now, though transformers still calls the model quantized
+    if extra.get("gguf_file"):  # the weights are float32 now, though transformers still calls the model quantized
         model.is_quantized = False  # type: ignore[assignment]
         model.hf_quantizer = None  # type: ignore[assignment]
         del model.config.quantization_config
-    return ready(model, path)
+    return prepare_model(model, path)
 
 
-def ready(model: PreTrainedModel, path: str) -> PreTrainedModel:
-    """Every dropout 0, the head in float32. Raises ConfigError for a model whose logprobs we would get wrong."""
+def prepare_model(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    """Set every dropout to 0, so that sampling and training see one policy, and put the output head in float32.
+
+    Raises:
+        ConfigError: The model transforms its logits in a way that the logprobs do not support.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -142,5 +134,7 @@ def ready(model: PreTrainedModel, path: str) -> PreTrainedModel:
         if getattr(model.config, key, None) not in (None, 1.0):
             raise ConfigError(f"model.name '{path}': config.{key} changes the logits in a way that is not supported")
     if type(head) is nn.Linear:
-        head.__class__ = Float32Head
+        float32_head = Float32Head(head.in_features, head.out_features, bias=False, device="meta")
+        float32_head.weight = head.weight  # the same parameter: a tied head stays tied
+        model.set_output_embeddings(float32_head.train(head.training))
     return model.eval()

@@ -9,6 +9,7 @@ from grpo.logprobs import token_logprobs
 from grpo.models.lora import head_weight
 from grpo.models.shared_prompt import SharedPrompts
 from grpo.packing import PackedBatch
+from grpo.runtime.precision import PRECISIONS
 
 AttentionInterface.register(NAME, grpo_attention)
 
@@ -60,7 +61,7 @@ def use_grpo_attention(model: PreTrainedModel) -> bool:
     -> whether it was switched. The probe is two groups with prompts and completions of different lengths. Weights of 16 bits round
     differently in it: a bfloat16 model's own attention is as far from float32 as ours is.
     """
-    tolerance = {torch.float16: 2e-2, torch.bfloat16: 1e-1}.get(model.dtype, 1e-3)
+    tolerance = PRECISIONS[model.dtype].logprob
     batch = probe_batch(model.config.vocab_size).to(next(model.parameters()).device)
     with torch.no_grad():
         plain = LogprobModel(model, uses_packed_attention=False, temperature=1.0)(batch)[0]

@@ -1,16 +1,17 @@
-"""LoRA: the only file that knows peft. A model -> the same model with small trainable matrices beside chosen layers.
+"""LoRA adapters: a model -> the same model with small trainable matrices beside chosen layers.
 
     W x  ->  W x + (lora_alpha / r) * B (A x)          (Hu et al., arXiv 2106.09685)    B starts at 0
 
-Switched off, the adapter leaves exactly the starting model: the reference policy costs no memory. It is never merged in
-place: what engines sample from is a working copy (grpo/models/weights.py), so that no number of merges can move the base.
+With the adapter disabled the model is exactly the initial one, so the reference policy takes no memory. Training never
+merges in place: engines sample from a working copy (grpo/models/weights.py), and merging cannot change the base weights.
+This is the only file that imports peft.
 """
 
 import contextlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -19,16 +20,25 @@ from transformers import PreTrainedModel
 from grpo.config.schema import LoraConfig
 from grpo.errors import ConfigError
 
-if TYPE_CHECKING:
-    from peft import PeftModel
+Adapter = Any
+"""A `peft.PeftModel`. The annotation does not import peft, which is optional."""
 
-ADAPTER = "default"
+ADAPTER_NAME = "default"
 
 
-def add_adapter(model: PreTrainedModel, config: LoraConfig, base: str) -> "PeftModel":
-    """Put an adapter into `model`, in place; everything else is frozen. -> peft's handle, for `off` and `save_adapter`.
+def add_adapter(model: PreTrainedModel, config: LoraConfig, base: str) -> Adapter:
+    """Add an adapter to `model` in place and freeze everything else.
 
-    `base` is written into the saved adapter as the model that it belongs to. Raises ConfigError if no layer fits.
+    Args:
+        model: The causal LM.
+        config: The `lora.*` section of the config.
+        base: Name of the base model that a saved adapter records.
+
+    Returns:
+        The handle for `adapter_disabled` and `save_adapter`.
+
+    Raises:
+        ConfigError: peft is missing, no layer matches lora.target_modules, or a target is tied to another layer.
     """
     try:
         import peft
@@ -42,7 +52,7 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, base: str) -> "PeftM
         lora_alpha=config.lora_alpha,
         target_modules=targets,
         use_rslora=config.use_rslora,
-        lora_dropout=0.0,  # a dropped adapter would be another policy than the one that sampled
+        lora_dropout=0.0,  # with dropout, the policy that trains would differ from the one that samples
         bias="none",
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
@@ -66,34 +76,34 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, base: str) -> "PeftM
 
 
 @contextlib.contextmanager
-def off(adapter: "PeftModel") -> Iterator[None]:
-    """Within, the model is what it was before the adapter: the reference policy."""
+def adapter_disabled(adapter: Adapter) -> Iterator[None]:
+    """Disable the adapter within: the model computes what it did before `add_adapter`."""
     with adapter.disable_adapter():
         yield
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Name and layer of everything that carries an adapter; nothing for a model without."""
+    """Iterate over (name, layer) of the layers with an adapter."""
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and hasattr(module, "get_delta_weight"):
             yield name, module
 
 
-def delta(layer: Any) -> Tensor:
-    """(lora_alpha / r) * B A in the layout of the layer's weight, with a gradient to A and B."""
-    return layer.get_delta_weight(ADAPTER)
+def delta_weight(layer: Any) -> Tensor:
+    """Return (lora_alpha / r) * B A in the layout of the layer's weight, differentiable in A and B."""
+    return layer.get_delta_weight(ADAPTER_NAME)
 
 
 def head_weight(head: nn.Module) -> Tensor:
-    """[V, H] of the output head, its adapter included: our logprobs use the weight itself and never call the head."""
+    """Return the weight [V, H] of the output head, its adapter included. Logprobs are computed from it directly."""
     weight = head.weight
     if hasattr(head, "lora_A") and not head.disable_adapters:
-        return weight + delta(head)  # type: ignore[operator]
+        return weight + delta_weight(head)  # type: ignore[operator]
     return weight  # type: ignore[return-value]
 
 
 def plain_name(name: str) -> str | None:
-    """A parameter's name in the model without adapter; None for the adapter's own.
+    """Return a parameter's name in the model without adapter, or None for a parameter of the adapter.
 
     # model.layers.0.self_attn.q_proj.base_layer.weight     -> model.layers.0.self_attn.q_proj.weight
     # model.layers.0.self_attn.q_proj.lora_A.default.weight -> None
@@ -103,15 +113,24 @@ def plain_name(name: str) -> str | None:
     return name.replace(".base_layer.", ".")
 
 
-def save_adapter(adapter: "PeftModel", folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """adapter_model.safetensors and adapter_config.json, as peft and vLLM read them. `weights`: full tensors by their
-    name in the model, where the live ones are sharded."""
+def save_adapter(adapter: Adapter, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write adapter_model.safetensors and adapter_config.json, which peft and vLLM load.
+
+    Args:
+        adapter: The handle that `add_adapter` returned.
+        folder: The folder to write.
+        weights: Full tensors by their names in the model; None to take the live ones.
+    """
     state = None if weights is None else {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
     adapter.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The plain model with the adapter in `folder` merged in. For export and chat; training never merges in place."""
+    """Return `base` with the adapter in `folder` merged in, for export and chat.
+
+    Raises:
+        ConfigError: peft is missing, or the folder holds no adapter that fits `base`.
+    """
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -126,7 +145,11 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def check_quantization() -> None:
-    """Raise ConfigError unless what 4-bit base weights (QLoRA, arXiv 2305.14314) need is installed."""
+    """Check that bitsandbytes, which 4-bit base weights (QLoRA, arXiv 2305.14314) need, is installed.
+
+    Raises:
+        ConfigError: It is missing.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "model.load_in_4bit is true, but bitsandbytes is missing: pip install bitsandbytes==0.50.2, or set it to false "

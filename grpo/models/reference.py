@@ -1,77 +1,80 @@
-"""Reference policies: what the KL holds the policy to. A packed batch -> [N] logprobs without gradient.
+"""Reference policies of the KL: a packed batch -> logprobs [N] without gradient.
 
-frozen copy     of the starting weights (the default)
-adapter off     with LoRA: the policy itself, its adapter switched off. No memory at all
-another model   model.reference: a hub id or folder with the same vocabulary
-synced          either of the copies, moved towards the policy every model.ref_model_sync_steps steps
+FrozenReference     a copy of the initial weights, or another model with the same vocabulary (model.reference).
+                    `sync` moves it towards the policy (model.sync_ref_model)
+AdapterReference    the policy without its LoRA adapter: no memory of its own
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from grpo.errors import ConfigError
-from grpo.models.weights import full_weights
+from grpo.models.lora import Adapter, adapter_disabled
 from grpo.packing import PackedBatch
 
 
-class Reference:
-    """`logprob_model` computes the logprobs: a model of its own, or the policy's, used inside `switch` (its adapter off)."""
+class FrozenReference:
+    """A model of its own that takes no gradient.
 
-    def __init__(
-        self,
-        logprob_model: nn.Module,
-        device: torch.device,
-        *,
-        switch: Callable[[], AbstractContextManager] | None = None,
-        offload: bool = False,
-    ) -> None:
-        self.logprob_model, self.device, self.switch, self.offload = logprob_model, device, switch, offload
-        if switch is None:
-            logprob_model.requires_grad_(False).eval()
-            if offload:
-                logprob_model.to("cpu")
+    Args:
+        logprob_model: The model, as a `LogprobModel`.
+        device: The device that computes.
+        offload: Keep the weights on the CPU between calls.
+    """
 
-    @torch.no_grad()
-    def logprobs(self, batches: list[PackedBatch]) -> list[Tensor]:
-        """[N] for each batch; the weights travel to the device and back once for all of them."""
-        with self._in_use():
-            # The last batch of a split group has the prompt in its row: see grpo/models/shared_prompt.py.
-            return [self.logprob_model(batch)[0] for batch in reversed(batches)][::-1]
-
-    @property
-    def holds_weights(self) -> bool:
-        return self.switch is None
-
-    @torch.no_grad()
-    def sync(self, policy_model: nn.Module, alpha: float) -> None:
-        """reference <- alpha * policy + (1 - alpha) * reference (TR-DPO, arXiv 2404.09656, eq. 4)."""
-        assert self.holds_weights
-        own = dict(self.model.named_parameters())
-        for name, tensor in full_weights(policy_model):
-            own[name].lerp_(tensor.to(own[name].device), alpha)
+    def __init__(self, logprob_model: nn.Module, device: torch.device, *, offload: bool = False) -> None:
+        self.logprob_model, self.device, self.offload = logprob_model, device, offload
+        logprob_model.requires_grad_(False).eval()
+        if offload:
+            logprob_model.to("cpu")
 
     @property
     def model(self) -> nn.Module:
+        """The causal LM."""
         return self.logprob_model.model  # type: ignore[return-value]
 
-    @contextlib.contextmanager
-    def _in_use(self) -> Iterator[None]:
-        if self.switch is not None:
-            with self.switch():
-                yield
-        elif self.offload:
-            self.logprob_model.to(self.device)
-            try:
-                yield
-            finally:
-                self.logprob_model.to("cpu")
-        else:
-            yield
+    def logprobs(self, batches: list[PackedBatch]) -> list[Tensor]:
+        """Return logprobs [N] of each batch. Offloaded weights are moved to the device once for all batches."""
+        if not self.offload:
+            return _logprobs(self.logprob_model, batches)
+        self.logprob_model.to(self.device)
+        try:
+            return _logprobs(self.logprob_model, batches)
+        finally:
+            self.logprob_model.to("cpu")
+
+    @torch.no_grad()
+    def sync(self, policy_weights: Iterable[tuple[str, Tensor]], alpha: float) -> None:
+        """Set reference <- alpha * policy + (1 - alpha) * reference (TR-DPO, arXiv 2404.09656, eq. 4)."""
+        parameters = dict(self.model.named_parameters())
+        for name, tensor in policy_weights:
+            parameters[name].lerp_(tensor.to(parameters[name].device), alpha)
+
+
+class AdapterReference:
+    """The policy with its adapter disabled: exactly the model before training.
+
+    Args:
+        logprob_model: The policy's own `LogprobModel`, wrapped.
+        adapter: The adapter in it.
+    """
+
+    def __init__(self, logprob_model: nn.Module, adapter: Adapter) -> None:
+        self.logprob_model, self.adapter = logprob_model, adapter
+
+    def logprobs(self, batches: list[PackedBatch]) -> list[Tensor]:
+        """Return logprobs [N] of each batch."""
+        with adapter_disabled(self.adapter):
+            return _logprobs(self.logprob_model, batches)
+
+
+@torch.no_grad()
+def _logprobs(logprob_model: nn.Module, batches: list[PackedBatch]) -> list[Tensor]:
+    # In reverse: the last batch of a split group has the prompt in its row (grpo/models/shared_prompt.py).
+    return [logprob_model(batch)[0] for batch in reversed(batches)][::-1]
 
 
 def check_vocabulary(
@@ -81,7 +84,11 @@ def check_vocabulary(
     reference: PreTrainedTokenizerBase,
     name: str,
 ) -> None:
-    """Raise ConfigError unless a token id means the same to both: a KL between different vocabularies means nothing."""
+    """Check that token ids mean the same to policy and reference.
+
+    Raises:
+        ConfigError: The vocabularies differ in size or in a token's id.
+    """
     if reference_size != policy_size:
         raise ConfigError(
             f"model.reference '{name}' has a vocabulary of {reference_size}, the policy one of {policy_size}: a KL between "

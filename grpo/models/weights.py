@@ -1,11 +1,11 @@
-"""Weights: a live model, sharded or with an adapter or in mixed precision -> the plain model that engines sample from.
+"""Weights: a live model, sharded or with an adapter or in mixed precision -> full weights under their plain names.
 
-    full_weights      the weights by their plain names, whole and merged, one at a time
-    WorkingCopy       the plain model that holds them; whatever can share memory with the live model does
-
-What is saved, exported or sent to a server comes from `full_weights` too: there is one way to read a policy.
+WeightReader      the one way to read a live model: gathered, merged, one parameter at a time
+WorkingCopy       the plain model that engines sample from; shares what memory it can with the live model
+save_model        a plain Hugging Face folder
 """
 
+import contextlib
 import copy
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -14,73 +14,86 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from grpo.models.lora import delta, lora_layers, plain_name
-from grpo.models.strategies import deepspeed as zero
+from grpo.models.lora import delta_weight, lora_layers, plain_name
 
 
-class Float32Head(nn.Linear):
-    """The output head, always in float32: logits that are rounded to bfloat16 put an error of 1e-2 on every logprob."""
+class WeightReader:
+    """Reads the parameters of a live model. This base class is for parameters that are whole on this process.
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.float(), self.weight.float())
-
-
-def full_weights(
-    model: nn.Module, wanted: Collection[str] | None = None, *, masters: bool = True
-) -> Iterator[tuple[str, Tensor]]:
-    """(plain name, tensor) of each parameter of `model`: gathered where it is sharded, its adapter merged in.
-
-    Collective where the model is sharded: every rank must go through all of it. `wanted` limits the names. Tied weights
-    come once. The tensors may be the live ones: copy, do not keep. `masters`: under DeepSpeed, whose live weights are
-    rounded, the float32 ones behind them.
+    A distribution strategy overrides the hooks. They are collective where the strategy shards parameters.
     """
-    adapted = {f"{name}.base_layer.weight": layer for name, layer in lora_layers(model)}
-    for name, parameter in model.named_parameters():
-        plain = plain_name(name)
-        if plain is None or (wanted is not None and plain not in wanted):
-            continue
-        layer = adapted.get(name)
-        with torch.no_grad(), zero.gathered([parameter] if layer is None else list(layer.parameters())):
-            tensor = whole(parameter) if masters and layer is None else full(parameter)
-            if layer is not None:
-                tensor = tensor + full(delta(layer)).to(tensor.dtype)
-            elif hasattr(parameter, "ds_id"):
-                tensor = tensor.clone()  # DeepSpeed frees it at the end of the block
-        yield plain, tensor
 
+    def gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which `parameters` are whole."""
+        return contextlib.nullcontext()
 
-def full(tensor: Tensor) -> Tensor:
-    """The whole of an FSDP2 shard, a 4-bit weight as numbers; any other tensor as it is."""
-    if hasattr(tensor, "quant_state"):
-        from bitsandbytes.functional import dequantize_4bit
+    def full_tensor(self, tensor: Tensor) -> Tensor:
+        """Return the whole of a sharded tensor, or the numbers of a 4-bit weight. The result may share memory with it."""
+        if hasattr(tensor, "quant_state"):
+            from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(tensor.data, tensor.quant_state)
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+            return dequantize_4bit(tensor.data, tensor.quant_state)
+        return tensor.detach()
 
+    def master_weight(self, parameter: nn.Parameter) -> Tensor:
+        """Return the whole weight that the optimizer updates: the parameter, or its float32 master if it is rounded."""
+        return self.full_tensor(parameter)
 
-def whole(parameter: nn.Parameter) -> Tensor:
-    """What the optimizer moves, whole: under DeepSpeed the float32 master, otherwise the parameter. Collective where sharded."""
-    master = zero.master(parameter)
-    return full(parameter) if master is None else master
+    def numel(self, parameter: nn.Parameter) -> int:
+        """Return the number of elements of the whole parameter."""
+        return parameter.numel()
+
+    def full_weights(
+        self, model: nn.Module, names: Collection[str] | None = None, *, masters: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the weights of `model` under the names of the model without adapter and wrapper.
+
+        Parameters are gathered where they are sharded, and adapters are merged in. Tied weights come once. Collective
+        where the model is sharded: every rank must exhaust the iterator.
+
+        Args:
+            model: The live model.
+            names: The plain names to read; None for all.
+            masters: Read the float32 master weights where the live ones are rounded.
+
+        Yields:
+            Plain name and full tensor. The tensor may be the live one: copy it to keep it.
+        """
+        adapted = {f"{name}.base_layer.weight": layer for name, layer in lora_layers(model)}
+        for name, parameter in model.named_parameters():
+            plain = plain_name(name)
+            if plain is None or (names is not None and plain not in names):
+                continue
+            layer = adapted.get(name)
+            with torch.no_grad(), self.gathered([parameter] if layer is None else list(layer.parameters())):
+                if layer is not None:
+                    tensor = self.full_tensor(parameter)
+                    tensor = tensor + self.full_tensor(delta_weight(layer)).to(tensor.dtype)
+                else:
+                    tensor = self.master_weight(parameter) if masters else self.full_tensor(parameter)
+            yield plain, tensor
 
 
 class WorkingCopy:
-    """The plain model that engines read: same architecture, no wrapper, no shards, no adapter.
+    """The plain model that engines sample from: same architecture, without wrapper, shards or adapter.
 
-    # full fine-tuning in float32        the live model itself: nothing to do, nothing to pay
+    # full fine-tuning in float32        the live model itself: no memory, no work
     # mixed precision                    linear weights in the compute dtype, as autocast would cast them at every call
-    # LoRA                               the adapted layers merged, everything else shared
-    # FSDP2, ZeRO-3                      all of it, once per rank, in the compute dtype
-    # read while training goes on        all of it (rollout.max_staleness)
+    # LoRA                               adapted layers merged, everything else shared
+    # FSDP2, ZeRO-3                      everything, once per rank, in the compute dtype
+    # sampling during training           everything (rollout.max_staleness)
 
-    `refresh` after every optimizer step. The live weights are only read, so they cannot drift however often it is called.
+    `refresh` copies the live weights, which it only reads: no number of merges can change them.
+
+    Attributes:
+        model: The plain model.
+        own: The parameters with memory of their own, by name. All others are parameters of the live model.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Takes the shape of `model`, which must not have an adapter or a wrapper yet. Shares all of its memory."""
+    def __init__(self, model: PreTrainedModel, reader: WeightReader) -> None:
+        """Create a copy that shares all memory with `model`, which must not have an adapter or a wrapper yet."""
+        self.live, self.reader = model, reader
         self.own: dict[str, nn.Parameter] = {}
-        self.live: PreTrainedModel = model
         if getattr(model, "is_quantized", False):
             config = copy.deepcopy(model.config)
             dtype = config.quantization_config.bnb_4bit_compute_dtype
@@ -92,82 +105,117 @@ class WorkingCopy:
             # deepcopy takes what the memo holds as already copied: the parameters are not.
             self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
 
-    def follow(
+    def bind(
         self,
         live: PreTrainedModel,
         device: torch.device,
         *,
-        compute: torch.dtype | None,
-        rounded: torch.dtype | None = None,
-        sharded: bool,
+        compute_dtype: torch.dtype | None,
+        live_dtype: torch.dtype | None = None,
+        sharded: bool = False,
         separate: bool = False,
-        hold: bool = True,
+        allocate: bool = True,
     ) -> None:
-        """Give memory of its own to what `live` will not hold in the form that sampling wants: called once `live` has
-        its adapter, before it gets a wrapper. `device`: where sampling is. `compute`: the dtype of mixed precision, None = as the weights are.
-        `rounded`: the dtype that the live weights themselves are about to get (ZeRO-2). `separate`: share nothing. Not
-        `hold`: nobody samples here, so nothing takes memory; `stream` alone is used."""
+        """Allocate the weights that `live` will not hold in the form in which sampling needs them.
+
+        Call it once `live` has its adapter and before it is wrapped.
+
+        Args:
+            live: The model that is trained.
+            device: The device that samples.
+            compute_dtype: The dtype that autocast casts linear weights to; None if they are used as they are.
+            live_dtype: The dtype that the strategy is about to cast the live weights to; None if it leaves them.
+            sharded: The live weights will be sharded, so that nothing can be shared with them.
+            separate: Share no memory, so that the copy can be read while the live weights change.
+            allocate: False where no engine samples in this process. Only `weights` is used then.
+        """
         self.live = live
         adapted = {f"{name}.weight" for name, _ in lora_layers(live)}
         quantized = getattr(live, "is_quantized", False)
         head = self.model.get_output_embeddings()
-        shared: dict[int, nn.Parameter] = {}
+        allocated: dict[int, nn.Parameter] = {}
         for module_name, module in self.model.named_modules():
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 name = f"{module_name}.{leaf}"
-                cast = compute is not None and isinstance(module, nn.Linear) and module is not head and leaf == "weight"
+                is_linear = isinstance(module, nn.Linear) and module is not head and leaf == "weight"
+                cast = compute_dtype is not None and is_linear
                 if not (separate or sharded or quantized or cast or name in adapted):
                     continue
-                if id(parameter) not in shared:
-                    dtype = compute if cast else rounded or parameter.dtype
-                    place = device if hold else torch.device("meta")
-                    owned = torch.empty_like(parameter, dtype=dtype, device=place, requires_grad=False)
-                    shared[id(parameter)] = self.own[name] = nn.Parameter(owned, requires_grad=False)
-                setattr(module, leaf, shared[id(parameter)])
-        self.dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        if not hold:
+                if id(parameter) not in allocated:
+                    dtype = compute_dtype if cast else live_dtype or parameter.dtype
+                    place = device if allocate else torch.device("meta")
+                    empty = torch.empty_like(parameter, dtype=dtype, device=place, requires_grad=False)
+                    allocated[id(parameter)] = self.own[name] = nn.Parameter(empty, requires_grad=False)
+                setattr(module, leaf, allocated[id(parameter)])
+        self._dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        if not allocate:
             self.own = {}
-        # Layers that recompute their activations drop the KV cache: sampling then keeps the copy, which shares all memory.
+        # Layers with gradient checkpointing drop the KV cache, so sampling keeps the copy, which shares all memory.
         if not self.own and not live.is_gradient_checkpointing:
             self.model = live
 
-    def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of every weight in the dtype that it samples in, one at a time: for an engine that is elsewhere.
-        Collective where the live weights are sharded."""
-        for name, tensor in full_weights(self.live, masters=False):
-            yield name, tensor.to(self.dtypes.get(name, tensor.dtype))
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over (name, full tensor) of all weights in the dtype of sampling, for an engine in another process.
+
+        Collective where the live weights are sharded.
+        """
+        for name, tensor in self.reader.full_weights(self.live, masters=False):
+            yield name, tensor.to(self._dtypes.get(name, tensor.dtype))
 
     def refresh(self) -> None:
-        """Bring the copy up to date with the live weights. Collective where those are sharded."""
+        """Copy the live weights. Collective where they are sharded."""
         if not self.own:
             return
         with torch.no_grad():
-            for name, tensor in full_weights(self.live, wanted=self.own, masters=False):
+            for name, tensor in self.reader.full_weights(self.live, self.own, masters=False):
                 self.own[name].copy_(tensor)
 
 
-def plain_shell(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same architecture without memory: what `save_pretrained` needs to name and lay out given weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=torch.float32)
+def bytes_on_disk(
+    model: nn.Module, reader: WeightReader, *, has_adapter: bool, has_synced_reference: bool
+) -> tuple[int, int]:
+    """Estimate the sizes of a checkpoint and of the saved model, in bytes.
+
+    A checkpoint holds the trained weights and two moments, all float32, and a reference that is not frozen.
+    """
+    total = trained_with_ties = 0
+    for _, parameter in model.named_parameters(remove_duplicate=False):  # a tied head is saved under both its names
+        total += reader.numel(parameter) * parameter.element_size()
+        trained_with_ties += reader.numel(parameter) if parameter.requires_grad else 0
+    trained = sum(reader.numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    moments, reference = 8 * trained, total if has_synced_reference else 0
+    if not has_adapter:
+        return total + moments + reference, total
+    adapter = 4 * trained_with_ties
+    return adapter + moments + reference, total + adapter
 
 
-def save_plain(model: PreTrainedModel, folder: Path, *, write: bool) -> None:
-    """A plain Hugging Face folder of `model`, whole and merged; only where `write` is true does this process write.
+def save_live_model(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model whose parameters are whole, unadapted and in full precision as a Hugging Face folder."""
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(folder)
+    model.set_attn_implementation(attention)
 
-    Collective where the weights are sharded.
+
+def save_full_weights(model: PreTrainedModel, reader: WeightReader, folder: Path, *, write: bool = True) -> None:
+    """Save any live model as a plain Hugging Face folder in float32: gathered, its adapter merged in.
+
+    Collective where the weights are sharded. Only processes with `write` hold the whole model, on their CPU, and save.
     """
     state: dict[str, Tensor] = {}
-    for name, tensor in full_weights(model):
+    for name, tensor in reader.full_weights(model):
         if write:
             state[name] = tensor.to("cpu", torch.float32)
     if not write:
         return
-    shell = plain_shell(model)
-    shell.set_attn_implementation("sdpa")
-    shell.generation_config = model.generation_config
-    if getattr(shell.config, "tie_word_embeddings", False):
-        embedding = shell.get_input_embeddings()
-        names = {id(part): name for name, part in shell.named_modules()}
-        state.setdefault(f"{names[id(shell.get_output_embeddings())]}.weight", state[f"{names[id(embedding)]}.weight"])
-    shell.save_pretrained(folder, state_dict=state)
+    with torch.device("meta"):  # `save_pretrained` needs the architecture, not the memory
+        empty = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=torch.float32)
+    empty.set_attn_implementation("sdpa")
+    empty.generation_config = model.generation_config
+    if getattr(empty.config, "tie_word_embeddings", False):
+        embedding = empty.get_input_embeddings()
+        names = {id(module): name for name, module in empty.named_modules()}
+        head = f"{names[id(empty.get_output_embeddings())]}.weight"
+        state.setdefault(head, state[f"{names[id(embedding)]}.weight"])
+    empty.save_pretrained(folder, state_dict=state)

@@ -14,11 +14,9 @@ from grpo.models.logprob_model import probe_batch
 from grpo.packing import pack
 from grpo.policy import Policy
 from grpo.rollout.engine import RolloutEngine, is_separate
-from grpo.runtime.distributed import compute_dtype
+from grpo.runtime.precision import precision_of
 from grpo.types import Prompt, SamplingPlan
 
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest mean difference per token, in nats, that rounding explains, by the dtype that layers compute in."""
 SAMPLES, TOKENS = 2, 8
 LONG_PROMPT = 40
 """Tokens: long enough for an engine that caches prompts in blocks of 16."""
@@ -56,7 +54,7 @@ def difference(engine: RolloutEngine, policy: Policy, temperature: float, length
 
 
 def tolerance_for(policy: Policy) -> float:
-    return TOLERANCE[compute_dtype(policy.accelerator) or policy.model.dtype]
+    return precision_of(policy.accelerator, policy.model.dtype).logprob
 
 
 def verify_weight_sync(engine: RolloutEngine, policy: Policy, config: Config) -> None:
@@ -66,10 +64,10 @@ def verify_weight_sync(engine: RolloutEngine, policy: Policy, config: Config) ->
     Doubled weights make everything in a model louder, so what was forgotten stands out; float16 has no room for that. With
     less precision than float32, rounding is louder too.
     """
-    dtype = compute_dtype(policy.accelerator)
+    precision = precision_of(policy.accelerator)
     allowed = config.rollout.max_logprob_difference or tolerance_for(policy)
-    allowed *= 10 if dtype is None else 5
-    factor = 0.5 if dtype == torch.float16 else 2.0
+    allowed *= precision.sync_factor
+    factor = precision.sync_scale
     scale(policy.model, factor)
     policy.refresh_sampler()
     try:

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +22,8 @@ from grpo.rollout.compiled_backbone import CompiledBackbone
 from grpo.rollout.engine import device_of, end_token_ids, register_engine
 from grpo.rollout.kv_cache import SlotCache
 from grpo.rollout.sampling import counted_uniform, draw_tokens, stream_key
-from grpo.runtime.distributed import return_freed_memory
+from grpo.runtime.device import free_memory, return_freed_memory
+from grpo.runtime.precision import PRECISIONS
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 
 PREFILL_TOKENS = 8192
@@ -353,21 +353,13 @@ class NativeEngine:
         del rows[left:]
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that could still be allocated."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available
-
-
 def choose_backbone(model: PreTrainedModel) -> tuple[Backbone, int]:
     """The fastest backbone that the model fits and that gives the same hidden states as its modules on a probe; -> also how
     many numbers the cache holds for one position of one completion."""
     plain = ModuleBackbone(model)
     expected, numbers = _probe(plain)
     # 16-bit products round where the two differ; a layer that is not what it should be is off by much more.
-    tolerance = 1e-3 if _product_dtype(model) == torch.float32 else 4e-2
+    tolerance = PRECISIONS[_product_dtype(model)].hidden
     for kind in (CompiledBackbone, FusedBackbone):
         if not kind.fits(model):
             continue

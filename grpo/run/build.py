@@ -22,6 +22,7 @@ from grpo.experience import estimator_of
 from grpo.kernels.cpu.compiler import kernels
 from grpo.losses import check_parameters, find_objective
 from grpo.models.optimizer_state import Tensors
+from grpo.models.strategies.registry import start_accelerator
 from grpo.policy import Policy
 from grpo.rewards.scoring import RewardSum
 from grpo.rewards.sources import changed_sources, reward_sources
@@ -29,13 +30,14 @@ from grpo.rewards.workers import RewardWorkerPool
 from grpo.rewards.xml_format import only_answer
 from grpo.rollout.async_sampler import AsyncSampler
 from grpo.rollout.engine import RolloutEngine, build_engine, find_engine, is_separate
-from grpo.rollout.logprob_mismatch import TOLERANCE, check_agreement, verify_weight_sync
+from grpo.rollout.logprob_mismatch import check_agreement, verify_weight_sync
 from grpo.rollout.vllm_engine import check_vllm, longest_of
 from grpo.run.callbacks import Callbacks, build_callbacks
 from grpo.run.checkpoint import check_room, load_checkpoint, newest_valid, read_state
 from grpo.run.resume import check_changes
 from grpo.run.state import Progress, Run
-from grpo.runtime.distributed import compute_dtype, from_main, start_accelerator
+from grpo.runtime.distributed import run_on_main
+from grpo.runtime.precision import precision_of
 from grpo.runtime.run_lock import RunLock, check_free
 from grpo.tracking.console import Display
 from grpo.tracking.diagnostics import Diagnostics, patience_for
@@ -74,7 +76,7 @@ def prepare(config: Config) -> Run:
     score.start()
     held_out = held_out_prompts(config, held_out_rows, data, say)
 
-    policy = build_policy(config, accelerator, data.model_path, starts=checkpoint is None)
+    policy = build_policy(config, accelerator, data.model_path)
     before = Before(progress=Progress(beta=config.objective.beta))
     if checkpoint is not None:
         before = continue_from(checkpoint, config, policy, data, say)
@@ -141,10 +143,10 @@ def held_out_prompts(
     return held_out
 
 
-def build_policy(config: Config, accelerator: Accelerator, path: str, *, starts: bool) -> Policy:
-    """The weights of `path`, ready to learn. `starts`: they are not about to be replaced by a checkpoint's."""
+def build_policy(config: Config, accelerator: Accelerator, path: str) -> Policy:
+    """Return the policy with the weights of `path`, ready to train."""
     torch.manual_seed(config.seed)
-    policy = Policy(
+    return Policy(
         accelerator,
         path,
         config.model,
@@ -156,13 +158,11 @@ def build_policy(config: Config, accelerator: Accelerator, path: str, *, starts:
         separate_sampler=config.rollout.max_staleness > 0,
         sampled_elsewhere=config.rollout.engine == "vllm",
     )
-    policy.reference_is_start = starts and config.model.reference is None
-    return policy
 
 
 def read_checkpoint(checkpoint: Path, policy: Policy) -> tuple[Tensors, dict]:
     """What a checkpoint holds; its tensors only on the main process, if that hands them out. Collective then."""
-    if not policy.takes_tensors_from_main:
+    if not policy.broadcasts_checkpoint:
         return load_checkpoint(checkpoint)
     tensors: Tensors = {}
 
@@ -171,7 +171,7 @@ def read_checkpoint(checkpoint: Path, policy: Policy) -> tuple[Tensors, dict]:
         tensors, state = load_checkpoint(checkpoint)
         return state
 
-    state = from_main(policy.accelerator, read)
+    state = run_on_main(policy.accelerator, read)
     return tensors, state
 
 
@@ -180,9 +180,8 @@ def continue_from(
 ) -> Before:
     """Put the policy and the stream where the checkpoint left them. Raises ConfigError if all steps are done."""
     tensors, state = read_checkpoint(checkpoint, policy)
-    policy.load_state(tensors, state)
+    policy.load_state_dict(tensors, state)
     del tensors  # whole, on the main process, where the weights are sharded
-    policy.skipped_in_a_row = state.get("skipped_in_a_row", 0)
     data.stream.load_state_dict(state.get("stream", {}))
     start = state["step"]
     say(f"resuming from {checkpoint}: {start} of {config.steps} steps are done")
@@ -205,7 +204,7 @@ def checked_engine(
             uses_packed_attention=policy.uses_packed_attention,
             config=config.rollout,
             accelerator=accelerator,
-            weights=policy.plain_weights,
+            weights=policy.sampler_weights,
             longest=longest_of(config),
             cache_gib=config.rollout.cache_gib,
         )
@@ -298,7 +297,7 @@ def watch_for(config: Config, accelerator: Accelerator, tracker: Tracker | None)
         patience_for(config.steps),
         config.sampling.max_completion_length,
         config.optimizer.learning_rate,
-        tolerance=TOLERANCE[compute_dtype(accelerator) or torch.float32],
+        tolerance=precision_of(accelerator).logprob,
         has_answer=(lambda text: only_answer(text) is not None) if reads_answers else None,
         said=tracker.findings_made() if tracker is not None else set(),
     )

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config.schema import Config
 from grpo.errors import ConfigError
-from grpo.models.weights import full
+from grpo.models.strategies.base import Strategy
+from grpo.models.weights import WeightReader
 from grpo.registry import Registry
 from grpo.runtime.distributed import max_over_ranks
 
@@ -50,6 +51,7 @@ class State:
     optimizer: torch.optim.Optimizer
     tokenizer: PreTrainedTokenizerBase
     accelerator: Accelerator
+    strategy: Strategy
 
 
 class Callback:
@@ -158,10 +160,10 @@ class LayerGradientNorms(Callback):
     optimizer steps. A step that was skipped has none."""
 
     def on_train_begin(self, state: State) -> None:
-        if state.accelerator.distributed_type.value == "DEEPSPEED":
-            raise NotImplementedError("DeepSpeed keeps gradients to itself")
+        if not state.strategy.exposes_gradients:
+            raise NotImplementedError("gradients are not accessible with this distribution strategy (DeepSpeed)")
         self._norms: list[dict[str, torch.Tensor]] = []
-        state.optimizer.register_step_pre_hook(lambda *_: self._norms.append(layer_norms(state.model)))
+        state.optimizer.register_step_pre_hook(lambda *_: self._norms.append(layer_norms(state.model, state.strategy)))
 
     def on_step_end(self, state: State, metrics: Metrics) -> None:
         norms, self._norms = self._norms, []
@@ -169,12 +171,12 @@ class LayerGradientNorms(Callback):
             metrics[f"gradient/{layer}"] = float(torch.stack([step[layer] for step in norms]).mean())
 
 
-def layer_norms(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def layer_norms(model: torch.nn.Module, reader: WeightReader) -> dict[str, torch.Tensor]:
     """{"embed_tokens": |g|, "layer_00": |g|, ...}: euclidean norms, scalars, in the model's order."""
     squares: dict[str, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            norm = full(torch.linalg.vector_norm(parameter.grad.detach(), dtype=torch.float32))
+            norm = reader.full_tensor(torch.linalg.vector_norm(parameter.grad.detach(), dtype=torch.float32))
             squares.setdefault(_layer_of(name), []).append(norm)
     return {layer: torch.linalg.vector_norm(torch.stack(norms)) for layer, norms in squares.items()}
 

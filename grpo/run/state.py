@@ -100,7 +100,7 @@ class Run:
         """What callbacks see of the run."""
         policy = self.policy
         seen = (rows, self.run_dir, self.config, policy.model, policy.optimizer, self.tokenizer, self.accelerator)
-        return State(step, self.config.steps, *seen)
+        return State(step, self.config.steps, *seen, policy.strategy)
 
     def follow(self, step: int) -> None:
         """What follows the policy catches up with its weights after `step`: the engine, and a synced reference."""
@@ -158,7 +158,7 @@ class Run:
 
     def _save(self, step: int) -> None:
         self.accelerator.wait_for_everyone()
-        tensors, state = self.policy.state()
+        tensors, state = self.policy.state_dict()
         sampled_ahead = gather_rows(self.accelerator, self.ahead.rows())
         if self.accelerator.is_main_process:
             state |= {
@@ -166,7 +166,6 @@ class Run:
                 "progress": vars(self.progress),
                 "sampled_ahead": sampled_ahead,
                 "stream": self.stream.state_dict(),
-                "skipped_in_a_row": self.policy.skipped_in_a_row,
                 "config": flatten(to_dict(self.config)),
                 "processes": self.accelerator.num_processes,
                 "reward_sources": reward_sources(self.score.functions),

@@ -1,13 +1,11 @@
 """Summary: what a step did -> the metrics row and the rollout rows. docs/metrics.md explains every key."""
 
-import resource
-import sys
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from grpo.rewards.scoring import Scores
+from grpo.runtime.device import peak_memory
 from grpo.runtime.distributed import merge_sums
 from grpo.runtime.sums import Sums
 from grpo.types import Group
@@ -59,7 +57,7 @@ def step_metrics(
         "time/reward": laps["reward"],
         "time/reference": laps["reference"],
         "time/update": laps["update"],
-        "memory/peak_gib": peak_gib(run.policy.device),
+        "memory/peak_gib": peak_memory(run.policy.device) / 2**30,
     }
     if run.config.rollout.max_staleness:
         metrics["rollout/staleness"] = float(sampled.staleness)
@@ -98,11 +96,3 @@ def rollout_rows(step: int, groups: list[Group], scores: Scores, advantages_PG: 
                 }
             )
     return rows
-
-
-def peak_gib(device: torch.device) -> float:
-    """Most memory this process ever held: of the GPU where there is one, else of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

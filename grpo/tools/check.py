@@ -21,12 +21,13 @@ from grpo.data.stream import prompt_token_ids, prompts_token_ids
 from grpo.data.streaming import peek
 from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError, GrpoError
+from grpo.models.strategies.base import Machine
 from grpo.rewards.calls import call_reward
 from grpo.rewards.math_answers import parse_number
 from grpo.rewards.scoring import RewardSum
 from grpo.rollout.engine import find_engine
 from grpo.run.build import check_names
-from grpo.tools.memory import Machine, estimate
+from grpo.tools.memory import estimate
 from grpo.tracking.run_logger import check_trackers, choose_run_dir
 from grpo.types import Completion, Group, Prompt
 

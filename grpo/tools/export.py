@@ -21,7 +21,7 @@ from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError, StorageError
 from grpo.models.loading import load_model
 from grpo.models.lora import add_adapter, save_adapter
-from grpo.models.weights import save_plain
+from grpo.models.weights import WeightReader, save_full_weights
 from grpo.run.checkpoint import load_checkpoint
 from grpo.tracking.run_reader import RunFolder
 
@@ -84,7 +84,7 @@ def _from_checkpoint(run_dir: Path, config: Config, step: int, folder: Path, *, 
         return
     if adapter is None:
         model.tie_weights()
-    save_plain(model, folder, write=True)
+    save_full_weights(model, WeightReader(), folder)
     load_tokenizer(base, config.model.gguf_file).save_pretrained(folder)
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.commands.config.config_args import load_config_from_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grpo.config.schema import Config, LoraConfig
-from grpo.errors import ConfigError
 from grpo.kernels.attention import NAME
 from grpo.kernels.cpu.compiler import pretended
 from grpo.kernels.cpu.decoder_layer import use_lean_layers
@@ -32,6 +30,8 @@ from grpo.kernels.cpu.gemm import accumulate_grads_inplace
 from grpo.logprobs import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
 from grpo.models.logprob_model import LogprobModel
 from grpo.models.lora import add_adapter
+from grpo.models.strategies.base import Machine, ModelSize
+from grpo.models.strategies.registry import strategy_class
 from grpo.packing import PackedBatch, pack
 from grpo.rollout.backbones import FusedBackbone
 from grpo.types import Completion, Group, Prompt
@@ -39,91 +39,67 @@ from grpo.types import Completion, Group, Prompt
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What an accelerate config file says that memory depends on."""
-
-    kind: str = "single"
-    """single, ddp, fsdp2, zero2, zero3"""
-    processes: int = 1
-    precision: str = "no"
-    cpu: bool = True
-    reads_once: bool = False
-    """The main process reads the weights for all, on its CPU."""
-    offloads: bool = False
-    """FSDP2's shards of weights, gradients and moments stay in the machine's memory (fsdp_offload_params)."""
-
-    @property
-    def compute(self) -> torch.dtype | None:
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-
-
-def machine_of(path: str) -> Machine:
-    """An accelerate config file -> what it means for memory."""
-    try:
-        loaded: Any = load_config_from_file(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the accelerate config {path}: {error}") from error
-    kinds = {"FSDP": "fsdp2", "NO": "single"}
-    name = str(getattr(loaded.distributed_type, "value", loaded.distributed_type))
-    kind = kinds.get(name, "ddp")
-    if name == "DEEPSPEED":
-        kind = f"zero{loaded.deepspeed_config['zero_stage']}"
-    once = kind == "fsdp2" and bool(loaded.fsdp_config.get("fsdp_cpu_ram_efficient_loading"))
-    away = kind == "fsdp2" and bool(loaded.fsdp_config.get("fsdp_offload_params"))
-    return Machine(kind, int(loaded.num_processes), str(loaded.mixed_precision), bool(loaded.use_cpu), once, away)
-
-
 def estimate(
     config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine, used: "Simulated | None" = None
 ) -> dict[str, float]:
-    """GiB by part on each process, "peak" among them: what stays and the larger of sampling and learning. `model` is on the
-    "meta" device. Not in it: the program itself, and on GPUs the CUDA context and the allocator's gaps.
-    `used`: what `simulate` said of the same batches, where it is known."""
-    size = sum(parameter.numel() for parameter in model.parameters())
-    lora = config.lora.r is not None
-    shards = machine.processes if machine.kind in ("fsdp2", "zero2", "zero3") else 1
+    """Estimate the memory of each process of a run.
+
+    Not included are the program itself and, on GPUs, the CUDA context and gaps between allocations.
+
+    Args:
+        config: The config of the run.
+        model: The model, on the meta device.
+        longest_prompt: In tokens.
+        machine: What the accelerate config file says.
+        used: The result of `simulate` for the same batches, if it is known.
+
+    Returns:
+        GiB by part, and "peak": what is always held, and the larger of sampling and learning.
+    """
+    strategy = strategy_class(machine)
     used = used or simulate(model, config, longest_prompt, machine)
-    trained = used.trained
-    base = 2 if lora and config.model.torch_dtype == "bfloat16" else 4
-    weights: float = base * size + (4 * trained if lora else 0)
-    masters = 0.0
-    if machine.kind in ("zero2", "zero3"):  # the live weights are in the compute dtype, the masters apart
-        weights = weights / 2 if machine.compute else weights
-        masters = 4 * trained / shards
-    if machine.kind in ("fsdp2", "zero3"):
-        weights /= shards
-    copies = config.objective.beta > 0 and (not lora or config.model.reference is not None)
-    parts = {
-        "weights": weights + masters,
-        # DDP keeps them a second time, in the buckets that ranks exchange: accelerate leaves gradient_as_bucket_view off.
-        "gradients": 4 * trained / shards + (4 * trained if machine.kind == "ddp" else 0),
-        "AdamW": 8 * trained / shards,
-        "reference": 4 * size if copies and not (config.model.reference_offload and not machine.cpu) else 0,
+    size = model_size(config, model, used.trained)
+    state = strategy.memory(size, machine)
+    has_copy = config.objective.beta > 0 and (config.lora.r is None or config.model.reference is not None)
+    parts: dict[str, float] = {
+        "weights": state.weights,
+        "gradients": state.gradients,
+        "AdamW": state.optimizer,
+        "reference": 4 * size.total if has_copy and not (config.model.reference_offload and not machine.cpu) else 0,
         "working copy": working_copy(machine, config, model),
     }
-    if machine.offloads and not machine.cpu:
-        parts |= {"weights": 0, "gradients": 0, "AdamW": 0}
     engine = engine_bytes(config, model, longest_prompt, machine)
     if not machine.cpu:  # its captured graphs point at it
         parts["engine: cache and its own layout of the weights"] = engine
     stays = sum(parts.values())
-    unit = largest_unit(model) if machine.kind in ("fsdp2", "zero3") else 0
-    width = 2 if machine.compute and machine.kind == "zero3" else 4  # autocast casts what FSDP gathers
-    learning = used.activations + 2 * width * unit  # a unit's whole weights, and the next one's
+    learning = used.activations + state.gathered
     if machine.compute and not machine.cpu:  # a GPU's head product reads a 16-bit copy
         learning += 2 * model.get_output_embeddings().weight.numel()
     sampling = draw_bytes(config, model, machine) + (engine if machine.cpu else 0)
     parts |= {"sampling": sampling, "learning: activations": learning}
-    # The gradients of a step are gone while the engine samples.
-    parts["peak"] = stays + max(sampling - (4 * trained / shards if parts["gradients"] else 0), learning)
-    if machine.kind in ("fsdp2", "zero3"):  # a process that has the whole model keeps its part
-        whole = base * size
-        if machine.reads_once and not machine.cpu:  # one weight at a time comes from the main process
-            whole = base * max(parameter.numel() for parameter in model.parameters())
-        parts["start: what is not sharded yet"] = whole
-        parts["peak"] = max(parts["peak"], whole + parts["weights"] + parts["reference"] + parts["working copy"])
+    parts["peak"] = stays + max(sampling - state.released, learning)
+    if state.start is not None:
+        parts["start: what is not sharded yet"] = state.start
+        parts["peak"] = max(parts["peak"], state.start + parts["weights"] + parts["reference"] + parts["working copy"])
     return {name: value / GIB for name, value in parts.items()}
+
+
+def model_size(config: Config, model: PreTrainedModel, trained: int) -> ModelSize:
+    """Return the numbers of weights that the memory of a strategy depends on."""
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    return ModelSize(
+        total=sum(sizes),
+        trained=trained,
+        largest_weight=max(sizes),
+        largest_unit=largest_unit(model),
+        loaded_bytes=bytes_per_weight(config) * sum(sizes),
+        adapter_bytes=4 * trained if config.lora.r is not None else 0,
+    )
+
+
+def bytes_per_weight(config: Config) -> int:
+    """Return the bytes of a weight as it is loaded: only a frozen base may be in 16 bits."""
+    return 2 if config.lora.r is not None and config.model.torch_dtype == "bfloat16" else 4
 
 
 def linear_weights(model: nn.Module) -> int:
@@ -133,23 +109,23 @@ def linear_weights(model: nn.Module) -> int:
 
 
 def working_copy(machine: Machine, config: Config, model: PreTrainedModel) -> float:
-    """Bytes that WorkingCopy (grpo/models/weights.py) does not share with the live weights."""
+    """Return the bytes that the sampled weights do not share with the live ones (grpo/models/weights.py: WorkingCopy)."""
     if config.rollout.engine == "vllm":
         return 0
+    strategy = strategy_class(machine)
     size, linear = sum(parameter.numel() for parameter in model.parameters()), linear_weights(model)
-    base = 2 if config.lora.r is not None and config.model.torch_dtype == "bfloat16" else 4
-    width = 2 if machine.compute and machine.kind != "zero2" else base
-    if machine.kind in ("fsdp2", "zero3") or config.rollout.max_staleness > 0:
+    base = bytes_per_weight(config)
+    casts_live_weights = strategy.casts_weights and not strategy.shards_weights
+    width = 2 if machine.compute and not casts_live_weights else base
+    if strategy.shards_weights or config.rollout.max_staleness > 0:
         return width * linear + base * (size - linear)
-    if machine.kind == "zero2" and config.lora.r is None:
+    if casts_live_weights and config.lora.r is None:
         return 0
-    if machine.compute and machine.kind != "zero2":
+    if machine.compute and not casts_live_weights:
         return width * linear
-    return (
-        base * linear
-        if config.lora.target_modules == ["all-linear"] and config.lora.r
-        else _adapted(config.lora, model)
-    )
+    if config.lora.r is not None and config.lora.target_modules == ["all-linear"]:
+        return base * linear
+    return _adapted(config.lora, model)
 
 
 def _adapted(lora: LoraConfig, model: PreTrainedModel) -> float:
@@ -247,7 +223,7 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
         made = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation="sdpa").train()
         made.set_attn_implementation(NAME)
         if machine.cpu:
-            use_lean_layers(made, products=machine.kind not in ("zero2", "zero3"))
+            use_lean_layers(made, products=strategy_class(machine).supports_row_dependent_kernels)
         if config.lora.r is not None:
             add_adapter(made, config.lora, base="")
         if config.model.gradient_checkpointing:
@@ -255,7 +231,7 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
     trained = sum(parameter.numel() for parameter in made.parameters() if parameter.requires_grad)
     # The gradients of the batches before are there, and take in this one's. Where they are sharded, they never are there as a whole:
     # a layer's, and what it is added to.
-    there = len(batches) > 1 or machine.kind in ("fsdp2", "zero2", "zero3")
+    there = len(batches) > 1 or strategy_class(machine).shards_gradients
     with FakeTensorMode() as fake:
         _materialise(made)
         logprob_model = LogprobModel(

@@ -32,6 +32,7 @@ import yaml
 
 from grpo.config.schema import Config, flatten, to_dict
 from grpo.errors import ConfigError, StorageError
+from grpo.runtime.device import device_names
 from grpo.runtime.jsonl import Lines
 from grpo.runtime.redaction import redacted
 from grpo.tracking.backends import REMOTE, Outside, completions_table, start_tracker
@@ -252,7 +253,7 @@ def _environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] or ["cpu"],
+        "devices": device_names(),
         "git_commit": _git_commit(),
         "argv": [redacted(word) for word in sys.argv],
     }

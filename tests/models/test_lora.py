@@ -16,7 +16,7 @@ from grpo.errors import ConfigError
 from grpo.models.loading import load_model
 from grpo.models.logprob_model import probe_batch
 from grpo.models.lora import add_adapter, load_adapter, lora_layers
-from grpo.models.weights import WorkingCopy, full_weights
+from grpo.models.weights import WeightReader, WorkingCopy
 from grpo.policy import Policy
 from grpo.trainer import train
 from tests.fakes import tiny_data, tiny_folder, tiny_model
@@ -71,11 +71,11 @@ def test_off_is_the_start_and_the_copy_is_the_policy(folder: Path, targets: list
 
 def test_only_the_adapter_learns_and_the_copy_shares_what_it_can(folder: Path) -> None:
     policy = lora_policy(folder, ["q_proj"])
-    before = {name: tensor.clone() for name, tensor in full_weights(policy.model)}
+    before = {name: tensor.clone() for name, tensor in policy.strategy.full_weights(policy.model)}
     learn(policy)
     trained = [name for name, parameter in policy.model.named_parameters() if parameter.requires_grad]
     assert all("lora_" in name for name in trained)
-    after = dict(full_weights(policy.model))
+    after = dict(policy.strategy.full_weights(policy.model))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)} == set(policy.working_copy.own)
     shared = policy.sampler.get_input_embeddings().weight
@@ -183,7 +183,7 @@ def test_resume_is_exact_with_an_adapter(tmp_path: Path, folder: Path) -> None:
 
 def test_merged_layers_get_the_dtype_that_zero2_gives_the_live_ones(folder: Path) -> None:
     model = load_model(str(folder))
-    copied = WorkingCopy(model)
+    copied = WorkingCopy(model, WeightReader())
     add_adapter(model, LoraConfig(r=4), base="")
-    copied.follow(model, torch.device("cpu"), compute=None, rounded=torch.bfloat16, sharded=False)
+    copied.bind(model, torch.device("cpu"), compute_dtype=None, live_dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in copied.own.values()} == {torch.bfloat16}

@@ -18,10 +18,10 @@ from grpo.errors import ConfigError, NumericsError
 from grpo.kernels.attention import NAME, grpo_attention
 from grpo.models.loading import load_model
 from grpo.models.logprob_model import LogprobModel, probe_batch, use_grpo_attention
+from grpo.models.strategies.registry import start_accelerator
 from grpo.policy import Policy
 from grpo.rollout.engine import build_engine
 from grpo.rollout.logprob_mismatch import check_agreement
-from grpo.runtime.distributed import start_accelerator
 from grpo.trainer import train
 from tests.fakes import tiny_data, tiny_folder
 
@@ -225,11 +225,11 @@ def test_fp16_overflow_skips_the_step_halves_the_scale_and_is_saved(folder: Path
     assert all(torch.equal(parameter, before[name]) for name, parameter in policy.model.named_parameters())
     assert policy.accelerator.scaler.get_scale() == 2.0**19
     assert policy.skipped_in_a_row == 0  # the scale is found this way: no fault
-    tensors, state = policy.state()
+    tensors, state = policy.state_dict()
     assert state["loss_scale"]["scale"] == 2.0**19
     AcceleratorState._reset_state(reset_partial_state=True)
     resumed = policy_of(folder, fp16(2.0**10))
-    resumed.load_state({name: dict(group) for name, group in tensors.items()}, state)
+    resumed.load_state_dict({name: dict(group) for name, group in tensors.items()}, state)
     assert resumed.accelerator.scaler.get_scale() == 2.0**19
 
 

@@ -7,7 +7,7 @@ import torch
 
 from grpo.models.loading import load_model
 from grpo.models.logprob_model import LogprobModel, probe_batch
-from grpo.models.lora import delta, lora_layers
+from grpo.models.lora import delta_weight, lora_layers
 from tests.fakes import tiny_folder
 from tests.models.test_lora import learn, lora_policy, lora_run
 
@@ -49,7 +49,7 @@ def test_a_layer_by_hand(folder: Path) -> None:
     layer = next(layer for name, layer in lora_layers(policy.model) if name.endswith("layers.0.self_attn.q_proj"))
     weight = layer.base_layer.weight
     with torch.no_grad():
-        expected = dequantize_4bit(weight.data, weight.quant_state) + delta(layer)
+        expected = dequantize_4bit(weight.data, weight.quant_state) + delta_weight(layer)
     sampled = policy.sampler.get_submodule("model.layers.0.self_attn.q_proj").weight
     assert torch.allclose(sampled, expected.to(sampled.dtype), atol=1e-6)
     exact = load_model(str(folder)).get_submodule("model.layers.0.self_attn.q_proj").weight.detach()

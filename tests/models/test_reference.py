@@ -77,9 +77,9 @@ def test_a_synced_reference_moves_by_alpha_and_is_in_the_checkpoint(folder: Path
     now = dict(policy.model.named_parameters())
     for name, value in policy.reference.model.named_parameters():
         assert torch.allclose(value, 0.25 * now[name] + 0.75 * start[name], atol=1e-6)
-    tensors, state = policy.state()
+    tensors, state = policy.state_dict()
     again = policy_of(folder, **synced)
-    again.load_state({name: dict(group) for name, group in tensors.items()}, state)
+    again.load_state_dict({name: dict(group) for name, group in tensors.items()}, state)
     assert torch.equal(reference(again), reference(policy))
 
 

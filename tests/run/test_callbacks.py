@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from grpo.errors import ConfigError
+from grpo.models.weights import WeightReader
 from grpo.run.callbacks import build_callbacks, layer_norms
 from tests.test_trainer import run
 
@@ -125,7 +126,10 @@ def test_layer_norms_by_hand() -> None:
     model["embed"].weight.grad = torch.tensor([[3.0, 4.0]])
     model["layers"][0].weight.grad = torch.tensor([[2.0], [3.0]])
     model["layers"][0].bias.grad = torch.tensor([6.0, 0.0])  # 4 + 9 + 36 = 49
-    assert {layer: float(norm) for layer, norm in layer_norms(model).items()} == {"embed": 5.0, "layer_00": 7.0}
+    assert {layer: float(norm) for layer, norm in layer_norms(model, WeightReader()).items()} == {
+        "embed": 5.0,
+        "layer_00": 7.0,
+    }
 
 
 def test_layer_gradient_norms_are_those_of_the_clipped_gradient(tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from grpo.config.schema import ModelConfig, OptimizerConfig
 from grpo.errors import ConfigError
-from grpo.models.strategies.deepspeed import configure
-from grpo.runtime.distributed import cpu_threads
+from grpo.models.strategies.deepspeed import Zero2
+from grpo.runtime.device import cpu_threads
 from tests.fakes import tiny_data, tiny_folder
 
 ROOT = Path(__file__).parents[2]
@@ -395,10 +396,11 @@ def test_an_optimizer_that_the_schedule_would_not_reach_is_refused() -> None:
     accelerator: Any = SimpleNamespace(
         state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=settings))
     )
+    strategy = Zero2(accelerator)
     with pytest.raises(ConfigError, match="offload_optimizer_device is cpu"):
-        configure(accelerator, 1.0)
+        strategy.configure(ModelConfig(), OptimizerConfig())
     settings["zero_optimization"]["offload_optimizer"]["device"] = "none"
-    configure(accelerator, 1.0)
+    strategy.configure(ModelConfig(), OptimizerConfig())
     assert settings["gradient_clipping"] == 1.0
 
 

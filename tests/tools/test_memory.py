@@ -10,7 +10,9 @@ from grpo.config.parser import load_config
 from grpo.kernels.cpu.decoder_layer import use_lean_layers
 from grpo.kernels.cpu.gemm import accumulate_grads_inplace
 from grpo.models.logprob_model import LogprobModel
-from grpo.tools.memory import LiveBytes, Machine, cache_per_slot, estimate, machine_of, simulate, step_batches
+from grpo.models.strategies.base import Machine
+from grpo.models.strategies.registry import machine_of
+from grpo.tools.memory import LiveBytes, cache_per_slot, estimate, simulate, step_batches
 from tests.fakes import tiny_model
 
 ROOT = Path(__file__).parents[2]

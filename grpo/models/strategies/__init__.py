@@ -1,1 +1,1 @@
-"""Distribution strategies: one class per way to spread a model over processes."""
+"""Distribution strategies: one class per way to distribute a model over processes."""

@@ -1,15 +1,17 @@
-"""Sharding: a model that only the main process has read -> FSDP2's shards of it on every rank; and the state of a sharded model
-and its optimizer, whole on the main process -> shards again, on any number of ranks.
+"""FSDP2: weights, gradients and optimizer state in shards, one part per process.
 
-Names are the plain model's, so a checkpoint can be resumed with another number of processes, or without FSDP's help.
+With fsdp_cpu_ram_efficient_loading the main process alone reads the model; the other processes never hold it whole.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -19,124 +21,230 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import CPUOffloadPolicy
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from grpo.config.schema import ModelConfig, OptimizerConfig
+from grpo.errors import ConfigError
+from grpo.models.loading import empty_model, load_for_training
+from grpo.models.strategies.base import (
+    FLOAT32_BYTES,
+    Machine,
+    ModelSize,
+    OptimizerState,
+    StateMemory,
+    Strategy,
+    Weights,
+)
+from grpo.runtime.device import is_cpu
 
 PREFIX = "model."
-"""The live model is the `model` of the logprob_model that is wrapped."""
-WRAPPED = "_checkpoint_wrapped_module."
-"""In the name of a layer under fsdp_activation_checkpointing; torch leaves it out of the names of an optimizer's state."""
+"""The causal LM is the attribute `model` of the `LogprobModel` that is wrapped."""
+CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
+"""In layer names under fsdp_activation_checkpointing; torch leaves it out of the names of optimizer state."""
 
 
-def reads_once(accelerator: Accelerator) -> bool:
-    """Whether the main process is to read the weights for all: fsdp_cpu_ram_efficient_loading, with FSDP2."""
-    return bool(accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading)
+class FullyShardedDataParallel(Strategy):
+    """FSDP2, through Accelerate.
 
-
-def shard(
-    accelerator: Accelerator, logprob_model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """`accelerator.prepare` for a logprob_model with its parameters on the CPU of the main process and the meta device of the others:
-    laid out without memory, then filled shard by shard, one parameter at a time.
-
-    Accelerate's own way wants persistent buffers to be shards too, and finds the optimizer's parameters by their address, which
-    all of them share on the meta device.
+    Attributes:
+        loads_on_main: The main process alone reads the weights (fsdp_cpu_ram_efficient_loading). Set by `configure`.
     """
-    plugin = accelerator.state.fsdp_plugin
-    plugin.cpu_ram_efficient_loading = False
-    source = logprob_model.state_dict() if accelerator.is_main_process else {}
-    with _buffers_kept(logprob_model):
-        logprob_model.to("meta")
-    retie(logprob_model)
-    trains(optimizer, logprob_model)
-    prepared = accelerator.prepare(logprob_model, optimizer)
-    offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
-    with _buffers_kept(logprob_model):
-        logprob_model.to_empty(device=torch.device("cpu") if offloaded else accelerator.device)
-    retie(logprob_model)
-    trains(optimizer, logprob_model)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offloaded)
-    set_model_state_dict(logprob_model, source, options=options)
-    plugin.cpu_ram_efficient_loading = True
-    return prepared
+
+    kind = "fsdp2"
+    shards_weights = True
+    shards_gradients = True
+    broadcasts_checkpoint = True
+
+    # Launch
+
+    @classmethod
+    def is_requested(cls) -> bool:
+        return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+    @classmethod
+    def after_start(cls, accelerator: Accelerator) -> None:
+        if is_cpu(accelerator.device):
+            _enable_on_cpu(accelerator.mixed_precision)
+        if accelerator.is_fsdp2:
+            # Accelerate would have FSDP cast all weights, gradients and logprobs to 16 bits, the head, the norms and the
+            # sums over ranks included. Autocast alone makes sharded training compute what DDP does.
+            accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
+    @classmethod
+    def matches(cls, accelerator: Accelerator) -> bool:
+        return accelerator.distributed_type == DistributedType.FSDP
+
+    # Loading
+
+    def configure(self, model: ModelConfig, optimizer: OptimizerConfig) -> None:
+        super().configure(model, optimizer)
+        plugin = self.accelerator.state.fsdp_plugin
+        on_main = self.accelerator.is_fsdp2 and plugin.cpu_ram_efficient_loading
+        self.loads_on_main = bool(on_main) and not model.load_in_4bit
+
+    def load(self, path: str, config: ModelConfig) -> tuple[PreTrainedModel, bool]:
+        """With loading on the main process, parameters are on its CPU, and on the meta device of the others."""
+        if not self.loads_on_main:
+            return super().load(path, config)
+        found: tuple[PretrainedConfig, GenerationConfig | None, bool] | ConfigError | None = None
+        if self.accelerator.is_main_process:
+            try:
+                model, uses_packed_attention = load_for_training(path, config, self.accelerator.device)
+                found = (model.config, model.generation_config, uses_packed_attention)
+            except ConfigError as error:
+                found = error
+        [found] = broadcast_object_list([found])
+        if isinstance(found, ConfigError):
+            raise found
+        assert found is not None
+        if not self.accelerator.is_main_process:
+            settings, generation, uses_packed_attention = found
+            model = empty_model(settings, path)
+            model.generation_config = generation  # type: ignore[assignment]
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.accelerator.device)
+        return model, uses_packed_attention
+
+    def replicate(self, model: PreTrainedModel) -> None:
+        if not self.loads_on_main:
+            return
+        if self.accelerator.is_main_process:
+            model.to(self.accelerator.device)
+        else:
+            with _buffers_kept(model):
+                model.to_empty(device=self.accelerator.device)
+            model.tie_weights()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                torch.distributed.broadcast(parameter, src=0)
+
+    def _wrap(self, logprob_model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """Shard a model whose parameters are on the CPU of the main process and on the meta device of the others.
+
+        It is laid out without memory and then filled one parameter at a time. Accelerate's own way would shard persistent
+        buffers too, and finds the optimizer's parameters by their address, which is the same for all on the meta device.
+        """
+        if not self.loads_on_main:
+            return super()._wrap(logprob_model, optimizer)
+        accelerator, plugin = self.accelerator, self.accelerator.state.fsdp_plugin
+        plugin.cpu_ram_efficient_loading = False
+        source = logprob_model.state_dict() if accelerator.is_main_process else {}
+        with _buffers_kept(logprob_model):
+            logprob_model.to("meta")
+        _restore_parameters(logprob_model, optimizer)
+        prepared = accelerator.prepare(logprob_model, optimizer)
+        offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+        with _buffers_kept(logprob_model):
+            logprob_model.to_empty(device=torch.device("cpu") if offloaded else accelerator.device)
+        _restore_parameters(logprob_model, optimizer)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offloaded)
+        set_model_state_dict(logprob_model, source, options=options)
+        plugin.cpu_ram_efficient_loading = True
+        return prepared
+
+    # Weights and checkpoints
+
+    def full_tensor(self, tensor: Tensor) -> Tensor:
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else super().full_tensor(tensor)
+
+    def state_dict(self) -> tuple[Weights, OptimizerState]:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        weights = get_model_state_dict(self.module, options=options)
+        moments = get_optimizer_state_dict(self.module, self.optimizer, options=options)
+        full = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
+        return full, moments
+
+    def load_state_dict(self, weights: Weights, moments: OptimizerState) -> None:
+        """Each tensor travels alone, so that other ranks never hold more than their shards and one full tensor."""
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+        full: dict[str, Any] = {}
+        if self.accelerator.is_main_process:
+            full = {PREFIX + name: tensor for name, tensor in weights.items()}
+            moments = _by_name(moments, self.module)
+        else:
+            moments = {}
+        set_model_state_dict(self.module, full, options=options)
+        set_optimizer_state_dict(self.module, self.optimizer, moments, options=options)
+
+    def load_replicated(self, model: nn.Module, weights: Weights) -> None:
+        if self.accelerator.is_main_process:
+            model.load_state_dict(weights, strict=False)
+        with torch.no_grad():
+            for parameter in model.parameters():  # on the CPU where the model is offloaded
+                value = parameter.to(self.accelerator.device)
+                torch.distributed.broadcast(value, src=0)
+                parameter.copy_(value)
+
+    # Memory
+
+    @classmethod
+    def machine_of(cls, config: Any) -> Machine | None:
+        if config.distributed_type != DistributedType.FSDP:
+            return None
+        return Machine(
+            cls.kind,
+            int(config.num_processes),
+            str(config.mixed_precision),
+            bool(config.use_cpu),
+            reads_once=bool(config.fsdp_config.get("fsdp_cpu_ram_efficient_loading")),
+            offloads=bool(config.fsdp_config.get("fsdp_offload_params")),
+        )
+
+    @classmethod
+    def memory(cls, size: ModelSize, machine: Machine) -> StateMemory:
+        shard = 0.0 if machine.offloads and not machine.cpu else 1 / machine.processes
+        start: float = size.loaded_bytes
+        if machine.reads_once and not machine.cpu:  # one weight at a time comes from the main process
+            start = size.loaded_bytes / size.total * size.largest_weight
+        return StateMemory(
+            weights=(size.loaded_bytes + size.adapter_bytes) * shard,
+            gradients=FLOAT32_BYTES * size.trained * shard,
+            optimizer=2 * FLOAT32_BYTES * size.trained * shard,
+            released=FLOAT32_BYTES * size.trained * shard,
+            gathered=2 * FLOAT32_BYTES * size.largest_unit,  # of a layer and of the next one, before autocast
+            start=start,
+        )
 
 
-def broadcast_weights(model: PreTrainedModel, device: torch.device) -> None:
-    """A model with its parameters on the CPU of the main process and the meta device of the others -> whole, on `device`, everywhere.
-    Collective."""
-    if torch.distributed.get_rank() == 0:
-        model.to(device)  # type: ignore[arg-type]
-    else:
-        with _buffers_kept(model):
-            model.to_empty(device=device)
-        model.tie_weights()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            torch.distributed.broadcast(parameter, src=0)
+def _enable_on_cpu(precision: str) -> None:
+    """Set up FSDP2 over gloo. Accelerate selects FSDP on accelerators only and would run DDP without a word.
+
+    All of its FSDP2 code works on a CPU: so fsdp2.yaml can be tested without a GPU.
+    """
+    plugin = FullyShardedDataParallelPlugin()
+    if precision != "no":
+        plugin.set_mixed_precision(precision)
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # only the driver of an accelerator can pin memory
+    for shared in (PartialState._shared_state, AcceleratorState._shared_state):
+        shared["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
 
 
 @contextlib.contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Within, parameters may move; afterwards, buffers are what they were."""
+    """Restore the buffers of `module` afterwards, so that only parameters move within."""
     kept = [(part, dict(part._buffers)) for part in module.modules()]
     yield
     for part, buffers in kept:
         part._buffers.update(buffers)
 
 
-def retie(logprob_model: nn.Module) -> None:
-    """A parameter that moves to another kind of device becomes a new one under each of its names."""
+def _restore_parameters(logprob_model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Tie weights again, and give the optimizer the new parameters: one per name after a move to another device."""
     logprob_model.model.tie_weights()  # type: ignore[operator, union-attr]
-
-
-def trains(optimizer: torch.optim.Optimizer, logprob_model: nn.Module) -> None:
     [group] = optimizer.param_groups
     group["params"] = [parameter for parameter in logprob_model.parameters() if parameter.requires_grad]
 
 
-def full_state(logprob_model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(weights that are trained, optimizer state by weight name), on the CPU of the main process, empty elsewhere."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    weights = get_model_state_dict(logprob_model, options=options)
-    moments = get_optimizer_state_dict(logprob_model, optimizer, options=options)
-    whole = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
-    return whole, moments
-
-
-def load_full_state(
-    logprob_model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], moments: dict[str, Any]
-) -> None:
-    """What full_state gave, or a run that was not sharded saved (its optimizer state is by number), on the main process; what the
-    others pass is not looked at. Each tensor travels alone, so that the others never hold more than their shards and one of them.
-    Collective."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
-    whole: dict[str, Tensor] = {}
-    if torch.distributed.get_rank() == 0:
-        whole = {PREFIX + name: tensor for name, tensor in weights.items()}
-        moments = _by_name(moments, logprob_model)
-    else:
-        moments = {}
-    set_model_state_dict(logprob_model, whole, options=options)  # type: ignore[arg-type]
-    set_optimizer_state_dict(logprob_model, optimizer, moments, options=options)
-
-
-def _by_name(moments: dict[str, Any], logprob_model: nn.Module) -> dict[str, Any]:
-    """The state of an optimizer over the trained parameters in their order, its numbers turned into names."""
+def _by_name(moments: OptimizerState, logprob_model: nn.Module) -> OptimizerState:
+    """Return optimizer state with parameter names as keys, where a run without shards has saved numbers."""
     names = [name for name, parameter in logprob_model.named_parameters() if parameter.requires_grad]
-    names = [name.replace(WRAPPED, "") for name in names]
+    names = [name.replace(CHECKPOINT_WRAPPER, "") for name in names]
     [group] = moments["param_groups"]
     if group["params"] != list(range(len(names))):
         return moments
     by_name = {names[number]: state for number, state in moments["state"].items()}
     return {"state": by_name, "param_groups": [group | {"params": names}]}
-
-
-def load_everywhere(module: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Put the main process's `tensors` into a module that every process holds whole, and that may lie elsewhere than on `device`,
-    where processes talk. Collective."""
-    if torch.distributed.get_rank() == 0:
-        module.load_state_dict(tensors, strict=False)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            value = parameter.to(device)
-            torch.distributed.broadcast(value, src=0)
-            parameter.copy_(value)

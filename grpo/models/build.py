@@ -1,0 +1,131 @@
+"""Construction of the trained model: a path and the config -> model, adapter, reference, working copy, optimizer."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel
+
+from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from grpo.data.tokenizer import load_tokenizer
+from grpo.kernels.cpu.decoder_layer import use_lean_layers
+from grpo.models.logprob_model import LogprobModel
+from grpo.models.lora import Adapter, add_adapter
+from grpo.models.optimizers import OPTIMIZERS, build_scheduler
+from grpo.models.reference import AdapterReference, FrozenReference, check_vocabulary
+from grpo.models.strategies.base import Strategy
+from grpo.models.strategies.registry import strategy_for
+from grpo.models.weights import WorkingCopy
+from grpo.runtime.device import is_cpu
+from grpo.runtime.precision import compute_dtype
+
+
+@dataclass
+class TrainedModel:
+    """The parts of a policy."""
+
+    strategy: Strategy
+    model: PreTrainedModel
+    """The live causal LM, with its adapter. Its parameters may be shards."""
+    uses_packed_attention: bool
+    logprob_model: nn.Module
+    """Packed batch -> logprobs [N] and entropies [N] of `model`, wrapped by the strategy."""
+    working_copy: WorkingCopy
+    adapter: Adapter | None
+    reference: FrozenReference | AdapterReference | None
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    shares_prompts: bool
+    """Batches of one optimizer step may share the forward pass of a prompt."""
+
+
+def build_trained_model(
+    accelerator: Accelerator,
+    path: str,
+    config: ModelConfig,
+    objective: ObjectiveConfig,
+    optimizer_config: OptimizerConfig,
+    lora: LoraConfig | None,
+    *,
+    temperature: float,
+    optimizer_steps: int,
+    separate_sampler: bool,
+    sampled_elsewhere: bool,
+) -> TrainedModel:
+    """Load and assemble everything that training needs of the model. See `Policy` for the arguments.
+
+    Raises:
+        ConfigError: A model cannot be loaded or is not supported.
+    """
+    strategy = strategy_for(accelerator)
+    strategy.configure(config, optimizer_config)
+    model, uses_packed_attention = strategy.load(path, config)
+    if is_cpu(accelerator.device):
+        use_lean_layers(model, products=strategy.supports_row_dependent_kernels)
+    working_copy = WorkingCopy(model, strategy)
+    logprob_model = LogprobModel(
+        model,
+        uses_packed_attention=uses_packed_attention,
+        temperature=temperature,
+        entropy_gradient=objective.entropy_coef != 0,
+    )
+    has_adapter = lora is not None and lora.r is not None
+    reference: FrozenReference | AdapterReference | None = None
+    if objective.beta > 0 and (config.reference or not has_adapter):
+        reference = _frozen_reference(strategy, logprob_model, path, config)
+    adapter = add_adapter(model, lora, base=path) if lora is not None and has_adapter else None
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()  # checkpointing is only active in train mode; every dropout is 0, so nothing else changes
+    compute, rounded = compute_dtype(accelerator), strategy.casts_weights and not strategy.shards_weights
+    working_copy.bind(
+        model,
+        accelerator.device,
+        compute_dtype=None if rounded else compute,
+        live_dtype=compute if rounded else None,
+        sharded=strategy.shards_weights,
+        separate=separate_sampler,
+        allocate=not sampled_elsewhere,
+    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = OPTIMIZERS.get("adamw")(trained, optimizer_config, fused=strategy.fused_optimizer)
+    module = strategy.prepare(model, logprob_model, optimizer)
+    if objective.beta > 0 and reference is None:
+        reference = AdapterReference(module, adapter)
+    return TrainedModel(
+        strategy=strategy,
+        model=model,
+        uses_packed_attention=uses_packed_attention,
+        logprob_model=module,
+        working_copy=working_copy,
+        adapter=adapter,
+        reference=reference,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, optimizer_config, optimizer_steps),
+        # A checkpointed layer must run once in each direction.
+        shares_prompts=uses_packed_attention and strategy.supports_shared_prompts and not config.gradient_checkpointing,
+    )
+
+
+def _frozen_reference(
+    strategy: Strategy, logprob_model: LogprobModel, path: str, config: ModelConfig
+) -> FrozenReference:
+    """Return a frozen copy of the policy before training, or of the model that model.reference names."""
+    if config.reference is None:
+        model, uses_packed_attention = copy.deepcopy(logprob_model.model), logprob_model.uses_packed_attention
+    else:
+        plain = ModelConfig(attn_implementation=config.attn_implementation)
+        model, uses_packed_attention = strategy.load(config.reference, plain)
+        check_vocabulary(
+            logprob_model.model.config.vocab_size,
+            model.config.vocab_size,
+            load_tokenizer(path, config.gguf_file),
+            load_tokenizer(config.reference),
+            config.reference,
+        )
+    strategy.replicate(model)
+    frozen = LogprobModel(model, uses_packed_attention=uses_packed_attention, temperature=logprob_model.temperature)
+    return FrozenReference(frozen, strategy.accelerator.device, offload=config.reference_offload)

@@ -1,0 +1,61 @@
+"""Optimizers and learning rate schedules.
+
+@register_optimizer("mine")
+def mine(parameters, config, *, fused):
+    return MyOptimizer(parameters, lr=config.learning_rate)
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import get_scheduler
+
+from grpo.config.schema import OptimizerConfig
+from grpo.registry import Registry
+
+
+class OptimizerFactory(Protocol):
+    """Creates an optimizer over one group of parameters, with the hyperparameters of `config`."""
+
+    def __call__(
+        self, parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, fused: bool | None
+    ) -> torch.optim.Optimizer: ...
+
+
+OPTIMIZERS: Registry[OptimizerFactory] = Registry("optimizer")
+register_optimizer = OPTIMIZERS.register
+
+
+@register_optimizer("adamw")
+def adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, fused: bool | None) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101). `fused`: torch's fused implementation; None lets torch choose."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+        fused=fused,
+    )
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimizerConfig, steps: int) -> LRScheduler:
+    """Return the schedule `config.lr_scheduler_type` over `steps` optimizer steps, warm-up included."""
+    warmup = math.ceil(config.warmup_ratio * steps)
+    return get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+def override_hyperparameters(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, config: OptimizerConfig) -> None:
+    """Replace hyperparameters restored from a checkpoint by those of `config`. Schedules with other state keep theirs."""
+    if not isinstance(scheduler, LambdaLR):
+        return
+    scheduler.base_lrs = [config.learning_rate] * len(scheduler.base_lrs)
+    for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+        group["initial_lr"] = config.learning_rate
+        group["lr"] = config.learning_rate * factor(scheduler.last_epoch)
+        group["betas"] = (config.adam_beta1, config.adam_beta2)
+        group["weight_decay"] = config.weight_decay
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]

@@ -1,0 +1,78 @@
+"""The strategies, and the choice of the one that the accelerate config asks for."""
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import InitProcessGroupKwargs
+
+from grpo.errors import ConfigError
+from grpo.models.strategies.base import Machine, Strategy
+from grpo.models.strategies.deepspeed import Zero2, Zero3
+from grpo.models.strategies.fsdp import FullyShardedDataParallel
+from grpo.models.strategies.single import DistributedDataParallel, SingleProcess
+from grpo.runtime.device import set_threads
+from grpo.runtime.launch import find_local_peers, requested_processes
+
+STRATEGIES: list[type[Strategy]] = [Zero3, Zero2, FullyShardedDataParallel, SingleProcess, DistributedDataParallel]
+"""In the order in which they are tried; the last one matches everything."""
+
+
+def start_accelerator(timeout: float = 1800.0) -> Accelerator:
+    """Create the Accelerator that `accelerate launch` and its config file ask for.
+
+    Args:
+        timeout: Seconds to wait for a rank in a collective before the run ends.
+
+    Raises:
+        ConfigError: Fewer processes started than were requested, or float16 was requested on a CPU.
+    """
+    # Accelerate joins processes on a CPU only with `cpu`, and its launcher does not pass `use_cpu` to several processes.
+    # Without an accelerator there is no other choice.
+    requested_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    on_cpu = requested_cpu or not torch.accelerator.is_available()
+    if on_cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        raise ConfigError(
+            "mixed_precision is fp16, which accelerate computes on GPUs only, and this run is on the CPU: set it to bf16 or "
+            '"no" in the file of --config_file, or with accelerate launch --mixed_precision'
+        )
+    strategy = next(strategy for strategy in STRATEGIES if strategy.is_requested())
+    process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
+    on_cpu = strategy.before_start(on_cpu, process_group)
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[process_group])
+    requested = requested_processes()
+    if accelerator.num_processes != requested:
+        raise ConfigError(
+            f"{requested} processes were asked for, {accelerator.num_processes} started. `accelerate launch --cpu` starts "
+            f"only one, whatever --num_processes says: use --config_file accelerate_configs/cpu_2proc.yaml"
+        )
+    strategy.after_start(accelerator)
+    set_threads(accelerator.device, accelerator.num_processes)
+    find_local_peers(accelerator)
+    return accelerator
+
+
+def strategy_for(accelerator: Accelerator) -> Strategy:
+    """Return a new strategy object, of the class that `accelerator` was set up for."""
+    return next(strategy for strategy in STRATEGIES if strategy.matches(accelerator))(accelerator)
+
+
+def strategy_class(machine: Machine) -> type[Strategy]:
+    """Return the strategy class of a memory estimate."""
+    return next(strategy for strategy in STRATEGIES if strategy.kind == machine.kind)
+
+
+def machine_of(path: str) -> Machine:
+    """Read from an accelerate config file what memory depends on.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+    try:
+        config = load_config_from_file(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the accelerate config {path}: {error}") from error
+    machines = (strategy.machine_of(config) for strategy in STRATEGIES)
+    return next(machine for machine in machines if machine is not None)

@@ -1,0 +1,98 @@
+"""Device: threads, streams, memory and communication backend of the machine that a process runs on.
+
+Outside `kernels/`, this is the only file that asks which kind of device it is.
+"""
+
+import contextlib
+import ctypes
+import os
+import resource
+import sys
+from collections.abc import Iterator
+
+import psutil
+import torch
+
+# Transparent huge pages (2 MB) for large tensors on Linux: the first access to each 4 KB page costs one to two microseconds.
+# torch reads the variable once, at its first CPU tensor, so it is set when this module is imported.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def is_cpu(device: torch.device) -> bool:
+    """Return whether tensors on `device` lie in the memory of the machine."""
+    return device.type == "cpu"
+
+
+def cpu_threads(processes_here: int) -> int:
+    """Return the number of threads for each process: the cores of this machine divided among its processes.
+
+    OMP_NUM_THREADS above 1 is the user's choice and is kept. 1 is what `accelerate launch` sets by default.
+    """
+    chosen = int(os.environ.get("OMP_NUM_THREADS") or 1)
+    if chosen > 1:
+        return chosen
+    cores = len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else (os.cpu_count() or 1)
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or processes_here))
+
+
+def set_threads(device: torch.device, processes: int) -> None:
+    """Divide the cores among `processes` that compute on the CPU. Other devices keep torch's default."""
+    if is_cpu(device):
+        torch.set_num_threads(cpu_threads(processes))
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that can still be allocated on `device`."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has held: on the GPU if `device` is one, else of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def return_freed_memory(device: torch.device) -> None:
+    """Return freed heap pages to the operating system at the end of a phase. Only glibc on Linux needs it.
+
+    glibc keeps freed memory in pieces too small for the tensors of the next phase, so a CPU process would grow from
+    step to step.
+    """
+    if is_cpu(device) and sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
+
+
+def device_names() -> list[str]:
+    """Return the names of the GPUs that this process sees, or ["cpu"]."""
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the most precise floating-point dtype of `device`: float32 on Apple GPUs, else float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class SideStream:
+    """A CUDA stream beside the default one, so that kernels of two threads can overlap. A no-op on other devices."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def wait_for_default(self) -> None:
+        """Order the work of this stream after what the current stream has been given so far."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Run on this stream within."""
+        with torch.cuda.stream(self._stream):  # None: no change
+            yield
