@@ -217,7 +217,7 @@ def make_work(suite: Suite, folder: Path, data_path: str | None) -> None:
         steps=suite.warm_up_steps,
         batch=16,
     )
-    model = make_tiny_model(seed=0, problems=rows, recipe=recipe, report=lambda text: print(text, file=sys.stderr))
+    model = make_tiny_model(seed=0, problems=rows, recipe=recipe)
     (folder / "model").symlink_to(model)
 
 

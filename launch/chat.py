@@ -45,8 +45,8 @@ def main() -> None:
     from rich.panel import Panel
     from rich.text import Text
 
+    from grpo.runtime.messages import visible
     from grpo.tools.chat import answers, speakers
-    from grpo.tracking.console import visible
     from grpo.tracking.run_reader import RunFolder
 
     base = ours.base

@@ -2,6 +2,7 @@
 directory. SECURITY.md says who is trusted with what."""
 
 import json
+import logging
 import os
 import pickle
 import re
@@ -22,9 +23,10 @@ from grpo.models.lora import load_adapter
 from grpo.run.checkpoint import load_checkpoint, newest_valid
 from grpo.runtime.command import run_main
 from grpo.runtime.env import load_keys
+from grpo.runtime.messages import visible
 from grpo.runtime.redaction import redacted
 from grpo.tools.check import tokenizer_and_shape
-from grpo.tracking.console import Display, visible
+from grpo.tracking.console import Display
 from grpo.tracking.model_card import model_card
 from grpo.tracking.run_logger import Tracker, choose_run_dir
 from tests.fakes import tiny_data, tiny_folder
@@ -291,7 +293,7 @@ def test_hostile_text_is_shown_not_obeyed(text: str, capsys: pytest.CaptureFixtu
     """X9. In the terminal: as its characters, control and direction marks as codes."""
     display = Display(3)
     display.completions([{"step": 1, "prompt": text, "completion": text, "reward": 1.0}])
-    display.say(text)
+    logging.getLogger("grpo").warning("%s", text)
     out = capsys.readouterr().out
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", out)
     assert visible(text).replace("\n", "") in out

@@ -5,6 +5,7 @@ mapped       rows -> Examples -> an Arrow file, made once -> mapped    large fil
 streamed     rows are read when they are drawn                         data.streaming
 """
 
+import logging
 import math
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from grpo.errors import ConfigError
 from grpo.rewards.scoring import RewardSum
 from grpo.types import Prompt
 
-Say = Callable[[str], None]
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,14 +47,13 @@ def training_data(
     config: Config,
     accelerator: Accelerator,
     score: RewardSum,
-    model_path: Callable[[Config, list[Example], Accelerator, Say], str],
-    say: Say,
+    model_path: Callable[[Config, list[Example], Accelerator], str],
 ) -> TrainingData:
     """Find or make the prompts. Sets config.steps where num_train_epochs decides. Raises ConfigError."""
     data = config.data
     warning = check_permission(data)
     if warning:
-        say(warning)
+        log.info(warning)
     bad = BadRows(skip=data.bad_rows == "skip")
     found: MappedPrompts | None = None
     mapping = wants_mapping(data) and not data.streaming
@@ -65,24 +65,22 @@ def training_data(
             found = open_mapped(mapped_folder(data, tokenizer))
     if found is not None:
         score.check_columns(set(found.record["columns"]))
-        say(f"data: {len(found)} prompts from {found.folder}, made earlier from this file and these settings")
-        return _finish(
-            config, config.model.name, tokenizer, found, found.record["dropped"], found.record["rejected"], say
-        )
+        log.info("data: %d prompts from %s, made earlier from this file and these settings", len(found), found.folder)
+        return _finish(config, config.model.name, tokenizer, found, found.record["dropped"], found.record["rejected"])
 
     examples = peek(data, bad) if data.streaming else load_examples(data, "train", config.seed, bad)
     if not examples:
         raise ConfigError(f"data.name {data.name} gave no training rows")
-    say(extraction_report(examples, data, len(bad.rejected)))
+    log.info(extraction_report(examples, data, len(bad.rejected)))
     score.check_columns(set(examples[0].columns))
-    path = model_path(config, examples, accelerator, say)
+    path = model_path(config, examples, accelerator)
     tokenizer = load_tokenizer(path, config.model.gguf_file)
     if data.streaming:
         render_prompts(examples, tokenizer, data.max_prompt_length)  # is any of the first ones short enough?
         return TrainingData(path, tokenizer, StreamedPrompts(data, tokenizer, config.seed), None, [])
     if not mapping:
         prompts, dropped = render_prompts(examples, tokenizer, data.max_prompt_length)
-        return _finish(config, path, tokenizer, prompts, dropped, bad.rejected, say)
+        return _finish(config, path, tokenizer, prompts, dropped, bad.rejected)
     folder = mapped_folder(data, tokenizer)
     made = open_mapped(folder) if accelerator.is_main_process else None
     if made is None and accelerator.is_main_process:
@@ -91,7 +89,7 @@ def training_data(
     made = made or open_mapped(folder)
     if made is None:
         raise ConfigError(f"data.cache: {folder} cannot be read on every process: set GRPO_CACHE to a shared folder")
-    return _finish(config, path, tokenizer, made, made.record["dropped"], bad.rejected, say)
+    return _finish(config, path, tokenizer, made, made.record["dropped"], bad.rejected)
 
 
 def repeated_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[str]:
@@ -115,10 +113,11 @@ def _question(prompt: Prompt) -> str:
 
 
 def _finish(
-    config: Config, path: str, tokenizer: Any, prompts: Sequence[Prompt], dropped: int, rejected: list, say: Say
+    config: Config, path: str, tokenizer: Any, prompts: Sequence[Prompt], dropped: int, rejected: list
 ) -> TrainingData:
     if dropped:
-        say(f"{dropped} prompts are longer than data.max_prompt_length {config.data.max_prompt_length}: left out")
+        limit = config.data.max_prompt_length
+        log.info("%d prompts are longer than data.max_prompt_length %s: left out", dropped, limit)
     if config.num_train_epochs is not None:
         config.steps = math.ceil(config.num_train_epochs * len(prompts) / config.prompts_per_step)
     stream = PromptStream(prompts, config.seed)

@@ -10,6 +10,7 @@ mostly hasty and mostly wrong, and GRPO has to find out that thinking pays. No s
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 import random
@@ -17,7 +18,6 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from grpo.data.arithmetic import generate_problems
 from grpo.data.invented_language import unmarked
 from grpo.rewards.text_match import quoted_terms
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 """Part of the cache key: raise it when a change here makes another model from the same recipe."""
@@ -82,7 +84,6 @@ def make_tiny_model(
     seed: int,
     problems: list[dict[str, str]] | None = None,
     cache: Path | None = None,
-    report: Callable[[str], None] = print,
     recipe: Recipe | None = None,
 ) -> Path:
     """The starter's folder: made once for each seed, recipe and text, then taken from the cache.
@@ -101,11 +102,11 @@ def make_tiny_model(
         damage = _damage(folder)
         if damage is None:
             return folder
-        report(f"the cached starter is damaged ({damage}): making it again")
+        log.info("the cached starter is damaged (%s): making it again", damage)
         shutil.rmtree(folder)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".starter-") as temporary:
-        _make(Path(temporary), seed, rows, recipe, report)
+        _make(Path(temporary), seed, rows, recipe)
         try:
             Path(temporary).rename(folder)
         except OSError:
@@ -122,7 +123,7 @@ def recipe_for(problems: list[dict[str, str]] | None) -> Recipe:
     return GSM8K_RECIPE if any("####" in row["answer"] for row in problems) else PROSE_RECIPE
 
 
-def _make(folder: Path, seed: int, rows: list[dict[str, str]], recipe: Recipe, report: Callable[[str], None]) -> None:
+def _make(folder: Path, seed: int, rows: list[dict[str, str]], recipe: Recipe) -> None:
     started = time.perf_counter()
     chance = random.Random(f"starter {seed}")
     texts = [(row["question"], completion_text(row["answer"], recipe, chance)) for row in rows]
@@ -130,8 +131,10 @@ def _make(folder: Path, seed: int, rows: list[dict[str, str]], recipe: Recipe, r
     torch.manual_seed(seed)
     model = make_model(tokenizer, recipe)
     size = sum(parameter.numel() for parameter in model.parameters())
-    report(f"making the starter: {size / 1e6:.1f}M parameters, {recipe.steps} supervised steps on {len(texts)} texts")
-    loss = warm_up(model, tokenizer, texts, recipe, chance, report)
+    log.info(
+        "making the starter: %.1fM parameters, %d supervised steps on %d texts", size / 1e6, recipe.steps, len(texts)
+    )
+    loss = warm_up(model, tokenizer, texts, recipe, chance)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     files = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
@@ -143,7 +146,7 @@ def _make(folder: Path, seed: int, rows: list[dict[str, str]], recipe: Recipe, r
         "sha256": files,
     }
     (folder / "starter.json").write_text(json.dumps(record, indent=2))
-    report(f"the starter is ready after {record['seconds']:.0f} s, and cached")
+    log.info("the starter is ready after %.0f s, and cached", record["seconds"])
 
 
 def completion_text(answer: str, recipe: Recipe, chance: random.Random) -> str:
@@ -222,7 +225,6 @@ def warm_up(
     texts: list[tuple[str, str]],
     recipe: Recipe,
     chance: random.Random,
-    report: Callable[[str], None],
 ) -> float:
     """Supervised steps on (question, completion) pairs; the loss counts completion tokens only. -> the last loss."""
     examples = []
@@ -259,7 +261,7 @@ def warm_up(
         scheduler.step()
         loss = float(value.detach())
         if (step + 1) % max(1, recipe.steps // 5) == 0:
-            report(f"  warm-up step {step + 1} of {recipe.steps}: loss {loss:.3f}")
+            log.info("  warm-up step %d of %d: loss %.3f", step + 1, recipe.steps, loss)
     model.eval()
     return loss
 

@@ -1,7 +1,7 @@
 """Setup: a config -> everything a run needs, checked in the order of cost: config, data, rewards, then weights."""
 
 import json
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -39,10 +39,12 @@ from grpo.run.state import Progress, Run
 from grpo.runtime.distributed import run_on_main
 from grpo.runtime.precision import precision_of
 from grpo.runtime.run_lock import RunLock, check_free
-from grpo.tracking.console import Display
+from grpo.tracking.console import Display, show_messages
 from grpo.tracking.diagnostics import Diagnostics, patience_for
 from grpo.tracking.run_logger import Tracker, check_trackers, choose_run_dir
 from grpo.types import Group, Prompt, SamplingPlan
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -66,20 +68,20 @@ def prepare(config: Config) -> Run:
     callbacks = build_callbacks(config.callbacks)
 
     accelerator, run_dir = start_processes(config)
-    say = Display(config.steps, 0, enabled=accelerator.is_main_process).say
+    show_messages()
     held_out_rows = load_examples(config.data, "held_out", config.seed) if config.eval_every else []
-    checkpoint = _checkpoint(config, run_dir, say)
-    data = training_data(config, accelerator, score, model_path, say)
+    checkpoint = _checkpoint(config, run_dir)
+    data = training_data(config, accelerator, score, model_path)
     if checkpoint is not None:
         for line in check_resumption(config, read_state(checkpoint), score, accelerator.num_processes):
-            say(line)
+            log.info(line)
     score.start()
-    held_out = held_out_prompts(config, held_out_rows, data, say)
+    held_out = held_out_prompts(config, held_out_rows, data)
 
     policy = build_policy(config, accelerator, data.model_path)
     before = Before(progress=Progress(beta=config.objective.beta))
     if checkpoint is not None:
-        before = continue_from(checkpoint, config, policy, data, say)
+        before = continue_from(checkpoint, config, policy, data)
     policy.check()
     policy.refresh_sampler()
     engine = checked_engine(config, accelerator, policy, data.tokenizer)
@@ -89,12 +91,12 @@ def prepare(config: Config) -> Run:
     lock, tracker = None, None
     if accelerator.is_main_process:
         for line in check_room(run_dir, *policy.bytes_on_disk(), config.save_total_limit):
-            say(line)
+            log.info(line)
         lock = lock_run(run_dir)
-        tracker = first_records(config, run_dir, data, score, before.start, say)
-    say(in_one_line(config, accelerator, data, held_out))
+        tracker = first_records(config, run_dir, data, score, before.start)
+    log.info(in_one_line(config, accelerator, data, held_out))
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "no" and kernels() is None:
-        say("what is C here could not be compiled (with cc, or what CC names): it runs in torch, and takes longer")
+        log.info("what is C here could not be compiled (with cc, or what CC names): it runs in torch, and takes longer")
     run = Run(
         config,
         accelerator,
@@ -132,14 +134,12 @@ def start_processes(config: Config) -> tuple[Accelerator, Path]:
     return accelerator, run_dir
 
 
-def held_out_prompts(
-    config: Config, rows: list[Example], data: TrainingData, say: Callable[[str], None]
-) -> list[Prompt]:
+def held_out_prompts(config: Config, rows: list[Example], data: TrainingData) -> list[Prompt]:
     """The prompts that evaluation asks. Says which of them are trained on."""
     held_out = render_prompts(rows, data.tokenizer, config.data.max_prompt_length)[0] if rows else []
     if isinstance(data.stream, PromptStream) and isinstance(data.stream.prompts, list):  # large files: launch/check.py
         for line in repeated_prompts(data.stream.prompts, held_out):
-            say(line)
+            log.info(line)
     return held_out
 
 
@@ -175,16 +175,14 @@ def read_checkpoint(checkpoint: Path, policy: Policy) -> tuple[Tensors, dict]:
     return tensors, state
 
 
-def continue_from(
-    checkpoint: Path, config: Config, policy: Policy, data: TrainingData, say: Callable[[str], None]
-) -> Before:
+def continue_from(checkpoint: Path, config: Config, policy: Policy, data: TrainingData) -> Before:
     """Put the policy and the stream where the checkpoint left them. Raises ConfigError if all steps are done."""
     tensors, state = read_checkpoint(checkpoint, policy)
     policy.load_state_dict(tensors, state)
     del tensors  # whole, on the main process, where the weights are sharded
     data.stream.load_state_dict(state.get("stream", {}))
     start = state["step"]
-    say(f"resuming from {checkpoint}: {start} of {config.steps} steps are done")
+    log.info(f"resuming from {checkpoint}: {start} of {config.steps} steps are done")
     if start >= config.steps:
         raise ConfigError(f"{checkpoint} has done all {config.steps} steps: raise steps to go on")
     progress = Progress(**(state.get("progress") or progress_of_old(state, config)))
@@ -214,14 +212,12 @@ def checked_engine(
     return engine
 
 
-def first_records(
-    config: Config, run_dir: Path, data: TrainingData, score: RewardSum, start: int, say: Callable[[str], None]
-) -> Tracker:
+def first_records(config: Config, run_dir: Path, data: TrainingData, score: RewardSum, start: int) -> Tracker:
     """What is written before the first step: whose the data is, which rewards judge, which rows were rejected."""
     record_card(run_dir, config.data)
     sources = reward_sources(score.functions)
     for name, source in sources.items():
-        say(f"reward '{name}' is {source['file']} (sha256 {source['sha256'][:12]})")
+        log.info(f"reward '{name}' is {source['file']} (sha256 {source['sha256'][:12]})")
     derived = derived_values(config, data.size, run_dir.name)
     derived |= {"base_model": str(data.model_path), "reward_sources": sources}
     tracker = Tracker(run_dir, config, derived, start + 1 if start else 0)
@@ -313,7 +309,7 @@ def build_score(config: Config) -> RewardSum:
     )
 
 
-def model_path(config: Config, rows: list[Example], accelerator: Accelerator, say: Callable[[str], None]) -> str:
+def model_path(config: Config, rows: list[Example], accelerator: Accelerator) -> str:
     """The folder or hub id to load; for "starter", the folder is made first, once, by the main process."""
     if config.model.name != "starter":
         return config.model.name
@@ -324,7 +320,7 @@ def model_path(config: Config, rows: list[Example], accelerator: Accelerator, sa
         problems = [{"question": _question(row, config.data), "answer": _worked_answer(row)} for row in rows]
     path = ""
     if accelerator.is_main_process:
-        path = str(make_tiny_model(seed=config.seed, problems=problems, report=say))
+        path = str(make_tiny_model(seed=config.seed, problems=problems))
     return broadcast_object_list([path])[0]
 
 
@@ -342,7 +338,7 @@ def derived_values(config: Config, prompts: int | None, run_name: str) -> dict[s
     }
 
 
-def _checkpoint(config: Config, run_dir: Path, say: Callable[[str], None]) -> Path | None:
+def _checkpoint(config: Config, run_dir: Path) -> Path | None:
     if config.resume is None:
         return None
     if config.resume != "auto":
@@ -352,7 +348,7 @@ def _checkpoint(config: Config, run_dir: Path, say: Callable[[str], None]) -> Pa
         return path
     path_or_none, ignored = newest_valid(run_dir)
     for reason in ignored:
-        say(reason)
+        log.info(reason)
     return path_or_none
 
 

@@ -11,23 +11,30 @@ from typing import Any, NoReturn
 
 from grpo.errors import GrpoError
 from grpo.runtime.exit import exit_is_blocked, force_exit, peer_timed_out
+from grpo.runtime.messages import command_messages, rank_prefix
 from grpo.runtime.redaction import redacted
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Run a command: keys are read from .env; a GrpoError prints its message (not a traceback) and exits with its code."""
+    """Run a command: keys are read from .env, messages of the logger `grpo` are shown. A GrpoError prints its message (not a
+    traceback) and exits with its code."""
+    atexit.register(settle, "stderr")  # what could not be told there is no failure
+    with command_messages():
+        _run(main)
+
+
+def _run(main: Callable[[], object]) -> None:
     from grpo.runtime.env import load_keys
 
-    atexit.register(settle, "stderr")  # what could not be told there is no failure
     try:
         load_keys()
         main()
         _leave_behind(0)
     except GrpoError as error:
-        _tell(f"{_rank()}error: {error}\n")
+        _tell(f"{rank_prefix()}error: {error}\n")
         _leave(error.exit_code)
     except Exception as error:
-        _tell(f"{_rank()}{_waited_in_vain(error)}{traceback.format_exc()}")
+        _tell(f"{rank_prefix()}{_waited_in_vain(error)}{traceback.format_exc()}")
         _end_who_hangs(error)
         _leave(1)
     finally:
@@ -60,14 +67,9 @@ def silence(stream: Any) -> None:
         os.close(nowhere)
 
 
-def _rank() -> str:
-    """ "[rank 1] " in a run of several processes."""
-    return f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-
-
 def _waited_in_vain(error: Exception) -> str:
     """A line for gloo's and NCCL's way of saying that another process did not come."""
-    if not _rank() or not re.search(r"timed out|connection (closed|reset)", str(error), re.IGNORECASE):
+    if not rank_prefix() or not re.search(r"timed out|connection (closed|reset)", str(error), re.IGNORECASE):
         return ""
     return (
         "error: another process died, or was waited for longer than rank_timeout: its own lines say why; one that wrote none "
@@ -77,14 +79,14 @@ def _waited_in_vain(error: Exception) -> str:
 
 def _end_who_hangs(error: Exception) -> None:
     """After a timeout, not where a connection was closed: then the launcher knows already, and who is saving may finish."""
-    if _rank() and re.search(r"timed out|timeout", str(error), re.IGNORECASE):
+    if rank_prefix() and re.search(r"timed out|timeout", str(error), re.IGNORECASE):
         peer_timed_out()
 
 
 def _leave(code: int) -> NoReturn:
     """With several processes, at once: waiting for the others would let them fail first, and louder, for want of this
     one, and the launcher ends them as soon as this one is gone."""
-    if _rank():
+    if rank_prefix():
         force_exit(code)
     _leave_behind(code)
     raise SystemExit(code) from None

@@ -7,7 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from grpo.tracking.console import visible
+from grpo.runtime.messages import visible
 
 if TYPE_CHECKING:
     from grpo.tools.check import Check

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from grpo.runtime.env import load_keys
-from grpo.tracking.console import visible
+from grpo.runtime.messages import visible
 from grpo.tracking.report import fenced
 
 _log = logging.getLogger(__name__)

@@ -1,17 +1,17 @@
-"""Display: metrics and completions -> what a person sees in the terminal; a display that breaks never stops training.
+"""Console: messages, metrics and completions on the terminal. A terminal that breaks never stops training.
 
-On a terminal: four lines that follow the run. In a log file: a plain line now and then. On every process but the first:
-nothing.
+On a terminal: four lines that follow the run, below the messages. In a log file: a plain line now and then. Processes but the
+first show their warnings only.
 """
 
 import atexit
 import contextlib
+import logging
 import time
-import unicodedata
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -19,6 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.runtime.command import settle, silence
+from grpo.runtime.messages import MessageHandler, attach, visible
+
+log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 5.0
 _COMPLETIONS = 3
@@ -33,52 +36,136 @@ class _Console(Console):
         raise  # rich would end the program with SystemExit here; `train | head` must go on training
 
 
+class Terminal:
+    """Standard output. Where it cannot be written (a full disk, `| head`, a closed terminal), it is switched off."""
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self._console = _Console(highlight=False)
+        self._live: Live | None = None
+        atexit.register(settle, "stdout")  # what others print meanwhile is no reason to fail
+
+    @property
+    def is_interactive(self) -> bool:
+        return self._console.is_terminal
+
+    @property
+    def width(self) -> int:
+        return self._console.width
+
+    def print(self, *parts: RenderableType) -> None:
+        """Print text, tables, ... above the live view."""
+        self._guarded(lambda: self._console.print(*parts, soft_wrap=all(isinstance(part, Text) for part in parts)))
+
+    def show_live(self, view: RenderableType) -> None:
+        """Replace the live view at the bottom."""
+        self._guarded(lambda: self._update(view))
+
+    def stop_live(self) -> None:
+        """End the live view, which hides the cursor. Idempotent."""
+        live, self._live = self._live, None
+        if live is not None:
+            self._guarded(live.stop)
+
+    def text(self, text: str) -> Text:
+        """Text that shows exactly its characters: no markup, no control, nothing that cannot be written."""
+        encoding = self._console.encoding
+        return Text(visible(text).encode(encoding, "backslashreplace").decode(encoding))
+
+    def _update(self, view: RenderableType) -> None:
+        if self._live is None:
+            # No refresh thread: an error in it could not be caught, and nothing changes between two steps.
+            self._live = Live(console=self._console, auto_refresh=False)
+            self._live.start()
+        self._live.update(view, refresh=True)
+
+    def _guarded(self, action: Callable[[], Any]) -> None:
+        if not self.enabled:
+            return
+        try:
+            action()
+        except (OSError, ValueError):  # ValueError: closed file
+            self.enabled = False
+            silence(self._console.file)  # what is left in its buffer would fail again when Python exits, with 120
+            if self._live is not None:
+                with contextlib.suppress(OSError, ValueError):
+                    self._live.stop()
+
+
+class ConsoleHandler(MessageHandler):
+    """Messages of the logger `grpo` as lines on the terminal, above the live view."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def write(self, text: str) -> None:
+        self._terminal.print(self._terminal.text(text))
+
+
+def show_messages() -> Terminal:
+    """Show the messages of the logger `grpo` on standard output from now on."""
+    terminal = Terminal()
+    attach(ConsoleHandler(terminal))
+    return terminal
+
+
 class Display:
-    """Shows a run that does `total_steps` steps and begins (or goes on) after `start` of them."""
+    """Progress of a run on the terminal, below the messages of the logger `grpo`.
+
+    Args:
+        total_steps: steps of the whole run.
+        start: steps that were done before (by the run that is resumed).
+        enabled: False on every process but the first, which shows no progress.
+    """
 
     def __init__(self, total_steps: int, start: int = 0, enabled: bool = True) -> None:
-        self.enabled = enabled
+        self._shown = enabled
         self._total, self._start = total_steps, start
         self._began = time.monotonic()
         self._last_line: float | None = None
         self._accuracy: float | None = None
-        self._console = _Console(highlight=False)
         self._rewards: list[float] = []
-        self._live: Live | None = None
-        if enabled:
-            atexit.register(settle, "stdout")  # what others print meanwhile is no reason to fail
+        self._terminal = show_messages()
+
+    @property
+    def enabled(self) -> bool:
+        return self._shown and self._terminal.enabled
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Show that `step` steps are done (1 after the first), and their last metrics."""
         accuracy = metrics.get("eval/accuracy")
         self._accuracy = self._accuracy if accuracy is None else accuracy
+        if not self.enabled:
+            return
         if step == self._start + 1 and "time/step" in metrics:
             seconds = metrics["time/step"]
-            left = _clock(seconds * (self._total - step))
-            self.say(
-                f"the first step took {seconds:.1f} s: the {self._total - step} left take about {left}, evaluations apart"
-            )
-        self._guarded(lambda: self._show_step(step, metrics))
+            left = _about(seconds * (self._total - step))
+            log.info("step %d took %.1f s; about %s left (without evaluations)", step, seconds, left)
+        if self._terminal.is_interactive:
+            self._terminal.show_live(self._view(step, metrics))
+        else:
+            self._show_line(step, metrics)
 
     def completions(self, rows: list[dict[str, Any]]) -> None:
         """Show up to 3 rows of rollouts.jsonl ("prompt", "completion", "reward")."""
-        self._guarded(lambda: self._console.print(*(self._panel(row) for row in rows[:_COMPLETIONS])))
+        if self.enabled:
+            self._terminal.print(*(self._panel(row) for row in rows[:_COMPLETIONS]))
 
     def say(self, text: str) -> None:
         """Show a message."""
-        self._guarded(lambda: self._console.print(self._text(text), soft_wrap=True))
+        log.info("%s", text)
 
     def table(self, before: dict[str, float] | None, after: dict[str, float] | None, run_dir: Any) -> None:
         """Show the held-out evaluation before and after training, and where everything is written."""
         self.close()
-        self._guarded(lambda: self._show_table(before or {}, after or {}))
-        self.say(f"Everything about this run is in {run_dir}")
+        if self.enabled:
+            self._show_table(before or {}, after or {})
+            log.info("Everything about this run is in %s", run_dir)
 
     def close(self) -> None:
-        """Give the terminal back (the bar hides the cursor). A second call does nothing."""
-        live, self._live = self._live, None
-        if live is not None:
-            self._guarded(live.stop)
+        """End the live view. Idempotent."""
+        self._terminal.stop_live()
 
     def _summary(self, step: int, metrics: dict[str, Any]) -> str:
         """reward 0.42, accuracy 0.31, length 118, 512 tokens/s, 0:03:12 left"""
@@ -101,20 +188,11 @@ class Display:
         """Time to the end, at the pace of this run so far, evaluations included."""
         return _clock((time.monotonic() - self._began) / max(1, step - self._start) * (self._total - step))
 
-    def _show_step(self, step: int, metrics: dict[str, Any]) -> None:
-        if self._console.is_terminal:
-            if self._live is None:
-                # No refresh thread: an error in it could not be caught, and nothing changes between two steps.
-                self._live = Live(console=self._console, auto_refresh=False)
-                self._live.start()
-            self._live.update(self._view(step, metrics), refresh=True)
-            return
+    def _show_line(self, step: int, metrics: dict[str, Any]) -> None:
         now = time.monotonic()
         if self._last_line is None or step >= self._total or now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self._console.print(
-                self._text(f"step {step}/{self._total}: {self._summary(step, metrics)}"), soft_wrap=True
-            )
+            self._terminal.print(self._terminal.text(f"step {step}/{self._total}: {self._summary(step, metrics)}"))
 
     def _view(self, step: int, metrics: dict[str, Any]) -> Group:
         """step 12/500 ━━━━╺━━━━━━━━━━━ 0:03:12 left
@@ -125,7 +203,7 @@ class Display:
         top = Table.grid(padding=(0, 1))
         top.add_row(
             f"step {step}/{self._total}",
-            ProgressBar(total=self._total, completed=step, width=min(40, max(10, self._console.width - 40))),
+            ProgressBar(total=self._total, completed=step, width=min(40, max(10, self._terminal.width - 40))),
             f"{self._left(step)} left" if step > self._start else "",
         )
         if "reward/mean" in metrics:
@@ -151,7 +229,7 @@ class Display:
         phases = [f"time/{name}" for name in ("rollout", "reward", "reference", "update")]
         if whole > 0:
             third += [f"{key.removeprefix('time/')} {metrics[key] / whole:.0%}" for key in phases if key in metrics]
-        lines = [self._text("   ".join(line)) for line in (first, second, third) if line]
+        lines = [self._terminal.text("   ".join(line)) for line in (first, second, third) if line]
         for line in lines:
             line.no_wrap, line.overflow = True, "ellipsis"
         return Group(top, *lines)
@@ -162,7 +240,7 @@ class Display:
             prompt = prompt[-1].get("content", "") if prompt else ""
         reward = row.get("reward")
         title = f"step {row.get('step', '?')}" + ("" if reward is None else f", reward {reward:.3f}")
-        question, answer = (self._text(_shorten(str(text))) for text in (prompt, row.get("completion", "")))
+        question, answer = (self._terminal.text(_shorten(str(text))) for text in (prompt, row.get("completion", "")))
         question.stylize("dim")
         content = Text.assemble(question, "\n", answer)
         return Panel(content, title=Text(title), title_align="left")
@@ -178,29 +256,8 @@ class Display:
             old, new = before.get(key), after.get(key)
             change = "" if old is None or new is None else f"{new - old:+.3f}"
             cells = [key, "" if old is None else f"{old:.3f}", "" if new is None else f"{new:.3f}", change]
-            table.add_row(*(self._text(cell) for cell in cells))
-        self._console.print(table)
-
-    def _text(self, text: str) -> Text:
-        """Text that shows exactly its characters: no markup, no control, nothing that cannot be written."""
-        encoding = self._console.encoding
-        return Text(visible(text).encode(encoding, "backslashreplace").decode(encoding))
-
-    def _guarded(self, action: Callable[[], Any]) -> None:
-        if not self.enabled:
-            return
-        try:
-            action()
-        except (OSError, ValueError):  # a full disk, `| head`, a closed terminal (ValueError: closed file)
-            self.enabled = False
-            self._silence()
-
-    def _silence(self) -> None:
-        """Point standard output at nothing: what is left in its buffer would fail again when Python exits, with 120."""
-        silence(self._console.file)
-        if self._live is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._live.stop()
+            table.add_row(*(self._terminal.text(cell) for cell in cells))
+        self._terminal.print(table)
 
 
 def sparkline(values: list[float]) -> str:
@@ -215,19 +272,17 @@ def _named(metrics: dict[str, Any], *wanted: tuple[str, str, str]) -> list[str]:
     return [f"{name} {metrics[key]:{style}}" for name, key, style in wanted if metrics.get(key) is not None]
 
 
+def _about(seconds: float) -> str:
+    """45 -> 45 s; 200 -> 3 min; 8000 -> 2 h 13 min"""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-def visible(text: str) -> str:
-    r"""Control, format and bidirectional characters as their code: ESC -> \x1b. Line breaks stay."""
-    return "".join(
-        character
-        if character == "\n" or unicodedata.category(character) not in {"Cc", "Cf", "Cs", "Zl", "Zp"}
-        else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
 
 
 def _shorten(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import html
 
-from grpo.tracking.console import visible
+from grpo.runtime.messages import visible
 
 
 def inert(text: object) -> str:

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from grpo.data.card import card_of_run, publishable
 from grpo.errors import ConfigError, StorageError
-from grpo.tracking.console import visible
+from grpo.runtime.messages import visible
 from grpo.tracking.report import fenced
 from grpo.tracking.run_reader import RunFolder
 

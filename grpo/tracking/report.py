@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo.errors import ConfigError, StorageError
+from grpo.runtime.messages import visible
 from grpo.runtime.statistics import mcnemar, wilson_interval
-from grpo.tracking.console import visible
 from grpo.tracking.curves import CURVES, keys_of, short_name
 from grpo.tracking.run_reader import MetricsFile, Row, RunFolder, is_correct, last_step, rows_of_step, thin
 

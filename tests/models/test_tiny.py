@@ -1,7 +1,9 @@
 import json
+import logging
 import random
 from pathlib import Path
 
+import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.data.arithmetic import generate_problems, is_held_out
@@ -41,9 +43,9 @@ def test_train_and_held_out_never_meet_whatever_the_seed() -> None:
     assert generate_problems(5, seed=0, split="train") != generate_problems(5, seed=1, split="train")
 
 
-def test_a_plain_folder_made_once_and_made_again_when_damaged(tmp_path: Path) -> None:
-    said: list[str] = []
-    folder = make_tiny_model(seed=0, cache=tmp_path, report=said.append, recipe=TINY)
+def test_a_plain_folder_made_once_and_made_again_when_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="grpo")
+    folder = make_tiny_model(seed=0, cache=tmp_path, recipe=TINY)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
     ids = tokenizer.apply_chat_template(
@@ -51,13 +53,13 @@ def test_a_plain_folder_made_once_and_made_again_when_damaged(tmp_path: Path) ->
     )
     assert tokenizer.decode(ids) == "<|user|>Tom has 12 pens.<|assistant|>"
     assert tokenizer.decode(tokenizer("ẖ â 😀")["input_ids"]) == "ẖ â 😀"
-    assert said
-    said.clear()
-    assert make_tiny_model(seed=0, cache=tmp_path, report=said.append, recipe=TINY) == folder
-    assert not said
+    assert caplog.messages
+    caplog.clear()
+    assert make_tiny_model(seed=0, cache=tmp_path, recipe=TINY) == folder
+    assert not caplog.messages
     (folder / "config.json").write_text("{}")
-    make_tiny_model(seed=0, cache=tmp_path, report=said.append, recipe=TINY)
-    assert "damaged (config.json has changed)" in said[0]
+    make_tiny_model(seed=0, cache=tmp_path, recipe=TINY)
+    assert "damaged (config.json has changed)" in caplog.messages[0]
     assert json.loads((folder / "config.json").read_text())
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
@@ -67,7 +69,7 @@ def test_made_from_other_problems(tmp_path: Path) -> None:
         {"question": f"What is {a} and 1?", "answer": f"{a}+1=<<{a}+1={a + 1}>>{a + 1}\n#### {a + 1}"}
         for a in range(50)
     ]
-    folder = make_tiny_model(seed=0, problems=rows, cache=tmp_path, report=lambda text: None, recipe=TINY)
+    folder = make_tiny_model(seed=0, problems=rows, cache=tmp_path, recipe=TINY)
     assert (folder / "starter.json").is_file()
 
 

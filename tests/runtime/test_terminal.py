@@ -45,10 +45,10 @@ def test_the_first_step_says_how_long_the_rest_takes(capsys: pytest.CaptureFixtu
     display.step(1, METRICS)
     display.step(2, METRICS)
     out = capsys.readouterr().out
-    assert out.count("the first step took 20.0 s: the 10 left take about 0:03:20, evaluations apart") == 1
+    assert out.count("step 1 took 20.0 s; about 3 min left (without evaluations)") == 1
     resumed = Display(total_steps=11, start=5)
     resumed.step(6, METRICS)
-    assert "the 5 left take about 0:01:40" in capsys.readouterr().out
+    assert "step 6 took 20.0 s; about 2 min left (without evaluations)" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
@@ -62,7 +62,7 @@ def test_a_live_view_in_a_real_terminal() -> None:
     screen.close()
     shown = screen.before
     assert screen.exitstatus == 0
-    assert "the first step took 20.0 s: the 9 left take about 0:03:00" in shown
+    assert "step 1 took 20.0 s; about 3 min left (without evaluations)" in shown
     assert "step 10/10" in shown and "━" in shown
     assert "reward 1.000 ▁▂▃▃▄▅▆▆▇█   accuracy 0.500" in shown
     assert "length 118   KL 0.0012" in shown and "512 tokens/s   2.0 GiB   rollout 60%   update 40%" in shown

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
+from grpo.runtime.messages import visible
 from grpo.tools.chat import answers, speakers
 from grpo.tools.dashboard.app import serve
-from grpo.tracking.console import visible
 from grpo.tracking.curves import CURVES
 from grpo.tracking.drawing import readable
 from tests.fakes import tiny_folder

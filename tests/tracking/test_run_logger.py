@@ -16,7 +16,8 @@ import torch
 from grpo.config.parser import load_config
 from grpo.config.schema import Config, TrackingConfig
 from grpo.errors import ConfigError, StorageError
-from grpo.tracking.console import Display, visible
+from grpo.runtime.messages import visible
+from grpo.tracking.console import Display
 from grpo.tracking.run_logger import Tracker, check_trackers, choose_run_dir
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
@@ -187,10 +188,11 @@ def test_plain_lines_and_inert_markup(capsys: pytest.CaptureFixture[str]) -> Non
     assert "+0.250" in out and "outputs/x" in out
 
 
-def test_other_processes_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_processes_print_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
     display = Display(2, 0, enabled=False)
     display.step(1, {})
-    display.say("x")
+    logging.getLogger("grpo").info("x")
     display.table({}, {}, "x")
     assert capsys.readouterr().out == ""
 
@@ -204,13 +206,16 @@ def test_a_broken_stdout_stops_nothing(monkeypatch: pytest.MonkeyPatch, error: E
     monkeypatch.setattr(sys, "stdout", Broken())
     display = Display(2, 0)
     display.step(1, {"reward/mean": 0.5})
-    display.say("x")
+    logging.getLogger("grpo").info("x")
     assert not display.enabled
 
 
 @pytest.mark.parametrize("shell", ["{} > /dev/full", "{} | head -c 1 > /dev/null; exit ${{PIPESTATUS[0]}}", "{} >&-"])
 def test_exit_code_stays_0_when_stdout_is_gone(shell: str) -> None:
-    program = "from grpo.tracking.console import Display; d = Display(9); [d.say('x' * 9999) for _ in range(99)]; d.step(1, {})"
+    program = (
+        "import logging; from grpo.tracking.console import Display; d = Display(9); "
+        "[logging.getLogger('grpo').info('x' * 9999) for _ in range(99)]; d.step(1, {})"
+    )
     command = shell.format(f'"{sys.executable}" -c "{program}"')
     result = subprocess.run(["bash", "-c", command], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")

@@ -9,8 +9,9 @@ text. GRPO can then go on from there (launch/community.py), with the same previo
 The KL holds the rows from before only: what was corrected is meant to change.
 """
 
+import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from grpo.data.stream import prompts_token_ids
 from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError
 from grpo.models.loading import load_model
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -49,7 +52,6 @@ def continue_training(
     before: Sequence[Row],
     output: Path,
     plan: Continuation,
-    report: Callable[[str], None] = print,
 ) -> Path:
     """Train `model_path` further on both kinds of rows (`question`, `answer`), into the folder `output`."""
     if not 0 < plan.share < 1:
@@ -80,7 +82,7 @@ def continue_training(
         optimizer.step()
         schedule.step()
         if (step + 1) % max(1, plan.steps // 4) == 0:
-            report(f"  step {step + 1} of {plan.steps}: loss {loss:.3f}, KL to the previous model {kl:.4f}")
+            log.info("  step %d of %d: loss %.3f, KL to the previous model %.4f", step + 1, plan.steps, loss, kl)
     model.eval().save_pretrained(output)
     tokenizer.save_pretrained(output)
     return output

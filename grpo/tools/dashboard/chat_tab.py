@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from grpo.errors import ConfigError, GrpoError
+from grpo.runtime.messages import visible
 from grpo.tools.community.feedback import checkpoint_sha
 from grpo.tools.dashboard.board import Board
 from grpo.tools.dashboard.feedback_form import feedback_form
-from grpo.tracking.console import visible
 from grpo.tracking.markup import plain_markdown
 from grpo.tracking.run_reader import RunFolder
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from grpo.runtime.messages import visible
 from grpo.tools.dashboard.board import Board
 from grpo.tools.dashboard.feedback_form import feedback_form
-from grpo.tracking.console import visible
 from grpo.tracking.run_reader import Row, groups_of, is_correct, matching
 
 MAX_CARDS = 32
