@@ -1,7 +1,6 @@
 """Memory: what grpo/tools/memory.py expects beside what runs on this machine's CPU really held; LoRA beside full fine-tuning.
 
 python benchmarks/memory.py [--only NAME ...] [--output docs/results/memory.json]
-python benchmarks/memory.py --fits [--output docs/results/memory_fits.json]      computed: what fits on which machine
 
 Each case is a run of launch/train.py under an accelerate config: two steps (DDP: three) of a random model of 28 million weights.
 Its peak is the process's largest resident set (memory/peak_gib), less that of the same run with a model of next to nothing.
@@ -48,14 +47,6 @@ HOW = (
 )
 SHAPE = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2)
 TINY = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
-PUBLISHED = {  # hidden, MLP, layers, heads, key/value heads, vocabulary, tied: their config.json on the hub
-    "Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 151936, True),
-    "Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 151936, True),
-    "Qwen2.5-3B": (2048, 11008, 36, 16, 2, 151936, True),
-    "Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064, False),
-    "Qwen2.5-14B": (5120, 13824, 48, 40, 8, 152064, False),
-    "Qwen2.5-32B": (5120, 27648, 64, 40, 8, 152064, False),
-}
 STEP = {
     "tokens_per_batch": "1024",
     "prompts_per_step": "4",
@@ -69,14 +60,10 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="*", help=f"these cases, others stay as they are in --output: {'; '.join(CASES)}"
     )
-    parser.add_argument("--fits", action="store_true", help="compute which models fit on GPUs; runs nothing")
     parser.add_argument("--output", type=Path, help="write the table as JSON")
     arguments = parser.parse_args()
     from grpo.errors import ConfigError
 
-    if arguments.fits:
-        show(arguments.output, fits())
-        return
     unknown = set(arguments.only or []) - set(CASES)
     if unknown:
         raise ConfigError(f"--only {', '.join(sorted(unknown))}: knows {'; '.join(CASES)}")
@@ -104,73 +91,11 @@ def show(output: Path | None, report: dict[str, Any]) -> None:
         print(text)
 
 
-def fits() -> dict[str, Any]:
-    """GiB per GPU for published shapes; nothing is loaded and nothing was measured."""
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    from grpo.config.parser import load_config
-    from grpo.models.strategies.base import Machine
-    from grpo.tools.memory import estimate, simulate
-
-    machines = {
-        "single_gpu": Machine("single", 1, "bf16", False),
-        "multi_gpu (8)": Machine("ddp", 8, "bf16", False),
-        "fsdp2 (8)": Machine("fsdp2", 8, "bf16", False, True),
-        "deepspeed_zero2 (8)": Machine("zero2", 8, "bf16", False),
-        "deepspeed_zero3 (8)": Machine("zero3", 8, "bf16", False),
-        "multi_node_fsdp2 (16)": Machine("fsdp2", 16, "bf16", False, True),
-    }
-    common = [
-        "--model.name=x",
-        "--model.gradient_checkpointing=true",
-        "--sampling.num_generations=8",
-        "--prompts_per_step=16",
-    ]
-    ways = {
-        "full": [*common, "--objective.beta=0"],
-        "full, with reference": common,
-        "LoRA": [*common, "--lora.r=16", "--model.torch_dtype=bfloat16"],
-    }
-    rows = []
-    for name, (hidden, inner, layers, heads, keys, words, tied) in PUBLISHED.items():
-        shape = Qwen2Config(
-            hidden_size=hidden,
-            intermediate_size=inner,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=keys,
-            vocab_size=words,
-            tie_word_embeddings=tied,
-        )
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
-        for way, flags in ways.items():
-            config = load_config(flags)
-            used = {
-                m.processes: simulate(model, config, 256, m)
-                for m in {m.processes: m for m in machines.values()}.values()
-            }  # the same for every kind
-            found = {
-                where: round(estimate(config, model, 256, machine, used[machine.processes])["peak"], 1)
-                for where, machine in machines.items()
-            }
-            rows.append({"model": name, "way": way, "gib_per_gpu": found})
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    return {
-        "command": "python benchmarks/memory.py --fits --output docs/results/memory_fits.json",
-        "what": "GiB on each GPU at the peak, computed by grpo/tools/memory.py, not measured; CUDA context and gaps not in it",
-        "settings": "16 prompts of 256 tokens x 8 completions of 512, tokens_per_batch 8192, gradient checkpointing, bf16; "
-        "LoRA: r 16 on every linear layer, base in bfloat16",
-        "rows": rows,
-    }
-
-
 def measure(folder: Path, names: list[str]) -> list[dict[str, Any]]:
     from grpo.config.parser import load_config
     from grpo.models.strategies.registry import machine_of
-    from grpo.tools.check import tokenizer_and_shape
     from grpo.tools.memory import estimate
+    from grpo.tools.model_shape import tokenizer_and_shape
 
     make(folder)
     (folder / "noise.py").write_text(

@@ -1,15 +1,6 @@
-"""Train. accelerate launch [--config_file accelerate_configs/X.yaml] launch/train.py [--config FILE ...] [--key.subkey VALUE]"""
+"""Train a model: accelerate launch [--config_file accelerate_configs/X.yaml] launch/train.py --help."""
 
-from grpo.config.parser import load_config
-from grpo.runtime.command import run_main
-
-
-def main() -> None:
-    config = load_config()  # before torch is imported: a mistake in the config is told at once
-    from grpo.trainer import train
-
-    train(config)
-
+from grpo.cli import run
 
 if __name__ == "__main__":
-    run_main(main)
+    run("train")

@@ -25,7 +25,7 @@ from grpo.runtime.command import run_main
 from grpo.runtime.env import load_keys
 from grpo.runtime.messages import visible
 from grpo.runtime.redaction import redacted
-from grpo.tools.check import tokenizer_and_shape
+from grpo.tools.model_shape import tokenizer_and_shape
 from grpo.tracking.console import Display
 from grpo.tracking.model_card import model_card
 from grpo.tracking.run_logger import Tracker, choose_run_dir

@@ -1,106 +1,142 @@
-"""Chat: questions -> answers as they are written, from one saved model or from two side by side.
+"""Chat with a saved model, optionally beside its base.
 
-The models read a question as they did in training: where a model folder lies in a run directory, that run's system prompt
-and worked example are put before it.
+    grpo chat --model DIR [--base DIR | --base run] [--temperature 0.7] [--max_completion_length 512] [--ask TEXT]
+
+Without --ask, questions are read from the terminal, one per line, until an empty line. Every question starts a new
+conversation, because the model was trained on single questions. With --feedback FILE the command asks for a judgement
+after each answer and appends it to the file (docs/community.md).
 """
 
-from collections.abc import Iterator
-from pathlib import Path
-from threading import Thread
+import argparse
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
-import torch
-from transformers import TextIteratorStreamer
-
-from grpo.config.parser import load_config
-from grpo.config.schema import DataConfig
-from grpo.data.prompts import messages_for
-from grpo.data.stream import prompt_token_ids
-from grpo.data.tokenizer import load_tokenizer
-from grpo.models.loading import load_model
-from grpo.rollout.engine import end_token_ids
+from grpo.errors import ConfigError
+from grpo.tools.arguments import command_parser
+from grpo.tools.community.feedback import Feedback, append_feedback, checkpoint_sha, new_feedback
+from grpo.tools.saved_model import BASE_HELP, resolve_base
 
 
-class Speaker:
-    """One model that answers."""
+def main(argv: list[str]) -> None:
+    """Run the command `grpo chat`."""
+    parser = command_parser("chat", __doc__)
+    parser.add_argument("--model", required=True, help="a model folder (a run's final/) or a hub id")
+    parser.add_argument("--base", help=BASE_HELP)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
+    parser.add_argument("--max_completion_length", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ask", help="one question; the command prints the answer and ends")
+    parser.add_argument("--feedback", help="append your judgements of the answers to this file (JSONL)")
+    parser.add_argument("--reviewer", default="anonymous", help="with --feedback: a pseudonym, never your name")
+    parser.add_argument("--consent", action="store_true", help="with --feedback: it may be used to train")
+    parser.add_argument("--licence", default="", help="with --feedback: its licence")
+    options = parser.parse_args(argv)
+    if options.temperature < 0 or options.max_completion_length < 1:
+        raise ConfigError("--temperature must be at least 0 and --max_completion_length at least 1")
 
-    def __init__(self, path: str, data: DataConfig):
-        self.path, self.data = path, data
-        self.tokenizer = load_tokenizer(path)
-        self.model = cast(Any, load_model(path))
-        if torch.accelerator.is_available():
-            self.model.to(torch.accelerator.current_accelerator())
-        self.ends = end_token_ids(self.model, self.tokenizer)
+    from grpo.tools.chat_models import load_chat_models
 
-    def answer(self, question: str, *, longest: int = 512, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
-        """The answer so far, longer every time. Temperature 0 is greedy."""
-        ids = prompt_token_ids(messages_for(question, self.data), self.tokenizer)
-        # A special token is not printed: the answer is what rewards see.
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        inputs = torch.tensor([ids], device=self.model.device)
-        failures: list[BaseException] = []
-
-        def generate() -> None:
-            try:
-                torch.manual_seed(seed)
-                self.model.generate(
-                    input_ids=inputs,
-                    attention_mask=torch.ones_like(inputs),
-                    max_new_tokens=longest,
-                    do_sample=temperature > 0,
-                    temperature=temperature if temperature > 0 else None,
-                    top_p=None,
-                    top_k=None,
-                    eos_token_id=self.ends,
-                    pad_token_id=self.tokenizer.pad_token_id
-                    if self.tokenizer.pad_token_id is not None
-                    else self.ends[0],
-                    streamer=streamer,
-                )
-            except BaseException as error:  # raised below, where somebody listens
-                failures.append(error)
-                streamer.end()
-
-        thread = Thread(target=generate, daemon=True)
-        thread.start()
-        text = ""
-        for piece in streamer:
-            text += piece
-            yield text
-        thread.join()
-        if failures:
-            raise failures[0]
-        yield text
+    models = load_chat_models(options.model, resolve_base(options.model, options.base))
+    terminal = Terminal(models, options)
+    if options.ask is not None:
+        terminal.reply(options.ask)
+    else:
+        converse(terminal, options)
 
 
-def data_of(model: str) -> DataConfig:
-    """The data settings of the run that the model folder lies in; else no system prompt and no example."""
-    config = Path(model).parent / "config.yaml"
-    if config.is_file():
-        return load_config([f"--config={config}"]).data
-    return DataConfig(system_prompt=None)
+def converse(terminal: "Terminal", options: argparse.Namespace) -> None:
+    """Answer questions until an empty line, the end of the input, or Ctrl-C."""
+    with_feedback = options.feedback is not None
+    about = vars(options) | {"checkpoint_sha": checkpoint_sha(options.model) if with_feedback else ""}
+    try:
+        while (question := terminal.read("question")).strip():
+            answer = terminal.reply(question)
+            judgement = ask_judgement(terminal.read, question, answer, about) if with_feedback else None
+            if judgement is not None:
+                append_feedback(options.feedback, judgement)
+    except (EOFError, KeyboardInterrupt):
+        return
 
 
-def speakers(model: str, base: str | None = None) -> dict[str, Speaker]:
-    """{"base": ..., "trained": ...}, or {"trained": ...} alone; both read prompts as the trained model's run had them."""
-    data = data_of(model)
-    chosen = {"base": base, "trained": model}
-    return {name: Speaker(path, data) for name, path in chosen.items() if path is not None}
+class Terminal:
+    """Questions from the terminal or a pipe, answers to it."""
+
+    def __init__(self, models: dict[str, Any], options: argparse.Namespace):
+        from rich.console import Console
+
+        self.models, self.options = models, options
+        self.console = Console(highlight=False)
+
+    def read(self, label: str) -> str:
+        """Read one line; the label is shown in a terminal only."""
+        return self.console.input(f"{label}: ") if sys.stdin.isatty() else input()
+
+    def reply(self, question: str) -> str:
+        """Show the answers, in a terminal side by side as they grow. Return the trained model's answer."""
+        from rich.text import Text
+
+        from grpo.runtime.messages import visible
+        from grpo.tools.chat_models import stream_answers
+
+        states = stream_answers(
+            self.models,
+            question,
+            max_completion_length=self.options.max_completion_length,
+            temperature=self.options.temperature,
+            seed=self.options.seed,
+        )
+        if self.console.is_terminal:
+            return self._show_live(states)["trained"]
+        *_, last = states
+        for name, text in last.items():
+            self.console.print(Text(f"{name}: {visible(text)}"), soft_wrap=True)
+        return last["trained"]
+
+    def _show_live(self, states: Iterator[dict[str, str]]) -> dict[str, str]:
+        from rich.columns import Columns
+        from rich.live import Live
+        from rich.panel import Panel
+        from rich.text import Text
+
+        from grpo.runtime.messages import visible
+
+        width = self.console.width // len(self.models)
+        last: dict[str, str] = {}
+        with Live(console=self.console, refresh_per_second=12) as live:
+            for last in states:
+                panels = [Panel(Text(visible(text)), title=name, width=width) for name, text in last.items()]
+                live.update(Columns(panels, padding=0))
+        return last
 
 
-def answers(
-    by_name: dict[str, Speaker], question: str, *, longest: int = 512, temperature: float = 0.0, seed: int = 0
-) -> Iterator[dict[str, str]]:
-    """What each has written so far, token by token in turn, until all are done."""
-    so_far = dict.fromkeys(by_name, "")
-    writing = {
-        name: speaker.answer(question, longest=longest, temperature=temperature, seed=seed)
-        for name, speaker in by_name.items()
-    }
-    while writing:
-        for name in list(writing):
-            try:
-                so_far[name] = next(writing[name])
-            except StopIteration:
-                del writing[name]
-        yield dict(so_far)
+def ask_judgement(read: Callable[[str], str], question: str, answer: str, about: dict[str, Any]) -> Feedback | None:
+    """Ask for a judgement of an answer.
+
+    Args:
+        read: Reads one line; its argument is the label.
+        about: `reviewer`, `consent`, `licence`, `model` and `checkpoint_sha` of the record.
+
+    Returns:
+        The feedback, or None if no verdict was given. Correction, rating and note are optional.
+    """
+    verdict = {"a": "accept", "r": "reject", "c": "correct"}.get(read("a = right, r = wrong, c = correct it").strip())
+    if verdict is None:
+        return None
+    correction = read("the right answer").strip() if verdict == "correct" else ""
+    if verdict == "correct" and not correction:
+        verdict = "reject"
+    rating = read("1 to 5, or nothing").strip()
+    return new_feedback(
+        cast(Any, verdict),
+        prompt=question,
+        completion=answer,
+        correction=correction or None,
+        rating=int(rating) if rating in ("1", "2", "3", "4", "5") else None,
+        note=read("note, or nothing").strip(),
+        reviewer=about["reviewer"],
+        consent=about["consent"],
+        licence=about["licence"],
+        model_id=str(about["model"]),
+        checkpoint_sha=about["checkpoint_sha"],
+    )

@@ -1,10 +1,14 @@
-"""Export: a run directory -> a folder for others: merged, adapter, or gguf-ready for Ollama and llama.cpp.
+"""Export a run: a merged model, its LoRA adapter alone, or a folder that Ollama converts to GGUF.
 
-    merged        what AutoModelForCausalLM.from_pretrained loads; a LoRA adapter is merged into its base
+    grpo export --run DIR --format merged|adapter|gguf-ready [--output DIR] [--step N]
+                [--licence apache-2.0] [--push OWNER/NAME [--public]]
+
+    merged        a plain Hugging Face model folder; a LoRA adapter is merged into its base
     adapter       adapter_model.safetensors and adapter_config.json, as peft and vLLM load them (runs with lora.r)
-    gguf-ready    merged, and a Modelfile: `ollama create NAME -f Modelfile` converts the folder by itself
+    gguf-ready    merged, with a Modelfile: `ollama create NAME -f Modelfile` converts the folder
 
-From final/, or from any checkpoint: a run that was stopped can be exported too.
+Source: final/, or with --step any checkpoint, also of a run that was stopped. The folder gets a model card with the
+run's settings, evaluation and data. --push uploads the folder, if the data's card permits it.
 """
 
 import json
@@ -23,26 +27,68 @@ from grpo.models.loading import load_model
 from grpo.models.lora import add_adapter, save_adapter
 from grpo.models.weights import WeightReader, save_full_weights
 from grpo.run.checkpoint import load_checkpoint
+from grpo.tools.arguments import command_parser
 from grpo.tracking.run_reader import RunFolder
 
-FORMATS = ("merged", "adapter", "gguf-ready")
+FORMATS = {
+    "merged": 'from transformers import pipeline; pipeline("text-generation", "{folder}")',
+    "adapter": "vllm serve BASE --enable-lora --lora-modules mine={folder}",
+    "gguf-ready": "ollama create mine -f {folder}/Modelfile",
+}
+"""Format -> how to use the exported folder."""
+
+
+def main(argv: list[str]) -> None:
+    """Run the command `grpo export`."""
+    parser = command_parser("export", __doc__)
+    parser.add_argument("--run", required=True, type=Path, help="the run directory")
+    parser.add_argument("--format", required=True, choices=list(FORMATS))
+    parser.add_argument("--output", type=Path, help="the folder to write; default: RUN/export/FORMAT")
+    parser.add_argument("--step", type=int, help="export this checkpoint instead of final/")
+    parser.add_argument("--licence", help="the model's licence for its card, by its name on the hub (apache-2.0, ...)")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload it to the hub with the key HF_TOKEN")
+    parser.add_argument("--public", action="store_true", help="with --push: visible to everybody; default: private")
+    options = parser.parse_args(argv)
+    from grpo.data.card import publishable
+    from grpo.tracking.model_card import model_card, publish
+
+    if options.push:
+        publishable(options.run)  # before anything is written
+    folder = export(options.run, options.format, options.output, options.step)
+    about = {"licence": options.licence, "step": options.step}
+    model_card(options.run, **about).save(folder / "README.md")
+    print(f"{folder}\nUse it: {FORMATS[options.format].format(folder=folder)}")
+    if options.push:
+        address = publish(options.run, folder, options.push, private=not options.public, **about)
+        print(f"Pushed: {address}")
 
 
 def export(run_dir: Path, kind: str, output: Path | None = None, step: int | None = None) -> Path:
-    """Writes the folder (default: run_dir/export/<kind>) and returns it. `step`: a checkpoint instead of final/.
+    """Write the exported folder.
 
-    Raises ConfigError for what the run cannot give, StorageError for what cannot be read or written.
+    Args:
+        run_dir: The run.
+        kind: One of FORMATS.
+        output: The folder; default run_dir/export/<kind>.
+        step: Export this checkpoint instead of final/.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: The run has no such format or step, or the folder is not empty.
+        StorageError: A file cannot be read or written.
     """
     config = config_of(run_dir)
     if kind not in FORMATS:
-        raise ConfigError(f"--format is {kind}, knows {', '.join(FORMATS)}")
+        raise ConfigError(f"--format is {kind}, it must be one of {', '.join(FORMATS)}")
     if kind == "adapter" and config.lora.r is None:
         raise ConfigError(
-            f"--format adapter: {run_dir} was trained without lora.r, so it has none: use --format merged"
+            f"--format adapter: {run_dir} was trained without lora.r and has no adapter: use --format merged"
         )
     if step is None and not (run_dir / "final").is_dir():
-        found = sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
-        have = f"it has checkpoints of step {', '.join(map(str, found))}: add --step" if found else "and no checkpoint"
+        steps = sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
+        have = f"it has checkpoints of step {', '.join(map(str, steps))}: add --step" if steps else "and no checkpoint"
         raise ConfigError(f"{run_dir} has no final/: the run did not end; {have}")
     folder = output or run_dir / "export" / kind
     if folder.exists() and any(folder.iterdir()):
@@ -62,14 +108,15 @@ def export(run_dir: Path, kind: str, output: Path | None = None, step: int | Non
 
 
 def config_of(run_dir: Path) -> Config:
+    """Return the config of a run. Raises ConfigError for a folder that is not a run directory."""
     path = run_dir / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"{run_dir} is no run directory: it has no config.yaml")
+        raise ConfigError(f"{run_dir} is not a run directory: it has no config.yaml")
     return load_config([f"--config={path}"])
 
 
 def _from_checkpoint(run_dir: Path, config: Config, step: int, folder: Path, *, adapter_only: bool) -> None:
-    """The base of the run with the checkpoint's weights in it, on the CPU."""
+    """Write the run's base model with the weights of a checkpoint, on the CPU."""
     path = run_dir / "checkpoints" / f"step-{step}"
     if not path.is_dir():
         raise ConfigError(f"--step {step}: there is no {path}")
@@ -89,9 +136,9 @@ def _from_checkpoint(run_dir: Path, config: Config, step: int, folder: Path, *, 
 
 
 def modelfile(tokenizer: PreTrainedTokenizerBase, config: Config) -> str:
-    """Ollama's Modelfile: the chat template in its own (Go's) language, the system prompt and temperature of training.
+    """Return Ollama's Modelfile: the chat template in Go's language, the system prompt and temperature of training.
 
-    Raises ConfigError where the template is not one after another of fixed text and messages, which is all that Ollama can say.
+    Raises ConfigError for a template that is not a sequence of fixed texts and messages: Ollama supports no others.
     """
     ends = [tokenizer.eos_token] if tokenizer.eos_token else []
     lines = ["FROM .", f"TEMPLATE {_quoted(go_template(tokenizer))}"]
@@ -104,14 +151,15 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, config: Config) -> str:
 
 
 def system_prompt(data: DataConfig) -> str | None:
+    """Return the system prompt's text, or None."""
     return SYSTEM_PROMPT if data.system_prompt == "xml" else data.system_prompt
 
 
 def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template in Go's language, in fixed texts that are read off a rendered chat.
+    """Return the chat template in Go's template language. The fixed texts are extracted from a rendered chat.
 
     # system S, user U, assistant A, user U   ->  p0 S p1 U p2 A p3 U p2
-    # user U                                  ->  q0 U p2          q0 may hold a system prompt of the template's own
+    # user U                                  ->  q0 U p2          q0 may hold the template's default system prompt
     """
     if not tokenizer.chat_template:
         return "{{ .Prompt }}"
@@ -119,8 +167,8 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
     q0, opening = _between(tokenizer, ["user"])
     if (last, opening) != (p2, p2):
         raise ConfigError(
-            "--format gguf-ready: this chat template treats messages differently by their place, which Ollama's cannot say. "
-            "Use --format merged, and let llama.cpp convert the folder: it keeps the template as it is"
+            "--format gguf-ready: this chat template depends on a message's position, which Ollama does not support. "
+            "Use --format merged, and convert the folder with llama.cpp, which keeps the template"
         )
     text = {
         name: json.dumps(part, ensure_ascii=False) for name, part in zip("abcdq", (p0, p1, p2, p3, q0), strict=True)
@@ -134,12 +182,12 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _between(tokenizer: PreTrainedTokenizerBase, roles: list[str]) -> list[str]:
-    """The fixed texts before, between and after messages of these roles; the last one asks the assistant to speak."""
+    """Return the fixed texts before, between and after messages of these roles. The last one opens the answer."""
     marks = [f"MESSAGE{index}ENDS" for index in range(len(roles))]
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
     try:
         rest: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # the template's own refusals
+    except Exception as error:  # raised by the template itself
         raise ConfigError(f"--format gguf-ready: the chat template refuses a {roles[0]} message: {error}") from error
     parts = []
     for mark in marks:

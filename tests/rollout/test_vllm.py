@@ -232,7 +232,7 @@ def test_a_server_that_is_killed(folder: Path, server: Running, monkeypatch: pyt
 def colocated(folder: Path, name: str, code: str) -> subprocess.CompletedProcess:
     """In a process of its own: vLLM keeps what it takes of a process."""
     flags = arguments(folder, name, **COMMON | {"rollout.vllm_mode": "colocate"})
-    program = f"import sys\nfrom launch.train import main, run_main\n{code}\nsys.argv[1:] = {flags!r}\nrun_main(main)\n"
+    program = f"from grpo.cli import main, run_main\n{code}\nrun_main(lambda: main(['train', *{flags!r}]))\n"
     return subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-import launch.vllm_server
 from grpo.config.parser import load_config
 from grpo.config.schema import RolloutConfig, correction_of
 from grpo.errors import ConfigError, EngineError, NumericsError
@@ -21,6 +20,7 @@ from grpo.rollout.logprob_mismatch import scale
 from grpo.rollout.vllm_client import Server, WeightSender, check_server, check_version, forget_prefixes
 from grpo.rollout.vllm_engine import vllm_module
 from grpo.run.checkpoint import newest_valid
+from grpo.tools.vllm_server import server_command
 from grpo.trainer import train
 from grpo.types import Prompt, SamplingPlan
 from tests.fake_vllm import FakeVLLM
@@ -272,7 +272,7 @@ def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_launch_line_has_what_training_needs() -> None:
-    words = launch.vllm_server.command(["--model", "m", "--port", "8001", "--tensor-parallel-size", "2"])
+    words = server_command(["--model", "m", "--port", "8001", "--tensor-parallel-size", "2"])
     told = dict(zip(words, words[1:], strict=False))
     assert told["--logprobs-mode"] == "processed_logprobs" and told["--generation-config"] == "vllm"
     assert told["--worker-extension-cls"] == "grpo.rollout.vllm_worker.Extension"

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
+from grpo.tools.chat import ask_judgement
 from grpo.tools.community.feedback import Feedback
-from launch.chat import asked
 
 ABOUT = {"reviewer": "heron", "consent": True, "licence": "CC0-1.0", "model": "run/final", "checkpoint_sha": "9b1c"}
 
@@ -25,7 +25,7 @@ def typed(*lines: str) -> Callable[[str], str]:
     ],
 )
 def test_a_verdict(lines: list[str], verdict: str, correction: str | None, rating: int | None) -> None:
-    said = asked(typed(*lines), "What is stone?", "It is `tâga`.", ABOUT)
+    said = ask_judgement(typed(*lines), "What is stone?", "It is `tâga`.", ABOUT)
     assert isinstance(said, Feedback)
     assert (said.verdict, said.correction, said.rating) == (verdict, correction, rating)
     assert (said.reviewer, said.consent, said.licence, said.model_id, said.checkpoint_sha) == tuple(ABOUT.values())
@@ -33,4 +33,4 @@ def test_a_verdict(lines: list[str], verdict: str, correction: str | None, ratin
 
 
 def test_nothing_said() -> None:
-    assert asked(typed(""), "q", "a", ABOUT) is None
+    assert ask_judgement(typed(""), "q", "a", ABOUT) is None

@@ -10,8 +10,11 @@ import pytest
 from grpo.config.parser import load_config
 from grpo.data.rows import load_examples
 from grpo.errors import ConfigError
-from grpo.tools import check as check_module
-from grpo.tools.check import batch_in_words, check, score_rows, tokenizer_and_shape
+from grpo.tools import check_config, check_rewards
+from grpo.tools.check_config import check
+from grpo.tools.check_cost import describe_batch
+from grpo.tools.model_shape import tokenizer_and_shape
+from grpo.tools.score_completions import score_rows
 from tests.fakes import tiny_data, tiny_folder
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +68,7 @@ def test_a_dead_reward_is_named_and_one_that_pays_wrong_answers_is_a_problem(fla
 def test_a_reward_that_hangs_raises_or_dies(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, problem: str
 ) -> None:
-    monkeypatch.setattr(check_module, "DEADLINE", 1.0)
+    monkeypatch.setattr(check_rewards, "DEADLINE", 1.0)
     (tmp_path / "mine.py").write_text(f"def bad(completions, **columns):\n    {body}\n")
     found = check(load_config([*flags, f'--rewards={{"accuracy": 1.0, "{tmp_path}/mine.py:bad": 1.0}}']))
     assert problem in found.problems[0]
@@ -86,7 +89,7 @@ def test_bad_rows_streams_and_permission_are_looked_at_as_train_does(flags: list
     assert found.rejected[0]["place"] == f"{tmp_path / 'data.jsonl'}:13"
     (tmp_path / "data_card.yaml").write_text("source: here\nlicence: mit\npermission: unknown\n")
     streamed = check(load_config([*flags, "--data.bad_rows=skip", "--data.streaming=true"]))
-    assert "only the first 12 rows were looked at" in streamed.data and "epochs" not in streamed.batch
+    assert "only the first 12 rows were read" in streamed.data and "epochs" not in streamed.batch
     assert streamed.warnings == [
         f"data card {tmp_path / 'data_card.yaml'}: permission is unknown. Ask before you publish a model that was trained on it"
     ]
@@ -96,7 +99,7 @@ def test_bad_rows_streams_and_permission_are_looked_at_as_train_does(flags: list
 
 
 def test_large_files_are_measured_at_even_distances(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_module, "MEASURED_ROWS", 5)
+    monkeypatch.setattr(check_config, "MEASURED_ROWS", 5)
     found = check(load_config([*flags, "--data.max_prompt_length=4", "--num_train_epochs=3"]))
     # every third of 12 rows: "0+1=", "3+4=", "6+7=", "9+10="; the last has 5 tokens, so a quarter of 12 is left out
     assert (found.measured, found.too_long) == (4, 1)
@@ -106,9 +109,9 @@ def test_large_files_are_measured_at_even_distances(flags: list[str], monkeypatc
 
 def test_the_arithmetic_by_hand(flags: list[str]) -> None:
     config = load_config([*flags, "--steps=6", "--prompts_per_step=4", "--sampling.max_completion_length=10"])
-    assert batch_in_words(config, 12) == (
+    assert describe_batch(config, 12) == (
         "4 prompts x 8 completions = 32 completions per step, at most 320 tokens; 1 optimizer step on them, in batches "
-        "of up to 8,192 tokens; 6 steps = 24 prompts = 2.00 epochs of 12; all over all processes together"
+        "of up to 8,192 tokens; 6 steps = 24 prompts = 2.00 epochs of 12; totals over all processes"
     )
     model = tokenizer_and_shape(config, load_examples(config.data, "train", 0))[1]
     assert all(parameter.is_meta for parameter in model.parameters())

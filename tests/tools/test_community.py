@@ -1,22 +1,20 @@
 """The whole loop, on an invented language: honest corrections are promoted, a poisoned batch is not, who withdraws is gone."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from grpo.data.card import publishable
 from grpo.errors import ConfigError
+from grpo.tools.community import command, cycle
 from grpo.tools.community.feedback import new_feedback
 from grpo.tools.community.gate import current
 from grpo.tools.community.merge import merge, read_rows_of, write_version
-from launch import community
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["community.py", *map(str, arguments)])
-    community.main()
+def run(*arguments: object) -> None:
+    command.main([str(argument) for argument in arguments])
 
 
 @pytest.mark.slow
@@ -25,7 +23,7 @@ def test_two_hundred_corrections_are_promoted_and_a_poisoned_batch_is_not(
 ) -> None:
     monkeypatch.setenv("GRPO_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "root"
-    run(monkeypatch, "demo", "--root", root, "--poison")
+    run("demo", "--root", root, "--poison")
     honest, poisoned = (json.loads((root / f"gate-{number}.json").read_text()) for number in (1, 2))
 
     assert honest["promote"] and not honest["reasons"]
@@ -53,27 +51,25 @@ def archive(root: Path, permission: str) -> None:
     (root / "archive.jsonl.card.yaml").write_text(f"source: us\nlicence: ours\npermission: {permission}\n")
 
 
-def test_merging_from_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_merging_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "root"
     archive(root, "prohibited")
     with pytest.raises(ConfigError, match="holds no version yet: give --base"):
-        run(monkeypatch, "merge", "--root", root)
+        run("merge", "--root", root)
     said = ("--prompt", "say a", "--completion", "`a`", "--correction", "`â`", "--reviewer", "heron", "--consent")
-    run(monkeypatch, "collect", "--root", root, "--verdict", "correct", "--pair_id", "a", *said)
-    run(monkeypatch, "merge", "--root", root, "--base", root / "archive.jsonl")
+    run("collect", "--root", root, "--verdict", "correct", "--pair_id", "a", *said)
+    run("merge", "--root", root, "--base", root / "archive.jsonl")
     assert [row["answer"] for row in read_rows_of(root / "versions" / "v2")] == ["`â`", "`b`"]
     capsys.readouterr()
-    run(monkeypatch, "merge", "--root", root)
+    run("merge", "--root", root)
     assert "nothing has changed" in capsys.readouterr().out
-    run(monkeypatch, "collect", "--root", root, "--export", root / "records.json")
+    run("collect", "--root", root, "--export", root / "records.json")
     assert json.loads((root / "records.json").read_text())[0]["responses"]["correction"] == "`â`"
     # The card came along, and is asked before anything is trained.
     with pytest.raises(ConfigError, match="permission is prohibited"):
-        run(monkeypatch, "train", "--root", root, "--model", "none", "--output", root / "candidate")
+        run("train", "--root", root, "--model", "none", "--output", root / "candidate")
     with pytest.raises(ConfigError, match=r"names no model in use yet: give --model"):
-        run(monkeypatch, "cycle", "--root", root, "--regression", root / "archive.jsonl")
+        run("cycle", "--root", root, "--regression", root / "archive.jsonl")
 
 
 def test_what_still_holds_a_word_that_was_corrected_away_is_contested(tmp_path: Path) -> None:
@@ -91,6 +87,6 @@ def test_what_still_holds_a_word_that_was_corrected_away_is_contested(tmp_path: 
         consent=True,
     )
     version, _ = write_version(tmp_path, merge(rows, [said]))
-    corrected, held_back, before = community.parts_of(version)
+    corrected, held_back, before = cycle.split_rows(version)
     assert [row["pair_id"] for row in corrected + held_back] == [1]
     assert [row["pair_id"] for row in before] == [3]  # 2 would teach tâga again

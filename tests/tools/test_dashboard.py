@@ -13,6 +13,7 @@ import pytest
 
 from grpo.errors import ConfigError
 from grpo.tools.dashboard.app import Board, _findings, check_exposure, serve
+from grpo.tools.dashboard.command import read_auth
 from grpo.tools.dashboard.completions_tab import WIDTHS, _cell, _told, columns_of, find
 from grpo.tracking import curves
 from grpo.tracking.curves import CURVES, Curve, lines_of
@@ -28,7 +29,6 @@ from grpo.tracking.run_reader import (
     search,
     thin,
 )
-from launch.dashboard import _auth
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 HOSTILE = (
@@ -297,12 +297,12 @@ def test_this_machine_needs_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         check_exposure(host, False, None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GRPO_DASHBOARD_AUTH", raising=False)
-    assert _auth() is None
+    assert read_auth() is None
     (tmp_path / ".env").write_text("GRPO_DASHBOARD_AUTH=me:a:b\n")
-    assert _auth() == ("me", "a:b")
+    assert read_auth() == ("me", "a:b")
     monkeypatch.setenv("GRPO_DASHBOARD_AUTH", "nobody")
     with pytest.raises(ConfigError, match="name:password"):
-        _auth()
+        read_auth()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from grpo.runtime.messages import visible
-from grpo.tools.chat import answers, speakers
+from grpo.tools.chat_models import load_chat_models, stream_answers
 from grpo.tools.dashboard.app import serve
 from grpo.tracking.curves import CURVES
 from grpo.tracking.drawing import readable
@@ -105,7 +105,7 @@ def test_every_page_loads_and_a_hostile_completion_stays_text(tmp_path: Path, br
         assert browser_page.locator(".card textarea").nth(3).input_value() == f"{HOSTILE} #3"
         assert browser_page.locator(".card.right").count() == 2 and browser_page.locator(".card.wrong").count() == 2
 
-        browser_page.get_by_label("What it should have said").locator("visible=true").fill("4 = 2+2")
+        browser_page.get_by_label("The right answer").locator("visible=true").fill("4 = 2+2")
         browser_page.get_by_role("button", name="correct it").locator("visible=true").click()
         browser_page.get_by_text("Thank you.").wait_for()
         [said] = [json.loads(line) for line in feedback.read_text().splitlines()]
@@ -136,7 +136,9 @@ def test_asking_a_model_beside_its_base(tmp_path: Path, browser: Any, monkeypatc
     tiny_folder(tmp_path / "base", seed=1)
     (run / "environment.json").write_text(json.dumps({"derived": {"base_model": str(tmp_path / "base")}}))
     (run / "config.yaml").write_text(yaml.safe_dump({"data": {"system_prompt": None}, "steps": 10}))
-    *_, expected = answers(speakers(str(run / "final"), str(tmp_path / "base")), "1+2=", longest=256)
+    *_, expected = stream_answers(
+        load_chat_models(str(run / "final"), str(tmp_path / "base")), "1+2=", max_completion_length=256
+    )
     assert expected["base"] != expected["trained"]
     feedback = tmp_path / "feedback.jsonl"
     page, address = serve(tmp_path / "runs", feedback, block=False)
@@ -156,16 +158,18 @@ def test_asking_a_model_beside_its_base(tmp_path: Path, browser: Any, monkeypatc
         def broken(*_: Any, **__: Any) -> Any:
             raise RuntimeError(HOSTILE)
 
-        monkeypatch.setattr("grpo.tools.chat.answers", broken)
+        monkeypatch.setattr("grpo.tools.chat_models.stream_answers", broken)
         visit.page.locator("#ask").click()
         visit.page.get_by_text("RuntimeError: <img").wait_for()
 
-        monkeypatch.setattr("grpo.tools.chat.answers", lambda *_, **__: iter([{"base": HOSTILE, "trained": HOSTILE}]))
+        monkeypatch.setattr(
+            "grpo.tools.chat_models.stream_answers", lambda *_, **__: iter([{"base": HOSTILE, "trained": HOSTILE}])
+        )
         visit.page.locator("#ask").click()
         visit.page.wait_for_function(
             "wanted => document.querySelector('#base-answer textarea').value === wanted", arg=HOSTILE
         )
-        visit.page.get_by_label("What it should have said").locator("visible=true").fill("3")
+        visit.page.get_by_label("The right answer").locator("visible=true").fill("3")
         visit.page.get_by_label("May be used to train").locator("visible=true").check()
         visit.page.get_by_role("button", name="correct it").locator("visible=true").click()
         while feedback.read_text().count("\n") < 2:

@@ -14,7 +14,7 @@ from grpo.errors import ConfigError
 from grpo.models.loading import load_model
 from grpo.models.logprob_model import use_grpo_attention
 from grpo.rollout.engine import build_engine
-from grpo.tools.chat import answers, speakers
+from grpo.tools.chat_models import load_chat_models, stream_answers
 from grpo.types import Prompt, SamplingPlan
 from tests.fakes import tiny_data, tiny_folder
 
@@ -48,9 +48,9 @@ def test_evaluate_against_a_base(tmp_path: Path) -> None:
 def test_chat_streams_what_the_engine_would_decode(tmp_path: Path) -> None:
     for name, seed in (("final", 0), ("base", 1)):
         tiny_folder(tmp_path / name, seed=seed)
-    by_name = speakers(str(tmp_path / "final"), str(tmp_path / "base"))
+    by_name = load_chat_models(str(tmp_path / "final"), str(tmp_path / "base"))
     assert by_name["trained"].data == DataConfig(system_prompt=None)
-    states = list(answers(by_name, "1+2=", longest=9))
+    states = list(stream_answers(by_name, "1+2=", max_completion_length=9))
     for earlier, later in zip(states, states[1:], strict=False):
         assert all(later[name].startswith(earlier[name]) for name in by_name)
     for name, folder in (("trained", "final"), ("base", "base")):
@@ -94,7 +94,7 @@ def test_a_broken_model_folder_is_one_clear_error(tmp_path: Path, what: str) -> 
     folder = tiny_folder(tmp_path / "final")
     damage(folder, what)
     with pytest.raises(ConfigError) as caught:
-        speakers(str(folder))
+        load_chat_models(str(folder))
     assert DAMAGES[what].format(folder) in str(caught.value) and caught.value.exit_code == 2
 
 
@@ -122,8 +122,8 @@ def test_chat_in_a_real_terminal_side_by_side(tmp_path: Path) -> None:
     pexpect = pytest.importorskip("pexpect", reason='pip install -e ".[test]"')
     for name, seed in (("final", 0), ("base", 1)):
         tiny_folder(tmp_path / name, seed=seed)
-    by_name = speakers(str(tmp_path / "final"), str(tmp_path / "base"))
-    *_, expected = answers(by_name, "1+2=", longest=6)
+    by_name = load_chat_models(str(tmp_path / "final"), str(tmp_path / "base"))
+    *_, expected = stream_answers(by_name, "1+2=", max_completion_length=6)
     command = ["launch/chat.py", "--model", str(tmp_path / "final"), "--base", str(tmp_path / "base")]
     command += ["--max_completion_length=6"]
     screen = pexpect.spawn(sys.executable, command, cwd=ROOT, dimensions=(30, 100), encoding="utf-8", timeout=240)

@@ -122,7 +122,7 @@ def test_the_ollama_template_says_what_the_chat_template_says() -> None:
     ("template", "message"),
     [
         ("{{ messages[0].content | trim | upper }}", "the chat template changes messages"),
-        ("{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}>", "differently by their place"),
+        ("{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}>", "depends on a message's position"),
         ("{{ raise_exception('no system') }}", "refuses a system message"),
     ],
 )
@@ -161,14 +161,14 @@ def test_every_format_of_a_lora_run_and_of_its_checkpoints_is_the_policy(tmp_pat
 
 
 def test_what_cannot_be_exported_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no run directory"):
+    with pytest.raises(ConfigError, match="is not a run directory"):
         export(tmp_path, "merged")
     (tmp_path / "config.yaml").write_text("model:\n  name: somewhere\n")
     with pytest.raises(ConfigError, match="trained without lora.r"):
         export(tmp_path, "adapter")
     with pytest.raises(ConfigError, match="has no final/: the run did not end; and no checkpoint"):
         export(tmp_path, "merged")
-    with pytest.raises(ConfigError, match="knows merged, adapter, gguf-ready"):
+    with pytest.raises(ConfigError, match="it must be one of merged, adapter, gguf-ready"):
         export(tmp_path, "onnx")
 
 

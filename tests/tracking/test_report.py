@@ -1,8 +1,6 @@
 """Run directories read back: columns, one step of many, the report, the model card."""
 
 import json
-import runpy
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -17,6 +15,7 @@ from grpo.config.schema import DataConfig
 from grpo.data.card import record_card
 from grpo.errors import ConfigError, StorageError
 from grpo.runtime.command import run_main
+from grpo.tools import export
 from grpo.tracking.model_card import model_card, publish, push
 from grpo.tracking.report import attribution, fenced, length_buckets, paired_items, write_report
 from grpo.tracking.run_reader import (
@@ -30,7 +29,6 @@ from grpo.tracking.run_reader import (
     thin,
 )
 
-ROOT = Path(__file__).parents[2]
 HOSTILE = "```\n<img src=x onerror=alert(1)>\n[a](javascript:1)\x1b[2J\u202e"
 
 
@@ -290,15 +288,14 @@ def test_publish_to_a_stand_in_of_the_hub(tmp_path: Path, hub: str) -> None:
 
 
 def export_command(tmp_path: Path, hub: str, monkeypatch: pytest.MonkeyPatch, *flags: str) -> tuple[Path, Callable]:
-    """A finished run on permitted data, and launch/export.py's main, about to push it to the stand-in of the hub."""
+    """A finished run on permitted data, and the export command, about to push it to the stand-in of the hub."""
     run = trained_on_a_file(tmp_path, "granted")
     (run / "final").mkdir()
     (run / "final" / "model.safetensors").write_text("weights")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnopqrst")
-    command = ["export.py", "--run", str(run), "--format", "merged", *flags, "--push", "me/model"]
-    monkeypatch.setattr(sys, "argv", command)
-    return run, runpy.run_path(str(ROOT / "launch" / "export.py"))["main"]
+    words = ["--run", str(run), "--format", "merged", *flags, "--push", "me/model"]
+    return run, lambda *more: export.main([*words, *more])
 
 
 @pytest.mark.parametrize("refused", ["/api/repos/create", "/preupload/", "/commit/"])
@@ -338,9 +335,8 @@ def test_export_writes_the_card_and_pushes(
     assert ModelCard.load(run / "export" / "merged" / "README.md").data.license == "mit"
 
     (run / "data_card.json").write_text((run / "data_card.json").read_text().replace("granted", "prohibited"))
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--output", str(tmp_path / "out")])
     with pytest.raises(ConfigError, match="permission: prohibited. To publish"):
-        main()
+        main("--output", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists() and len(Hub.commits) == 1
 
 

@@ -1,15 +1,15 @@
-"""Feedback: what people say about answers -> one JSON line each, appended safely by many writers, read back strictly.
+"""Feedback: judgements of answers, one JSON line each. Many writers append safely; reading is strict.
 
     {"schema": 1, "feedback_id": "5f0c...", "created_at": "2026-01-31T10:00:00+00:00", "verdict": "correct",
-     "pair_id": 7, "prompt": "How would you say 'stone' ...?", "completion": "It is `tâga`.", "correction": "It is `tâge`.",
-     "rating": 4, "note": "my grandmother says it with e", "reviewer": "heron", "consent": true, "licence": "CC-BY-NC-4.0",
-     "model_id": "outputs/run/final", "checkpoint_sha": "9b1c..."}
+     "pair_id": 7, "prompt": "How would you say 'stone' ...?", "completion": "It is `tâga`.",
+     "correction": "It is `tâge`.", "rating": 4, "note": "my grandmother says it with e", "reviewer": "heron",
+     "consent": true, "licence": "CC-BY-NC-4.0", "model_id": "outputs/run/final", "checkpoint_sha": "9b1c..."}
 
     {"schema": 1, "feedback_id": "77aa...", "created_at": "...", "verdict": "withdraw", "reviewer": "heron"}
 
-A withdrawal takes back what was said before it: one line (`withdraws`: its feedback_id), or what a reviewer said about a
-pair_id, or everything that a reviewer said; with a pair_id and no reviewer, the row itself leaves the data too. Writers
-(chat, dashboard, imports) only append; everything else is made anew from the lines. Text is data: nothing here reads it.
+A withdrawal revokes earlier lines: one line (`withdraws`: its feedback_id), a reviewer's lines about a pair_id, or all
+lines of a reviewer. With a pair_id and no reviewer it also removes the row from the data. Writers (chat, dashboard,
+imports) only append; all other files are derived from the lines. Texts are data and are never interpreted.
 """
 
 import contextlib
@@ -29,13 +29,15 @@ from grpo.errors import ConfigError, StorageError
 SCHEMA = 1
 Verdict = Literal["accept", "reject", "correct", "withdraw"]
 VERDICTS = ("accept", "reject", "correct", "withdraw")
-LONGEST_TEXT = 100_000
-"""Characters in any one field."""
+MAX_TEXT = 100_000
+"""Characters in one field."""
+REQUIRED_TEXTS = ("feedback_id", "created_at")
+OPTIONAL_TEXTS = ["prompt", "completion", "note", "reviewer", "licence", "model_id", "checkpoint_sha", "withdraws"]
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """One person's word about one answer. Make it with `new_feedback`, which fills in the id and the time."""
+    """One person's judgement of one answer. Create it with `new_feedback`, which fills in the id and the time."""
 
     feedback_id: str
     created_at: str
@@ -43,28 +45,28 @@ class Feedback:
     verdict: Verdict
     prompt: str = ""
     completion: str = ""
-    """What the model said."""
+    """The model's answer."""
     correction: str | None = None
-    """What it should have said; needed for `correct`, and only there."""
+    """The right answer: required for `correct`, excluded elsewhere."""
     pair_id: Any = None
-    """The data row that the question came from; None for a question of one's own."""
+    """The data row of the question; None for a question that is not in the data."""
     rating: int | None = None
     """1 to 5."""
     note: str = ""
     reviewer: str = "anonymous"
     """A pseudonym, never a real name."""
     consent: bool = False
-    """May this be used to train? Without it, a line is counted and never used."""
+    """Permission to train on it. Without it, a line is counted and never used."""
     licence: str = ""
     model_id: str = ""
     checkpoint_sha: str = ""
     withdraws: str = ""
-    """Only with `withdraw`: the feedback_id that is taken back."""
+    """With `withdraw` only: the feedback_id to revoke."""
     schema: int = SCHEMA
 
 
 def new_feedback(verdict: Verdict, **fields: Any) -> Feedback:
-    """A checked record with a fresh id and the current time. Raises ConfigError that names the field."""
+    """Return a validated record with a new id and the current time. Raises ConfigError that names the field."""
     stamp = datetime.now(timezone.utc).isoformat(timespec="microseconds")
     return parse_feedback(
         {"feedback_id": uuid.uuid4().hex, "created_at": stamp, "verdict": verdict, **fields}, "feedback"
@@ -72,7 +74,15 @@ def new_feedback(verdict: Verdict, **fields: Any) -> Feedback:
 
 
 def parse_feedback(record: Any, place: str) -> Feedback:
-    """A JSON object -> Feedback, its texts in NFC. Raises ConfigError with the place, the field and the mend."""
+    """Validate a JSON object and normalise its texts to NFC and its time to UTC.
+
+    Args:
+        record: The object.
+        place: Where it came from ("file.jsonl:8"), for messages.
+
+    Raises:
+        ConfigError: A field is missing or wrong; the message names the place, the field and the fix.
+    """
     if not isinstance(record, dict):
         raise ConfigError(f"{place}: a {type(record).__name__}, each line must be a JSON object {{...}}")
     unknown = sorted(set(record) - set(Feedback.__dataclass_fields__))
@@ -85,31 +95,9 @@ def parse_feedback(record: Any, place: str) -> Feedback:
     if record.get("verdict") not in VERDICTS:
         raise ConfigError(f"{place}: verdict is {record.get('verdict')!r}, it must be one of {', '.join(VERDICTS)}")
     values = dict(record)
-    for name in (
-        "feedback_id",
-        "created_at",
-        "prompt",
-        "completion",
-        "note",
-        "reviewer",
-        "licence",
-        "model_id",
-        "checkpoint_sha",
-        "withdraws",
-    ):
-        value = values.get(name, "" if name not in ("feedback_id", "created_at") else None)
-        if not isinstance(value, str) or (name in ("feedback_id", "created_at") and not value):
-            raise ConfigError(f"{place}: {name} is {value!r}, it must be a text")
-        if len(value) > LONGEST_TEXT:
-            raise ConfigError(f"{place}: {name} has {len(value)} characters, at most {LONGEST_TEXT} are taken")
-        values[name] = unicodedata.normalize("NFC", value)
-    try:
-        created = datetime.fromisoformat(values["created_at"])
-    except ValueError as error:
-        raise ConfigError(f"{place}: created_at is {values['created_at']!r}, it must be an ISO 8601 time") from error
-    if created.tzinfo is None:
-        created = created.replace(tzinfo=timezone.utc)
-    values["created_at"] = created.astimezone(timezone.utc).isoformat(timespec="microseconds")  # so that texts compare
+    for name in (*REQUIRED_TEXTS, *OPTIONAL_TEXTS):
+        values[name] = _text(values, name, place)
+    values["created_at"] = _utc(values["created_at"], place)
     values["reviewer"] = values["reviewer"].strip() or "anonymous"
     if not isinstance(values.get("consent", False), bool):
         raise ConfigError(f"{place}: consent is {values['consent']!r}, it must be true or false")
@@ -118,27 +106,53 @@ def parse_feedback(record: Any, place: str) -> Feedback:
         raise ConfigError(f"{place}: rating is {rating!r}, it must be null or a whole number from 1 to 5")
     if not isinstance(values.get("pair_id"), str | int | None) or isinstance(values.get("pair_id"), bool):
         raise ConfigError(f"{place}: pair_id is {values['pair_id']!r}, it must be null, a number or a text")
-    correction = values.get("correction")
-    if values["verdict"] == "correct":
-        if not isinstance(correction, str) or not correction.strip():
-            raise ConfigError(f"{place}: verdict 'correct' needs the right answer in `correction`, got {correction!r}")
-        if len(correction) > LONGEST_TEXT:
-            raise ConfigError(f"{place}: correction has {len(correction)} characters, at most {LONGEST_TEXT} are taken")
-        values["correction"] = unicodedata.normalize("NFC", correction).strip()
-    elif correction:
-        raise ConfigError(f"{place}: `correction` is given, but verdict is '{values['verdict']}': make it 'correct'")
-    else:
-        values["correction"] = None
+    values["correction"] = _correction(values, place)
     if values["verdict"] != "withdraw" and not values["prompt"].strip():
-        raise ConfigError(f"{place}: prompt is empty, feedback must say what the question was")
+        raise ConfigError(f"{place}: prompt is empty, feedback must contain the question")
     return Feedback(**values)
 
 
-def append_feedback(path: str | Path, *records: Feedback) -> None:
-    """Add lines to a feedback file, whole, after a lock that other processes wait for; on disk when this returns.
+def _text(values: dict[str, Any], name: str, place: str) -> str:
+    """Return a text field in NFC."""
+    required = name in REQUIRED_TEXTS
+    value = values.get(name, None if required else "")
+    if not isinstance(value, str) or (required and not value):
+        raise ConfigError(f"{place}: {name} is {value!r}, it must be a text")
+    if len(value) > MAX_TEXT:
+        raise ConfigError(f"{place}: {name} has {len(value)} characters, at most {MAX_TEXT} are accepted")
+    return unicodedata.normalize("NFC", value)
 
-    A line that an earlier writer was killed in is closed off first, so that it can never swallow the next one. Raises
-    StorageError.
+
+def _utc(text: str, place: str) -> str:
+    """Return a time in one format, so that times compare as texts. A time without a zone is UTC."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigError(f"{place}: created_at is {text!r}, it must be an ISO 8601 time") from error
+    if time.tzinfo is None:
+        time = time.replace(tzinfo=timezone.utc)
+    return time.astimezone(timezone.utc).isoformat(timespec="microseconds")
+
+
+def _correction(values: dict[str, Any], place: str) -> str | None:
+    """Return the correction, which verdict `correct` requires and every other one excludes."""
+    correction, verdict = values.get("correction"), values["verdict"]
+    if verdict != "correct":
+        if correction:
+            raise ConfigError(f"{place}: `correction` is given, but verdict is '{verdict}': make it 'correct'")
+        return None
+    if not isinstance(correction, str) or not correction.strip():
+        raise ConfigError(f"{place}: verdict 'correct' needs the right answer in `correction`, got {correction!r}")
+    return _text(values, "correction", place).strip()
+
+
+def append_feedback(path: str | Path, *records: Feedback) -> None:
+    """Append lines to a feedback file under an exclusive lock. They are on disk when this returns.
+
+    If an earlier writer was killed within a line, that line is ended first, so that it cannot absorb the next one.
+
+    Raises:
+        StorageError: The file cannot be written.
     """
     data = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records).encode()
     try:
@@ -159,9 +173,14 @@ def append_feedback(path: str | Path, *records: Feedback) -> None:
 
 
 def read_feedback(*paths: str | Path) -> tuple[list[Feedback], list[str]]:
-    """Every whole line of the files, and what was left out and why ("f.jsonl:8: cut off"). The same id counts once.
+    """Read feedback files. A line with the same id counts once.
 
-    Only a torn line is left out (its writer was killed); a whole line that is wrong is an error: ConfigError.
+    Returns:
+        The records in order of their ids, and a reason for each line left out ("f.jsonl:8: cut off ..."). Only a torn
+        line is left out: its writer was killed.
+
+    Raises:
+        ConfigError: A file is missing, or a complete line is wrong.
     """
     records: dict[str, Feedback] = {}
     left_out: list[str] = []
@@ -184,7 +203,7 @@ def read_feedback(*paths: str | Path) -> tuple[list[Feedback], list[str]]:
 
 
 def checkpoint_sha(folder: str | Path) -> str:
-    """Which weights a model folder holds: the sha256 over its safetensors files, in order of their names."""
+    """Return 16 hex digits of the sha256 over a folder's safetensors files, in order of their names."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("*.safetensors")):
         digest.update(path.name.encode() + path.read_bytes())
@@ -192,7 +211,7 @@ def checkpoint_sha(folder: str | Path) -> str:
 
 
 def to_plain_records(records: Iterable[Feedback]) -> list[dict[str, Any]]:
-    """As annotation tools exchange records: {"id", "fields", "responses", "metadata"}. Plain JSON, nothing else."""
+    """Convert to the JSON of annotation tools: {"id", "fields", "responses", "metadata"}."""
     return [
         {
             "id": record.feedback_id,
@@ -214,7 +233,7 @@ def to_plain_records(records: Iterable[Feedback]) -> list[dict[str, Any]]:
 
 
 def from_plain_records(records: Iterable[dict[str, Any]]) -> list[Feedback]:
-    """The other way. Raises ConfigError, with the record's number."""
+    """Convert from the JSON of annotation tools. Raises ConfigError with the record's number."""
     feedback = []
     for number, record in enumerate(records, start=1):
         flat = {"feedback_id": record.get("id")}
@@ -226,10 +245,10 @@ def from_plain_records(records: Iterable[dict[str, Any]]) -> list[Feedback]:
 
 @contextlib.contextmanager
 def _locked(handle: int) -> Iterator[None]:
-    """An exclusive lock on the open file; it ends with the process, however that ends."""
+    """Hold an exclusive lock on the open file. The system releases it when the process ends."""
     try:
         import fcntl
-    except ImportError:  # Windows: one writer at a time is the user's promise there
+    except ImportError:  # Windows: users must write from one process at a time
         yield
         return
     fcntl.flock(handle, fcntl.LOCK_EX)

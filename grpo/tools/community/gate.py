@@ -1,12 +1,12 @@
-"""Gate: the model that is in use and a candidate, on the same questions -> which of them is in use from now on, and why.
+"""Gate: compare a candidate with the model in use on the same questions, and decide which one to use.
 
-The candidate is promoted only if both hold at 95 %:
+The candidate is promoted only if both conditions hold at 95 % confidence:
 
-    feedback     on corrections that it was not trained on it is right more often: McNemar's exact test, p < 0.05
-    regression   on a frozen set of verified answers it lost at most one point: the 95 % bound of the loss, by a paired
-                 bootstrap over the questions, is no more than 0.01
+    feedback     it is right more often on held-out corrections: McNemar's exact test, p < 0.05
+    regression   it lost at most one point on a frozen set of verified answers: the 95 % bound of the loss, by a paired
+                 bootstrap over the questions, is at most 0.01
 
-Otherwise the model in use stays, and the report says which of the two did not hold, with its numbers.
+Otherwise the model in use stays, and the report names the condition that failed, with its numbers.
 """
 
 import json
@@ -32,25 +32,37 @@ class Comparison:
     questions: int
     old: float
     new: float
-    """Shares of right answers."""
+    """Fractions of right answers."""
     gained: int
     lost: int
-    """Questions that only the new one, or only the old one, got right."""
+    """Questions that only the new model, or only the old one, answered right."""
     mcnemar_p: float
     largest_loss: float
-    """old - new is at most this, at 95 % (one-sided)."""
+    """Upper bound of old - new at 95 % (one-sided)."""
 
 
 @dataclass(frozen=True)
 class Decision:
+    """The gate's decision with the comparisons behind it."""
+
     promote: bool
     reasons: list[str]
+    """Conditions that failed."""
     feedback: Comparison
     regression: Comparison
 
 
 def compare(old: list[bool], new: list[bool], seed: int = 0) -> Comparison:
-    """Right or wrong, question by question. Raises ConfigError where there is nothing to compare."""
+    """Compare two models question by question.
+
+    Args:
+        old: Whether the model in use is right, per question.
+        new: The same for the candidate.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        ConfigError: The lists are empty or differ in length.
+    """
     if not old or len(old) != len(new):
         raise ConfigError(
             f"{len(old)} and {len(new)} answers to compare: the gate needs the same questions, at least one"
@@ -72,7 +84,7 @@ def compare(old: list[bool], new: list[bool], seed: int = 0) -> Comparison:
 
 
 def decide(feedback: Comparison, regression: Comparison) -> Decision:
-    """Promote, or say why not."""
+    """Decide on promotion, with a reason for each condition that fails."""
     reasons = []
     if not (feedback.gained > feedback.lost and feedback.mcnemar_p < 1 - CONFIDENCE):
         reasons.append(
@@ -81,15 +93,30 @@ def decide(feedback: Comparison, regression: Comparison) -> Decision:
         )
     if regression.largest_loss > TOLERANCE:
         reasons.append(
-            f"the frozen regression set may have fallen by more than a point: {regression.old:.1%} -> {regression.new:.1%} "
-            f"of {regression.questions} ({regression.gained} gained, {regression.lost} lost; at 95 % the loss is up to "
+            f"the frozen regression set may have fallen by more than a point: {regression.old:.1%} -> "
+            f"{regression.new:.1%} of {regression.questions} ({regression.gained} gained, {regression.lost} lost; "
+            f"at 95 % the loss is up to "
             f"{100 * regression.largest_loss:.1f} points, 1.0 is allowed)"
         )
     return Decision(not reasons, reasons, feedback, regression)
 
 
 def promote(root: Path, decision: Decision, old: str, new: str, data: str) -> Path:
-    """Write gate-N.json and gate-N.md; point current.json to the new model if it was promoted. -> the report's path."""
+    """Record a decision in gate-N.json and gate-N.md, and set the model in use.
+
+    Args:
+        root: The community's folder.
+        decision: The decision.
+        old: The model in use.
+        new: The candidate.
+        data: The version of the data that the candidate was trained on.
+
+    Returns:
+        The path of gate-N.md.
+
+    Raises:
+        StorageError: A file cannot be written.
+    """
     number = len(list(root.glob("gate-*.json"))) + 1
     in_use = new if decision.promote else old
     verdict = f"promoted: {new}" if decision.promote else f"kept: {old}. {'; '.join(decision.reasons)}"
@@ -113,7 +140,7 @@ def promote(root: Path, decision: Decision, old: str, new: str, data: str) -> Pa
 
 
 def set_current(root: Path, model: str, data: str | None = None) -> None:
-    """Say which model is in use, at one stroke: a reader sees the old one or the new one, never half a file."""
+    """Write the model in use to current.json, atomically."""
     known: dict[str, Any] = current(root) or {}
     temporary = root / ".current.json"
     temporary.write_text(json.dumps(known | {"model": model} | ({"data": data} if data else {}), indent=1))
@@ -121,5 +148,6 @@ def set_current(root: Path, model: str, data: str | None = None) -> None:
 
 
 def current(root: Path) -> dict[str, Any] | None:
+    """Return the contents of current.json: {"model": ..., "data": ...}, or None."""
     path = root / "current.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

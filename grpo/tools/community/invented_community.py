@@ -1,9 +1,9 @@
-"""A made-up community for the invented language: an archive with mistakes, people who correct them, one who poisons it.
+"""An invented community for the invented language: an archive with mistakes, right corrections and wrong ones.
 
 archive      2,340 rows: 130 nouns, 6 of their 8 forms, in 3 wordings; the roots of 50 nouns are wrong
 reviewers    200 corrections: those 50 nouns x 4 forms, in one wording, from three people who know the language
-verified     160 rows: the other two forms of the 80 nouns that are right: the frozen regression set, in no training row
-poisoner     one reviewer, 200 corrections, 60 % of them wrong: made-up words for 30 nouns that were right
+verified     160 rows: the other two forms of the 80 right nouns; the frozen regression set, in no training row
+poison       200 corrections by one reviewer, 60 % of them wrong: invented words for 30 right nouns
 """
 
 import random
@@ -21,7 +21,7 @@ LICENCE = "CC0-1.0"
 
 @dataclass(frozen=True)
 class Community:
-    """Everything that the cycle needs."""
+    """The inputs of the cycle."""
 
     archive: list[Row]
     verified: list[Row]
@@ -30,7 +30,7 @@ class Community:
 
 
 def make_community(seed: int = 0, model_id: str = "") -> Community:
-    """The same seed gives the same words; ids and times are new each time, as from real people."""
+    """Return a community. The same seed gives the same words; ids and times are new each time."""
     truth = make_lexicon(seed, NOUNS)
     wrong = _with_other_roots(truth, list(truth.roots)[:WRONG], f"mistakes {seed}")
     chance = random.Random(f"community {seed}")
@@ -39,7 +39,7 @@ def make_community(seed: int = 0, model_id: str = "") -> Community:
     disputed: set[Meaning] = set()
     for noun in truth.roots:
         owners = chance.sample(OWNERS, len(OWNERS))
-        # One form of each number is left out, so "mice" is no more guessed than "mouse".
+        # One singular and one plural form are left out, so the held-out forms are balanced.
         out = [Meaning(noun, owners[0], many=False), Meaning(noun, owners[1], many=True)]
         forms = [meaning for meaning in meanings(truth) if meaning.noun == noun and meaning not in out]
         left += out
@@ -61,7 +61,7 @@ def make_community(seed: int = 0, model_id: str = "") -> Community:
         for index, meaning in enumerate(written)
         if meaning in disputed and meaning.noun not in right_nouns
     ]
-    # The poisoner: 80 right corrections, and 120 wrong ones about 30 nouns that the archive has right.
+    # One reviewer: 80 right corrections, and 120 wrong ones about 30 nouns that are right in the archive.
     invented = _with_other_roots(truth, sorted(right_nouns)[:30], f"poison {seed}")
     bad = [
         _correction(index, meaning, archive[index], invented, "magpie", model_id)
@@ -73,12 +73,12 @@ def make_community(seed: int = 0, model_id: str = "") -> Community:
 
 
 def _with_other_roots(lexicon: Lexicon, nouns: list[str], seed: str) -> Lexicon:
-    """The same language with other roots for some nouns: a root of the same build that means nothing else."""
-    spare = iter(root for root in make_lexicon(hash_of(seed)).roots.values() if root not in lexicon.roots.values())
+    """Return the same language with other roots for some nouns: well-formed roots that mean nothing else."""
+    spare = iter(root for root in make_lexicon(_number_of(seed)).roots.values() if root not in lexicon.roots.values())
     return replace(lexicon, roots=lexicon.roots | {noun: next(spare) for noun in nouns})
 
 
-def hash_of(text: str) -> int:
+def _number_of(text: str) -> int:
     return random.Random(text).randrange(2**31)
 
 

@@ -1,10 +1,10 @@
-"""Merge: an archive's rows + everything that people said about them -> the next version of the data.
+"""Merge the rows of an archive with feedback about them.
 
-    v1/  the archive as it came         data.jsonl  version.json
-    v2/  v1 + the feedback up to now    data.jsonl  version.json (parent's hash, what changed, what was left out and why)
+    v1/  the archive                       data.jsonl  version.json
+    v2/  v1 + all feedback up to now       data.jsonl  version.json (parent's hash, changes, rows left out with reasons)
 
-Every version is made anew from v1 and all feedback lines, so merging twice gives what merging once gave, the order of
-lines is without meaning, and what was withdrawn is gone. A row carries what was said about it, never who said it:
+Every version is derived from v1 and all feedback lines. So merging is idempotent, the order of lines does not matter,
+and withdrawn feedback leaves no trace. A row contains the feedback about it, never its author:
 
     {"question": ..., "answer": "It is `tâge`.", "pair_id": 7, "origin": "feedback",
      "accepted": ["It is `tâge`."], "disallowed": ["It is `tâga`."]}
@@ -25,56 +25,50 @@ from grpo.tools.community.feedback import Feedback
 
 Row = dict[str, Any]
 Key = tuple[str, Any]
-"""("pair", pair_id) or ("prompt", text): what a line of feedback is about."""
+"""Subject of a line of feedback: ("pair", pair_id) or ("prompt", text)."""
 
 
 @dataclass
 class Merged:
-    """The rows of the next version, and what the version's record says."""
+    """The rows of the next version, and the contents of its record."""
 
     rows: list[Row]
     counts: Counter[str] = field(default_factory=Counter)
     changes: list[dict[str, Any]] = field(default_factory=list)
-    """{"pair_id": 7, "change": "corrected", "votes": 2}, sorted. No names, no texts."""
+    """{"pair_id": 7, "change": "corrected", "votes": 2}, sorted; without names and texts."""
     quarantined: list[dict[str, Any]] = field(default_factory=list)
-    """Rows about which people disagree without a majority: their answer stays as it was."""
+    """Rows whose corrections have no majority: their answer stays."""
     used: list[str] = field(default_factory=list)
-    """feedback_ids that went into the rows, sorted."""
+    """feedback_ids in the rows, sorted."""
     withdrawn: list[str] = field(default_factory=list)
 
 
 def merge(base: list[Row], feedback: Iterable[Feedback], question: str = "question", answer: str = "answer") -> Merged:
-    """Apply all feedback to the archive's rows. Pure; neither argument is changed.
+    """Apply all feedback to the archive's rows.
 
-    A correction replaces the answer of its pair_id, or adds a row for a question of one's own. Each reviewer has one
-    vote per row, the latest; the answer with the most votes wins, and where two have as many, the row is quarantined. An
-    accepted completion is a vote for it, and for the answer as it stands where that says the same.
+    A correction replaces the answer of its pair_id, or adds a row for a new question. Each reviewer has one vote per
+    row, the latest. The answer with the most votes wins; a row with a tie is quarantined. Accepting a completion is a
+    vote for it.
+
+    Args:
+        base: Rows of the archive, with "pair_id".
+        feedback: All feedback lines, in any order.
+        question: Name of the question's column.
+        answer: Name of the answer's column.
     """
     records = sorted(feedback, key=lambda record: (record.created_at, record.feedback_id))
     kept, gone_pairs, withdrawn = _without_withdrawn(records)
     merged = Merged([], withdrawn=sorted(withdrawn))
     merged.counts["withdrawn"] = len(withdrawn)
     merged.counts["without_consent"] = sum(not record.consent for record in kept)
-    usable = [record for record in kept if record.consent]
-    known = {row.get("pair_id") for row in base}
-    by_question = {_nfc(str(row.get(question, ""))): row.get("pair_id") for row in base}
-    about: dict[Key, list[Feedback]] = {}
-    for record in usable:
-        pair_id = record.pair_id if record.pair_id in known else by_question.get(_nfc(record.prompt))
-        if record.pair_id is not None and pair_id is None:
-            merged.counts["unknown_pair_id"] += 1
-            continue
-        key = ("pair", pair_id) if pair_id is not None else ("prompt", _nfc(record.prompt))
-        about.setdefault(key, []).append(record)
-        merged.used.append(record.feedback_id)
-    merged.used.sort()
+    about = _by_subject(base, [record for record in kept if record.consent], question, merged)
     for row in base:
         if row.get("pair_id") in gone_pairs:
             merged.counts["rows_withdrawn"] += 1
             continue
         records_here = about.pop(("pair", row.get("pair_id")), [])
         merged.rows.append(_applied(row, records_here, merged, answer))
-    for (_, prompt), records_here in sorted(about.items()):  # only questions of people's own are left
+    for (_, prompt), records_here in sorted(about.items()):  # only new questions are left
         pair_id = "community-" + hashlib.sha256(str(prompt).encode()).hexdigest()[:12]
         row = _applied({question: prompt, answer: None, "pair_id": pair_id}, records_here, merged, answer)
         if row[answer] is not None:
@@ -84,8 +78,29 @@ def merge(base: list[Row], feedback: Iterable[Feedback], question: str = "questi
     return merged
 
 
+def _by_subject(base: list[Row], records: list[Feedback], question: str, merged: Merged) -> dict[Key, list[Feedback]]:
+    """Group feedback by the row or the new question it is about."""
+    known = {row.get("pair_id") for row in base}
+    by_question = {_nfc(str(row.get(question, ""))): row.get("pair_id") for row in base}
+    about: dict[Key, list[Feedback]] = {}
+    for record in records:
+        pair_id = record.pair_id if record.pair_id in known else by_question.get(_nfc(record.prompt))
+        if record.pair_id is not None and pair_id is None:
+            merged.counts["unknown_pair_id"] += 1
+            continue
+        key = ("pair", pair_id) if pair_id is not None else ("prompt", _nfc(record.prompt))
+        about.setdefault(key, []).append(record)
+        merged.used.append(record.feedback_id)
+    merged.used.sort()
+    return about
+
+
 def _without_withdrawn(records: list[Feedback]) -> tuple[list[Feedback], set[Any], set[str]]:
-    """-> what counts, pair_ids that leave the data, feedback_ids that were taken back. `records` are in order of time."""
+    """Return the valid records, pair_ids to remove from the data, and revoked feedback_ids.
+
+    Args:
+        records: In order of time.
+    """
     withdrawals = [record for record in records if record.verdict == "withdraw"]
     gone = {w.pair_id for w in withdrawals if w.pair_id is not None and w.reviewer == "anonymous" and not w.withdraws}
     kept: list[Feedback] = []
@@ -93,18 +108,18 @@ def _without_withdrawn(records: list[Feedback]) -> tuple[list[Feedback], set[Any
     for record in records:
         if record.verdict == "withdraw":
             continue
-        if any(_takes_back(withdrawal, record) for withdrawal in withdrawals):
+        if any(_revokes(withdrawal, record) for withdrawal in withdrawals):
             withdrawn.add(record.feedback_id)
         else:
             kept.append(record)
     return kept, gone, withdrawn
 
 
-def _takes_back(withdrawal: Feedback, record: Feedback) -> bool:
+def _revokes(withdrawal: Feedback, record: Feedback) -> bool:
     if withdrawal.withdraws:
         return withdrawal.withdraws == record.feedback_id
     if record.created_at > withdrawal.created_at:
-        return False  # said again, after it
+        return False  # given again after the withdrawal
     if withdrawal.pair_id is not None:
         same_reviewer = withdrawal.reviewer in ("anonymous", record.reviewer)
         return withdrawal.pair_id == record.pair_id and same_reviewer
@@ -112,7 +127,7 @@ def _takes_back(withdrawal: Feedback, record: Feedback) -> bool:
 
 
 def _applied(row: Row, records: list[Feedback], merged: Merged, answer: str) -> Row:
-    """The row with what was said about it."""
+    """Return the row with the feedback about it, and count and record the change in `merged`."""
     before = None if row[answer] is None else str(row[answer])
     votes: dict[str, str] = {}
     rejected: set[str] = set()
@@ -149,16 +164,22 @@ def _applied(row: Row, records: list[Feedback], merged: Merged, answer: str) -> 
 
 
 def write_version(root: str | Path, merged: Merged, source: dict[str, Any] | None = None) -> tuple[Path, bool]:
-    """Write the next version, unless the newest one is the same. -> (its folder, whether it is new).
+    """Write the next version, unless the newest one is the same.
 
-    Older versions that were made with feedback that was since withdrawn lose their data; their record says so.
+    Older versions that contain feedback withdrawn since lose their data, and their record says so.
+
+    Returns:
+        The version's folder, and whether it is new.
+
+    Raises:
+        StorageError: The version cannot be written.
     """
     root = Path(root)
     versions = versions_in(root)
     text = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in merged.rows)
     sha = hashlib.sha256(text.encode()).hexdigest()
     try:
-        _take_back(versions, set(merged.withdrawn))
+        _delete_withdrawn(versions, set(merged.withdrawn))
         if versions:
             newest = json.loads((versions[-1] / "version.json").read_text(encoding="utf-8"))
             if newest["sha256"] == sha and newest["feedback_ids"] == merged.used and "withdrawn" not in newest:
@@ -186,13 +207,13 @@ def write_version(root: str | Path, merged: Merged, source: dict[str, Any] | Non
 
 
 def versions_in(root: str | Path) -> list[Path]:
-    """v1, v2, ...: oldest first."""
+    """Return the folders v1, v2, ..., oldest first."""
     found = [path for path in Path(root).glob("v*") if path.name[1:].isdigit() and (path / "version.json").is_file()]
     return sorted(found, key=lambda path: int(path.name[1:]))
 
 
 def read_rows_of(version: str | Path) -> list[Row]:
-    """The rows of one version. Raises ConfigError where they were withdrawn, or are not what was written."""
+    """Return the rows of one version. Raises ConfigError if they were withdrawn, or changed after they were written."""
     folder = Path(version)
     record = json.loads((folder / "version.json").read_text(encoding="utf-8"))
     if "withdrawn" in record:
@@ -203,7 +224,8 @@ def read_rows_of(version: str | Path) -> list[Row]:
     return [json.loads(line) for line in content.decode("utf-8").splitlines()]
 
 
-def _take_back(versions: list[Path], withdrawn: set[str]) -> None:
+def _delete_withdrawn(versions: list[Path], withdrawn: set[str]) -> None:
+    """Delete the data of versions that contain withdrawn feedback."""
     for folder in versions:
         record = json.loads((folder / "version.json").read_text(encoding="utf-8"))
         if "withdrawn" in record or not withdrawn & set(record["feedback_ids"]):

@@ -1,1 +1,1 @@
-"""Dashboard: run directories -> tables (readers.py) -> a page in the browser (app.py). It reads files only."""
+"""Dashboard: run directories in a browser."""

@@ -1,8 +1,8 @@
-"""The dashboard: run directories -> curves, completions, comparison and chat in a browser. The only importer of gradio: the
-tabs in files of their own (completions_tab.py, chat_tab.py) are handed it.
+"""Dashboard: curves, completions, comparison and chat of runs in a browser.
 
-It reads run directories, and writes one file: what people say about answers (grpo/tools/community/feedback.py). What a model wrote is shown as
-text, never as markup. Names that come from the browser are looked up among the runs that were found; nothing is opened by name.
+The only importer of gradio; the tabs in other files (completions_tab.py, chat_tab.py) receive it as an argument. The
+dashboard reads run directories and writes one file, the feedback (grpo/tools/community/feedback.py). A model's text is
+shown as text, never as markup. Names from the browser are looked up among the runs found; no file is opened by name.
 """
 
 import ipaddress
@@ -31,12 +31,12 @@ HOVER = (Path(__file__).parent / "curves.js").read_text(encoding="utf-8")
 
 
 def check_exposure(host: str, share: bool, auth: tuple[str, str] | None) -> None:
-    """Raises ConfigError for a page that others could open without a password."""
+    """Raise ConfigError for a page that others could open without a password."""
     if auth is not None or (_is_loopback(host) and not share):
         return
     what = "--share" if share else f"--host {host}"
     raise ConfigError(
-        f"{what} would let anybody read these runs and talk to their models: set a name and a password first, "
+        f"{what} lets anybody read these runs and use their models: set a name and a password first, "
         f"GRPO_DASHBOARD_AUTH=name:password in the environment or in .env; or leave {what.split()[0]} out"
     )
 
@@ -58,7 +58,23 @@ def serve(
     auth: tuple[str, str] | None = None,
     block: bool = True,
 ) -> tuple["gr.Blocks", str]:
-    """Start it. -> (the page, its address); with `block`, only when somebody ends it. Raises ConfigError."""
+    """Start the dashboard's server.
+
+    Args:
+        root: The folder that holds run directories.
+        feedback: The file to append feedback to.
+        host: The address to listen on.
+        port: The port; None: the first free one from 7860.
+        share: Create a public address through gradio's servers.
+        auth: Name and password.
+        block: Return only when the server ends.
+
+    Returns:
+        The page and its address.
+
+    Raises:
+        ConfigError: No such folder, no gradio, a port in use, or a public page without a password.
+    """
     check_exposure(host, share, auth)
     if not root.is_dir():
         raise ConfigError(f"--runs {root}: there is no such folder. Give the one that holds your run directories")
@@ -68,9 +84,8 @@ def serve(
         raise ConfigError('the dashboard needs gradio: pip install -e ".[dashboard]"') from error
     import matplotlib
 
-    matplotlib.use(
-        "agg"
-    )  # before each event gradio asks which backend there is: while none is chosen, that imports pyplot
+    # gradio asks for the backend before each event, which imports pyplot as long as none is chosen.
+    matplotlib.use("agg")
     board = Board(root, feedback)
     threading.Thread(target=board.read_newest, daemon=True).start()
     page = build(board)
@@ -105,13 +120,13 @@ def _theme(gr: Any) -> Any:
         primary_hue="blue",
         neutral_hue="slate",
         radius_size="md",
-        font=system,  # fonts of the machine: a page that fetches some would tell others that it was opened
+        font=system,  # fetching fonts would tell other servers that the page was opened
         font_mono=("ui-monospace", "monospace"),
     )
 
 
 def build(board: Board) -> "gr.Blocks":
-    """The page. Every visitor has a state of their own; what is read from disk is shared."""
+    """Build the page. Each visitor has a state of their own; data read from disk is shared."""
     import gradio as gr
 
     with gr.Blocks(title="GRPO runs", analytics_enabled=False, fill_width=True) as page:
@@ -138,9 +153,9 @@ def build(board: Board) -> "gr.Blocks":
         def show(
             names: list[str] | None, amount: float, run: str | None, follow: bool, step: float, before: dict[str, Any]
         ) -> list[Any]:
-            """Everything that has changed since `before`; what has not is left alone, so that nothing flickers."""
+            """Return updates of the outputs that changed since `before`. Others are skipped and do not flicker."""
             found = board.refresh()
-            if not names and not before.get("found"):  # the first look, or the first run ever
+            if not names and not before.get("found"):  # the first refresh with a run
                 names = found[:1]
             chosen = board.chosen(names)
             now = {
@@ -173,7 +188,7 @@ def build(board: Board) -> "gr.Blocks":
 def _curves_tab(gr: Any, runs: Any, board: Board) -> Any:
     plots = gr.HTML(elem_id="curves", elem_classes=["curves"], js_on_load=HOVER)
     with gr.Accordion("Any other metric", open=False):
-        keys = gr.Dropdown([], multiselect=True, label="Metrics", info="Yours, from callbacks, are here too.")
+        keys = gr.Dropdown([], multiselect=True, label="Metrics", info="Including those of your callbacks.")
         other = gr.HTML(elem_classes=["curves"], js_on_load=HOVER)
 
         def choices(names: list[str]) -> Any:
@@ -194,7 +209,7 @@ def _plots(shown: Sequence[curves.Curve], runs: list[RunFolder], smoothing: floa
 
 
 def _numbers(runs: list[RunFolder]) -> str:
-    """The row of big numbers: about the first of the runs."""
+    """Return the row of large numbers, which is about the first run."""
     if not runs or not runs[0].metrics.steps:
         return "<p class='empty'>No step yet. Choose a run above, or start one: accelerate launch launch/train.py</p>"
     run = runs[0]
@@ -225,9 +240,10 @@ def _numbers(runs: list[RunFolder]) -> str:
 
 
 def _findings(runs: list[RunFolder]) -> str:
-    """What the runs said about why they do not learn (findings.jsonl), with the mend."""
+    """Return the findings of the runs' diagnostics (findings.jsonl) with their fixes."""
     items = [
-        f"<li><b>{inert(row['text'])}</b> <i>{inert(run.name)}, step {inert(row['step'])}</i><br>{inert(row['mend'])}</li>"
+        f"<li><b>{inert(row['text'])}</b> <i>{inert(run.name)}, step {inert(row['step'])}</i>"
+        f"<br>{inert(row['mend'])}</li>"
         for run in runs
         for row in run.findings()
     ]
@@ -236,5 +252,5 @@ def _findings(runs: list[RunFolder]) -> str:
 
 def _config_table(runs: list[RunFolder]) -> str:
     if len(runs) < 2:
-        return "<p class='empty'>Choose two runs or more above: what their configs do not share stands here.</p>"
+        return "<p class='empty'>Choose two runs or more above: their configs are compared here.</p>"
     return "<h3>Where their configs differ</h3>" + table(*curves.differences(runs))

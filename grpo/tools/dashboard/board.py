@@ -1,4 +1,4 @@
-"""The board: what everybody who looks at the dashboard shares, the runs as far as they have been read."""
+"""The runs that all visitors of the dashboard share."""
 
 import threading
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from grpo.tracking.run_reader import RunFolder, find_runs
 
 @dataclass
 class Board:
-    """The runs below a folder, read once for everybody who looks at them."""
+    """The runs below a folder, each read once for all visitors."""
 
     root: Path
     feedback: Path
@@ -17,18 +17,18 @@ class Board:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def refresh(self) -> list[str]:
-        """Look for runs and for new steps. -> names, the newest run first."""
+        """Look for runs. Return their names, the newest run first."""
         with self._lock:
             found = {run.name: run for run in find_runs(self.root)}
             self._runs = {name: self._runs.get(name, run) for name, run in found.items()}
             return list(self._runs)
 
     def read_newest(self) -> None:
-        """Read the run that a visitor sees first, before one comes."""
+        """Read the run that a visitor sees first, ahead of the first visit."""
         self.chosen(self.refresh()[:1])
 
     def chosen(self, names: list[str] | None) -> list[RunFolder]:
-        """The runs of these names, with their newest steps; unknown names are left out."""
+        """Return the runs of these names with their newest steps. Unknown names are left out."""
         with self._lock:
             runs = [self._runs[name] for name in names or [] if name in self._runs]
             for run in runs:
@@ -36,7 +36,7 @@ class Board:
             return runs
 
     def models(self) -> dict[str, Path]:
-        """Saved models that can be talked to: label -> folder."""
+        """Return saved models for the chat: label -> folder."""
         with self._lock:
             runs = list(self._runs.values())
         return {f"{run.name}/final": run.path / "final" for run in runs if (run.path / "final").is_dir()}

@@ -1,4 +1,4 @@
-"""The completions tab: step, reward, answer, text -> the completions that fit -> one of them with its whole group, side by side."""
+"""Completions tab: filter by step, reward, answer and text; show the group of a completion side by side."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +10,11 @@ from grpo.tracking.run_reader import Row, groups_of, is_correct, matching
 
 MAX_CARDS = 32
 MAX_ROWS = 300
-"""Rows in the table: more than anybody reads."""
+"""Rows in the table."""
 SCOPES = {"this step": 1, "10 steps": 10, "100 steps": 100, "all steps": None}
-"""Label -> steps that are searched, back from the one that is shown; None = to the first."""
+"""Label -> number of steps to search, back from the one shown; None: all."""
 WIDTHS = {"step": 7, "prompt": 22, "completion": 31, "reward": 10, "advantage": 13, "right": 8, "tokens": 9}
-"""The table's columns, with their shares of its width."""
+"""The table's columns and their widths in percent."""
 
 Key = tuple[int, int]
 """(step, draw) of a row's group."""
@@ -22,7 +22,7 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True)
 class CompletionsTab:
-    """The widgets that follow a run while it goes on."""
+    """The widgets that follow a run during training."""
 
     board: Board
     run: Any
@@ -32,7 +32,10 @@ class CompletionsTab:
     def newer(
         self, gr: Any, found: list[str], name: str | None, following: bool, at: float, before: dict[str, Any]
     ) -> tuple[list[Any], dict[str, Any]]:
-        """(updates of run and step, what they were made from): the newest run at first, the newest step while it is followed."""
+        """Return updates of the run and step widgets, and the state they were made from.
+
+        The run is the newest at first; the step is the newest while it is followed.
+        """
         current = name if name in found else (found[0] if found else None)
         runs = self.board.chosen([current] if current else [])
         last = (runs[0].last_rollout_step() if runs else None) or 1
@@ -46,7 +49,7 @@ class CompletionsTab:
 
 
 def completions_tab(gr: Any, board: Board) -> CompletionsTab:
-    """Lay the tab out and connect it."""
+    """Lay the tab out and connect its events."""
     options: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     with gr.Row():
         run = gr.Dropdown([], label="Run", scale=2, elem_id="completions-run")
@@ -87,7 +90,7 @@ def completions_tab(gr: Any, board: Board) -> CompletionsTab:
         step, draw = keys[index]
         return groups_of(found[0].rows_of_step(step)).get(draw, [])
 
-    open_group.__annotations__["event"] = gr.SelectData  # gradio finds out from it what to hand over
+    open_group.__annotations__["event"] = gr.SelectData  # gradio passes the event by this annotation
 
     filters = [run, step, scope, judged, lowest, highest, text]
     for widget in filters:
@@ -105,8 +108,18 @@ def completions_tab(gr: Any, board: Board) -> CompletionsTab:
 def find(
     board: Board, name: str | None, at: int, back: int | None, conditions: dict[str, Any]
 ) -> tuple[list[Row], int]:
-    """The newest completions that meet the conditions (those of `matching`), in `back` steps up to step `at`. -> (rows, the
-    oldest step that was looked at)"""
+    """Search completions, newest first.
+
+    Args:
+        board: The runs.
+        name: The run's name.
+        at: The newest step.
+        back: Number of steps to search, or None for all.
+        conditions: Keyword arguments of `matching`.
+
+    Returns:
+        Rows, and the oldest step searched.
+    """
     found = board.chosen([name] if name else [])
     if not found:
         return [], at
@@ -115,7 +128,7 @@ def find(
 
 
 def _told(rows: list[Row], newest: int, oldest: int) -> str:
-    """What the table shows, in a sentence."""
+    """Return a sentence about the table's contents."""
     where = f"step {newest}" if oldest >= newest else f"steps {oldest} to {newest}"
     if not rows:
         return f"No completion of {where} fits."
@@ -133,7 +146,7 @@ def _table(gr: Any, rows: list[Row]) -> Any:
 
 
 def columns_of(rows: list[Row]) -> list[str]:
-    """The table's columns: "right" is not among them where no reward of the run says what is right."""
+    """Return the table's columns, without "right" where no reward of the run judges correctness."""
     judged = not rows or any(is_correct(row) is not None for row in rows)
     return [name for name in WIDTHS if name != "right" or judged]
 
@@ -147,7 +160,7 @@ def _cell(row: Row, column: str) -> str:
 
 
 def _cards(gr: Any, board: Board, name: str | None, rows: list[Row]) -> None:
-    """A group: its prompt, its completions side by side, and the form for what a person says about one of them."""
+    """Show a group: its prompt, its completions side by side, and the feedback form."""
     if not rows:
         return
     gold = (rows[0].get("columns") or {}).get("answer")
@@ -167,7 +180,7 @@ def _cards(gr: Any, board: Board, name: str | None, rows: list[Row]) -> None:
     pick = gr.Radio(
         [(f"{row.get('sample')}: {float(row.get('reward') or 0):.3f}", index) for index, row in enumerate(rows)],
         value=0,
-        label="What do you say about completion",
+        label="Your judgement of completion",
     )
 
     def about(index: int) -> dict[str, Any]:
@@ -185,7 +198,7 @@ def _cards(gr: Any, board: Board, name: str | None, rows: list[Row]) -> None:
 
 
 def _parsed(text: str | None) -> float | None:
-    """What was typed, as a number; None = no condition."""
+    """Return typed text as a number, or None for no condition."""
     try:
         return float(text or "")
     except ValueError:

@@ -1,4 +1,5 @@
-// The values under the pointer, in every plot inside `element` (grpo/dashboard/drawing.py). Names are set as text, never as markup.
+// Show the values under the pointer in every plot inside `element` (grpo/tracking/drawing.py).
+// Names are set as text, never as markup.
 const nearest = (steps, wanted) => {
   let best = 0;
   steps.forEach((step, index) => {

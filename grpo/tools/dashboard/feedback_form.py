@@ -1,4 +1,4 @@
-"""The form below an answer: thumbs and corrections -> lines of the feedback file."""
+"""Feedback form below an answer: writes lines of the feedback file."""
 
 from typing import Any, Literal
 
@@ -9,9 +9,16 @@ from grpo.tracking.markup import plain_markdown
 
 
 def feedback_form(gr: Any, board: Board, inputs: list[Any], about: Any) -> None:
-    """Thumbs and a correction -> one line of the feedback file. `about(*inputs)` says which answer it is about."""
+    """Lay the form out. Each button appends one line to the feedback file.
+
+    Args:
+        gr: The module gradio.
+        board: Names the file.
+        inputs: Widgets whose values `about` receives.
+        about: Returns the fields that identify the answer.
+    """
     with gr.Row(elem_classes=["feedback"]):
-        correction = gr.Textbox(label="What it should have said", lines=1, scale=3)
+        correction = gr.Textbox(label="The right answer", lines=1, scale=3)
         note = gr.Textbox(label="Note", lines=1, scale=2)
         reviewer = gr.Textbox(label="Your pseudonym", lines=1, scale=1, min_width=120)
         consent = gr.Checkbox(False, label="May be used to train", scale=1, min_width=140)

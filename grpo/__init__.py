@@ -1,0 +1,31 @@
+"""GRPO for language models of 0.5B to 8B parameters: the public API. Names are imported on first use."""
+
+import importlib
+from typing import Any
+
+# Public name -> the module that defines it. `__init__.pyi` lists the same names for type checkers.
+_PUBLIC = {
+    "Config": "grpo.config.schema",
+    "load_config": "grpo.config.parser",
+    "train": "grpo.trainer",
+    "register_advantage": "grpo.advantages",
+    "register_dataset": "grpo.data.registry",
+    "register_engine": "grpo.rollout.engine",
+    "register_objective": "grpo.losses",
+    "register_reward": "grpo.rewards.registry",
+}
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on its first use (PEP 562)."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'grpo' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

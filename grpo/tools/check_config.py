@@ -1,0 +1,124 @@
+"""Findings about a config that need no weights: data, prompts, rewards, batch arithmetic, memory and time."""
+
+from datetime import datetime
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo.config.schema import Config, flatten, to_dict
+from grpo.data.card import check_permission
+from grpo.data.rows import BadRows, Example, extraction_report, load_examples
+from grpo.data.stream import prompt_token_ids, prompts_token_ids
+from grpo.data.streaming import peek
+from grpo.errors import ConfigError
+from grpo.models.strategies.base import Machine
+from grpo.rewards.scoring import RewardSum
+from grpo.rollout.engine import find_engine
+from grpo.run.build import check_names
+from grpo.tools.check_cost import describe_batch, least_operations, measure_matrix_rate, steps_of
+from grpo.tools.check_result import Check, PromptCheck
+from grpo.tools.check_rewards import check_rewards
+from grpo.tools.memory import estimate
+from grpo.tools.model_shape import tokenizer_and_shape
+from grpo.tracking.run_logger import check_trackers, choose_run_dir
+
+MEASURED_ROWS = 8_000
+"""Prompts tokenised for the length statistics. Of a larger file, rows at equal distances are taken."""
+
+
+def check(config: Config, machine: Machine | None = None) -> Check:
+    """Find out everything about a config that can be known before weights load.
+
+    Args:
+        config: The config.
+        machine: The machine to estimate memory for; default: one CPU process.
+
+    Raises:
+        ConfigError: `train` would refuse the config as well.
+    """
+    found = Check(config=flatten(to_dict(config)))
+    check_names(config.objective)
+    find_engine(config.rollout.engine)
+    score = RewardSum(config.rewards, config.reward_kwargs)
+    check_trackers(config.tracking.report_to)
+    found.run_dir = str(choose_run_dir(config, datetime.now()))
+    permission = check_permission(config.data)
+    if permission:
+        found.warnings.append(permission)
+    bad = BadRows(skip=config.data.bad_rows == "skip")
+    streaming = config.data.streaming
+    rows = peek(config.data, bad) if streaming else load_examples(config.data, "train", config.seed, bad)
+    if not rows:
+        raise ConfigError(f"data.name {config.data.name} gave no training rows")
+    found.data, found.rejected = extraction_report(rows, config.data, len(bad.rejected)), bad.rejected
+    if streaming:
+        found.data += f" (data.streaming: only the first {len(rows):,} rows were read)"
+    held_out = load_examples(config.data, "held_out", config.seed) if config.eval_every else []
+    score.check_columns(set(rows[0].columns))
+    tokenizer, model = tokenizer_and_shape(config, rows)
+    _check_questions(found, rows, held_out)
+    _check_lengths(found, config, rows, tokenizer)
+    check_rewards(found, score, rows, tokenizer)
+    prompts = None if streaming else round(len(rows) * (1 - found.too_long / found.measured))
+    found.batch, found.steps = describe_batch(config, prompts), steps_of(config, prompts)
+    _estimate_cost(found, config, model, machine)
+    return found
+
+
+def _check_lengths(found: Check, config: Config, rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tokenise prompts: their lengths, those over the limit, and the first two as the model reads them."""
+    measured = rows if len(rows) <= MEASURED_ROWS else rows[:: -(-len(rows) // MEASURED_ROWS)]
+    messages = [row.messages for row in measured]
+    blocks = [prompts_token_ids(messages[start : start + 1000], tokenizer) for start in range(0, len(messages), 1000)]
+    lengths = sorted(len(ids) for block in blocks for ids in block)
+    found.measured = len(measured)
+    found.lengths = {
+        "shortest": lengths[0],
+        "median": lengths[len(lengths) // 2],
+        "95 %": lengths[min(len(lengths) - 1, len(lengths) * 95 // 100)],
+        "max": lengths[-1],
+    }
+    for row in rows[:2]:
+        ids = prompt_token_ids(row.messages, tokenizer)
+        answer = row.columns.get("answer")
+        found.prompts.append(PromptCheck(str(tokenizer.decode(ids)), len(ids), None if answer is None else str(answer)))
+    limit = config.data.max_prompt_length
+    if limit is None:
+        return
+    found.too_long = sum(length > limit for length in lengths)
+    found.lengths["max"] = min(limit, lengths[-1])
+    if found.too_long == len(lengths):
+        raise ConfigError(
+            f"data.max_prompt_length is {limit}, which leaves none of the {len(lengths)} prompts (the shortest has "
+            f"{lengths[0]} tokens): raise it"
+        )
+    if found.too_long:
+        of = "" if len(lengths) == len(rows) else f" of the {len(lengths):,} measured"
+        found.warnings.append(f"{found.too_long}{of} prompts are longer than data.max_prompt_length {limit}: left out")
+
+
+def _check_questions(found: Check, rows: list[Example], held_out: list[Example]) -> None:
+    """Count rows, repeated questions, and held-out questions that are trained on."""
+    found.rows, found.held_out = len(rows), len(held_out)
+    found.with_answer = sum(row.columns.get("answer") is not None for row in rows)
+    seen = {_question(row) for row in rows}
+    found.duplicates = len(rows) - len(seen)
+    found.overlap = sum(_question(row) in seen for row in held_out)
+    if found.overlap:
+        found.problems.append(
+            f"{found.overlap} of {len(held_out)} held-out questions are among the training rows: the evaluation would "
+            f"measure memory. Remove them from data.path or data.eval_path"
+        )
+    if found.duplicates:
+        found.warnings.append(f"{found.duplicates} training rows repeat a question of another row")
+
+
+def _question(row: Example) -> str:
+    return " ".join(str(row.columns.get("question", row.messages)).split())
+
+
+def _estimate_cost(found: Check, config: Config, model: PreTrainedModel, machine: Machine | None) -> None:
+    found.parameters = sum(parameter.numel() for parameter in model.parameters())
+    found.memory = estimate(config, model, found.lengths["max"], machine or Machine())
+    found.matrix_rate = measure_matrix_rate()
+    operations = least_operations(config, found.parameters, found.lengths["median"])
+    found.least_seconds_per_step = operations / found.matrix_rate

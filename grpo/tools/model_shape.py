@@ -1,0 +1,55 @@
+"""A model's shape and tokenizer, without its weights."""
+
+import random
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo.config.schema import Config
+from grpo.data.rows import Example
+from grpo.data.tokenizer import load_tokenizer
+from grpo.errors import ConfigError
+from grpo.models.tiny import GSM8K_RECIPE, Recipe, completion_text, generate_problems, make_model, make_tokenizer
+
+
+def tokenizer_and_shape(config: Config, rows: list[Example]) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Return the tokenizer, and the model on the "meta" device.
+
+    Args:
+        config: `model.name` is a folder, a hub id, or "starter" for the tiny model, which is built without warm-up.
+        rows: Training rows; the tiny model's tokenizer is made from them.
+
+    Raises:
+        ConfigError: The model's config or tokenizer cannot be loaded.
+    """
+    name = config.model.name
+    if name == "starter":
+        return _tiny_model(config, rows)
+    tokenizer = load_tokenizer(name, config.model.gguf_file)
+    try:
+        shape = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with torch.device("meta"):
+            return tokenizer, AutoModelForCausalLM.from_config(shape)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name '{name}' cannot be loaded: {error}") from error
+
+
+def _tiny_model(config: Config, rows: list[Example]) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    if config.data.name == "arithmetic":
+        recipe = Recipe()
+        problems = generate_problems(recipe.problems, seed=config.seed, split="train")
+    else:
+        recipe = GSM8K_RECIPE
+        problems = [_problem(row) for row in rows]
+    chance = random.Random(f"starter {config.seed}")
+    texts = [(row["question"], completion_text(row["answer"], recipe, chance)) for row in problems]
+    tokenizer = make_tokenizer([part for text in texts for part in text], recipe.vocabulary)
+    with torch.device("meta"):
+        return tokenizer, make_model(tokenizer, recipe)
+
+
+def _problem(row: Example) -> dict[str, str]:
+    return {
+        "question": str(row.columns.get("question", "")),
+        "answer": str(row.columns.get("solution") or row.columns.get("answer") or ""),
+    }
