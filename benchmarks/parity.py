@@ -246,10 +246,9 @@ def run_ours(case: Case, folder: Path) -> Outcome:
     from accelerate import Accelerator
 
     from grpo.config.schema import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, SamplingConfig
-    from grpo.experience import Sampled, compute_advantages
+    from grpo.experience import ExperienceCollector, Sampled
     from grpo.policy import Policy
     from grpo.rewards.scoring import Scores
-    from grpo.run.state import Progress
     from grpo.runtime.timing import Clock
     from grpo.trainer import update
 
@@ -295,11 +294,14 @@ def run_ours(case: Case, folder: Path) -> Outcome:
         config=config,
         accelerator=policy.accelerator,
         policy=policy,
-        progress=Progress(beta=config.objective.beta),
-        score=SimpleNamespace(weights={"first": 1.0, "second": 0.5}),
+        beta=config.objective.beta,
     )
+    unused: Any = None
+    rewards: Any = SimpleNamespace(weights={"first": 1.0, "second": 0.5})
+    collector = ExperienceCollector(config, policy.accelerator, policy, unused, unused, rewards)
     sums = Sums()
-    update(run, compute_advantages(run, Sampled(case.groups(), scores, list(range(prompts))), sums), sums, Clock())
+    sampled = Sampled(case.groups(), scores, list(range(prompts)))
+    update(run, collector.compute_advantages(sampled, run.beta, sums), sums, Clock())
     outcome.weights = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     outcome.clipped = sums.mean("clipped")
     return outcome

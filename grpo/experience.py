@@ -1,230 +1,246 @@
-"""Experience: prompts -> sampled and scored groups -> what is learned from: the completions that count, and their advantages.
+"""Experience: prompts -> sampled groups -> rewards -> advantages -> packed batches.
 
-Everything here is the plain loop unless a setting asks for more:
+The default path is short. Each of these settings adds one thing to it:
 
-    sampling.dynamic_sampling      flat groups are left out, other prompts are sampled in their place
-    objective.soft_overlong_cache  one more reward
-    objective.subset               only some completions of each group are kept
-    objective.kl_in_reward         the KL to the reference is taken off the reward
-    rollout.max_staleness          completions of later steps are sampled meanwhile (grpo/rollout/async_sampler.py)
+    sampling.dynamic_sampling      flat groups are dropped and other prompts sampled in their place
+    objective.soft_overlong_cache  one more reward: a length penalty
+    objective.subset               only some completions of each group are trained
+    objective.kl_in_reward         the KL to the reference is subtracted from the reward
+    rollout.max_staleness          later steps are sampled meanwhile (grpo/rollout/async_sampler.py)
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from grpo.advantages import ADVANTAGES, SUBSETS, overlong_penalty
 from grpo.config.schema import Config, ObjectiveConfig
+from grpo.data.stream import PromptStream
+from grpo.data.streaming import StreamedPrompts
 from grpo.kl import kl_estimate
 from grpo.losses import by_name, find_objective, per_sequence
 from grpo.models.logprob_model import probe_batch
 from grpo.packing import PackedBatch, pack
-from grpo.rewards.scoring import Scores
+from grpo.policy import Policy
+from grpo.rewards.scoring import RewardSum, Scores
+from grpo.rollout.async_sampler import AsyncSampler
 from grpo.runtime.distributed import gather_rows, max_over_ranks, sum_over_ranks
+from grpo.runtime.oom import phase
 from grpo.runtime.sums import Sums
+from grpo.runtime.timing import Clock
 from grpo.types import Group, Prompt
 
-if TYPE_CHECKING:
-    from grpo.run.state import Run
-    from grpo.runtime.timing import Clock
+
+@dataclass(frozen=True)
+class Packed:
+    """The batches of one set of completions, on the device."""
+
+    batches: list[PackedBatch]
+    """As many on every rank: a rank with fewer real ones is padded with zero-weight batches."""
+    real: int
+    """Number of batches that are not padding."""
+    references: list[Tensor | None] | None = None
+    """[N] reference logprobs of each batch; None: not computed yet."""
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """All that this rank sampled in a step, and which of it is learned from."""
+    """The completions that this rank sampled in one step, and their rewards."""
 
     groups: list[Group]
     scores: Scores
-    rows: list[int]
-    """indices into groups"""
+    kept: list[int]
+    """Indices of the groups to train on."""
     rounds: int = 1
-    references: list[Tensor | None] | None = None
-    """logprobs of the reference for each packed batch, where they could be computed while the rewards were"""
+    """Rounds of sampling (dynamic sampling)."""
+    packed: Packed | None = None
+    """All completions, where they could be packed before the rewards were known."""
     seconds: float = 0.0
-    """of sampling"""
+    """Time spent sampling."""
     staleness: int = 0
-    """Steps that the policy has taken since it was the one that sampled."""
+    """Optimizer steps between the policy that sampled and the one that trains."""
 
 
 @dataclass(frozen=True)
 class Experience:
-    """What is learned from. P groups (fewer than were sampled, where some were left out), G completions each."""
+    """The data of one training step. P groups, fewer than were sampled where some were dropped; G completions each."""
 
     groups: list[Group]
-    advantages_PG: Tensor
+    packed: Packed
     all_advantages_PG: Tensor
-    """Of everything that was sampled, 0 for what was left out: for the records."""
-    references: list[Tensor | None] | None = None
-    """See Sampled."""
+    """Advantages of everything that was sampled, 0 for what was dropped: for the records."""
 
 
-def sample(run: "Run", done: int, clock: "Clock") -> Sampled:
-    """The next prompts_per_step prompts, completed and scored; with dynamic_sampling, that many groups that are not flat
-    (DAPO, arXiv 2503.14476, section 3.2), or what max_sampling_rounds gave.
+@dataclass
+class ExperienceCollector:
+    """Collects the experience of each step on this rank."""
 
-    Which prompts come next is counted (`run.progress.draws`), so a resumed run, and any number of ranks, sample the same.
-    `done` counts the steps that the policy has taken.
-    """
-    config, accelerator = run.config, run.accelerator
-    dynamic, wanted = config.sampling.dynamic_sampling, config.prompts_per_step
-    groups: list[Group] = []
-    scores: list[Scores] = []
-    kept: list[int] = []
-    found, rounds, seconds, version = 0, 0, 0.0, done
-    references: list[Tensor | None] | None = None
-    while rounds < (config.sampling.max_sampling_rounds if dynamic else 1) and found < wanted:
-        count = math.ceil((wanted - found) * config.sampling.oversample) if dynamic else wanted
-        batch = run.ahead.take(lambda count=count: next_prompts(run, count), done)  # type: ignore[misc]
-        new, version = batch.groups, batch.version
-        seconds += batch.seconds
-        clock.lap("rollout")
-        run.score.submit(new)
-        if packed_before_rewards(run.config):
-            references = run.policy.reference_logprobs(
-                packed(run, new, torch.zeros(len(new), config.sampling.num_generations))[0]
-            )
-        clock.lap("reference")
-        scores.append(scored(run, new))
-        clock.lap("reward")
-        kept += [len(groups) + p for p in range(len(new)) if not dynamic or varies(scores[-1].rewards_PG[p])]
-        groups += new
-        rounds += 1
-        found = int(sum_over_ranks(accelerator, [float(len(kept))])[0])
-    if dynamic and found > wanted:  # the first ones drawn, whoever has them: the same for any number of ranks
-        everyone = gather_rows(accelerator, [{"draw": groups[row].prompt.draw} for row in kept])
-        taken = set(sorted(row["draw"] for row in everyone)[:wanted])
-        kept = [row for row in kept if groups[row].prompt.draw in taken]
-    return Sampled(groups, joined(scores), kept, rounds, references, seconds, done - version)
+    config: Config
+    accelerator: Accelerator
+    policy: Policy
+    sampler: AsyncSampler
+    prompts: PromptStream | StreamedPrompts
+    rewards: RewardSum
+    prompts_drawn: int = 0
+    """Prompts drawn so far, over all ranks. It determines the next ones, so that a resumed run, and any number of
+    ranks, sample the same."""
 
+    @phase("sampling")
+    def sample(self, step: int, clock: Clock) -> Sampled:
+        """Sample and score the completions of `step` (counted from 1).
 
-def next_prompts(run: "Run", count: int) -> list[Prompt]:
-    """This rank's share of the next `count` prompts."""
-    rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    prompts = run.stream.draws(run.progress.draws, count, rank, world)
-    run.progress.draws += count
-    return prompts
+        With dynamic sampling (DAPO, arXiv 2503.14476, section 3.2), sample until prompts_per_step groups are not flat,
+        or max_sampling_rounds have passed.
+        """
+        config = self.config
+        dynamic, wanted = config.sampling.dynamic_sampling, config.prompts_per_step
+        groups: list[Group] = []
+        scores: list[Scores] = []
+        kept: list[int] = []
+        packed: Packed | None = None
+        found, rounds, seconds, version = 0, 0, 0.0, step - 1
+        while rounds < (config.sampling.max_sampling_rounds if dynamic else 1) and found < wanted:
+            count = math.ceil((wanted - found) * config.sampling.oversample) if dynamic else wanted
+            batch = self.sampler.next_batch(lambda count=count: self._next_prompts(count), step - 1)  # type: ignore[misc]
+            new, version = batch.groups, batch.version
+            seconds += batch.seconds
+            clock.lap("rollout")
+            self.rewards.submit(new)
+            if packed_before_rewards(config):  # the reference runs while the reward workers score
+                packed = self._with_references(self._pack(new))
+            clock.lap("reference")
+            scores.append(self._collect_scores(new))
+            clock.lap("reward")
+            kept += [len(groups) + p for p in range(len(new)) if not dynamic or _varies(scores[-1].rewards_PG[p])]
+            groups += new
+            rounds += 1
+            found = int(sum_over_ranks(self.accelerator, [float(len(kept))])[0])
+        if dynamic and found > wanted:  # keep those drawn first, on whichever rank: the same for any number of ranks
+            everyone = gather_rows(self.accelerator, [{"draw": groups[row].prompt.draw} for row in kept])
+            taken = set(sorted(row["draw"] for row in everyone)[:wanted])
+            kept = [row for row in kept if groups[row].prompt.draw in taken]
+        return Sampled(groups, _concatenate(scores), kept, rounds, packed, seconds, step - 1 - version)
 
+    @phase("learning")
+    def compute_advantages(self, sampled: Sampled, beta: float, sums: Sums) -> Experience:
+        """Select the completions to train on, compute their advantages, and pack them. `beta`: the KL coefficient."""
+        objective = self.config.objective
+        groups = [sampled.groups[row] for row in sampled.kept]
+        rewards_PG = sampled.scores.rewards_PG[sampled.kept]
+        by_reward = {name: values[sampled.kept] for name, values in sampled.scores.by_name.items()}
+        packed = sampled.packed
+        if objective.kl_in_reward:
+            packed = self._with_references(self._pack(groups))
+            rewards_PG = rewards_PG - beta * self._completion_kl(packed, rewards_PG, sums)
+        chosen_PK = self._choose(groups, rewards_PG)
+        rewards_PG = rewards_PG.gather(1, chosen_PK)
+        by_reward = {name: values.gather(1, chosen_PK) for name, values in by_reward.items()}
+        advantages_PG = self._estimate_advantages(rewards_PG, by_reward)
+        if packed is None or subset_of(objective) is not None:
+            groups = [
+                Group(group.prompt, [group.completions[s] for s in chosen])
+                for group, chosen in zip(groups, chosen_PK.tolist(), strict=True)
+            ]
+            packed = self._pack(groups, advantages_PG)
+        batches = packed.batches[: packed.real]
+        batches = [batch.with_advantages(advantages_PG) for batch in batches] + packed.batches[packed.real :]
+        everything = torch.zeros_like(sampled.scores.rewards_PG)
+        for row, chosen, advantages in zip(sampled.kept, chosen_PK, advantages_PG, strict=True):
+            everything[row, chosen] = advantages
+        return Experience(groups, replace(packed, batches=batches), everything)
 
-def varies(rewards_G: Tensor) -> bool:
-    known = rewards_G[~rewards_G.isnan()]
-    return len(known) > 0 and bool(known.min() < known.max())
+    def _next_prompts(self, count: int) -> list[Prompt]:
+        """Draw the next `count` prompts and return this rank's share."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        prompts = self.prompts.draws(self.prompts_drawn, count, rank, world)
+        self.prompts_drawn += count
+        return prompts
 
+    def _collect_scores(self, groups: list[Group]) -> Scores:
+        """Return the rewards of the submitted groups, with DAPO's overlong penalty as one more where it is set."""
+        scores, cache = self.rewards.collect(), self.config.objective.soft_overlong_cache
+        if not cache:
+            return scores
+        penalty_PG = overlong_penalty(lengths_of(groups), self.config.sampling.max_completion_length, cache)
+        by_reward = {**scores.by_name, "overlong": penalty_PG}
+        return replace(scores, rewards_PG=scores.rewards_PG + penalty_PG, by_name=by_reward)
 
-def scored(run: "Run", groups: list[Group]) -> Scores:
-    """The rewards of what was submitted, and DAPO's overlong penalty as one more where it is asked for."""
-    scores = run.score.collect()
-    cache = run.config.objective.soft_overlong_cache
-    if not cache:
-        return scores
-    penalty_PG = overlong_penalty(lengths_of(groups), run.config.sampling.max_completion_length, cache)
-    return replace(
-        scores, rewards_PG=scores.rewards_PG + penalty_PG, by_name={**scores.by_name, "overlong": penalty_PG}
-    )
+    def _pack(self, groups: list[Group], advantages_PG: Tensor | None = None) -> Packed:
+        """Pack the groups on the device. With advantages, completions that cannot contribute a gradient are left out."""
+        objective, policy = self.config.objective, self.policy
+        batches = pack(
+            groups,
+            advantages_PG,
+            max_tokens=self.config.tokens_per_batch,
+            mask_truncated=objective.mask_truncated_completions,
+            skip_flat=not kl_in_loss(objective) and objective.entropy_coef == 0,
+            share_prompts=policy.shares_prompts,
+        )
+        rounds, real = max_over_ranks(self.accelerator, len(batches)), len(batches)
+        batches += [probe_batch(policy.model.config.vocab_size)] * (rounds - real)
+        return Packed([batch.to(policy.device) for batch in batches], real)
 
+    def _with_references(self, packed: Packed) -> Packed:
+        return replace(packed, references=self.policy.reference_logprobs(packed.batches))
 
-def joined(parts: list[Scores]) -> Scores:
-    """Rounds of sampling -> one. A round in which this rank had no prompt adds nothing."""
-    real = [part for part in parts if len(part.rewards_PG)] or parts[:1]
-    names = real[0].by_name
-    return Scores(
-        torch.cat([part.rewards_PG for part in real]),
-        {name: torch.cat([part.by_name[name] for part in real]) for name in names},
-        [failure for part in real for failure in part.failures],
-    )
+    def _completion_kl(self, packed: Packed, rewards_PG: Tensor, sums: Sums) -> Tensor:
+        """Return the KL estimate [P, G] of each completion: the sum over its tokens. The rewards [P, G] give the shape."""
+        kl = torch.zeros(rewards_PG.numel(), dtype=torch.float64)
+        references = packed.references or []
+        for batch, reference_N in zip(packed.batches[: packed.real], references[: packed.real], strict=True):
+            if reference_N is not None:
+                kl_N = kl_estimate(batch.sampling_logprobs_N, reference_N, self.config.objective.kl_estimator)
+                first_S = batch.lengths_S.cumsum(0) - batch.lengths_S
+                kl[batch.completion_S.cpu()] = per_sequence(kl_N, batch)[first_S].cpu().double()
+                sums.add("kl", kl_N.sum(), len(kl_N))
+        return kl.reshape(rewards_PG.shape)
 
+    def _choose(self, groups: list[Group], rewards_PG: Tensor) -> Tensor:
+        """Return the indices [P, K] of the completions to train on: all of them, unless objective.subset is set."""
+        objective, size = self.config.objective, rewards_PG.shape[1]
+        name = subset_of(objective)
+        if name is None or not len(groups):
+            return torch.arange(size).expand(len(groups), -1)
+        return SUBSETS.get(name)(rewards_PG, lengths_of(groups), objective.subset_size or max(2, size // 2))
 
-def lengths_of(groups: list[Group]) -> Tensor:
-    """[P, G] float64: completion lengths."""
-    return torch.tensor([[len(c.token_ids) for c in group.completions] for group in groups], dtype=torch.float64)
-
-
-def compute_advantages(run: "Run", sampled: Sampled, sums: Sums) -> Experience:
-    """Which completions count, and how much better each was than what it is compared with."""
-    groups = [sampled.groups[row] for row in sampled.rows]
-    rewards_PG, by_reward = sampled.scores.rewards_PG[sampled.rows], sampled.scores.by_name
-    by_reward = {name: values[sampled.rows] for name, values in by_reward.items()}
-    if run.config.objective.kl_in_reward:
-        rewards_PG = rewards_PG - run.progress.beta * completion_kl(run, groups, sums)
-    chosen_PK = chosen_completions(run, groups, rewards_PG)
-    groups = [
-        Group(group.prompt, [group.completions[s] for s in chosen])
-        for group, chosen in zip(groups, chosen_PK.tolist(), strict=True)
-    ]
-    rewards_PG = rewards_PG.gather(1, chosen_PK)
-    by_reward = {name: values.gather(1, chosen_PK) for name, values in by_reward.items()}
-    advantages_PG = estimated(run, rewards_PG, by_reward)
-    everything = torch.zeros_like(sampled.scores.rewards_PG)
-    for row, chosen, advantages in zip(sampled.rows, chosen_PK, advantages_PG, strict=True):
-        everything[row, chosen] = advantages
-    return Experience(groups, advantages_PG, everything, sampled.references)
+    def _estimate_advantages(self, rewards_PG: Tensor, by_reward: dict[str, Tensor]) -> Tensor:
+        """Return the advantages [P, G] of this rank's groups. The estimator sees the rewards of all ranks."""
+        rank = self.accelerator.process_index
+        rows = gather_rows(self.accelerator, [{"rank": rank, "rewards": rewards_PG, "by_reward": by_reward}])
+        if not len(rewards_PG):
+            return rewards_PG
+        rows = [row for row in rows if len(row["rewards"])]
+        offered = {
+            "rewards_PG": torch.cat([row["rewards"] for row in rows]),
+            "by_reward": {name: torch.cat([row["by_reward"][name] for row in rows]) for name in by_reward},
+            "weights": {"overlong": 1.0, **self.rewards.weights},
+            "scale": self.config.objective.scale_rewards,
+        }
+        before = sum(len(row["rewards"]) for row in rows if row["rank"] < rank)
+        everyone = by_name(ADVANTAGES.get(estimator_of(self.config.objective)), offered)
+        return everyone[before : before + len(rewards_PG)]
 
 
 def kl_in_loss(objective: ObjectiveConfig) -> bool:
+    """Return whether the KL to the reference is a term of the loss."""
     return objective.beta > 0 and not objective.kl_in_reward
 
 
 def packed_before_rewards(config: Config) -> bool:
-    """Whether what goes through the model is known before the rewards are: then the reference can go first."""
+    """Return whether the training set is known before the rewards: then the reference can run meanwhile."""
     return kl_in_loss(config.objective) and not config.sampling.dynamic_sampling and subset_of(config.objective) is None
 
 
-def packed(run: "Run", groups: list[Group], advantages_PG: Tensor) -> tuple[list[PackedBatch], int]:
-    """-> what goes through the model, on its device, and how many of the batches are real.
-
-    Every rank goes through the model equally often: one with less to train joins with empty-weighted batches.
-    """
-    config, policy = run.config.objective, run.policy
-    batches = pack(
-        groups,
-        advantages_PG,
-        max_tokens=run.config.tokens_per_batch,
-        mask_truncated=config.mask_truncated_completions,
-        skip_flat=not kl_in_loss(config) and config.entropy_coef == 0,  # then a zero advantage means a zero gradient
-        share_prompts=policy.shares_prompts,
-    )
-    rounds, real = max_over_ranks(run.accelerator, len(batches)), len(batches)
-    batches += [probe_batch(policy.model.config.vocab_size)] * (rounds - real)
-    return [batch.to(policy.device) for batch in batches], real
-
-
-def chosen_completions(run: "Run", groups: list[Group], rewards_PG: Tensor) -> Tensor:
-    """[P, K] indices of the completions that are learned from: all of them, without objective.subset."""
-    objective, size = run.config.objective, rewards_PG.shape[1]
-    name = subset_of(objective)
-    if name is None or not len(groups):
-        return torch.arange(size).expand(len(groups), -1)
-    keep = objective.subset_size or max(2, size // 2)
-    return SUBSETS.get(name)(rewards_PG, lengths_of(groups), keep)
-
-
 def subset_of(objective: ObjectiveConfig) -> str | None:
-    """The config's own, else what loss_type implies."""
+    """Return objective.subset, or the one that loss_type implies."""
     return objective.subset or find_objective(objective.loss_type).implied.get("subset")
 
 
-def estimated(run: "Run", rewards_PG: Tensor, by_reward: dict[str, Tensor]) -> Tensor:
-    """[P, G] advantages of this rank's groups; the estimator sees the rewards of all ranks."""
-    rank = run.accelerator.process_index
-    rows = gather_rows(run.accelerator, [{"rank": rank, "rewards": rewards_PG, "by_reward": by_reward}])
-    if not len(rewards_PG):
-        return rewards_PG
-    rows = [row for row in rows if len(row["rewards"])]
-    offered = {
-        "rewards_PG": torch.cat([row["rewards"] for row in rows]),
-        "by_reward": {name: torch.cat([row["by_reward"][name] for row in rows]) for name in by_reward},
-        "weights": {"overlong": 1.0, **run.score.weights},
-        "scale": run.config.objective.scale_rewards,
-    }
-    before = sum(len(row["rewards"]) for row in rows if row["rank"] < rank)
-    everyone = by_name(ADVANTAGES.get(estimator_of(run.config.objective)), offered)
-    return everyone[before : before + len(rewards_PG)]
-
-
 def estimator_of(objective: ObjectiveConfig) -> str:
-    """The advantage estimator: the config's own, else what loss_type implies, else group."""
+    """Return the name of the advantage estimator: the config's own, else the one that loss_type implies, else group."""
     if objective.advantage_estimator:
         return objective.advantage_estimator
     if objective.multi_objective_aggregation == "normalize_then_sum":
@@ -232,20 +248,21 @@ def estimator_of(objective: ObjectiveConfig) -> str:
     return find_objective(objective.loss_type).implied.get("advantage_estimator", "group")
 
 
-def completion_kl(run: "Run", groups: list[Group], sums: Sums) -> Tensor:
-    """[P, G]: the KL estimate of each whole completion, sum over its tokens of log p(sampling) - log p(reference) for k1."""
-    size = len(groups[0].completions) if groups else 0
-    kl = torch.zeros(len(groups) * size)
-    # The place of each completion travels in the advantages, which nothing reads here: so packing may reorder.
-    places_PG = torch.arange(len(groups) * size, dtype=torch.float64).reshape(len(groups), size)
-    batches = pack(groups, places_PG, max_tokens=run.config.tokens_per_batch)
-    empty = [probe_batch(run.policy.model.config.vocab_size)] * (
-        max_over_ranks(run.accelerator, len(batches)) - len(batches)
+def lengths_of(groups: list[Group]) -> Tensor:
+    """Return the completion lengths [P, G] in tokens, float64."""
+    return torch.tensor([[len(c.token_ids) for c in group.completions] for group in groups], dtype=torch.float64)
+
+
+def _varies(rewards_G: Tensor) -> bool:
+    known = rewards_G[~rewards_G.isnan()]
+    return len(known) > 0 and bool(known.min() < known.max())
+
+
+def _concatenate(parts: list[Scores]) -> Scores:
+    """Concatenate the scores of several rounds of sampling, without those in which this rank had no prompt."""
+    real = [part for part in parts if len(part.rewards_PG)] or parts[:1]
+    return Scores(
+        torch.cat([part.rewards_PG for part in real]),
+        {name: torch.cat([part.by_name[name] for part in real]) for name in real[0].by_name},
+        [failure for part in real for failure in part.failures],
     )
-    for index, batch in enumerate(batches + empty):
-        reference_N = run.policy.reference_logprobs([batch.to(run.policy.device)])[0]
-        if index < len(batches) and reference_N is not None:
-            kl_N = kl_estimate(batch.sampling_logprobs_N, reference_N.cpu(), run.config.objective.kl_estimator)
-            kl[batch.advantages_N.long()] = per_sequence(kl_N, batch)
-            sums.add("kl", kl_N.sum(), len(kl_N))
-    return kl.reshape(len(groups), size).to(torch.float64)

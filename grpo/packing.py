@@ -1,14 +1,15 @@
-"""Packing: groups + advantages -> packed batches of tokens laid end to end, under a token budget.
+"""Packing: groups -> batches of tokens laid end to end, each under a token budget. A group's prompt is laid down once.
 
 The one alignment rule: every [N] tensor at index n describes completion token n, and logprobs[n] is
 log p(token n | the tokens before it in its own sequence). The shift by one happens here, once, as `predictor_N`.
 
-    # one group: prompt [5 6], completions [7 8] and [9]       T = 5, N = 3
+    # one group: prompt [5 6], completions [7 8] and [9]       T = 5, N = 3, S = 2
     # input_ids_T   5  6  7  8  9
     # positions_T   0  1  2  3  2      a completion's positions go on from its prompt's
-    # tokens_N            7  8  9      what the loss is about
+    # tokens_N            7  8  9      the tokens in the loss
     # predictor_N         1  2  1      index into T of the token before it: both completions follow the prompt's last
     # sequence_N          0  0  1
+    # completion_S        0     1      index into the P * G completions
 """
 
 import itertools
@@ -23,7 +24,7 @@ from grpo.types import Group
 
 @dataclass
 class PackedBatch:
-    """What goes through the model at once. T packed tokens, N completion tokens, S sequences."""
+    """The input of one forward pass. T packed tokens, N completion tokens, S sequences (completions)."""
 
     input_ids_T: Tensor
     positions_T: Tensor
@@ -31,29 +32,38 @@ class PackedBatch:
     predictor_N: Tensor
     tokens_N: Tensor
     sequence_N: Tensor
-    """[N] which of the S sequences each completion token belongs to."""
+    """[N] index of the sequence that each completion token belongs to."""
     advantages_N: Tensor
-    """[N] float32; the same for all tokens of one completion."""
+    """[N] float32; the same for all tokens of one completion. Zeros until `with_advantages`."""
     sampling_logprobs_N: Tensor
-    """[N] float32, recorded as the tokens were drawn."""
+    """[N] float32, recorded when the tokens were sampled."""
     weights_N: Tensor
     """[N] float32: 1 where the token counts in the loss, 0 where its completion is masked."""
     lengths_S: Tensor
     """[S] completion lengths in tokens."""
+    completion_S: Tensor
+    """[S] index of each sequence among the P * G completions that were packed."""
 
     @property
     def layout(self) -> PackedLayout:
-        """A fresh attention layout on the device of the tokens."""
+        """A new attention layout on the device of the tokens."""
         return PackedLayout(self.spans, self.input_ids_T.device)
 
     def to(self, device: torch.device) -> "PackedBatch":
+        """Return the batch with its tensors on `device`."""
         moved = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)  # type: ignore[arg-type]
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """The same sequences as plain right-padded rows, for models whose attention cannot be swapped, and as the oracle.
+    def with_advantages(self, advantages_PG: Tensor) -> "PackedBatch":
+        """Return the batch with the advantages [P, G] of the completions that were packed."""
+        advantages_S = advantages_PG.flatten().to(self.completion_S.device)[self.completion_S].float()
+        return replace(self, advantages_N=advantages_S[self.sequence_N])
 
-        -> ids [S, L], predictor [N] as an index into the flattened [S * L].
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Unpack to plain right-padded rows, for models without packed attention, and as the oracle of the tests.
+
+        Returns:
+            ids [S, L] and the predictor [N] as an index into the flattened [S * L].
         """
         ids = self.input_ids_T.tolist()
         sequences, first = [], []
@@ -77,21 +87,28 @@ class PackedBatch:
 
 def pack(
     groups: list[Group],
-    advantages_PG: Tensor,
+    advantages_PG: Tensor | None = None,
     *,
     max_tokens: int,
     mask_truncated: bool = False,
     skip_flat: bool = False,
     share_prompts: bool = False,
 ) -> list[PackedBatch]:
-    """Groups laid end to end in batches of at most `max_tokens` tokens. advantages_PG is [P, G].
+    """Lay groups end to end in batches of at most `max_tokens` tokens. A larger group is split over several batches.
 
-    A group that is larger than a batch is split; its prompt is then laid down again. `mask_truncated` gives completions
-    that were cut off weight 0 (DAPO's overlong filter, arXiv 2503.14476). `skip_flat` leaves out completions whose
-    advantage is exactly 0: exact only where no KL is in the loss, since then they have no gradient.
-    `share_prompts`: only the last of its batches has the prompt in the row that goes through the model, which is what the
-    budget holds (grpo/models/shared_prompt.py). As stored here, each batch is complete by itself.
-    Raises ValueError if a single prompt and completion exceed the budget.
+    Args:
+        groups: P groups of G completions.
+        advantages_PG: [P, G]; None where they are attached later (`PackedBatch.with_advantages`).
+        max_tokens: Token budget of a batch.
+        mask_truncated: Give completions that were cut off weight 0 (DAPO's overlong filter, arXiv 2503.14476).
+        skip_flat: Leave out completions with an advantage of exactly 0. Exact only without a KL or entropy term in
+            the loss: then they have no gradient.
+        share_prompts: Of the parts of a split group, only the last one is laid down with its prompt in the budget;
+            the others read the prompt's keys and values (grpo/models/shared_prompt.py). Each batch, as stored here, is
+            complete by itself either way.
+
+    Raises:
+        ValueError: A single prompt and completion exceed the budget.
     """
     batches: list[list[_Part]] = [[]]
     used = 0
@@ -100,7 +117,8 @@ def pack(
         lengths = {
             sample: len(completion.token_ids)
             for sample, completion in enumerate(group.completions)
-            if completion.token_ids and not (skip_flat and advantages_PG[row, sample] == 0)
+            if completion.token_ids
+            and not (skip_flat and advantages_PG is not None and advantages_PG[row, sample] == 0)
         }
         for length in lengths.values():
             if prompt_length + length > max_tokens:
@@ -116,8 +134,7 @@ def pack(
                 size = used if share_prompts else used + prompt_length
                 sizes = itertools.accumulate((lengths[sample] for sample in left), initial=size)
                 fit = sum(total <= max_tokens for total in itertools.islice(sizes, 1, None))
-                # The prompt has its place in the last batch, so with it a completion.
-                chosen = left[: min(fit, len(left) - 1)]
+                chosen = left[: min(fit, len(left) - 1)]  # the last batch holds the prompt, so at least one completion
             if chosen:
                 parts.append(_Part(group, row, chosen))
                 batches[-1].append(parts[-1])
@@ -130,7 +147,8 @@ def pack(
             split = SplitGroup(len(parts))
             for part in parts:
                 part.split, part.last = split, part is parts[-1]
-    return [_lay(parts, advantages_PG, mask_truncated) for parts in batches if parts]
+    packed = [_lay(parts, mask_truncated) for parts in batches if parts]
+    return packed if advantages_PG is None else [batch.with_advantages(advantages_PG) for batch in packed]
 
 
 @dataclass
@@ -144,14 +162,14 @@ class _Part:
     last: bool = True
 
 
-def _lay(parts: list[_Part], advantages_PG: Tensor, mask_truncated: bool) -> PackedBatch:
+def _lay(parts: list[_Part], mask_truncated: bool) -> PackedBatch:
     ids: list[int] = []
     positions: list[int] = []
     spans: list[GroupSpan] = []
     predictor: list[int] = []
     tokens: list[int] = []
     lengths: list[int] = []
-    advantages: list[float] = []
+    sources: list[int] = []
     weights: list[float] = []
     sampling: list[float] = []
     for part in parts:
@@ -169,7 +187,7 @@ def _lay(parts: list[_Part], advantages_PG: Tensor, mask_truncated: bool) -> Pac
             tokens += completion.token_ids
             sampling += completion.logprobs
             lengths.append(length)
-            advantages.append(float(advantages_PG[part.row, sample]))
+            sources.append(part.row * len(group.completions) + sample)
             weights.append(0.0 if mask_truncated and not completion.ended else 1.0)
         own_lengths = tuple(len(group.completions[sample].token_ids) for sample in part.chosen)
         spans.append(GroupSpan(start, len(prompt), own_lengths, part.split, part.last))
@@ -181,8 +199,9 @@ def _lay(parts: list[_Part], advantages_PG: Tensor, mask_truncated: bool) -> Pac
         predictor_N=torch.tensor(predictor),
         tokens_N=torch.tensor(tokens),
         sequence_N=torch.arange(len(lengths)).repeat_interleave(lengths_S),
-        advantages_N=torch.tensor(advantages, dtype=torch.float32).repeat_interleave(lengths_S),
+        advantages_N=torch.zeros(len(tokens)),
         sampling_logprobs_N=torch.tensor(sampling, dtype=torch.float32),
         weights_N=torch.tensor(weights, dtype=torch.float32).repeat_interleave(lengths_S),
         lengths_S=lengths_S,
+        completion_S=torch.tensor(sources),
     )

@@ -1,12 +1,12 @@
-"""The nouns: Prompt -> Completion -> Group.
+"""Data types: Prompt -> Completion -> Group.
 
-Letters used in shapes everywhere:  P prompts · G completions per prompt · T packed tokens · N completion tokens
+Letters in shapes:  P prompts · G completions per prompt · T packed tokens · N completion tokens
 · S sequences · V vocabulary.
 
     a Prompt            "2 + 2 ="                        token_ids (5, 9, 5, 8)
     G = 2 Completions   " 4 <end>"  and  " 22 <end>"     token_ids [4, 0]       and [7, 7, 0]
     their logprobs      as they were drawn               logprobs  [-0.1, -0.0] and [-2.3, -0.4, -0.1]
-    a Group             the prompt with its completions; advantages compare completions inside one Group only
+    a Group             the prompt with its completions; advantages compare completions within one Group only
 """
 
 from dataclasses import dataclass, field
@@ -18,36 +18,36 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question as the model reads it."""
+    """One prompt as the model reads it."""
 
     draw: int
-    """The identity: how many prompts the run had drawn before this one. Never the text, so that a prompt that
-    appears twice in a step makes two groups. Sampling seeds count on it."""
+    """Identity: the number of prompts drawn before this one in the run. Never the text, so that a prompt that appears
+    twice in a step makes two groups. Sampling seeds depend on it."""
     messages: str | list[Message]
-    """What reward functions get as `prompts[i]`: chat messages, or plain text for a plain-text dataset."""
+    """Passed to reward functions as `prompts[i]`: chat messages, or plain text for a plain-text dataset."""
     token_ids: tuple[int, ...]
-    """The rendered prompt, chat template applied, exactly as fed to the model."""
+    """The rendered prompt, chat template applied, exactly as the model gets it."""
     columns: dict[str, Any] = field(default_factory=dict)
-    """Every other column of the row (answer, pair_id, ...), carried untouched to rewards, logs and evaluation."""
+    """Every other column of the row (answer, pair_id, ...), passed unchanged to rewards, logs and evaluation."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer. Trained on as sampled: the text is for rewards and people only."""
+    """One sampled completion. Training uses the token ids; the text is for rewards and logs only."""
 
     token_ids: list[int]
-    """The sampled ids, the end token included when there was one."""
+    """The sampled ids, including the end token if one was drawn."""
     logprobs: list[float]
-    """log p(token) under the sampling distribution, recorded as each token was drawn. Same length as token_ids."""
+    """log p(token) under the sampling distribution, recorded at sampling. Same length as token_ids."""
     ended: bool
     """True: the model drew an end token. False: cut off at max_completion_length."""
     text: str
-    """token_ids decoded, special tokens left out."""
+    """token_ids decoded, without special tokens."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt with its G completions. Lives whole on one rank, so advantages need no communication."""
+    """A prompt with its G completions. A group lives on one rank, so that its advantages need no communication."""
 
     prompt: Prompt
     completions: list[Completion]
@@ -55,7 +55,7 @@ class Group:
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """How completions are drawn. Seeds are counted: see grpo/rollout/sampling.py."""
+    """Sampling parameters. Seeds are counted: see grpo/rollout/sampling.py."""
 
     num_generations: int
     max_completion_length: int

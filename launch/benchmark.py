@@ -289,9 +289,9 @@ def run_ours(suite: Suite, folder: Path, _name: str) -> dict:
     from grpo.config.parser import load_config
     from grpo.rollout.engine import register_engine
     from grpo.rollout.native_engine import NativeEngine
-    from grpo.run.build import prepare
+    from grpo.run.build import build_run
     from grpo.runtime.signals import Signals
-    from grpo.trainer import loop
+    from grpo.trainer import training_loop
 
     prompt_tokens: list[int] = []
     completions = suite.prompts_per_step * suite.num_generations
@@ -336,10 +336,10 @@ def run_ours(suite: Suite, folder: Path, _name: str) -> dict:
             "tracking.log_completions": "false",
             "rewards": json.dumps(dict.fromkeys(REWARDS, 1.0)),
         }
-        run = prepare(load_config([f"--{key}={value}" for key, value in settings.items()]))
+        run = build_run(load_config([f"--{key}={value}" for key, value in settings.items()]))
         before = loaded_memory(suite.device)
         with Signals() as signals:
-            loop(run, signals)
+            training_loop(run, signals)
         memory = peak_memory(suite.device) - before
         run.close()
         rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed
 
 from grpo.config.parser import load_config
-from grpo.run.state import Run
+from grpo.run.records import Recorder
 from grpo.runtime.command import run_main
 
 KINDS = (
@@ -48,14 +48,14 @@ def main() -> None:
 
     for kind in KINDS:
         setattr(torch.distributed, kind, counted(kind))
-    record = Run.record
+    record = Recorder.record
 
-    def recorded(self: Run, done: int, *rest: Any) -> None:
+    def recorded(self: Recorder, done: int, *rest: Any) -> None:
         nonlocal step
         record(self, done, *rest)
         step = done + 1
 
-    Run.record = recorded  # type: ignore[method-assign]
+    Recorder.record = recorded  # type: ignore[method-assign]
     from grpo.trainer import train
 
     train(load_config())

@@ -16,8 +16,8 @@ from grpo.models.logprob_model import probe_batch
 from grpo.models.optimizer_state import Tensors
 from grpo.models.strategies.registry import start_accelerator
 from grpo.policy import Policy
-from grpo.run.build import read_checkpoint
 from grpo.run.checkpoint import load_checkpoint, save_checkpoint
+from grpo.run.checkpointer import read_checkpoint
 from tests.sharded_load import Peak
 
 

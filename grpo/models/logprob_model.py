@@ -109,4 +109,5 @@ def probe_batch(vocabulary: int) -> PackedBatch:
         zeros,
         zeros,
         lengths_S,
+        torch.arange(len(lengths)),
     )

@@ -1,10 +1,10 @@
-"""AsyncSampler: the prompts of later steps -> completions, sampled while the policy still learns from earlier ones.
+"""Asynchronous sampling: the prompts of later steps are completed while the policy learns from earlier ones.
 
-    max_staleness 0    sample 1, learn 1, sample 2, learn 2, ...           every completion is of the policy that learns from it
-    max_staleness 1    sample 1 | learn 1 and sample 2 | learn 2 and sample 3 | ...            of the policy one step before
+    max_staleness 0    sample 1, learn 1, sample 2, learn 2, ...           each step samples from the policy it trains
+    max_staleness 1    sample 1 | learn 1 and sample 2 | learn 2 and sample 3 | ...     from the policy one step before
 
-Which weights a step's completions are of is counted, never timed: those after step t - 1 - max_staleness for step t (the
-first ones for the first steps). So a run can be repeated, and stopped and resumed, to the bit, and nothing is ever older.
+The weights that a step samples from are counted, never timed: those after step t - 1 - max_staleness for step t (the
+initial ones for the first steps). So a run can be repeated, stopped and resumed to the bit, and nothing is older.
 """
 
 import json
@@ -15,58 +15,78 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
+from accelerate import Accelerator
 
-from grpo.types import Completion, Group, Prompt
+from grpo.rollout.engine import RolloutEngine
+from grpo.runtime.device import SideStream
+from grpo.types import Completion, Group, Prompt, SamplingPlan
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What one call of the engine made."""
+class SampledBatch:
+    """The result of one call of the engine."""
 
     groups: list[Group]
     seconds: float
-    """of sampling, whether anybody waited for it or not"""
+    """Time spent sampling, whether the training loop waited for it or not."""
     version: int
-    """Steps done by the policy that it was sampled from."""
+    """Optimizer steps of the policy that it was sampled from."""
 
 
 class AsyncSampler:
-    """Calls `generate` for this step and for the next `staleness` ones; those in a thread, if there are any.
+    """Samples the completions of this step and of the next `staleness` ones; those in a thread, if there are any.
 
-    The weights that `generate` reads may change only after `settle`.
+    The weights that the engine reads may change only after `wait`.
+
+    Args:
+        engine: The rollout engine.
+        plan: Number and length of the completions, temperature, seed.
+        accelerator: Gives the autocast context of the run and the device.
+        staleness: Number of steps that are sampled in advance.
+        steps_left: Number of steps whose sampling has not begun.
+        on_group: Called with each group as soon as it is complete, so that it can be scored early.
     """
 
     def __init__(
-        self, generate: Callable[[list[Prompt]], list[Group]], staleness: int, left: int, device: torch.device
+        self,
+        engine: RolloutEngine,
+        plan: SamplingPlan,
+        accelerator: Accelerator,
+        *,
+        staleness: int,
+        steps_left: int,
+        on_group: Callable[[Group], None] | None = None,
     ) -> None:
-        self.generate, self.staleness, self.device = generate, staleness, device
-        self.left = left
-        """Steps whose sampling has not begun."""
-        self._begun: deque[Future[Batch]] = deque()
+        self.engine, self.plan, self.accelerator = engine, plan, accelerator
+        self.staleness, self.steps_left, self.on_group = staleness, steps_left, on_group
+        self._pending: deque[Future[SampledBatch]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampling") if staleness else None
-        self._stream: torch.cuda.Stream | None = None
+        self._stream = SideStream(accelerator.device) if staleness else None
 
-    def take(self, draw: Callable[[], list[Prompt]], version: int) -> Batch:
-        """The completions of this step. `draw` gives the next step's prompts each time it is called; `version` counts the
-        steps that the weights have taken."""
-        while not self._begun or (len(self._begun) <= self.staleness and self.left > 0):
-            self._begin(draw(), version)
-            self.left -= 1
-        return self._begun.popleft().result()
+    def next_batch(self, draw_prompts: Callable[[], list[Prompt]], version: int) -> SampledBatch:
+        """Return the completions of this step.
 
-    def settle(self) -> None:
+        Args:
+            draw_prompts: Returns the prompts of the next step that is not being sampled yet, each time it is called.
+            version: Optimizer steps that the weights have taken.
+        """
+        while not self._pending or (len(self._pending) <= self.staleness and self.steps_left > 0):
+            self._start(draw_prompts(), version)
+            self.steps_left -= 1
+        return self._pending.popleft().result()
+
+    def wait(self) -> None:
         """Wait until nothing is being sampled."""
-        wait(self._begun)
+        wait(self._pending)
 
     def close(self) -> None:
-        """What has not begun never will."""
+        """Cancel what has not begun."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """What is sampled and not learned from yet, as plain values for a checkpoint: one row per group."""
-        self.settle()
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Return what was sampled and not trained on yet, as plain values: one row per group."""
+        self.wait()
         return [
             {
                 "place": place,
@@ -74,44 +94,41 @@ class AsyncSampler:
                 "prompt": asdict(group.prompt) | {"columns": json.loads(json.dumps(group.prompt.columns, default=str))},
                 "completions": [asdict(completion) for completion in group.completions],
             }
-            for place, batch in enumerate(future.result() for future in self._begun)
+            for place, batch in enumerate(future.result() for future in self._pending)
             for group in batch.groups
         ]
 
-    def load(self, rows: list[dict[str, Any]], rank: int, world: int) -> None:
-        """Go on from every rank's `rows`: this rank takes its share of them, whatever the number of ranks was."""
+    def load_state_dict(self, rows: list[dict[str, Any]]) -> None:
+        """Restore this rank's share of every rank's `rows`, whatever the number of ranks was."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
         for place in sorted({row["place"] for row in rows}):
             step = sorted((row for row in rows if row["place"] == place), key=lambda row: row["prompt"]["draw"])
-            future: Future[Batch] = Future()
-            future.set_result(Batch([_group(row) for row in step[rank::world]], 0.0, step[0]["version"]))
-            self._begun.append(future)
-            self.left -= 1
+            future: Future[SampledBatch] = Future()
+            future.set_result(SampledBatch([_group(row) for row in step[rank::world]], 0.0, step[0]["version"]))
+            self._pending.append(future)
+            self.steps_left -= 1
 
-    def _begin(self, prompts: list[Prompt], version: int) -> None:
-        def work() -> Batch:
-            start = time.perf_counter()
-            groups = self.generate(prompts)
-            return Batch(groups, time.perf_counter() - start, version)
-
-        if self._thread is not None:
-            self._begun.append(self._thread.submit(self._beside(work)))
+    def _start(self, prompts: list[Prompt], version: int) -> None:
+        if self._thread is not None and self._stream is not None:
+            self._stream.wait_for_default()  # the engine's weights have been copied on the default stream
+            self._pending.append(self._thread.submit(self._sample, prompts, version))
             return
-        future: Future[Batch] = Future()
-        future.set_result(work())
-        self._begun.append(future)
+        future: Future[SampledBatch] = Future()
+        future.set_result(self._sample(prompts, version))
+        self._pending.append(future)
 
-    def _beside(self, work: Callable[[], Batch]) -> Callable[[], Batch]:
-        """On CUDA, sampling has a stream of its own: one stream would run its kernels and training's one after the other."""
-        if self.device.type != "cuda":
-            return work
-        self._stream = self._stream or torch.cuda.Stream(self.device)
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))  # the weights have been copied
+    def _sample(self, prompts: list[Prompt], version: int) -> SampledBatch:
+        start = time.perf_counter()
+        if self._stream is None:
+            groups = self._generate(prompts)
+        else:
+            with self._stream.use():
+                groups = self._generate(prompts)
+        return SampledBatch(groups, time.perf_counter() - start, version)
 
-        def on_stream() -> Batch:
-            with torch.cuda.stream(self._stream):
-                return work()
-
-        return on_stream
+    def _generate(self, prompts: list[Prompt]) -> list[Group]:
+        with self.accelerator.autocast():
+            return self.engine.generate(prompts, self.plan, finished=self.on_group)
 
 
 def _group(row: dict[str, Any]) -> Group:

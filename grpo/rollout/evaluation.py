@@ -1,4 +1,4 @@
-"""Evaluation: held-out prompts -> accuracy and format, greedy or pass@k, through the same engine and rewards as training."""
+"""Evaluation: held-out prompts -> accuracy and format, greedy or pass@k, with the engine and rewards of training."""
 
 import math
 from dataclasses import dataclass
@@ -17,15 +17,18 @@ from grpo.runtime.statistics import mcnemar, mean_interval, pass_at_k, wilson_in
 from grpo.types import Group, Prompt, SamplingPlan
 
 SCORES = {"accuracy": 1.0, "xml_format": 1.0}
-"""What evaluation scores with, whatever the training rewards are."""
+"""Rewards of the evaluation, independent of the training rewards."""
 PROSE_SCORES = {"term_match": 1.0, "chrf": 1.0, "token_f1": 1.0}
-"""The same where the answers are prose with quoted terms: right = exactly the gold terms, format = any quoted term."""
+"""Rewards for prose with quoted terms: accuracy = exactly the gold terms, format = any quoted term."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics, and one row per completion: draw, sample, question, answer, completion, accuracy, flexible, format, length,
-    ended, and the row's other columns. accuracy and flexible are None where there is no gold answer."""
+    """Metrics, and one row per completion.
+
+    A row has draw, sample, question, answer, completion, accuracy, flexible, format, length, ended, and the other
+    columns. accuracy and flexible are None where there is no gold answer.
+    """
 
     metrics: dict[str, float]
     rows: list[dict]
@@ -42,12 +45,11 @@ def evaluate(
     seed: int = 0,
     prose: bool = False,
 ) -> Evaluation:
-    """Score `samples` completions of every prompt; temperature 0 is greedy. Every rank takes its share, every item counts
-    once, and all ranks return the same.
+    """Score `samples` completions of every prompt; temperature 0 is greedy. Collective: all ranks return the same.
 
-    Metrics: eval/accuracy, eval/accuracy_flexible (the last number, whatever the format), eval/format, eval/length_mean,
-    eval/truncated_fraction, eval/accuracy_ci95 (half the width of the 95 % interval), and eval/pass@k for k = 2, 4, ... up
-    to `samples`; with prose also eval/chrf and eval/token_f1.
+    Metrics: eval/accuracy, eval/accuracy_flexible (the last number, in any format), eval/format, eval/length_mean,
+    eval/truncated_fraction, eval/accuracy_ci95 (half the width of the 95 % interval), and eval/pass@k for k = 2, 4, ...
+    up to `samples`; with prose also eval/chrf and eval/token_f1.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     plan = SamplingPlan(samples, max_completion_length, temperature, seed)
@@ -55,7 +57,7 @@ def evaluate(
         groups = engine.generate(prompts[rank::world], plan)
     mine: list[dict] = []
     if groups:
-        accuracy_PG, format_PG, more = judge(groups, prose)
+        accuracy_PG, format_PG, more = score_groups(groups, prose)
         for p, group in enumerate(groups):
             gold = group.prompt.columns.get("answer")
             unknown = gold is None
@@ -68,7 +70,7 @@ def evaluate(
                         "answer": gold,
                         "completion": completion.text,
                         "accuracy": None if unknown else float(accuracy_PG[p, s].nan_to_num()),
-                        "flexible": None if unknown else float(is_right_somehow(completion.text, gold)),
+                        "flexible": None if unknown else float(is_correct_in_any_format(completion.text, gold)),
                         "format": float(format_PG[p, s]),
                         "length": len(completion.token_ids),
                         "ended": completion.ended,
@@ -84,8 +86,8 @@ def evaluate(
     return Evaluation(summarize(rows, samples), rows)
 
 
-def judge(groups: list[Group], prose: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Groups -> accuracy [P, G], format [P, G], and other scores by name."""
+def score_groups(groups: list[Group], prose: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return accuracy [P, G], format [P, G], and other scores by name."""
     # Rows in TRL's form may have no gold answer: then only the format can be judged.
     known = all("answer" in group.prompt.columns for group in groups)
     if prose and known:
@@ -99,7 +101,7 @@ def judge(groups: list[Group], prose: bool) -> tuple[Tensor, Tensor, dict[str, T
 
 
 def summarize(rows: list[dict], samples: int) -> dict[str, float]:
-    """Means over completions; pass@k is a mean over prompts. Accuracies are over the rows that have a gold answer."""
+    """Return means over completions; pass@k is a mean over prompts. Accuracies are over rows with a gold answer."""
     count = len(rows)
     if not count:
         return {}
@@ -130,10 +132,10 @@ def summarize(rows: list[dict], samples: int) -> dict[str, float]:
     return metrics
 
 
-def is_right_somehow(text: str, gold: object) -> bool:
-    """Flexible scoring: the gold value is the last number of the answer block (or of the text); a gold text is the block.
+def is_correct_in_any_format(text: str, gold: object) -> bool:
+    """Flexible scoring: the last number of the answer block, or of the text, is the gold value; a gold text is the block.
 
-    Beside the strict accuracy it tells a model that cannot calculate from one that does not keep to the format.
+    Compared with the strict accuracy it separates errors of calculation from errors of format.
     """
     if gold is None:
         return False
@@ -142,7 +144,7 @@ def is_right_somehow(text: str, gold: object) -> bool:
 
 
 def intervals(rows: list[dict]) -> dict[str, tuple[float, float]]:
-    """95 % intervals of the accuracies: Wilson's with one completion per item, else over the items' means."""
+    """95 % intervals of the accuracies: Wilson with one completion per item, else over the means of the items."""
     found: dict[str, tuple[float, float]] = {}
     for name in ("accuracy", "flexible"):
         items = item_means(rows, name)
@@ -155,7 +157,7 @@ def intervals(rows: list[dict]) -> dict[str, tuple[float, float]]:
 
 
 def item_means(rows: list[dict], name: str = "accuracy") -> dict[int, float]:
-    """Each item's mean over its samples: avg@k before it is averaged over items. Items without a gold answer are left out."""
+    """Return the mean of each item over its samples (avg@k), without items that have no gold answer."""
     values: dict[int, list[float]] = {}
     for row in rows:
         if row[name] is None:
@@ -165,9 +167,9 @@ def item_means(rows: list[dict], name: str = "accuracy") -> dict[int, float]:
 
 
 def compare(base: list[dict], trained: list[dict], name: str = "accuracy") -> dict[str, float]:
-    """Two models on the same items: the change with its 95 % interval, who alone was right how often, and McNemar's p.
+    """Compare two models on the same items: the change with its 95 % interval, discordant counts, and McNemar's p.
 
-    The test is on the first sample of each item, so that items are independent.
+    The test uses the first sample of each item, so that items are independent.
     """
     before, after = item_means(base, name), item_means(trained, name)
     assert before.keys() == after.keys(), "both models must have answered the same items"

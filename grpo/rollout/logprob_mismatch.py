@@ -1,8 +1,8 @@
-"""Agreement: what an engine says that it drew its tokens with, against what training makes of the same tokens.
+"""Logprob mismatch: the sampling logprobs of an engine compared with the trainer's logprobs of the same tokens.
 
-The two must be one policy. Rounding keeps them a little apart; another temperature, stale weights or a wrong mask, far.
-Measured at the start of a run, and again in every step as policy/sampling_logprob_difference. An engine that has weights of
-its own must prove at the start that it takes over new ones, and is held to that difference in every step.
+Both must be one policy. Rounding causes a small difference; another temperature, stale weights or a wrong mask a large
+one. It is measured at the start of a run, and in every step as policy/sampling_logprob_difference. For an engine with
+weights of its own, the weight sync is verified at the start, and the difference is checked in every step.
 """
 
 import torch
@@ -23,9 +23,12 @@ LONG_PROMPT = 40
 
 
 def check_agreement(engine: RolloutEngine, policy: Policy, temperature: float, allowed: float | None = None) -> float:
-    """Samples a few tokens after a made-up prompt; -> the mean absolute difference of their logprobs.
+    """Sample a few tokens after a synthetic prompt and return the mean absolute difference of their logprobs, in nats.
 
-    Raises NumericsError if it is more than rounding. Collective where weights are sharded.
+    Collective where weights are sharded.
+
+    Raises:
+        NumericsError: It is more than rounding explains (or than `allowed`).
     """
     found = difference(engine, policy, temperature)
     tolerance = tolerance_for(policy) if allowed is None else allowed
@@ -39,14 +42,14 @@ def check_agreement(engine: RolloutEngine, policy: Policy, temperature: float, a
 
 
 def difference(engine: RolloutEngine, policy: Policy, temperature: float, length: int = 5) -> float:
-    """Mean absolute difference of the logprobs of a few tokens after a made-up prompt. Collective where weights are sharded."""
+    """Return the mean absolute difference, in nats, for a synthetic prompt of `length` tokens. Collective where sharded."""
     vocabulary = policy.model.config.vocab_size
     probe = probe_batch(vocabulary).input_ids_T[:5].tolist()
-    made_up = tuple(probe + [(5 * i + 2) % vocabulary for i in range(length - len(probe))])
+    prompt_ids = tuple(probe + [(5 * i + 2) % vocabulary for i in range(length - len(probe))])
     plan = SamplingPlan(SAMPLES, TOKENS, temperature, seed=0)
     with policy.accelerator.autocast():
-        groups = engine.generate([Prompt(0, "", made_up)], plan)
-    [batch] = pack(groups, torch.zeros(1, SAMPLES), max_tokens=len(made_up) + SAMPLES * TOKENS)
+        groups = engine.generate([Prompt(0, "", prompt_ids)], plan)
+    [batch] = pack(groups, torch.zeros(1, SAMPLES), max_tokens=len(prompt_ids) + SAMPLES * TOKENS)
     batch = batch.to(policy.device)
     with torch.no_grad():
         logprobs = policy.logprobs(batch)[0]
@@ -58,11 +61,11 @@ def tolerance_for(policy: Policy) -> float:
 
 
 def verify_weight_sync(engine: RolloutEngine, policy: Policy, config: Config) -> None:
-    """Raises NumericsError unless the engine follows the policy to quite other weights, and back. An update that says that
-    it worked proves nothing: a copy of one weight that it forgot (of a tied head, for example) would go on sampling.
+    """Raise NumericsError unless the engine takes over changed weights, and the original ones again.
 
-    Doubled weights make everything in a model louder, so what was forgotten stands out; float16 has no room for that. With
-    less precision than float32, rounding is louder too.
+    An update call that returns proves nothing: the engine may hold a stale copy of one weight (of a tied head, say).
+    Doubled weights amplify the effect of a stale one (float16 would overflow: there they are halved). Below float32,
+    rounding is amplified too, so the tolerance is larger.
     """
     precision = precision_of(policy.accelerator)
     allowed = config.rollout.max_logprob_difference or tolerance_for(policy)
@@ -86,13 +89,13 @@ def verify_weight_sync(engine: RolloutEngine, policy: Policy, config: Config) ->
     found = difference(engine, policy, config.sampling.temperature, LONG_PROMPT)
     if not found <= allowed:
         raise NumericsError(
-            f"rollout.engine {config.rollout.engine} remembers something of old weights: after an update its logprobs differ from "
+            f"rollout.engine {config.rollout.engine} returned stale logprobs after the update: they differ from "
             f"the trainer's by {found:.2g} on average (rounding explains {allowed:g}). See docs/vllm.md"
         )
 
 
 def scale(model: nn.Module, factor: float) -> None:
-    """Multiply all weights in place. A power of two is exact, and so is undoing it."""
+    """Multiply all weights in place. A power of two is exact and can be undone exactly."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
@@ -100,8 +103,10 @@ def scale(model: nn.Module, factor: float) -> None:
 
 
 def check_difference(engine: RolloutEngine, policy: Policy, config: RolloutConfig, step: int, found: float) -> None:
-    """Raises NumericsError if the tokens of this step came from other weights than the trainer's. Only engines that have
-    weights of their own can do that. `found`: policy/sampling_logprob_difference of the step."""
+    """Raise NumericsError if the tokens of this step were sampled with other weights than the trainer's.
+
+    Only an engine with weights of its own can do that. `found`: policy/sampling_logprob_difference of the step.
+    """
     if not is_separate(engine):
         return
     allowed = config.max_logprob_difference or tolerance_for(policy)

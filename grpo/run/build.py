@@ -1,10 +1,11 @@
-"""Setup: a config -> everything a run needs, checked in the order of cost: config, data, rewards, then weights."""
+"""Build: a config -> the run, checked in the order of cost: config, data, rewards, then weights."""
 
 import json
 import logging
-from dataclasses import dataclass, field
+import os
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,10 +19,9 @@ from grpo.data.rows import Example, load_examples
 from grpo.data.stream import PromptStream, render_prompts
 from grpo.data.training_data import TrainingData, repeated_prompts, training_data
 from grpo.errors import ConfigError, StorageError
-from grpo.experience import estimator_of
+from grpo.experience import ExperienceCollector, estimator_of
 from grpo.kernels.cpu.compiler import kernels
 from grpo.losses import check_parameters, find_objective
-from grpo.models.optimizer_state import Tensors
 from grpo.models.strategies.registry import start_accelerator
 from grpo.policy import Policy
 from grpo.rewards.scoring import RewardSum
@@ -32,99 +32,117 @@ from grpo.rollout.async_sampler import AsyncSampler
 from grpo.rollout.engine import RolloutEngine, build_engine, find_engine, is_separate
 from grpo.rollout.logprob_mismatch import check_agreement, verify_weight_sync
 from grpo.rollout.vllm_engine import check_vllm, longest_of
-from grpo.run.callbacks import Callbacks, build_callbacks
-from grpo.run.checkpoint import check_room, load_checkpoint, newest_valid, read_state
+from grpo.run.callbacks import Callback, Callbacks, State, build_callbacks
+from grpo.run.checkpoint import check_free_space, read_state
+from grpo.run.checkpointer import Checkpointer, ResumePoint, find_checkpoint, migrate, restore
+from grpo.run.records import Recorder
 from grpo.run.resume import check_changes
-from grpo.run.state import Progress, Run
-from grpo.runtime.distributed import run_on_main
+from grpo.run.state import Run
 from grpo.runtime.precision import precision_of
 from grpo.runtime.run_lock import RunLock, check_free
 from grpo.tracking.console import Display, show_messages
 from grpo.tracking.diagnostics import Diagnostics, patience_for
 from grpo.tracking.run_logger import Tracker, check_trackers, choose_run_dir
-from grpo.types import Group, Prompt, SamplingPlan
+from grpo.types import Prompt, SamplingPlan
 
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class Before:
-    """What a run had come to when it was interrupted; as it stands, that of a run that starts."""
+def build_run(config: Config) -> Run:
+    """Build the run that `config` describes.
 
-    start: int = 0
-    """Steps that are done."""
-    progress: Progress = field(default_factory=Progress)
-    sampled_ahead: list[dict] = field(default_factory=list)
-    first_eval: dict[str, float] = field(default_factory=dict)
-    last_eval: dict[str, float] = field(default_factory=dict)
-
-
-def prepare(config: Config) -> Run:
-    """Everything that `train` needs. Raises ConfigError before any weight loads for whatever can be known by then."""
+    Raises:
+        ConfigError: Before any weight loads, for whatever can be known by then.
+    """
     check_names(config.objective)
     find_engine(config.rollout.engine)
-    score = build_score(config)
+    rewards = build_rewards(config)
     check_trackers(config.tracking.report_to)
     callbacks = build_callbacks(config.callbacks)
 
     accelerator, run_dir = start_processes(config)
     show_messages()
     held_out_rows = load_examples(config.data, "held_out", config.seed) if config.eval_every else []
-    checkpoint = _checkpoint(config, run_dir)
-    data = training_data(config, accelerator, score, model_path)
+    checkpoint = find_checkpoint(config, run_dir)
+    data = training_data(config, accelerator, rewards, model_path)
     if checkpoint is not None:
-        for line in check_resumption(config, read_state(checkpoint), score, accelerator.num_processes):
-            log.info(line)
-    score.start()
+        check_resume(config, migrate(read_state(checkpoint)), rewards, accelerator.num_processes)
+    rewards.start()
     held_out = held_out_prompts(config, held_out_rows, data)
 
     policy = build_policy(config, accelerator, data.model_path)
-    before = Before(progress=Progress(beta=config.objective.beta))
+    point = ResumePoint(beta=config.objective.beta)
     if checkpoint is not None:
-        before = continue_from(checkpoint, config, policy, data)
+        point = restore(checkpoint, config, policy, data.stream)
     policy.check()
     policy.refresh_sampler()
-    engine = checked_engine(config, accelerator, policy, data.tokenizer)
-    ahead = sampling_ahead(config, accelerator, engine, score, before.start)
-    ahead.load(before.sampled_ahead, accelerator.process_index, accelerator.num_processes)
-
+    engine = build_checked_engine(config, accelerator, policy, data.tokenizer)
+    sampler = build_sampler(config, accelerator, engine, rewards, point)
+    collector = ExperienceCollector(
+        config, accelerator, policy, sampler, data.stream, rewards, prompts_drawn=point.prompts_drawn
+    )
     lock, tracker = None, None
     if accelerator.is_main_process:
-        for line in check_room(run_dir, *policy.bytes_on_disk(), config.save_total_limit):
-            log.info(line)
+        check_free_space(run_dir, *policy.bytes_on_disk(), config.save_total_limit)
         lock = lock_run(run_dir)
-        tracker = first_records(config, run_dir, data, score, before.start)
-    log.info(in_one_line(config, accelerator, data, held_out))
+        tracker = start_records(config, run_dir, data, rewards, point.start)
+    log.info(summary_line(config, accelerator, data, held_out))
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "no" and kernels() is None:
-        log.info("what is C here could not be compiled (with cc, or what CC names): it runs in torch, and takes longer")
-    run = Run(
+        log.info("CPU kernels could not be compiled with '%s'; using PyTorch (slower)", os.environ.get("CC") or "cc")
+    recorder = build_recorder(config, policy, data.tokenizer, run_dir, tracker, callbacks, point)
+    checkpointer = Checkpointer(
+        run_dir,
+        config,
+        accelerator,
+        policy,
+        collector,
+        lambda: (recorder.first_eval, recorder.last_eval),
+        start=point.start,
+        beta=point.beta,
+    )
+    return Run(
         config,
         accelerator,
         run_dir,
-        before.start,
         policy,
         data.tokenizer,
         engine,
-        ahead,
-        data.stream,
+        collector,
         held_out,
-        score,
-        tracker,
-        display=Display(config.steps, before.start, enabled=accelerator.is_main_process),
-        progress=before.progress,
-        lock=lock,
-        callbacks=Callbacks(config.callbacks, callbacks, accelerator),
-        steps_done=before.start,
-        watch=watch_for(config, accelerator, tracker),
-        first_eval=before.first_eval,
-        last_eval=before.last_eval,
+        recorder,
+        checkpointer,
+        point.start,
+        point.beta,
+        lock,
     )
-    run.callbacks.begin(run.state(run.start, []))
-    return run
+
+
+def check_names(objective: ObjectiveConfig) -> None:
+    """Raise ConfigError for a name that is not registered, and for a loss that requires an unknown argument."""
+    check_parameters(find_objective(objective.loss_type), objective.loss_type, vars(objective))
+    estimator = estimator_of(objective)
+    ADVANTAGES.get(estimator)
+    if estimator != "group" and objective.scale_rewards != "group":
+        raise ConfigError(
+            f"objective.scale_rewards is {objective.scale_rewards}, but the advantage estimator {estimator} has a scale of "
+            f"its own: leave scale_rewards out, or set objective.advantage_estimator to group"
+        )
+    if objective.subset is not None:
+        SUBSETS.get(objective.subset)
+
+
+def build_rewards(config: Config) -> RewardSum:
+    """Return the rewards, in worker processes unless scoring.workers is 0. Raises ConfigError for an unknown name."""
+    if config.scoring.workers == 0:
+        return RewardSum(config.rewards, config.reward_kwargs)
+    scoring = config.scoring
+    return RewardWorkerPool(
+        config.rewards, scoring.deadline, scoring.on_error, scoring.workers, kwargs=config.reward_kwargs
+    )
 
 
 def start_processes(config: Config) -> tuple[Accelerator, Path]:
-    """The accelerator, and the run directory, which is free: the same on every process."""
+    """Return the accelerator and the run directory, which no other run uses. The same on every process."""
     accelerator = start_accelerator(config.rank_timeout)
     run_dir = broadcast_object_list([choose_run_dir(config, datetime.now())])[0]
     if accelerator.is_main_process:
@@ -134,17 +152,51 @@ def start_processes(config: Config) -> tuple[Accelerator, Path]:
     return accelerator, run_dir
 
 
+def check_resume(config: Config, saved: dict[str, Any], rewards: RewardSum, processes: int) -> None:
+    """Log the settings that changed since the checkpoint. Raises ConfigError for those that may not change."""
+    changes = check_changes(
+        saved["config"], flatten(to_dict(config)), config.allow_changes, (saved["processes"], processes)
+    )
+    for line in changes:
+        log.info(line)
+    for line in changed_sources(saved["reward_sources"], reward_sources(rewards.functions)):
+        log.warning(line.removeprefix("warning: "))
+
+
 def held_out_prompts(config: Config, rows: list[Example], data: TrainingData) -> list[Prompt]:
-    """The prompts that evaluation asks. Says which of them are trained on."""
+    """Return the prompts of the evaluation. Warns of those that are also trained on."""
     held_out = render_prompts(rows, data.tokenizer, config.data.max_prompt_length)[0] if rows else []
     if isinstance(data.stream, PromptStream) and isinstance(data.stream.prompts, list):  # large files: launch/check.py
         for line in repeated_prompts(data.stream.prompts, held_out):
-            log.info(line)
+            log.warning(line.removeprefix("warning: "))
     return held_out
 
 
+def model_path(config: Config, rows: list[Example], accelerator: Accelerator) -> str:
+    """Return the folder or hub id to load. For "starter", the main process makes the folder first."""
+    if config.model.name != "starter":
+        return config.model.name
+    from grpo.models.tiny import make_tiny_model
+
+    problems = None
+    if config.data.name != "arithmetic":
+        problems = [{"question": _question(row, config.data), "answer": _worked_answer(row)} for row in rows]
+    path = ""
+    if accelerator.is_main_process:
+        path = str(make_tiny_model(seed=config.seed, problems=problems))
+    return broadcast_object_list([path])[0]
+
+
+def _question(row: Example, data: DataConfig) -> str:
+    return str(row.columns.get("question", row.columns.get(data.question, "")))
+
+
+def _worked_answer(row: Example) -> str:
+    return str(row.columns.get("solution") or row.columns["answer"])
+
+
 def build_policy(config: Config, accelerator: Accelerator, path: str) -> Policy:
-    """Return the policy with the weights of `path`, ready to train."""
+    """Load the weights of `path` for training."""
     torch.manual_seed(config.seed)
     return Policy(
         accelerator,
@@ -160,39 +212,10 @@ def build_policy(config: Config, accelerator: Accelerator, path: str) -> Policy:
     )
 
 
-def read_checkpoint(checkpoint: Path, policy: Policy) -> tuple[Tensors, dict]:
-    """What a checkpoint holds; its tensors only on the main process, if that hands them out. Collective then."""
-    if not policy.broadcasts_checkpoint:
-        return load_checkpoint(checkpoint)
-    tensors: Tensors = {}
-
-    def read() -> dict:
-        nonlocal tensors
-        tensors, state = load_checkpoint(checkpoint)
-        return state
-
-    state = run_on_main(policy.accelerator, read)
-    return tensors, state
-
-
-def continue_from(checkpoint: Path, config: Config, policy: Policy, data: TrainingData) -> Before:
-    """Put the policy and the stream where the checkpoint left them. Raises ConfigError if all steps are done."""
-    tensors, state = read_checkpoint(checkpoint, policy)
-    policy.load_state_dict(tensors, state)
-    del tensors  # whole, on the main process, where the weights are sharded
-    data.stream.load_state_dict(state.get("stream", {}))
-    start = state["step"]
-    log.info(f"resuming from {checkpoint}: {start} of {config.steps} steps are done")
-    if start >= config.steps:
-        raise ConfigError(f"{checkpoint} has done all {config.steps} steps: raise steps to go on")
-    progress = Progress(**(state.get("progress") or progress_of_old(state, config)))
-    return Before(start, progress, state.get("sampled_ahead", []), state["first_eval"], state["last_eval"])
-
-
-def checked_engine(
+def build_checked_engine(
     config: Config, accelerator: Accelerator, policy: Policy, tokenizer: PreTrainedTokenizerBase
 ) -> RolloutEngine:
-    """The engine, proven to sample from the policy: its updates arrive, and its logprobs are the trainer's."""
+    """Build the engine and verify that it samples from the policy: its weights follow, and its logprobs agree."""
     with accelerator.autocast():
         engine = build_engine(
             config.rollout.engine,
@@ -212,12 +235,38 @@ def checked_engine(
     return engine
 
 
-def first_records(config: Config, run_dir: Path, data: TrainingData, score: RewardSum, start: int) -> Tracker:
-    """What is written before the first step: whose the data is, which rewards judge, which rows were rejected."""
+def build_sampler(
+    config: Config, accelerator: Accelerator, engine: RolloutEngine, rewards: RewardSum, point: ResumePoint
+) -> AsyncSampler:
+    """Return the sampler, with the completions that the checkpoint held. Each group is scored when it is complete."""
+    sampling = config.sampling
+    sampler = AsyncSampler(
+        engine,
+        SamplingPlan(sampling.num_generations, sampling.max_completion_length, sampling.temperature, config.seed),
+        accelerator,
+        staleness=config.rollout.max_staleness,
+        steps_left=config.steps - point.start,
+        on_group=rewards.offer,
+    )
+    sampler.load_state_dict(point.sampled_ahead)
+    return sampler
+
+
+def lock_run(run_dir: Path) -> RunLock:
+    """Lock the run directory. Raises StorageError where it cannot be written."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return RunLock(run_dir)
+    except OSError as error:
+        raise StorageError(f"cannot write the run directory {run_dir}: {error}. Set another --run_dir") from error
+
+
+def start_records(config: Config, run_dir: Path, data: TrainingData, rewards: RewardSum, start: int) -> Tracker:
+    """Write the data card, reward sources and rejected rows; start the trackers."""
     record_card(run_dir, config.data)
-    sources = reward_sources(score.functions)
+    sources = reward_sources(rewards.functions)
     for name, source in sources.items():
-        log.info(f"reward '{name}' is {source['file']} (sha256 {source['sha256'][:12]})")
+        log.info("reward '%s' is %s (sha256 %s)", name, source["file"], source["sha256"][:12])
     derived = derived_values(config, data.size, run_dir.name)
     derived |= {"base_model": str(data.model_path), "reward_sources": sources}
     tracker = Tracker(run_dir, config, derived, start + 1 if start else 0)
@@ -227,105 +276,8 @@ def first_records(config: Config, run_dir: Path, data: TrainingData, score: Rewa
     return tracker
 
 
-def in_one_line(config: Config, accelerator: Accelerator, data: TrainingData, held_out: list[Prompt]) -> str:
-    """What is about to run, on what."""
-    completions = config.prompts_per_step * config.sampling.num_generations
-    return (
-        f"{data.size or 'streamed'} training prompts, {len(held_out)} held out; {config.prompts_per_step} prompts x "
-        f"{config.sampling.num_generations} completions = {completions} per step, {config.steps} steps, "
-        f"{accelerator.num_processes} process(es) on {accelerator.device} ({accelerator.distributed_type.value}), {accelerator.mixed_precision} precision"
-    )
-
-
-def sampling_ahead(
-    config: Config, accelerator: Accelerator, engine: RolloutEngine, score: RewardSum, start: int
-) -> AsyncSampler:
-    """How the completions of a step are made: the engine's, each group scored as soon as it is whole."""
-    sampling = config.sampling
-    plan = SamplingPlan(sampling.num_generations, sampling.max_completion_length, sampling.temperature, config.seed)
-
-    def generate(prompts: list[Prompt]) -> list[Group]:
-        with accelerator.autocast():
-            return engine.generate(prompts, plan, finished=score.offer)
-
-    return AsyncSampler(generate, config.rollout.max_staleness, config.steps - start, accelerator.device)
-
-
-def check_resumption(config: Config, saved: dict, score: RewardSum, processes: int) -> list[str]:
-    """What is not as it was when the checkpoint was written. Raises ConfigError for what may not change."""
-    lines = check_changes(
-        saved["config"], flatten(to_dict(config)), config.allow_changes, (saved["processes"], processes)
-    )
-    return lines + changed_sources(saved.get("reward_sources", {}), reward_sources(score.functions))
-
-
-def progress_of_old(state: dict, config: Config) -> dict:
-    """A checkpoint of before runs counted their draws: each step drew prompts_per_step, and beta was the config's."""
-    return {"draws": state["step"] * state["config"]["prompts_per_step"], "beta": config.objective.beta}
-
-
-def check_names(objective: ObjectiveConfig) -> None:
-    """Raises ConfigError for a registered name that is not there, and for a loss that asks for what nobody offers."""
-    check_parameters(find_objective(objective.loss_type), objective.loss_type, vars(objective))
-    estimator = estimator_of(objective)
-    ADVANTAGES.get(estimator)
-    if estimator != "group" and objective.scale_rewards != "group":
-        raise ConfigError(
-            f"objective.scale_rewards is {objective.scale_rewards}, but the advantage estimator {estimator} has a scale of "
-            f"its own: leave scale_rewards out, or set objective.advantage_estimator to group"
-        )
-    if objective.subset is not None:
-        SUBSETS.get(objective.subset)
-
-
-def lock_run(run_dir: Path) -> RunLock:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        return RunLock(run_dir)
-    except OSError as error:
-        raise StorageError(f"cannot write the run directory {run_dir}: {error}. Set another --run_dir") from error
-
-
-def watch_for(config: Config, accelerator: Accelerator, tracker: Tracker | None) -> Diagnostics:
-    """What looks for the reasons why this run does not learn."""
-    reads_answers = {"accuracy", "countdown"} & {name for name, weight in config.rewards.items() if weight}
-    return Diagnostics(
-        patience_for(config.steps),
-        config.sampling.max_completion_length,
-        config.optimizer.learning_rate,
-        tolerance=precision_of(accelerator).logprob,
-        has_answer=(lambda text: only_answer(text) is not None) if reads_answers else None,
-        said=tracker.findings_made() if tracker is not None else set(),
-    )
-
-
-def build_score(config: Config) -> RewardSum:
-    """The rewards, in worker processes unless scoring.workers is 0. Raises ConfigError for one that is not there."""
-    if config.scoring.workers == 0:
-        return RewardSum(config.rewards, config.reward_kwargs)
-    scoring = config.scoring
-    return RewardWorkerPool(
-        config.rewards, scoring.deadline, scoring.on_error, scoring.workers, kwargs=config.reward_kwargs
-    )
-
-
-def model_path(config: Config, rows: list[Example], accelerator: Accelerator) -> str:
-    """The folder or hub id to load; for "starter", the folder is made first, once, by the main process."""
-    if config.model.name != "starter":
-        return config.model.name
-    from grpo.models.tiny import make_tiny_model
-
-    problems = None
-    if config.data.name != "arithmetic":
-        problems = [{"question": _question(row, config.data), "answer": _worked_answer(row)} for row in rows]
-    path = ""
-    if accelerator.is_main_process:
-        path = str(make_tiny_model(seed=config.seed, problems=problems))
-    return broadcast_object_list([path])[0]
-
-
 def derived_values(config: Config, prompts: int | None, run_name: str) -> dict[str, object]:
-    """What W&B users look for under its usual names, with the effective values."""
+    """Return effective values under the names that W&B users look for."""
     return {
         "learning_rate": config.optimizer.learning_rate,
         "adam_beta1": config.optimizer.adam_beta1,
@@ -338,23 +290,58 @@ def derived_values(config: Config, prompts: int | None, run_name: str) -> dict[s
     }
 
 
-def _checkpoint(config: Config, run_dir: Path) -> Path | None:
-    if config.resume is None:
-        return None
-    if config.resume != "auto":
-        path = Path(config.resume)
-        if not path.is_dir():
-            raise ConfigError(f"resume: there is no folder {path}. Use --resume auto for the newest in {run_dir}")
-        return path
-    path_or_none, ignored = newest_valid(run_dir)
-    for reason in ignored:
-        log.info(reason)
-    return path_or_none
+def summary_line(config: Config, accelerator: Accelerator, data: TrainingData, held_out: list[Prompt]) -> str:
+    """Return one line about the run that is about to start."""
+    completions = config.prompts_per_step * config.sampling.num_generations
+    count, precision = accelerator.num_processes, {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    processes = f"{count} process{'es' if count > 1 else ''} on {accelerator.device.type.upper()}"
+    spread = accelerator.distributed_type.value.removeprefix("NO")
+    return (
+        f"{data.size or 'streamed'} training prompts, {len(held_out)} held out; {config.prompts_per_step} prompts x "
+        f"{config.sampling.num_generations} completions = {completions} per step, {config.steps} steps; {processes}"
+        f"{f' ({spread})' if spread else ''}, {precision.get(accelerator.mixed_precision, accelerator.mixed_precision)}"
+    )
 
 
-def _question(row: Example, data: DataConfig) -> str:
-    return str(row.columns.get("question", row.columns.get(data.question, "")))
+def build_recorder(
+    config: Config,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    run_dir: Path,
+    tracker: Tracker | None,
+    callbacks: list[Callback],
+    point: ResumePoint,
+) -> Recorder:
+    """Return the recorder: files and trackers, console, callbacks, diagnostics."""
+    accelerator = policy.accelerator
+
+    def state(step: int, rows: list[dict[str, Any]]) -> State:
+        parts = (run_dir, config, policy.model, policy.optimizer, tokenizer, accelerator, policy.strategy)
+        return State(step, config.steps, rows, *parts)
+
+    return Recorder(
+        config,
+        accelerator,
+        run_dir,
+        tracker,
+        Display(config.steps, point.start, enabled=accelerator.is_main_process),
+        Callbacks(config.callbacks, callbacks, accelerator),
+        build_diagnostics(config, accelerator, tracker),
+        state,
+        start=point.start,
+        first_eval=point.first_eval,
+        last_eval=point.last_eval,
+    )
 
 
-def _worked_answer(row: Example) -> str:
-    return str(row.columns.get("solution") or row.columns["answer"])
+def build_diagnostics(config: Config, accelerator: Accelerator, tracker: Tracker | None) -> Diagnostics:
+    """Return the diagnostics of this run, without the findings that it made before a resume."""
+    reads_answers = {"accuracy", "countdown"} & {name for name, weight in config.rewards.items() if weight}
+    return Diagnostics(
+        patience_for(config.steps),
+        config.sampling.max_completion_length,
+        config.optimizer.learning_rate,
+        tolerance=precision_of(accelerator).logprob,
+        has_answer=(lambda text: only_answer(text) is not None) if reads_answers else None,
+        said=tracker.findings_made() if tracker is not None else set(),
+    )

@@ -1,4 +1,4 @@
-"""Callbacks: your own code at four moments of a run, mostly to add a metric.
+"""Callbacks: user code at four moments of a run, mostly to add a metric.
 
     # my_callbacks.py                                  # --callbacks '[my_callbacks.py:Digits]'
     from grpo.run.callbacks import Callback
@@ -7,8 +7,8 @@
         def on_step_end(self, state, metrics):
             metrics["my/digits"] = sum(c.isdigit() for row in state.rows for c in row["completion"]) / len(state.rows)
 
-What it adds stands in metrics.jsonl and in every tracker. A callback that fails is switched off with one warning, and
-training goes on. Callbacks run on every process (so that they may use collectives); the main process's numbers are kept.
+Added metrics go to metrics.jsonl and to every tracker. A callback that fails is disabled with one warning; training
+continues. Callbacks run on every process, so that they may use collectives; the main process's numbers are kept.
 """
 
 import logging
@@ -32,19 +32,19 @@ from grpo.runtime.distributed import max_over_ranks
 _log = logging.getLogger(__name__)
 
 Metrics = MutableMapping[str, float]
-"""A step's metrics. A callback may add keys, and may not change those that are there: they are what was measured."""
+"""The metrics of a step. A callback may add keys but not change existing ones."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What a callback sees of the run. `model` and `optimizer` are the live ones: look, don't touch."""
+    """The state of the run as a callback sees it. `model` and `optimizer` are the live ones: do not modify them."""
 
     step: int
     """Steps done; 0 before the first."""
     steps: int
-    """Steps that the run will have done at its end."""
+    """Total number of steps."""
     rows: list[dict[str, Any]]
-    """This step's completions of every process, as rollouts.jsonl has them; [] where there was no step."""
+    """Completions of this step from every process, as in rollouts.jsonl; [] where there was no step."""
     run_dir: Path
     config: Config
     model: PreTrainedModel
@@ -55,49 +55,53 @@ class State:
 
 
 class Callback:
-    """Inherit from it and override what you need. It is made once, without arguments, before any weight loads."""
+    """Base class: override the hooks you need. It is created once, without arguments, before any weight loads."""
 
     def on_train_begin(self, state: State) -> None:
-        """Everything is loaded, no step is done (or, after a resume, `state.step` are)."""
+        """Called when everything is loaded. `state.step` steps are done: 0, unless the run was resumed."""
 
     def on_step_end(self, state: State, metrics: Metrics) -> None:
-        """The weights are updated. `metrics` holds the whole step; add to it."""
+        """Called after the weights were updated. `metrics` holds the metrics of the step; add to it."""
 
     def on_evaluate(self, state: State, metrics: Metrics) -> None:
-        """After a held-out evaluation (at step 0 too). `metrics` holds eval/... beside the step's; add to it."""
+        """Called after a held-out evaluation, at step 0 too. `metrics` holds eval/... and the step's; add to it."""
 
     def on_train_end(self, state: State) -> None:
-        """The run is over, however it ended: done, stopped or failed. Not for collectives: other processes may be gone."""
+        """Called at the end, also after a failure. Not for collectives: other processes may have exited."""
 
 
-_MOMENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
+_HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 
 CALLBACKS: Registry[type[Callback]] = Registry("callback")
 register_callback = CALLBACKS.register
 
 
 def build_callbacks(names: list[str]) -> list[Callback]:
-    """Registered names, package.module:Class or path/file.py:Class. Raises ConfigError for what is no callback."""
+    """Create callbacks by name: a registered one, package.module:Class or path/file.py:Class.
+
+    Raises:
+        ConfigError: The name is unknown, or not a callback.
+    """
     return [_build(name) for name in names]
 
 
 def _build(name: str) -> Callback:
     kind = CALLBACKS.get(name)
     if not (isinstance(kind, type) and issubclass(kind, Callback)):
-        raise ConfigError(f"callbacks has '{name}', which is no class that inherits from grpo.run.callbacks.Callback")
+        raise ConfigError(f"callbacks has '{name}', which is not a subclass of grpo.run.callbacks.Callback")
     for method in dir(kind):
-        if method.startswith("on_") and method not in _MOMENTS:
+        if method.startswith("on_") and method not in _HOOKS:
             raise ConfigError(
-                f"callbacks has '{name}' with the method {method}, which nobody calls: {', '.join(_MOMENTS)}"
+                f"callbacks has '{name}' with the method {method}, which is not a supported hook: {', '.join(_HOOKS)}"
             )
     try:
         return kind()
     except Exception as error:
-        raise ConfigError(f"callbacks has '{name}', which cannot be made without arguments: {error!r}") from error
+        raise ConfigError(f"callbacks has '{name}', which cannot be created without arguments: {error!r}") from error
 
 
 class Callbacks:
-    """All callbacks of a run, called in the config's order. One that fails on any process is switched off on all."""
+    """The callbacks of a run, called in the order of the config. One that fails on any process is disabled on all."""
 
     def __init__(self, names: list[str], callbacks: list[Callback], accelerator: Accelerator) -> None:
         self._active = dict(zip(names, callbacks, strict=True))
@@ -110,7 +114,7 @@ class Callbacks:
     def after_step(
         self, state: State, metrics: dict[str, float], *, trained: bool, evaluated: bool
     ) -> dict[str, float]:
-        """`metrics` with what the callbacks add. Collective where there are callbacks: every rank must call it."""
+        """Return `metrics` with those that the callbacks add. Collective where there are callbacks."""
         metrics = dict(metrics)
         for name, callback in list(self._active.items()):
             seen = dict(metrics)
@@ -127,12 +131,12 @@ class Callbacks:
         self._active = {}
 
     def _guarded(self, name: str, action: Any, *arguments: Any) -> bool:
-        """Whether `action` went well."""
+        """Call `action` and return whether it succeeded."""
         try:
             action(*arguments)
-        except Exception as error:  # whatever somebody's extra code does, training is worth more
+        except Exception as error:  # a failing callback must not stop training
             _log.warning(
-                "callback %s failed and is switched off: %s: %s. Training goes on", name, type(error).__name__, error
+                "callback %s failed and is disabled: %s: %s. Training continues", name, type(error).__name__, error
             )
             return False
         return True

@@ -1,19 +1,20 @@
-"""Checkpoints: tensors and plain state -> run_dir/checkpoints/step-N, whole or not at all -> the same again.
+"""Checkpoint storage: tensors and plain state <-> run_dir/checkpoints/step-N, complete or not at all.
 
-    .tmp-step-200/          written first, each file forced to disk
+    .tmp-step-200/          written first, each file synced to disk
         policy.safetensors      one file per named set of tensors
         optimizer.safetensors
-        state.json              everything that is not a tensor; never pickle, which can run code when it is loaded
+        state.json              everything that is not a tensor; no pickle, which can run code when it is loaded
         manifest.json           size and sha256 of every file above
     step-200/               the same folder, renamed at the end: a folder with this name is complete
 
-Pure storage: what belongs into a checkpoint is the caller's business.
+Storage only: grpo/run/checkpointer.py decides what a checkpoint holds.
 """
 
 import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -27,11 +28,14 @@ from torch import Tensor
 from grpo.errors import StorageError
 from grpo.models.optimizer_state import Tensors
 
+log = logging.getLogger(__name__)
+
 
 def save_checkpoint(run_dir: Path, step: int, tensors: Tensors, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint and return its folder; of this one and those before it, the newest `keep` stay.
+    """Write a checkpoint and return its folder. Keep the newest `keep` of this one and those before it.
 
-    Raises StorageError if it cannot be written. Then nothing of it is left, and the older checkpoints are untouched.
+    Raises:
+        StorageError: It cannot be written. Nothing of it is left, and older checkpoints are untouched.
     """
     folder = run_dir / "checkpoints"
     final, temporary = folder / f"step-{step}", folder / f".tmp-step-{step}"
@@ -39,7 +43,7 @@ def save_checkpoint(run_dir: Path, step: int, tensors: Tensors, state: dict[str,
         folder.mkdir(parents=True, exist_ok=True)
         _clean_up(folder)
         free = _free(folder)
-        if free is not None and free < _size(tensors):  # rather than fill the disk for everybody else first
+        if free is not None and free < _size(tensors):  # do not fill the disk first
             raise OSError(errno.ENOSPC, f"only {_megabytes(free)} are free")
         temporary.mkdir()
         for name, group in tensors.items():
@@ -65,25 +69,35 @@ def save_checkpoint(run_dir: Path, step: int, tensors: Tensors, state: dict[str,
     return final
 
 
-def check_room(run_dir: Path, checkpoint: int, final: int, keep: int) -> list[str]:
-    """Before anything is written: has the disk room for what a run will leave? `checkpoint`, `final`: bytes of one checkpoint and of
-    the trained model. Raises StorageError if not even these two fit; -> a warning if `keep` checkpoints, and one that is being
-    written before an old one goes, do not."""
+def check_free_space(run_dir: Path, checkpoint: int, final: int, keep: int) -> None:
+    """Check the free disk space for the files of a run before anything is written.
+
+    Warns if `keep` checkpoints, and one more while an old one still exists, do not fit.
+
+    Args:
+        checkpoint: Size of one checkpoint in bytes.
+        final: Size of the trained model in bytes.
+
+    Raises:
+        StorageError: Not even one checkpoint and the model fit.
+    """
     free = _free(run_dir)
     if free is None:
-        return []
-    numbers = f"{_megabytes(free)} are free for {run_dir}; a checkpoint takes about {_megabytes(checkpoint)}, final/ {_megabytes(final)}"
+        return
+    numbers = (
+        f"{_megabytes(free)} are free for {run_dir}; a checkpoint takes about {_megabytes(checkpoint)}, "
+        f"final/ {_megabytes(final)}"
+    )
     if free < checkpoint + final:
         raise StorageError(f"{numbers}: this run could not be saved. Free some space, or set another run_dir")
     there = len(_saved(run_dir / "checkpoints")) if (run_dir / "checkpoints").is_dir() else 0
     if free < checkpoint * max(1, keep + 1 - there) + final:
         more = f"save_total_limit {keep} will not fit, for which one more than that must fit for a moment"
-        return [f"warning: {numbers}: {more}"]
-    return []
+        log.warning("%s: %s", numbers, more)
 
 
 def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors (on the CPU) and the state that save_checkpoint was given. Raises StorageError if a bit is wrong."""
+    """Return the tensors (on the CPU) and the state of a checkpoint. Raises StorageError if a bit is wrong."""
     names = _verify(path)
     try:
         tensors = {
@@ -96,7 +110,7 @@ def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The state alone, before anything large is read. `load_checkpoint` looks at every bit; this does not."""
+    """Return the state alone, without reading or verifying the tensors."""
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if isinstance(state, dict):
@@ -109,7 +123,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole (None if there is none), and why each newer one is ignored."""
+    """Return the newest complete checkpoint (None if there is none), and why each newer one is ignored."""
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
         return None, []
@@ -126,7 +140,7 @@ def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def _storable(group: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors as safetensors wants them: on the CPU, contiguous, none sharing memory with another (tied)."""
+    """Return the tensors as safetensors needs them: on the CPU, contiguous, none sharing memory with another."""
     storable: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in group.items():
@@ -140,7 +154,7 @@ def _storable(group: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _verify(path: Path) -> list[str]:
-    """The names of the checkpoint's files, all of them exactly as they were written; otherwise StorageError."""
+    """Return the names of the checkpoint's files. Raises StorageError unless all are exactly as they were written."""
     manifest_path = path / "manifest.json"
     if not manifest_path.is_file():
         raise StorageError(
@@ -178,7 +192,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _force_to_disk(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, would survive a power cut."""
+    """Sync a file, or the list of names of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -187,17 +201,17 @@ def _force_to_disk(path: Path) -> None:
 
 
 def _saved(folder: Path) -> list[Path]:
-    """The step-N folders, oldest first."""
+    """Return the step-N folders, oldest first."""
     steps = [(int(match[1]), path) for path in folder.iterdir() if (match := re.fullmatch(r"step-(\d+)", path.name))]
     return [path for _, path in sorted(steps)]
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:
-    """Remove checkpoints before this one. What cannot be removed stays: the checkpoint itself is safe already."""
+    """Remove older checkpoints. One that cannot be removed stays: the new checkpoint is already safe."""
     up_to_now = [path for path in _saved(folder) if int(path.name.removeprefix("step-")) <= step]
     with contextlib.suppress(OSError):
         for path in up_to_now[: -max(keep, 1)]:
-            # Renamed first: a removal that is interrupted must not leave half a checkpoint under a good name.
+            # Rename first: an interrupted removal must not leave half a checkpoint under a valid name.
             os.replace(path, folder / f".tmp-{path.name}")
         _clean_up(folder)
 
@@ -205,14 +219,14 @@ def _prune(folder: Path, step: int, keep: int) -> None:
 def _put_back_replaced(folder: Path) -> None:
     """Undo a replacement that was interrupted between its two renames."""
     for path in folder.glob(".old-step-*"):
-        good_name = folder / path.name.removeprefix(".old-")
-        if not good_name.exists():
+        valid_name = folder / path.name.removeprefix(".old-")
+        if not valid_name.exists():
             with contextlib.suppress(FileNotFoundError):  # another process was faster
-                os.replace(path, good_name)
+                os.replace(path, valid_name)
 
 
 def _clean_up(folder: Path) -> None:
-    """Remove what interrupted saves left behind."""
+    """Remove the remains of interrupted saves."""
     _put_back_replaced(folder)
     for path in [*folder.glob(".tmp-step-*"), *folder.glob(".old-step-*")]:
         shutil.rmtree(path)
@@ -223,7 +237,7 @@ def _size(tensors: Tensors) -> int:
 
 
 def _free(path: Path) -> int | None:
-    """Bytes that may still be written where `path` is, or will be. None = the file system does not say."""
+    """Return the free bytes of the file system of `path`. None: it does not report them."""
     while not path.exists():
         path = path.parent
     try:

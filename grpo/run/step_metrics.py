@@ -1,29 +1,37 @@
-"""Summary: what a step did -> the metrics row and the rollout rows. docs/metrics.md explains every key."""
+"""Step metrics: one step -> its row of metrics and its rollout rows. docs/metrics.md explains every key."""
 
-from typing import TYPE_CHECKING
-
+from accelerate import Accelerator
 from torch import Tensor
 
+from grpo.config.schema import Config
+from grpo.experience import Sampled
 from grpo.rewards.scoring import Scores
 from grpo.runtime.device import peak_memory
 from grpo.runtime.distributed import merge_sums
 from grpo.runtime.sums import Sums
 from grpo.types import Group
 
-if TYPE_CHECKING:
-    from grpo.experience import Experience, Sampled
-    from grpo.run.state import Run
-
 
 def step_metrics(
-    run: "Run", sampled: "Sampled", experience: "Experience", sums: Sums, laps: dict[str, float]
+    config: Config,
+    accelerator: Accelerator,
+    sampled: Sampled,
+    advantages_PG: Tensor,
+    sums: Sums,
+    laps: dict[str, float],
 ) -> dict[str, float]:
-    """Every contract key, over all ranks and everything that was sampled. `sums` holds what the update counted."""
-    groups, scores, advantages_PG = sampled.groups, sampled.scores, experience.all_advantages_PG
+    """Return the metrics of one step, over all ranks and everything that was sampled. Collective.
+
+    Args:
+        advantages_PG: Of everything that was sampled, 0 for what was dropped.
+        sums: Token sums of the update.
+        laps: Seconds by phase.
+    """
+    groups, scores = sampled.groups, sampled.scores
     lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
     ended = [completion.ended for group in groups for completion in group.completions]
     for name in ("kl", "clipped", "entropy", "mismatch", "grad_norm", "loss", "skipped"):
-        sums.add(name, 0.0, 0.0)  # so that every rank holds every name
+        sums.add(name, 0.0, 0.0)  # every rank must hold every name
     sums.add_values("reward", scores.rewards_PG)
     for name, values in scores.by_name.items():
         sums.add_values(f"reward/{name}", values)
@@ -33,9 +41,9 @@ def step_metrics(
     sums.add("flat", (advantages_PG == 0).all(1).sum(), len(groups))
     sums.add("length", sum(lengths), len(lengths))
     sums.add("truncated", len(ended) - sum(ended), len(ended))
-    sums.add("trained_groups", len(sampled.rows), 0)
+    sums.add("trained_groups", len(sampled.kept), 0)
     sums.add("sampled_groups", len(groups), 0)
-    merge_sums(run.accelerator, sums)
+    merge_sums(accelerator, sums)
     tokens = sums.total("length")
     metrics = {
         "reward/mean": sums.mean("reward"),
@@ -46,7 +54,7 @@ def step_metrics(
         "policy/entropy": sums.mean("entropy"),
         "policy/clip_fraction": sums.mean("clipped"),
         "policy/grad_norm": sums.mean("grad_norm"),
-        "policy/skipped_steps": sums.total("skipped") / run.accelerator.num_processes,
+        "policy/skipped_steps": sums.total("skipped") / accelerator.num_processes,
         "policy/learning_rate": sums.mean("learning_rate"),
         "policy/sampling_logprob_difference": sums.mean("mismatch"),
         "rollout/length_mean": sums.mean("length"),
@@ -57,11 +65,11 @@ def step_metrics(
         "time/reward": laps["reward"],
         "time/reference": laps["reference"],
         "time/update": laps["update"],
-        "memory/peak_gib": peak_memory(run.policy.device) / 2**30,
+        "memory/peak_gib": peak_memory(accelerator.device) / 2**30,
     }
-    if run.config.rollout.max_staleness:
+    if config.rollout.max_staleness:
         metrics["rollout/staleness"] = float(sampled.staleness)
-    if run.config.sampling.dynamic_sampling:
+    if config.sampling.dynamic_sampling:
         metrics["rollout/sampling_rounds"] = float(sampled.rounds)
         metrics["rollout/groups_sampled"] = sums.total("sampled_groups")
         metrics["rollout/groups_trained"] = sums.total("trained_groups")
@@ -74,7 +82,7 @@ def step_metrics(
 
 
 def rollout_rows(step: int, groups: list[Group], scores: Scores, advantages_PG: Tensor) -> list[dict]:
-    """One row per completion of this rank."""
+    """Return one row per completion of this rank."""
     rows = []
     for p, group in enumerate(groups):
         messages = group.prompt.messages

@@ -1,4 +1,4 @@
-"""Signals: Ctrl-C, SIGTERM or SIGUSR1 -> the step is finished and saved, then the run ends; a second one ends it at once."""
+"""Signals: Ctrl-C, SIGTERM or SIGUSR1 -> finish and save the step, then stop; a second signal exits immediately."""
 
 import contextlib
 import os
@@ -13,21 +13,21 @@ from grpo.runtime.exit import force_exit
 
 CAUGHT = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 ECHO_SECONDS = 1.0
-"""A launcher passes a signal on to processes that have received it already: what comes this soon is the same one."""
+"""A launcher forwards a signal to processes that have received it already: one that follows this soon is the same."""
 
 
 class Signals:
-    """Installed while a run lasts (`with Signals() as signals`). `received` is the first signal's number, 0 before."""
+    """Signal handlers of a run (`with Signals() as signals`). `received` is the number of the first signal, 0 before."""
 
     def __init__(self) -> None:
         self.received = 0
         self.training = False
-        """Whether there is something to save. Before that, a signal ends the run as soon as it comes."""
+        """True once there is something to save. Before, a signal stops the run at once."""
         self._when = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        if threading.current_thread() is threading.main_thread():  # Python allows no handlers in other threads
             self._before = {number: signal.signal(number, self._handle) for number in CAUGHT}
         return self
 
@@ -46,9 +46,9 @@ class Signals:
             raise Interrupted(
                 number, f"stopped by {signal.Signals(number).name} before the first step: nothing to save"
             )
-        _tell(f"{signal.Signals(number).name}: saving after this step; once more ends it at once\n")
+        _tell(f"{signal.Signals(number).name}: saving after this step; press Ctrl-C again to exit immediately\n")
 
 
 def _tell(text: str) -> None:
     with contextlib.suppress(OSError):
-        os.write(2, text.encode())  # not print: a handler may interrupt a print
+        os.write(2, text.encode())  # not print, which a handler may interrupt

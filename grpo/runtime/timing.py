@@ -1,4 +1,4 @@
-"""Timing of the phases of a step."""
+"""Timing: seconds of each phase of a step."""
 
 import time
 
@@ -11,5 +11,6 @@ class Clock:
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
+        """Add the seconds since the last lap to the phase `name`."""
         now = time.perf_counter()
         self.laps[name], self._last = self.laps.get(name, 0.0) + now - self._last, now

@@ -30,8 +30,8 @@ from grpo.rewards.scoring import RewardSum
 from grpo.rewards.workers import RewardWorkerPool
 from grpo.rollout.engine import find_engine
 from grpo.run.build import check_names
-from grpo.run.checkpoint import check_room, load_checkpoint, newest_valid, save_checkpoint
-from grpo.runtime.oom import memory_advice
+from grpo.run.checkpoint import check_free_space, load_checkpoint, newest_valid, save_checkpoint
+from grpo.runtime.oom import memory_advice, phase
 from grpo.runtime.run_lock import RunLock, check_free
 from grpo.tracking.diagnostics import Diagnostics
 from grpo.tracking.model_card import push
@@ -221,11 +221,9 @@ def skipped(folder: Path) -> None:
 
 
 def no_memory_left(_: Path) -> None:
-    """A real allocator's refusal, in what looks like the loop's own update."""
-    loop: dict[str, Any] = {"torch": torch}
-    exec(compile("def update():\n    torch.empty(1 << 50)", "grpo/trainer.py", "exec"), loop)
-    with memory_advice(load_config(["--model.name=m"])):
-        loop["update"]()
+    """Let a real allocator refuse, in the phase of the update."""
+    with memory_advice(load_config(["--model.name=m"])), phase("learning"):
+        torch.empty(1 << 50)
 
 
 CARD = "source: the committee\nlicence: cc-by-4.0\npermission: {}\nsteward: committee@example.org\n"
@@ -519,7 +517,7 @@ CASES: dict[str, Case] = {
         "cannot save the checkpoint DIR/checkpoints/step-12: [Errno 28] only 1.2 MB are free. It needs 2.4 MB of free space; older checkpoints are untouched. Free some space, lower save_total_limit, or set another run_dir",
     ),
     "no room for a run": Case(
-        lambda folder: no_room(folder, lambda: check_room(folder / "run", 2_400_000, 800_000, keep=2)),
+        lambda folder: no_room(folder, lambda: check_free_space(folder / "run", 2_400_000, 800_000, keep=2)),
         StorageError,
         "1.2 MB are free for DIR/run; a checkpoint takes about 2.4 MB, final/ 0.8 MB: this run could not be saved. Free some space, or set another run_dir",
     ),
@@ -543,10 +541,10 @@ CASES: dict[str, Case] = {
         OutOfMemory,
         "out of memory while learning: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4503599627370496 bytes. Error code 12 (Cannot allocate memory)\n"
         "Change one of these, in this order, and start again (--resume auto goes on from the last checkpoint):\n"
-        "  1. --tokens_per_batch 4096 (now 8192): fewer tokens in the model at once; the gradient stays the same\n"
-        "  2. --model.gradient_checkpointing true (now false): one layer's activations instead of all, for about a third more compute; the gradient stays the same\n"
-        "  3. --lora.r 16 (now off): gradients and AdamW's moments, 12 bytes for each weight, for an adapter only; no second model as the reference\n"
-        "  4. --model.reference_offload true (now false): the reference, 4 bytes for each weight, is on the GPU only while it is used",
+        "  1. --tokens_per_batch 4096 (now 8192): fewer tokens per forward pass; the gradient stays the same\n"
+        "  2. --model.gradient_checkpointing true (now false): stores one layer's activations instead of all, for about a third more compute; the gradient stays the same\n"
+        "  3. --lora.r 16 (now off): gradients and AdamW moments (12 bytes per weight) for an adapter only, and no second model as the reference\n"
+        "  4. --model.reference_offload true (now false): the reference (4 bytes per weight) is on the GPU only while it is used",
     ),
 }
 

@@ -1,8 +1,12 @@
 """Sampling ahead, and scoring and the reference meanwhile: what is learned from, when, and that nothing else changes."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -134,19 +138,39 @@ def test_stale_completions_are_corrected_unless_the_config_says_otherwise(tmp_pa
     assert correction(**AHEAD | {"rollout.correction": "none"}) == "none"
 
 
+class FakeEngine:
+    """An engine whose completions follow from the prompt."""
+
+    def __init__(self, generate: Callable[[list[Prompt]], list[Group]]) -> None:
+        self._generate = generate
+
+    def generate(self, prompts: list[Prompt], plan: SamplingPlan, finished: object = None) -> list[Group]:
+        return self._generate(prompts)
+
+    def update_weights(self, step: int) -> None:
+        pass
+
+
+def sampler_of(generate: Callable[[list[Prompt]], list[Group]], left: int, rank: int = 0, world: int = 1) -> Any:
+    accelerator: Any = SimpleNamespace(
+        device=torch.device("cpu"), autocast=contextlib.nullcontext, process_index=rank, num_processes=world
+    )
+    return AsyncSampler(FakeEngine(generate), SamplingPlan(2, 8, 1.0, 0), accelerator, staleness=1, steps_left=left)
+
+
 def test_what_was_sampled_ahead_is_shared_out_over_any_number_of_ranks() -> None:
     def made(prompts: list[Prompt]) -> list[Group]:
         return [Group(p, [Completion([p.draw], [-0.1], True, "x")] * 2) for p in prompts]
 
     prompts = [Prompt(draw, "text", (1, 2), {"answer": "4"}) for draw in range(8)]
-    one = AsyncSampler(made, staleness=1, left=5, device=torch.device("cpu"))
+    one = sampler_of(made, left=5)
     shares = iter([prompts[:4], prompts[4:]])
-    assert one.take(lambda: next(shares), version=7).groups == made(prompts[:4])
-    rows = json.loads(json.dumps(one.rows()))
+    assert one.next_batch(lambda: next(shares), version=7).groups == made(prompts[:4])
+    rows = json.loads(json.dumps(one.state_dict()))
     for rank in range(3):
-        again = AsyncSampler(made, staleness=1, left=4, device=torch.device("cpu"))
-        again.load(rows, rank, 3)
-        batch = again.take(lambda: prompts[:1], version=8)
+        again = sampler_of(made, left=4, rank=rank, world=3)
+        again.load_state_dict(rows)
+        batch = again.next_batch(lambda: prompts[:1], version=8)
         assert (batch.groups, batch.version) == (made(prompts[4:])[rank::3], 7)
         again.close()
     one.close()
@@ -159,12 +183,12 @@ def test_an_error_while_sampling_ahead_reaches_the_step_that_needs_it() -> None:
         return []
 
     draws = iter(range(9))
-    ahead = AsyncSampler(broken, staleness=1, left=5, device=torch.device("cpu"))
-    ahead.take(lambda: [Prompt(next(draws), "", ())], 0)
-    ahead.settle()
+    sampler = sampler_of(broken, left=5)
+    sampler.next_batch(lambda: [Prompt(next(draws), "", ())], 0)
+    sampler.wait()
     with pytest.raises(ValueError, match="no more"):
-        ahead.take(lambda: [Prompt(next(draws), "", ())], 1)
-    ahead.close()
+        sampler.next_batch(lambda: [Prompt(next(draws), "", ())], 1)
+    sampler.close()
 
 
 def test_a_checkpoint_from_before_progress_was_saved_resumes_the_same(tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-import grpo.trainer
 from grpo.config.parser import load_config
 from grpo.config.schema import RolloutConfig
 from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import EngineError
+from grpo.experience import ExperienceCollector
 from grpo.models.loading import load_model
 from grpo.models.logprob_model import LogprobModel, use_grpo_attention
 from grpo.packing import pack
@@ -174,7 +174,7 @@ def test_a_run_with_lora_sends_merged_weights(folder: Path, server: Running) -> 
 def test_a_server_that_another_run_has_taken_over(
     folder: Path, server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = grpo.trainer.sample, []
+    original, calls = ExperienceCollector.sample, []
 
     def sample(*args: object) -> object:
         calls.append(1)
@@ -182,7 +182,7 @@ def test_a_server_that_another_run_has_taken_over(
             Server(server.url, 60).post("/update_weight_version", {"new_version": "somebody-else"})
         return original(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(grpo.trainer, "sample", sample)
+    monkeypatch.setattr(ExperienceCollector, "sample", sample)
     with pytest.raises(EngineError, match="holds weights 'somebody-else'.*1 of 3 steps are done"):
         train(load_config(arguments(folder, "taken", **server.settings)))
 
@@ -208,7 +208,7 @@ def test_two_processes_sample_the_same(folder: Path, server: Running) -> None:
 
 def test_a_server_that_is_killed(folder: Path, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Last: it takes the server with it."""
-    original, calls = grpo.trainer.sample, []
+    original, calls = ExperienceCollector.sample, []
 
     def sample(*args: object) -> object:
         calls.append(1)
@@ -217,7 +217,7 @@ def test_a_server_that_is_killed(folder: Path, server: Running, monkeypatch: pyt
         return original(*args)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(grpo.trainer, "sample", sample)
+        patch.setattr(ExperienceCollector, "sample", sample)
         with pytest.raises(
             EngineError, match=r"died or does not answer.* 2 of 3 steps are done.*--resume auto"
         ) as caught:

@@ -6,7 +6,7 @@ import pytest
 
 from grpo.config.parser import load_config
 from grpo.errors import ConfigError
-from grpo.run.build import derived_values, prepare
+from grpo.run.build import build_run, derived_values
 from tests.fakes import tiny_data, tiny_folder
 
 
@@ -33,7 +33,7 @@ def test_errors_before_weights(tmp_path: Path, flags: list[str], message: str) -
         f"--run_dir={tmp_path / 'run'}",
     ]
     with pytest.raises(ConfigError, match=message):
-        prepare(load_config([*base, *flags]))
+        build_run(load_config([*base, *flags]))
     assert not (tmp_path / "run").exists()
 
 
@@ -43,7 +43,7 @@ def test_a_reward_that_needs_a_column_the_data_lacks(tmp_path: Path) -> None:
     rewards = f'{{"{tmp_path}/mine.py:needy": 1.0}}'
     flags = ["--model.name=nowhere", f"--data.path={tmp_path / 'data.jsonl'}", f"--rewards={rewards}", "--run_dir=x"]
     with pytest.raises(ConfigError, match="needs the column 'hint'.*answer, pair_id, question, solution"):
-        prepare(load_config(flags))
+        build_run(load_config(flags))
 
 
 def test_a_reference_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_reference_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
         "--tracking.report_to=[]",
     ]
     with pytest.raises(ConfigError, match="a vocabulary of 50, the policy one of 42"):
-        prepare(load_config(flags))
+        build_run(load_config(flags))
 
 
 def test_effective_values_for_the_trackers() -> None:

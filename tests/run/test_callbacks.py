@@ -107,9 +107,9 @@ def test_a_callback_that_fails_is_switched_off_with_one_warning(
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("Misspelt", "on_step_ended, which nobody calls: on_train_begin, on_step_end"),
-        ("Needy", "cannot be made without arguments"),
-        ("function", "no class that inherits"),
+        ("Misspelt", "on_step_ended, which is not a supported hook: on_train_begin, on_step_end"),
+        ("Needy", "cannot be created without arguments"),
+        ("function", "not a subclass of"),
         ("Missing", "has no 'Missing'"),
     ],
 )

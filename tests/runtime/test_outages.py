@@ -24,7 +24,7 @@ from grpo.config.parser import load_config
 from grpo.config.schema import Config, TrackingConfig
 from grpo.errors import StorageError
 from grpo.policy import Policy
-from grpo.run import state as grpo_run
+from grpo.run import checkpointer
 from grpo.run.checkpoint import load_checkpoint, newest_valid, save_checkpoint
 from grpo.runtime.jsonl import Lines
 from grpo.tracking import background_writer as courier
@@ -74,13 +74,13 @@ def test_lines_that_never_found_room_are_an_error_at_the_end(tmp_path: Path) -> 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, full: set[int]) -> None:
     """No checkpoint of these steps has room."""
-    save = grpo_run.save_checkpoint
+    save = checkpointer.save_checkpoint
 
     def limited(run_dir: Path, step: int, *rest: Any) -> Path:
         with file_size_limit(30_000) if step in full else contextlib.nullcontext():
             return save(run_dir, step, *rest)
 
-    monkeypatch.setattr(grpo_run, "save_checkpoint", limited)
+    monkeypatch.setattr(checkpointer, "save_checkpoint", limited)
 
 
 def test_a_full_disk_does_not_stop_training(

@@ -27,7 +27,7 @@ PHASES = {
     "reward": "grpo.rewards.workers.RewardWorkerPool.collect",
     "backward": "grpo.policy.Policy.backward",
     "step": "grpo.policy.Policy.step",
-    "evaluation": "grpo.trainer.held_out",
+    "evaluation": "grpo.run.state.Run.evaluate",
     "write": "grpo.tracking.run_logger.Tracker.log",
     "save": "grpo.run.checkpoint._fingerprint",
 }
@@ -168,7 +168,7 @@ def test_a_second_signal_a_locked_directory_and_the_exit_code(tmp_path: Path) ->
     assert process.poll() is None  # it waits for the step to end
     process.send_signal(signal.SIGTERM)
     code, errors = ended(process)
-    assert code == 143 and "once more ends it at once" in errors
+    assert code == 143 and "press Ctrl-C again to exit immediately" in errors
     newest, ignored = newest_valid(tmp_path / "run")
     assert newest is not None and newest.name == "step-1" and ignored == []
     worker = int((tmp_path / "waiting-0").read_text())

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from grpo.rollout.evaluation import compare, intervals, is_right_somehow, item_means, summarize
+from grpo.rollout.evaluation import compare, intervals, is_correct_in_any_format, item_means, summarize
 from grpo.runtime.statistics import mcnemar, mean_interval, wilson_interval
 
 
@@ -80,4 +80,4 @@ def test_items_without_a_gold_answer_count_for_the_format_only() -> None:
     ],
 )
 def test_flexible_scoring(text: str, gold: str | None, right: bool) -> None:
-    assert is_right_somehow(text, gold) is right
+    assert is_correct_in_any_format(text, gold) is right

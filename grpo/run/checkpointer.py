@@ -1,0 +1,187 @@
+"""Checkpointer: the state of a run -> checkpoints/step-N -> the same state.
+
+Every part owns its entries: Policy its tensors, the collector its counters and its sampler, the stream its position.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from grpo.config.schema import Config, flatten, to_dict
+from grpo.errors import ConfigError, StorageError
+from grpo.experience import ExperienceCollector
+from grpo.policy import Policy
+from grpo.rewards.sources import reward_sources
+from grpo.run.checkpoint import Tensors, load_checkpoint, newest_valid, save_checkpoint
+from grpo.runtime.distributed import gather_rows, max_over_ranks, run_on_main
+
+log = logging.getLogger(__name__)
+
+FORMAT = 2
+"""Version of the layout of state.json. 1 (not written): runs before it was counted."""
+
+
+@dataclass
+class ResumePoint:
+    """State restored from a checkpoint; the defaults describe a new run."""
+
+    start: int = 0
+    """Steps done."""
+    prompts_drawn: int = 0
+    beta: float = 0.0
+    """The KL coefficient."""
+    sampled_ahead: list[dict[str, Any]] = field(default_factory=list)
+    """Completions that were sampled in advance and not trained on yet: rows of `AsyncSampler.state_dict`."""
+    first_eval: dict[str, float] = field(default_factory=dict)
+    last_eval: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Completed:
+    """The counters after the last complete step."""
+
+    step: int
+    prompts_drawn: int
+    beta: float
+
+
+class Checkpointer:
+    """Saves the state of a run.
+
+    Args:
+        evaluations: Returns the metrics of the first and of the latest evaluation.
+        start: Steps done when the run was built.
+        beta: The KL coefficient at that moment.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        accelerator: Accelerator,
+        policy: Policy,
+        collector: ExperienceCollector,
+        evaluations: Callable[[], tuple[dict[str, float], dict[str, float]]],
+        *,
+        start: int,
+        beta: float,
+    ) -> None:
+        self.run_dir, self.config, self.accelerator = run_dir, config, accelerator
+        self.policy, self.collector, self.evaluations = policy, collector, evaluations
+        self.saved = start
+        """The newest step that is on disk."""
+        self.step_completed(start, beta)
+
+    def step_completed(self, step: int, beta: float) -> None:
+        """Note that `step` is complete: a checkpoint of it could be written from here on."""
+        self.completed = _Completed(step, self.collector.prompts_drawn, beta)
+
+    def restore_completed(self) -> int:
+        """Set the counters back to the last complete step, and return that step."""
+        self.collector.prompts_drawn = self.completed.prompts_drawn
+        return self.completed.step
+
+    def save(self, step: int, needed: bool = True) -> None:
+        """Save a checkpoint from which `resume` continues exactly. Collective.
+
+        Raises:
+            StorageError: It cannot be written and is `needed`. Otherwise that is a warning. Older checkpoints stay.
+        """
+        error: StorageError | None = None
+        try:
+            self._save(step)
+        except StorageError as caught:
+            error = caught
+        if not max_over_ranks(self.accelerator, error is not None):
+            return
+        if needed:
+            raise error or StorageError(f"the main process could not save step {step}")
+        log.warning("%s. Training goes on", error)
+
+    def _save(self, step: int) -> None:
+        self.accelerator.wait_for_everyone()
+        tensors, state = self.policy.state_dict()
+        sampled_ahead = gather_rows(self.accelerator, self.collector.sampler.state_dict())
+        first_eval, last_eval = self.evaluations()
+        if self.accelerator.is_main_process:
+            state |= {
+                "format": FORMAT,
+                "step": step,
+                "progress": {"draws": self.collector.prompts_drawn, "beta": self.completed.beta},
+                "sampled_ahead": sampled_ahead,
+                "stream": self.collector.prompts.state_dict(),
+                "config": flatten(to_dict(self.config)),
+                "processes": self.accelerator.num_processes,
+                "reward_sources": reward_sources(self.collector.rewards.functions),
+                "first_eval": first_eval,
+                "last_eval": last_eval,
+            }
+            save_checkpoint(self.run_dir, step, tensors, state, self.config.save_total_limit)
+        self.saved = step
+
+
+def find_checkpoint(config: Config, run_dir: Path) -> Path | None:
+    """Return the checkpoint that `resume` names; None for a new run. Raises ConfigError for a folder that is not there."""
+    if config.resume is None:
+        return None
+    if config.resume != "auto":
+        path = Path(config.resume)
+        if not path.is_dir():
+            raise ConfigError(f"resume: there is no folder {path}. Use --resume auto for the newest in {run_dir}")
+        return path
+    path_or_none, ignored = newest_valid(run_dir)
+    for reason in ignored:
+        log.warning(reason)
+    return path_or_none
+
+
+def migrate(state: dict[str, Any]) -> dict[str, Any]:
+    """Bring state.json of an older trainer to today's format."""
+    state = dict(state)
+    if "progress" not in state:  # before draws were counted, each step drew prompts_per_step, and beta was the config's
+        config = state["config"]
+        state["progress"] = {
+            "draws": state["step"] * config["prompts_per_step"],
+            "beta": config.get("objective.beta", 0.0),
+        }
+    defaults: dict[str, Any] = {"sampled_ahead": [], "stream": {}, "skipped_in_a_row": 0, "reward_sources": {}}
+    return defaults | state | {"format": FORMAT}
+
+
+def restore(checkpoint: Path, config: Config, policy: Policy, stream: Any) -> ResumePoint:
+    """Load a checkpoint into the policy and the prompt stream. Collective.
+
+    Raises:
+        ConfigError: All steps of the config are done.
+    """
+    tensors, state = read_checkpoint(checkpoint, policy)
+    state = migrate(state)
+    policy.load_state_dict(tensors, state)
+    del tensors  # whole, on the main process, where the weights are sharded
+    stream.load_state_dict(state["stream"])
+    start, progress = state["step"], state["progress"]
+    log.info("resuming from %s: %d of %d steps are done", checkpoint, start, config.steps)
+    if start >= config.steps:
+        raise ConfigError(f"{checkpoint} has done all {config.steps} steps: raise steps to go on")
+    return ResumePoint(
+        start, progress["draws"], progress["beta"], state["sampled_ahead"], state["first_eval"], state["last_eval"]
+    )
+
+
+def read_checkpoint(checkpoint: Path, policy: Policy) -> tuple[Tensors, dict[str, Any]]:
+    """Read a checkpoint; its tensors only on the main process where the strategy distributes them from there."""
+    if not policy.broadcasts_checkpoint:
+        return load_checkpoint(checkpoint)
+    tensors: Tensors = {}
+
+    def read() -> dict[str, Any]:
+        nonlocal tensors
+        tensors, state = load_checkpoint(checkpoint)
+        return state
+
+    state = run_on_main(policy.accelerator, read)
+    return tensors, state

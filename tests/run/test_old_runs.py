@@ -1,0 +1,38 @@
+"""Checkpoints of the first version of the trainer are resumed: the remaining steps are those of the uninterrupted run."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from grpo.config.parser import load_config
+from grpo.trainer import train
+
+OLD_RUNS = Path(__file__).parents[1] / "fixtures" / "old_runs"
+CASES = sorted(path.parent.name for path in OLD_RUNS.glob("*/expected.json"))
+
+
+def test_the_cases_are_there() -> None:
+    assert CASES == ["curriculum", "lora", "sampling_ahead", "streaming"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_old_checkpoint_is_resumed(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("model", "data.jsonl", case):
+        copy = shutil.copytree if (OLD_RUNS / name).is_dir() else shutil.copy
+        copy(OLD_RUNS / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    expected = json.loads((tmp_path / case / "expected.json").read_text())
+    train(load_config([f"--{key}={value}" for key, value in expected["flags"].items()] + ["--resume=auto"]))
+    metrics, rollouts = (
+        [json.loads(line) for line in Path(case, f"{name}.jsonl").read_text().splitlines()]
+        for name in ("metrics", "rollouts")
+    )
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    assert [row["completion"] for row in rollouts if row["step"] > 2] == expected["completions"]
+    for row, before in zip(metrics[2:], expected["metrics"], strict=True):
+        for key, value in before.items():
+            assert row[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    state = json.loads(Path(case, "checkpoints", "step-4", "state.json").read_text())
+    assert state["format"] == 2 and state["progress"]["draws"] == 12
