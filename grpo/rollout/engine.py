@@ -30,7 +30,7 @@ class RolloutEngine(Protocol):
 EngineFactory = Callable[..., RolloutEngine]
 """(model, tokenizer, *, ...) with any of: slots, uses_packed_attention, cache_gib, config (RolloutConfig), accelerator, weights, longest."""
 
-ENGINES: Registry[EngineFactory] = Registry("engine")
+ENGINES: Registry[EngineFactory] = Registry("engine", package="grpo.rollout")
 register_engine = ENGINES.register
 
 
@@ -60,8 +60,6 @@ def build_engine(
 
 def find_engine(name: str) -> EngineFactory:
     """Raises ConfigError if there is none."""
-    from grpo.rollout import native_engine, transformers_engine, vllm_engine  # noqa: F401 (registers the built-in ones)
-
     return ENGINES.get(name)
 
 
