@@ -1,13 +1,12 @@
-"""Machines: every accelerate config, full and LoRA, tried here; what happened -> docs/results/machines.json and docs/machines.md.
+"""Try every accelerate config on this machine, full and LoRA: docs/results/machines.json and docs/machines.md.
 
-python benchmarks/machines.py [--only PROFILE ...] [--output docs/results/machines.json]
-python benchmarks/machines.py --table             writes docs/machines.md from the JSON files, runs nothing
+    python benchmarks/machines.py [--only PROFILE ...] [--output docs/results/machines.json]
+    python benchmarks/machines.py --table             write docs/machines.md from the JSON files, run nothing
 
-Each try is two steps of launch/train.py with a random model. Where there is no GPU, several processes talk over gloo and the file
-is changed as little as that needs (the flags are in the table); float32 runs are compared with one plain process.
+Each try is two steps of launch/train.py with a random model. Without a GPU, several processes communicate over gloo, and
+the table shows the flags that this needs. Float32 runs are compared with one process without a launcher.
 """
 
-import argparse
 import json
 import os
 import socket
@@ -18,12 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from memory import save_models
+from shared import BY_LENGTH, DOCS, RESULTS, launch_training, read_json, script_parser, write_additions, write_json
+
 from grpo.runtime.command import run_main
 
-ROOT = Path(__file__).parent.parent
 TWO = ["--num_processes", "2"]
 FLOAT32 = ["--mixed_precision", "no"]
-TRIES: dict[str, list[list[str]]] = {  # an accelerate config -> the flags of each try
+TRIES: dict[str, list[list[str]]] = {  # accelerate config -> the launcher flags of each try
     "cpu": [[]],
     "cpu_2proc": [[]],
     "single_gpu": [[]],
@@ -38,26 +39,35 @@ TRIES: dict[str, list[list[str]]] = {  # an accelerate config -> the flags of ea
 WAYS = {"full": {}, "LoRA": {"lora.r": "4"}}
 
 
+STEP = {
+    "prompts_per_step": "3",
+    "sampling.num_generations": "4",
+    "optimizer.learning_rate": "0.001",
+}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the tries and write the page."""
+    parser = script_parser(__doc__)
     parser.add_argument("--only", nargs="*", choices=list(TRIES), help="these profiles only")
     parser.add_argument("--table", action="store_true", help="only write docs/machines.md")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "machines.json")
-    arguments = parser.parse_args()
-    if not arguments.table:
-        rows = try_all(arguments.only or list(TRIES))
-        if arguments.only and arguments.output.is_file():
-            kept = json.loads(arguments.output.read_text())["rows"]
-            rows = [row for row in kept if row["profile"] not in arguments.only] + rows
+    parser.add_argument("--output", type=Path, default=RESULTS / "machines.json")
+    options = parser.parse_args()
+    if not options.table:
+        rows = try_all(options.only or list(TRIES))
+        if options.only and options.output.is_file():
+            kept = read_json(options.output)["rows"]
+            rows = [row for row in kept if row["profile"] not in options.only] + rows
             rows.sort(key=lambda row: list(TRIES).index(row["profile"]))
         report = {"command": "python benchmarks/machines.py", "machine": machine(), "rows": rows}
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    path = ROOT / "docs" / "machines.md"
-    path.write_text(page(arguments.output.parent), encoding="utf-8")
+        write_json(options.output, report)
+    path = DOCS / "machines.md"
+    path.write_text(page(options.output.parent), encoding="utf-8")
     print(path)
 
 
 def machine() -> str:
+    """Describe this machine."""
     import torch
 
     gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no GPU"
@@ -65,10 +75,12 @@ def machine() -> str:
 
 
 def try_all(names: list[str]) -> list[dict[str, Any]]:
+    """Try the profiles `names`, full and LoRA. Return one row of the table for each try."""
     rows = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        prepare(folder)
+        save_models(folder)
+        write_additions(folder, BY_LENGTH)
         for way, changes in WAYS.items():
             start(folder, f"plain {way}", [sys.executable], changes)
             for name in names:
@@ -82,21 +94,10 @@ def try_all(names: list[str]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: list(TRIES).index(row["profile"]))
 
 
-def prepare(folder: Path) -> None:
-    import memory  # benchmarks/memory.py: its random models
-
-    memory.make(folder)
-    lines = [json.dumps({"question": f"{a}+1=", "answer": f"#### {a + 1}"}) for a in range(16)]
-    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "noise.py").write_text(
-        "def noise(completions, **rest):\n    return [float(len(c[0]['content']) % 3) for c in completions]\n"
-    )
-
-
 def attempt(folder: Path, run: str, way: str, launch: list[str], changes: dict[str, str]) -> dict[str, Any]:
-    """One try -> what happened, and the numbers that show it."""
+    """Run one try. Return its result and the numbers behind it."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", *launch]
-    if "--num_machines" in launch:  # two launchers, as on two machines
+    if "--num_machines" in launch:  # two launchers stand for two machines
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -122,6 +123,7 @@ def attempt(folder: Path, run: str, way: str, launch: list[str], changes: dict[s
 
 
 def difference(first: Path, second: Path) -> float:
+    """Return the largest difference between the weights of two runs."""
     from safetensors.torch import load_file
 
     one, other = (load_file(run / "final" / "model.safetensors") for run in (first, second))
@@ -129,29 +131,16 @@ def difference(first: Path, second: Path) -> float:
 
 
 def start(folder: Path, run: str, launcher: list[str], changes: dict[str, str]) -> subprocess.CompletedProcess:
-    settings = {
-        "model.name": str(folder / "tiny"),
-        "data.path": str(folder / "data.jsonl"),
-        "data.system_prompt": "null",
-        "run_dir": str(folder / run),
-        "steps": "2",
-        "eval_every": "0",
-        "prompts_per_step": "3",
-        "sampling.num_generations": "4",
-        "sampling.max_completion_length": "8",
-        "optimizer.learning_rate": "0.001",
-        "scoring.workers": "0",
-        "tracking.report_to": "[]",
-        "tracking.report": "false",
-        "rewards": json.dumps({f"{folder}/noise.py:noise": 1.0}),
-    } | changes
-    command = [*launcher, str(ROOT / "launch" / "train.py"), *(f"--{key}={value}" for key, value in settings.items())]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=1200)
+    """Run launch/train.py with the tiny model in the run directory `folder`/`run`."""
+    return launch_training(launcher, folder, folder / run, STEP | {"model.name": str(folder / "tiny")} | changes)
 
 
 def page(results: Path) -> str:
-    """docs/machines.md, from what is in the results folder."""
-    tried = read(results / "machines.json")
+    """Return the text of docs/machines.md from the results folder."""
+    tried, measured, fits = (
+        read_json(path) if path.is_file() else None
+        for path in (results / f"{name}.json" for name in ("machines", "memory", "memory_fits"))
+    )
     lines = [
         "# Machines",
         "",
@@ -167,7 +156,6 @@ def page(results: Path) -> str:
             "speed is not. GPUs: not measured. The two DeepSpeed profiles need `pip install deepspeed==0.19.8` "
             "(`DS_BUILD_OPS=0`, where there is no compiler).",
         ]
-    measured = read(results / "memory.json")
     if measured:
         lines += [
             "",
@@ -184,7 +172,6 @@ def page(results: Path) -> str:
             "",
             "Step times beside each other: [scaling.md](scaling.md) (these runs give every freed block back at once, which takes time).",
         ]
-    fits = read(results / "memory_fits.json")
     if fits:
         where = list(fits["rows"][0]["gib_per_gpu"])
         lines += ["", "## What fits, computed", "", f"`{fits['command']}`: {fits['what']}. {fits['settings']}.", ""]
@@ -199,15 +186,12 @@ def page(results: Path) -> str:
 
 
 def outcome(row: dict[str, Any]) -> str:
+    """Return the result of a try in words."""
     if row["result"] == "refused":
         return f"refused: {row['message']}".replace("|", "/")
     far = row.get("largest_weight_difference_to_one_process")
     same = f"weights within {far:.1g} of one process" if far is not None else "other precision than one plain process"
     return f"ran here: {row['how']}; {same}; sampling and training apart by {row['sampling_logprob_difference']:.1g}"
-
-
-def read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 if __name__ == "__main__":
