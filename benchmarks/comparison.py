@@ -1,20 +1,17 @@
-"""Comparison: docs/results/*.json -> docs/comparison.md. Numbers are measured by the commands that each file names.
+"""Write docs/comparison.md from docs/results/*.json. Each file names the command that measured it.
 
-python benchmarks/comparison.py            # writes the page
-python benchmarks/comparison.py --count    # counts this project's lines, keys and tests again first
+python benchmarks/comparison.py            write the page
+python benchmarks/comparison.py --count    count this project's lines, keys and tests first
 """
 
-import argparse
 import ast
-import json
-from pathlib import Path
 from typing import Any
+
+from shared import DOCS, RESULTS, ROOT, read_json, script_parser, write_json
 
 from grpo.runtime.command import run_main
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "docs" / "results"
-PAGE = ROOT / "docs" / "comparison.md"
+PAGE = DOCS / "comparison.md"
 PHASES = {
     "step": "whole step",
     "rollout": "sampling",
@@ -25,16 +22,17 @@ PHASES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", action="store_true", help="count lines, keys and tests again")
+    """Write the page."""
+    parser = script_parser(__doc__)
+    parser.add_argument("--count", action="store_true", help="count lines, keys and tests first")
     if parser.parse_args().count:
-        (RESULTS / "size.json").write_text(json.dumps(counted(), indent=1) + "\n", encoding="utf-8")
+        write_json(RESULTS / "size.json", counted())
     PAGE.write_text(page(), encoding="utf-8")
     print(PAGE)
 
 
 def counted() -> dict[str, Any]:
-    """This project's size."""
+    """Return this project's size."""
     from grpo.config.schema import Config, flatten, to_dict
 
     sources = sorted((ROOT / "grpo").rglob("*.py"))
@@ -52,11 +50,12 @@ def counted() -> dict[str, Any]:
 
 
 def read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    """Return a stored result."""
+    return read_json(RESULTS / f"{name}.json")
 
 
 def page() -> str:
-    """The whole page, from the stored results."""
+    """Return the text of the page."""
     peers, size = read("peers"), read("size")
     lines = [
         "# Comparison",
@@ -67,8 +66,8 @@ def page() -> str:
         *equal_to_trl(),
         "## Features",
         "",
-        f"{peers['read']} This project was counted by `{size['command']}`: {size['lines']:,} lines in {size['files']} files, the "
-        f"loop's file {size['loop_lines']}.",
+        f"{peers['read']} This project was counted by `{size['command']}`: {size['lines']:,} lines in {size['files']} "
+        f"files, the loop's file {size['loop_lines']}.",
         "",
         "| | " + " | ".join(system if system != "this" else "**this**" for system in peers["systems"]) + " |",
         "|---" * (len(peers["systems"]) + 1) + "|",
@@ -82,13 +81,14 @@ def page() -> str:
     lines += [f"- {row['what']}: {'; '.join(row['sources'])}" for row in peers["rows"]]
     lines += [
         "",
-        "Speed of the others beside this project: not measured; they need a GPU. On a GPU this project was not measured either.",
+        "Speed of the others beside this project: not measured; they need a GPU. On a GPU this project was not "
+        "measured either.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def beside_trl() -> list[str]:
-    """The benchmark's ratios."""
+    """Return the section about speed."""
     result = read("cpu-gsm8k")
     machine, versions = result["machine"], result["versions"]
     command = result.get("command", f"python launch/benchmark.py --suite {result['suite']} --data.path train.jsonl")
@@ -96,9 +96,9 @@ def beside_trl() -> list[str]:
     lines = [
         "## Speed beside TRL",
         "",
-        f"`{command}` on {machine['cores']} CPU cores, torch {versions['torch']}, TRL {versions['trl']}: the same model, prompts, rewards, "
-        f"group size and optimizer, in alternating processes. TRL divided by ours (tokens per second: ours divided by TRL); "
-        f"above 1, ours is better.",
+        f"`{command}` on {machine['cores']} CPU cores, torch {versions['torch']}, TRL {versions['trl']}: the same "
+        f"model, prompts, rewards, group size and optimizer, in alternating processes. TRL divided by ours (tokens per "
+        f"second: ours divided by TRL); above 1, ours is better.",
         "",
         "| | " + " | ".join(f"TRL, {name}" for name in ratios) + " |",
         "|---" * (len(ratios) + 1) + "|",
@@ -110,7 +110,7 @@ def beside_trl() -> list[str]:
 
 
 def equal_to_trl() -> list[str]:
-    """The parity table: variant -> largest differences over its settings."""
+    """Return the parity table: for each variant the largest differences over its settings."""
     result = read("parity")
     worst: dict[str, list[float]] = {}
     for row in result["cases"]:
@@ -124,9 +124,9 @@ def equal_to_trl() -> list[str]:
     lines = [
         "## The same numbers as TRL",
         "",
-        f"`{result['command']}`: the same completions and rewards through TRL's own `train()`, two optimizer steps each, float32; the largest "
-        f"relative difference over all settings (KL, scaling, masks, clips, levels). Where the two differ on purpose, "
-        f"[theory.md](theory.md) names the test that shows who is right.",
+        f"`{result['command']}`: the same completions and rewards through TRL's own `train()`, two optimizer steps "
+        f"each, float32; the largest relative difference over all settings (KL, scaling, masks, clips, levels). Where "
+        f"the two differ on purpose, [theory.md](theory.md) names the test that shows who is right.",
         "",
         "| loss_type | settings | loss | gradient norm | all gradients |",
         "|---|---|---|---|---|",
@@ -136,7 +136,10 @@ def equal_to_trl() -> list[str]:
         for name, (count, loss, norm, gradient) in sorted(worst.items())
     ]
     whole = result["five_steps"]
-    moved = f"After five AdamW steps the weights are apart by {whole['moved']:.1e} of what they moved, none by more than {whole['weights']:.1e}."
+    moved = (
+        f"After five AdamW steps the weights are apart by {whole['moved']:.1e} of what they moved, none by more than "
+        f"{whole['weights']:.1e}."
+    )
     return [*lines, "", moved, ""]
 
 

@@ -1,16 +1,16 @@
-"""Experiments: a grid of training runs -> a table with intervals, a plot and one JSON in docs/results/.
+"""Run a grid of training runs: a table with intervals, a plot and one JSON in docs/results/.
 
-python benchmarks/experiments.py --grid launch/configs/experiments/starter_grid.yaml [--output docs/results] [--work outputs/grid]
+    python benchmarks/experiments.py --grid launch/configs/experiments/starter_grid.yaml
+                                     [--output docs/results] [--work outputs/grid]
 
-Seed by seed, every variation once; a run that is there already is not repeated, so the command can be broken off and given
-again, on another machine too: runs that the JSON in --output has stay in it. The tables show how many seeds they rest on.
+Every variation runs once per seed. A finished run is not repeated, so the command can be interrupted and given again,
+also on another machine: runs stored in the JSON in --output stay in it. The tables show the number of seeds.
 
-A starter gets everything right sooner or later, so the measure is how soon: the area under the curve of the training reward,
-its mean over all steps. A seed also makes the starter that its runs begin with, so variations are compared seed by seed: the
-difference to the first one. Intervals are 95 % of Student's t over seeds.
+The tiny model reaches full accuracy in the end, so the measure is the area under the curve of the training reward: its
+mean over all steps. A seed also determines the model that its runs start from, so variations are compared seed by seed,
+as the difference to the first one. Intervals are 95 % of Student's t over seeds.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -18,20 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from shared import read_json, script_parser, write_json
 
 from grpo.errors import ConfigError
 from grpo.runtime.command import run_main
 
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-"""Two-sided 95 % quantile of Student's t, by number of seeds."""
+"""Two-sided 95 % quantile of Student's t by number of seeds."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the grid and write the report."""
+    parser = script_parser(__doc__)
     parser.add_argument("--grid", required=True)
     parser.add_argument("--output", default="docs/results")
-    parser.add_argument("--work", default="outputs/grid", help="where the runs are written")
-    parser.add_argument("--only-report", action="store_true", help="tables and plots from the runs that are there")
+    parser.add_argument("--work", default="outputs/grid", help="the folder for the runs")
+    parser.add_argument("--only-report", action="store_true", help="tables and plots of the finished runs")
     parser.add_argument("--seeds", type=int, nargs="+", help="run only these seeds of the grid")
     flags = parser.parse_args()
     path = Path(flags.grid)
@@ -45,21 +47,21 @@ def main() -> None:
                 run_once(work / folder_name(name, seed), grid["base"] | changes, seed)
     output = Path(flags.output)
     stored = output / f"{path.stem}.json"
-    report = collect(grid, work, json.loads(stored.read_text())["variations"] if stored.is_file() else {})
+    report = collect(grid, work, read_json(stored)["variations"] if stored.is_file() else {})
     report["command"] = f"python benchmarks/experiments.py --grid {flags.grid}"
-    output.mkdir(parents=True, exist_ok=True)
-    (output / f"{path.stem}.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(stored, report)
     (output / f"{path.stem}.md").write_text(table(report))
     plot(report, output / f"{path.stem}.png")
     print(table(report))
 
 
 def folder_name(variation: str, seed: int) -> str:
+    """Return the name of a run's folder."""
     return "".join(c if c.isalnum() else "_" for c in variation) + f"-seed{seed}"
 
 
 def run_once(folder: Path, settings: dict[str, Any], seed: int) -> None:
-    """One training run, unless it is finished already."""
+    """Train once, unless the run is finished."""
     from grpo.config.parser import load_config
     from grpo.trainer import train
 
@@ -77,7 +79,13 @@ def run_once(folder: Path, settings: dict[str, Any], seed: int) -> None:
 
 
 def collect(grid: dict[str, Any], work: Path, stored: dict[str, Any]) -> dict[str, Any]:
-    """Every finished run's curve, and means over seeds. `stored`: what an earlier report says of runs that are not here."""
+    """Return the report: every finished run's curve, and means over seeds.
+
+    Args:
+        grid: base, variations and seeds.
+        work: The folder of the runs.
+        stored: The variations of an earlier report, for runs that are not in `work`.
+    """
     variations: dict[str, Any] = {}
     for name in grid["variations"]:
         runs = {}
@@ -105,7 +113,7 @@ def collect(grid: dict[str, Any], work: Path, stored: dict[str, Any]) -> dict[st
 
 
 def measured(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """One run's numbers from its metrics."""
+    """Return one run's numbers from its metrics."""
     steps = [line for line in lines if "reward/mean" in line]
     return {
         "before": lines[0]["eval/accuracy"],
@@ -118,7 +126,10 @@ def measured(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def mean_and_interval(values: list[float]) -> dict[str, float | None]:
-    """# [0.2, 0.4, 0.3]: mean 0.3, half-width 4.303 * 0.1 / sqrt(3) = 0.248; null for one value"""
+    """Return the mean and the half-width of its 95 % interval; None for one value.
+
+    # [0.2, 0.4, 0.3]: mean 0.3, half-width 4.303 * 0.1 / sqrt(3) = 0.248
+    """
     half = None
     if len(values) > 1:
         half = T95.get(len(values), 1.96) * statistics.stdev(values) / len(values) ** 0.5
@@ -126,6 +137,8 @@ def mean_and_interval(values: list[float]) -> dict[str, float | None]:
 
 
 def table(report: dict[str, Any]) -> str:
+    """Return the report as a Markdown table."""
+
     def cell(value: dict[str, float | None], sign: str = "") -> str:
         half = "" if value["half_width"] is None else f" ± {value['half_width']:.3f}"
         return f"{value['mean']:{sign}.3f}{half}"
@@ -134,16 +147,18 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"`{report['command']}`",
         "",
-        f"Area: mean training reward over all steps. Mean ± 95 % interval over seeds (Student's t); the difference to `{first}` is "
-        f"taken seed by seed.",
+        f"Area: mean training reward over all steps. Mean ± 95 % interval over seeds (Student's t); the difference to "
+        f"`{first}` is taken seed by seed.",
         "",
-        f"| variation | seeds | area | difference to {first} | held out before → after | KL at the end | tokens | seconds |",
+        f"| variation | seeds | area | difference to {first} | held out before → after | KL at the end | tokens | "
+        "seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in report["variations"].items():
         apart = "" if name == first else cell(row["area_against_first"], "+")
         lines.append(
-            f"| {name} | {row['seeds']} | {cell(row['area'])} | {apart} | {row['before']['mean']:.3f} → {row['after']['mean']:.3f} | "
+            f"| {name} | {row['seeds']} | {cell(row['area'])} | {apart} | "
+            f"{row['before']['mean']:.3f} → {row['after']['mean']:.3f} | "
             f"{row['kl']['mean']:.3f} | {row['length']['mean']:.1f} | {row['seconds']['mean']:.0f} |"
         )
     if report["not_run"]:
@@ -152,6 +167,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
+    """Draw the curves and the differences to the first variation."""
     try:
         import matplotlib
     except ImportError as error:
@@ -165,7 +181,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         means = [statistics.mean(step) for step in zip(*curves, strict=False)]
         left.plot(range(1, len(means) + 1), means, label=name, linestyle=("-", "--", ":")[index // 10 % 3])
     left.set(xlabel="step", ylabel="mean training reward (mean over seeds)")
-    left.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))  # below: it would hide the curves
+    left.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))  # below, where it hides no curve
     names = list(report["variations"])
     rows = list(report["variations"].values())
     right.axvline(0, color="grey", linewidth=1)

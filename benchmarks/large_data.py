@@ -1,9 +1,10 @@
-"""Measure what a large data file costs: a generated one, with faulty rows in it, through the code that training uses.
+"""Measure the cost of a large data file: generated, with faulty rows, read by the code that training uses.
 
-python benchmarks/large_data.py [--rows 85000] [--faulty 0.005] [--resume_at 60000] [--output FILE.json]
+    python benchmarks/large_data.py [--rows 85000] [--faulty 0.005] [--resume_at 60000] [--output FILE.json]
 
-Each figure is taken in a process of its own, imports included: first start (validate, tokenise, write the Arrow file), second
-start (find it), the prompts after row 60,000 (equal to those of a run that was never stopped), and the same for streaming.
+Each figure is measured in a new process, imports included: first start (validate, tokenise, write the Arrow file),
+second start (reuse it), the prompts after row 60,000 (equal to those of an uninterrupted run), and the same for
+streaming.
 """
 
 import argparse
@@ -16,30 +17,36 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+from shared import script_parser, write_json
+
+from grpo.runtime.command import run_main
 
 STEP = 8
 """Prompts per step."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure, and print the report."""
+    parser = script_parser(__doc__)
     parser.add_argument("--rows", type=int, default=85_000)
-    parser.add_argument("--faulty", type=float, default=0.005, help="share of rows that cannot be used")
+    parser.add_argument("--faulty", type=float, default=0.005, help="fraction of unusable rows")
     parser.add_argument("--resume_at", type=int, default=60_000, help="prompts drawn before the stop")
     parser.add_argument("--output", help="write the figures to this JSON file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    ours = parser.parse_args()
-    if ours.child:
-        print(json.dumps(child(ours.child, Path(ours.folder), ours.resume_at)))
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(child(options.child, Path(options.folder), options.resume_at)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        faulty = make_files(Path(folder), ours.rows, ours.faulty)
+        faulty = make_files(Path(folder), options.rows, options.faulty)
         size = (Path(folder) / "rows.jsonl").stat().st_size
-        figures = {name: measure(name, folder, ours.resume_at) for name in ("first", "second", "resumed", "whole")}
-        figures |= {name: measure(name, folder, ours.resume_at) for name in ("stream_whole", "stream_resumed")}
+        figures = {name: measure(name, folder, options.resume_at) for name in ("first", "second", "resumed", "whole")}
+        figures |= {name: measure(name, folder, options.resume_at) for name in ("stream_whole", "stream_resumed")}
     report = {
-        "rows": ours.rows,
+        "rows": options.rows,
         "faulty": faulty,
         "file_mb": round(size / 1e6, 1),
         "cores": os.cpu_count(),
@@ -49,21 +56,21 @@ def main() -> None:
         "rejected": figures["first"]["rejected"],
         "second_start_s": figures["second"]["seconds"],
         "second_start_rss_gb": figures["second"]["rss_gb"],
-        "resume_at": ours.resume_at,
+        "resume_at": options.resume_at,
         "resumed_equals_whole": figures["resumed"]["drawn"] == figures["whole"]["drawn"],
         "stream_first_prompt_s": figures["stream_whole"]["seconds"],
         "stream_resume_s": figures["stream_resumed"]["seconds"],
         "stream_rss_gb": figures["stream_resumed"]["rss_gb"],
         "stream_resumed_equals_whole": figures["stream_resumed"]["drawn"] == figures["stream_whole"]["drawn"],
     }
-    assert report["rejected"] == faulty and report["used"] == ours.rows - faulty
+    assert report["rejected"] == faulty and report["used"] == options.rows - faulty
     print(json.dumps(report, indent=1))
-    if ours.output:
-        Path(ours.output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.output:
+        write_json(options.output, report)
 
 
 def make_files(folder: Path, rows: int, share: float) -> int:
-    """rows.jsonl, and a model folder with a tokenizer made from its text. -> how many rows are faulty."""
+    """Write rows.jsonl, and a model folder with a tokenizer made from its text. Return the number of faulty rows."""
     from grpo.data.invented_language import generate_rows
     from grpo.models.tiny import make_tokenizer
 
@@ -85,8 +92,8 @@ def make_files(folder: Path, rows: int, share: float) -> int:
     return len(faults)
 
 
-def measure(name: str, folder: str, resume_at: int) -> dict:
-    """One child process -> its figures; "seconds" from its start to the first prompt, the imports included."""
+def measure(name: str, folder: str, resume_at: int) -> dict[str, Any]:
+    """Run one child process. Return its figures; "seconds" count from its start to the first prompt."""
     command = [sys.executable, __file__, "--child", name, "--folder", folder, "--resume_at", str(resume_at)]
     environment = os.environ | {"GRPO_CACHE": f"{folder}/cache", "STARTED": str(time.time())}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -95,7 +102,8 @@ def measure(name: str, folder: str, resume_at: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def child(name: str, folder: Path, resume_at: int) -> dict:
+def child(name: str, folder: Path, resume_at: int) -> dict[str, Any]:
+    """Load the data as training does, take prompts, and return the figures."""
     from accelerate import Accelerator
 
     from grpo.config.schema import Config
@@ -108,9 +116,7 @@ def child(name: str, folder: Path, resume_at: int) -> dict:
     config.data.name, config.data.path = "question_answer", str(folder / "rows.jsonl")
     config.data.extractor, config.data.system_prompt, config.data.bad_rows = "quoted_terms", None, "skip"
     config.data.streaming = name.startswith("stream")
-    data = training_data(
-        config, Accelerator(cpu=True), RewardSum(config.rewards), lambda *_: str(folder / "model"), print
-    )
+    data = training_data(config, Accelerator(cpu=True), RewardSum(config.rewards), lambda *_: str(folder / "model"))
     stream, first = data.stream, resume_at // STEP
     state = folder / "stream.json"
     if name == "stream_resumed":
@@ -119,7 +125,7 @@ def child(name: str, folder: Path, resume_at: int) -> dict:
     else:
         drawn = stream.take(first if name == "resumed" else 0, STEP)
     seconds = time.time() - float(os.environ["STARTED"])
-    if name in ("whole", "stream_whole"):  # not stopped: every step up to there is really taken
+    if name in ("whole", "stream_whole"):  # not interrupted: every step up to there is taken
         for step in range(1, first):
             stream.take(step, STEP)
         if isinstance(stream, StreamedPrompts):
@@ -142,4 +148,4 @@ def child(name: str, folder: Path, resume_at: int) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -3,12 +3,13 @@
     python benchmarks/machines.py [--only PROFILE ...] [--output docs/results/machines.json]
     python benchmarks/machines.py --table             write docs/machines.md from the JSON files, run nothing
 
-Each try is two steps of launch/train.py with a random model. Without a GPU, several processes communicate over gloo, and
-the table shows the flags that this needs. Float32 runs are compared with one process without a launcher.
+Each try is two steps of launch/train.py with a random model. Without a GPU, several processes communicate over gloo,
+and the table shows the flags that this needs. Float32 runs are compared with one process without a launcher.
 """
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,8 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from memory import save_models
-from shared import BY_LENGTH, DOCS, RESULTS, launch_training, read_json, script_parser, write_additions, write_json
+from shared import (
+    BY_LENGTH,
+    DOCS,
+    RESULTS,
+    ROOT,
+    launch_training,
+    read_json,
+    script_parser,
+    write_additions,
+    write_json,
+)
 
+from grpo.models.strategies.registry import machine_of
 from grpo.runtime.command import run_main
 
 TWO = ["--num_processes", "2"]
@@ -110,16 +122,23 @@ def attempt(folder: Path, run: str, way: str, launch: list[str], changes: dict[s
     if not (folder / run / "final").is_dir():
         said = [line for line in done.stderr.splitlines() if "error:" in line.lower() or "Error: " in line]
         return {"result": "refused", "message": said[0].strip() if said else done.stderr[-300:]}
-    said = [line for line in (done.stdout + done.stderr).splitlines() if "process(es) on" in line]
+    described = re.search(r"\d+ process(?:\(es\)|es)? on .*", done.stdout + done.stderr)
     metrics = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
     found = {
         "result": "ran here",
-        "how": said[0].split(", ")[-2].strip() + ", " + said[0].split(", ")[-1].strip() if said else "",
+        "how": described[0].strip() if described else "",
         "sampling_logprob_difference": max(row["policy/sampling_logprob_difference"] for row in metrics),
     }
-    if "no precision" in str(found["how"]):
+    if precision_of(launch) == "no":
         found["largest_weight_difference_to_one_process"] = difference(folder / f"plain {way}", folder / run)
     return found
+
+
+def precision_of(launch: list[str]) -> str:
+    """Return the mixed precision of a try: its flag, or the accelerate config's."""
+    if "--mixed_precision" in launch:
+        return launch[launch.index("--mixed_precision") + 1]
+    return machine_of(str(ROOT / launch[launch.index("--config_file") + 1])).precision
 
 
 def difference(first: Path, second: Path) -> float:
@@ -152,9 +171,9 @@ def page(results: Path) -> str:
         lines += [f"| {row['profile']} | {row['way']} | {outcome(row)} | `{row['command']}` |" for row in tried["rows"]]
         lines += [
             "",
-            "On a machine without a GPU, profiles for GPUs run on the CPU over gloo: their path through the code is tested, their "
-            "speed is not. GPUs: not measured. The two DeepSpeed profiles need `pip install deepspeed==0.19.8` "
-            "(`DS_BUILD_OPS=0`, where there is no compiler).",
+            "On a machine without a GPU, profiles for GPUs run on the CPU over gloo: their path through the code is "
+            "tested, their speed is not. GPUs: not measured. The two DeepSpeed profiles need `pip install "
+            "deepspeed==0.19.8` (`DS_BUILD_OPS=0`, where there is no compiler).",
         ]
     if measured:
         lines += [
@@ -170,7 +189,8 @@ def page(results: Path) -> str:
             lines.append(f"| {row['case']} | " + " | ".join(map(str, cells)) + " |")
         lines += [
             "",
-            "Step times beside each other: [scaling.md](scaling.md) (these runs give every freed block back at once, which takes time).",
+            "Step times beside each other: [scaling.md](scaling.md) (these runs return every freed block to the system "
+            "at once, which takes time).",
         ]
     if fits:
         where = list(fits["rows"][0]["gib_per_gpu"])

@@ -35,8 +35,8 @@ from grpo.runtime.command import run_main
 # A CPU without 16-bit products emulates them, five times slower than float32: these cases sample a quarter as many
 # tokens, which their estimate includes. A batch has as many tokens as in the other cases.
 SHORT = {"sampling.max_completion_length": "32"}
-# DDP rebuilds its buckets at the start of the second step and writes to them only at that step's last backward pass: the
-# third step is the first that holds them from start to end, as all later ones do.
+# DDP rebuilds its buckets at the start of the second step and writes to them only at that step's last backward pass:
+# the third step is the first that holds them from start to end, as all later ones do.
 SETTLED = {"steps": "3"}
 CASES: dict[str, tuple[str, list[str], dict[str, str]]] = {
     "full, float32": ("cpu", [], {}),
@@ -54,8 +54,8 @@ CASES: dict[str, tuple[str, list[str], dict[str, str]]] = {
 }
 """Case -> accelerate config, launcher flags, settings."""
 HOW = (
-    "largest resident set of the main process, minus that of a one-layer model under the same config; each row has runs "
-    "of its own, which --only CASE repeats alone"
+    "largest resident set of the main process, minus that of a one-layer model under the same config; each row has "
+    "runs of its own, which --only CASE repeats alone"
 )
 SHAPE = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2)
 TINY = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)

@@ -1,13 +1,13 @@
-"""Overlap: what it is worth to score and to compute the reference meanwhile, and to sample ahead -> a table and one JSON.
+"""Measure the gain of overlapping scoring and reference with sampling, and of sampling ahead.
 
-python benchmarks/overlap.py [--output docs/results/overlap.json] [--rounds 3] [--milliseconds 5]
+    python benchmarks/overlap.py [--output docs/results/overlap.json] [--rounds 3] [--milliseconds 5]
 
-A model of the starter's shape, hardly trained (so that completions are long), with a reward that judges completions one by one
-and takes --milliseconds for each, in worker processes. Three ways, alternating: everything in turn (the overlaps switched off from outside), overlapped (what the trainer does), and sampled one
-step ahead (rollout.max_staleness 1). Seconds of a step are medians over rounds and steps; the first step of a run is left out.
+A model of the tiny model's shape with little training (so that completions are long), and a reward that judges
+completions one by one in worker processes and takes --milliseconds for each. Three modes alternate: all in turn (the
+overlaps are switched off by this script), overlapped (the trainer as it is), and sampled one step ahead
+(rollout.max_staleness 1). Seconds of a step are medians over rounds and steps, without the first step of a run.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -18,6 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from shared import script_parser, write_json
 
 from grpo.runtime.command import run_main
 
@@ -34,43 +35,45 @@ PHASES = ("step", "rollout", "reward", "reference", "update")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure the three modes and print the table."""
+    parser = script_parser(__doc__)
     parser.add_argument("--output", help="write the JSON here")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--milliseconds", type=float, default=5.0)
-    flags = parser.parse_args()
+    options = parser.parse_args()
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in ("in turn", "overlapped", "one step ahead")}
     model = starter_shape()
-    for _ in range(flags.rounds):
+    for _ in range(options.rounds):
         for name, found in seconds.items():
-            for row in run(model, name, flags.steps, flags.milliseconds)[1:]:
+            for row in run(model, name, options.steps, options.milliseconds)[1:]:
                 for phase in PHASES:
                     found.setdefault(phase, []).append(row[f"time/{phase}"])
     medians = {name: {phase: statistics.median(found[phase]) for phase in PHASES} for name, found in seconds.items()}
     print("| | " + " | ".join(PHASES) + " |")
     for name, phases in medians.items():
         print(f"| {name} | " + " | ".join(f"{phases[phase]:.3f} s" for phase in PHASES) + " |")
-    if flags.output:
+    if options.output:
         report = {
-            "command": f"python benchmarks/overlap.py --rounds {flags.rounds} --steps {flags.steps} --output docs/results/overlap.json",
+            "command": f"python benchmarks/overlap.py --rounds {options.rounds} --steps {options.steps} "
+            "--output docs/results/overlap.json",
             "machine": {"cores": os.cpu_count(), "cuda": torch.cuda.is_available()},
             "versions": {package: version(package) for package in ("torch", "transformers")},
-            "milliseconds": flags.milliseconds,
+            "milliseconds": options.milliseconds,
             "median_seconds": medians,
         }
-        Path(flags.output).write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.output, report)
 
 
 def starter_shape() -> Path:
-    """The starter after one of its supervised steps: made in seconds, cached."""
+    """Return the tiny model after one supervised step: made in seconds, then cached."""
     from grpo.models.tiny import Recipe, make_tiny_model
 
     return make_tiny_model(seed=0, recipe=Recipe(steps=1, problems=500))
 
 
 def run(model: Path, name: str, steps: int, milliseconds: float) -> list[dict[str, Any]]:
-    """-> the metrics of each step."""
+    """Train once in the mode `name`. Return the metrics of each step."""
     from grpo.config.parser import load_config
     from grpo.rewards.workers import RewardWorkerPool
     from grpo.trainer import train

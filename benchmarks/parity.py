@@ -1,16 +1,15 @@
-"""Parity: the same model, completions and rewards through TRL's own GRPOTrainer and through ours -> one table.
+"""Compare this trainer with TRL's GRPOTrainer on the same model, completions and rewards.
 
-python benchmarks/parity.py [--output docs/results/parity.json] [--only dapo]
+    python benchmarks/parity.py [--output docs/results/parity.json] [--only dapo]
 
-Each case takes two optimizer steps (SGD) on the same completions, so the second one is off-policy: its ratios leave the clip
-range. Compared are the loss, the gradient norm and every parameter's gradient, of both steps, in float32. A difference
-is relative: |ours - theirs| / |theirs|, for gradients over the norm of all of them. Where we differ on purpose, the table
-says by which factor: masked completions do not count in our denominators. Needs: pip install -e ".[benchmark]"
+Each case takes two optimizer steps (SGD) on the same completions, so the second one is off-policy: its ratios leave the
+clip range. Compared in float32, for both steps: the loss, the gradient norm and every parameter's gradient. A
+difference is relative: |ours - theirs| / |theirs|, for gradients divided by the norm of all gradients. Where the two
+differ on purpose, the table shows the factor: masked completions do not count in our denominators. Needs: pip install
+-e ".[benchmark]"
 """
 
-import argparse
 import itertools
-import json
 import math
 import os
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import torch
+from shared import character_tokenizer, script_parser, write_json
 from torch import Tensor
 
 from grpo.errors import ConfigError
@@ -39,27 +39,29 @@ class Case:
 
     loss_type: str
     ours: dict[str, Any] = field(default_factory=dict)
-    """keys of our objective"""
+    """Keys of our objective."""
     theirs: dict[str, Any] = field(default_factory=dict)
-    """the same in TRL's GRPOConfig, where it is not the same key and value"""
+    """The same in TRL's GRPOConfig, where key or value differ."""
     steps: int = 2
     optimizer: str = "sgd"
     factor: float = 1.0
-    """what our gradient has to be multiplied with to be TRL's: not 1 where we differ on purpose"""
+    """TRL's gradient divided by ours: not 1 where the two differ on purpose."""
     micro_batches: int = 1
     shape: tuple[int, int] = (P, G)
-    """prompts, completions of each"""
-    as_trl_means_it: bool = False
-    """leave out what we set in TRL so that a key left out means the same to both"""
+    """Prompts, completions of each."""
+    trl_defaults: bool = False
+    """Keep TRL's defaults where they differ from ours, instead of setting ours in TRL."""
     flat: float | None = None
-    """what every completion of the first prompt earns, instead of fixed_rewards"""
+    """Reward of every completion of the first prompt, instead of fixed_rewards."""
     contrast: float = 0.0
-    """how much more those of each prompt earn than those of the prompt before it"""
+    """Difference of the flat rewards of one prompt and the next."""
 
     def groups(self) -> list[Group]:
+        """Return the completions."""
         return fixed_groups(*self.shape)
 
     def rewards(self) -> dict[str, list[float]]:
+        """Return the values of both rewards, one per completion."""
         if self.flat is None:
             return fixed_rewards()
         prompts, generations = self.shape
@@ -68,25 +70,26 @@ class Case:
 
     @property
     def setting(self) -> str:
+        """Describe the case in the table."""
         return ", ".join(f"{key} {value}" for key, value in self.ours.items()) or "defaults"
 
 
 @dataclass
 class Outcome:
-    """What a trainer did: a loss and the gradients of each optimizer step, and the weights at the end."""
+    """One trainer's losses and gradients of each optimizer step, and its weights at the end."""
 
     losses: list[float]
     gradients: list[dict[str, Tensor]]
     weights: dict[str, Tensor]
     start: dict[str, Tensor] = field(default_factory=dict)
-    """TRL: the weights before the first step"""
+    """TRL: the weights before the first step."""
     clipped: float = 0.0
     flat_groups: float = 0.0
-    """TRL: its metric for the share of groups whose rewards are all equal"""
+    """TRL: its metric for the fraction of groups whose rewards are all equal."""
 
 
 def cases() -> list[Case]:
-    """Every loss that both have: with and without KL, every scaling, masks, clips and levels."""
+    """Return the cases: every loss that both have, with and without KL, every scaling, masks, clips and levels."""
     made = []
     both = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
     for loss, beta, scale in itertools.product(both, (0.0, 0.3), ("group", "batch", "none")):
@@ -110,7 +113,7 @@ def cases() -> list[Case]:
 
 
 def masked_factor(loss_type: str) -> float:
-    """A masked completion does not count for us; TRL's per-completion means keep it in the denominator."""
+    """Return TRL's gradient over ours with masked completions, which TRL's per-completion means count."""
     from grpo.losses import OBJECTIVES
 
     per_completion = OBJECTIVES.get(loss_type).per != "token"
@@ -123,12 +126,13 @@ def masked_factor(loss_type: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the cases and print the table."""
+    parser = script_parser(__doc__)
     parser.add_argument("--output", help="write the JSON here")
     parser.add_argument("--only", help="only cases of this loss_type")
-    flags = parser.parse_args()
-    rows = [compare(case) for case in cases() if flags.only in (None, case.loss_type)]
-    whole = compare(Case("dapo", {"beta": 0.3}, steps=5, optimizer="adamw")) if not flags.only else None
+    options = parser.parse_args()
+    rows = [compare(case) for case in cases() if options.only in (None, case.loss_type)]
+    whole = compare(Case("dapo", {"beta": 0.3}, steps=5, optimizer="adamw")) if not options.only else None
     for row in rows:
         print(line(row))
     worst = max(max(row["loss"], row["gradient_norm"], row["gradient"]) for row in rows)
@@ -138,7 +142,7 @@ def main() -> None:
             f"5 AdamW steps on fixed completions: weights apart by {whole['moved']:.1e} of what they moved, "
             f"none by more than {whole['weights']:.1e}"
         )
-    if flags.output:
+    if options.output:
         report = {
             "command": "python benchmarks/parity.py --output docs/results/parity.json",
             "versions": {package: version(package) for package in ("torch", "transformers", "trl")},
@@ -146,11 +150,11 @@ def main() -> None:
             "five_steps": whole,
             "largest": worst,
         }
-        Path(flags.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(flags.output).write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.output, report)
 
 
 def line(row: dict[str, Any]) -> str:
+    """Return a row of the table as text."""
     factor = "" if row["factor"] == 1 else f"  (ours x {row['factor']:.3f}: on purpose)"
     return (
         f"{row['loss_type']:8} {row['setting']:60} loss {row['loss']:.1e}  norm {row['gradient_norm']:.1e}  "
@@ -159,7 +163,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def compare(case: Case) -> dict[str, Any]:
-    """One row of the table: the largest relative differences over the case's optimizer steps."""
+    """Run one case. Return its row of the table: the largest relative differences over its optimizer steps."""
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
         ours, theirs = run_ours(case, Path(folder)), run_trl(case, Path(folder))
@@ -167,8 +171,9 @@ def compare(case: Case) -> dict[str, Any]:
     row |= {"loss": 0.0, "gradient_norm": 0.0, "gradient": 0.0, "clipped": ours.clipped}
     for mine, other, mine_g, other_g in zip(ours.losses, theirs.losses, ours.gradients, theirs.gradients, strict=True):
         norm = total_norm(other_g)
-        # A loss is a mean of terms of both signs that cancel (advantages sum to 0), each about 1 in size: float32 rounds
-        # the terms, so that is what a difference is compared with. tests/benchmarks/test_parity.py shows it against float64.
+        # A loss is a mean of terms of size 1 and both signs that cancel (advantages sum to 0). Float32 rounds
+        # the terms, so a difference is compared with their size. tests/benchmarks/test_parity.py shows it
+        # against float64.
         row["loss"] = max(row["loss"], abs(mine * case.factor - other) / max(abs(other), 1.0))
         row["gradient_norm"] = max(row["gradient_norm"], abs(total_norm(mine_g) * case.factor - norm) / norm)
         apart = total_norm({name: mine_g[name] * case.factor - other_g[name] for name in other_g})
@@ -180,18 +185,15 @@ def compare(case: Case) -> dict[str, Any]:
 
 
 def total_norm(gradients: dict[str, Tensor]) -> float:
+    """Return the norm over all tensors, in float64."""
     return math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients.values()))
 
 
 def make_model(folder: Path) -> None:
-    """A tiny Qwen2 far from uniform, with a tokenizer of single letters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    """Save a tiny Qwen2, far from uniform, with a tokenizer of single letters."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    letters = {"<end>": 0, "<pad>": 1} | {chr(ord("a") + i): 2 + i for i in range(VOCABULARY - 2)}
-    inner = Tokenizer(models.WordLevel(letters, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", pad_token="<pad>").save_pretrained(folder)
+    character_tokenizer("".join(chr(ord("a") + i) for i in range(VOCABULARY - 2))).save_pretrained(folder)
     torch.manual_seed(0)
     shape = Qwen2Config(
         vocab_size=VOCABULARY,
@@ -212,7 +214,7 @@ def make_model(folder: Path) -> None:
 
 
 def fixed_groups(prompts: int = P, generations: int = G) -> list[Group]:
-    """Groups of completions of uneven lengths; some are cut off at LENGTH."""
+    """Return groups of completions of uneven lengths; some are cut off at LENGTH."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(low: int, high: int, size: int) -> list[int]:
@@ -232,6 +234,7 @@ def fixed_groups(prompts: int = P, generations: int = G) -> list[Group]:
 
 
 def fixed_rewards() -> dict[str, list[float]]:
+    """Return random values of two rewards, always the same."""
     generator = torch.Generator().manual_seed(2)
     return {
         "first": torch.randint(0, 3, (P * G,), generator=generator).tolist(),
@@ -240,7 +243,7 @@ def fixed_rewards() -> dict[str, list[float]]:
 
 
 def run_ours(case: Case, folder: Path) -> Outcome:
-    """Through our own compute_advantages and update: advantages, packing, objective, optimizer."""
+    """Run a case through our compute_advantages and update: advantages, packing, objective, optimizer."""
     from types import SimpleNamespace
 
     from accelerate import Accelerator
@@ -271,7 +274,7 @@ def run_ours(case: Case, folder: Path) -> Outcome:
         optimizer_steps=case.steps,
     )
     if case.optimizer == "sgd":
-        # Where our gradient is another multiple of the same one, the weights must still take the same step.
+        # Where our gradient is a multiple of TRL's, the learning rate makes the steps equal.
         policy.strategy.prepared_optimizer = torch.optim.SGD(policy.model.parameters(), lr=LEARNING_RATE * case.factor)
     outcome = Outcome([], [], {})
     step, backward = policy.step, policy.backward
@@ -308,38 +311,13 @@ def run_ours(case: Case, folder: Path) -> Outcome:
 
 
 def run_trl(case: Case, folder: Path) -> Outcome:
-    """Through TRL's GRPOTrainer.train(), its rollout_func handing out the fixed completions."""
+    """Run a case through TRL's GRPOTrainer.train(), whose rollout_func returns the fixed completions."""
     try:
         import trl
     except ImportError as error:
         raise ConfigError('parity is measured against TRL: pip install -e ".[benchmark]"') from error
     from datasets import Dataset
-    from transformers import PrinterCallback, TrainerCallback
-
-    generations = case.shape[1]
-    groups, values = case.groups(), case.rewards()
-    by_text = {str(group.prompt.messages): group for group in groups}
-    rewards = {
-        (str(g.prompt.messages), s): {name: earned[p * generations + s] for name, earned in values.items()}
-        for p, g in enumerate(groups)
-        for s in range(generations)
-    }
-
-    def rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
-        seen: dict[str, int] = {}
-        found: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "logprobs": None, "sample": []}
-        for prompt in prompts:
-            sample = seen[prompt] = seen.get(prompt, -1) + 1
-            found["prompt_ids"].append(list(by_text[prompt].prompt.token_ids))
-            found["completion_ids"].append(by_text[prompt].completions[sample].token_ids)
-            found["sample"].append(sample)
-        return found
-
-    def first(prompts: list[str], sample: list[int], **_: Any) -> list[float]:
-        return [rewards[prompt, s]["first"] for prompt, s in zip(prompts, sample, strict=True)]
-
-    def second(prompts: list[str], sample: list[int], **_: Any) -> list[float]:
-        return [rewards[prompt, s]["second"] for prompt, s in zip(prompts, sample, strict=True)]
+    from transformers import AutoTokenizer, PrinterCallback, Qwen2ForCausalLM, TrainerCallback
 
     outcome = Outcome([], [], {})
 
@@ -351,59 +329,25 @@ def run_trl(case: Case, folder: Path) -> Outcome:
             self.running += float(loss.detach())
             return loss
 
-    class Diagnostics(TrainerCallback):
+    class Recorder(TrainerCallback):
         def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
             grads = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
             outcome.gradients.append(grads)
             outcome.losses.append(trainer.running)
             trainer.running = 0.0
 
-    from transformers import AutoTokenizer, Qwen2ForCausalLM
-
     model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    settings: dict[str, Any] = {"loss_type": case.loss_type, **case.ours, **case.theirs}
-    if settings["loss_type"] == "cispo" and not case.as_trl_means_it:
-        settings.setdefault("epsilon_high", 5.0)  # what ours means by default
-    if settings["loss_type"] == "luspo":
-        settings.setdefault("importance_sampling_level", "sequence")
+    prompts = [{"prompt": str(group.prompt.messages)} for group in case.groups()]
+    sgd = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE) if case.optimizer == "sgd" else None
     with tempfile.TemporaryDirectory() as temporary:
-        config = trl.GRPOConfig(
-            output_dir=temporary,
-            max_steps=case.steps,
-            per_device_train_batch_size=math.prod(case.shape) // case.micro_batches,
-            gradient_accumulation_steps=case.micro_batches,
-            num_generations=generations,
-            num_iterations=case.steps,
-            max_completion_length=LENGTH,
-            learning_rate=1e-3,
-            adam_beta1=0.9,
-            adam_beta2=0.999,
-            weight_decay=0.0,
-            lr_scheduler_type="constant",
-            max_grad_norm=1e9,
-            temperature=1.0,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            disable_dropout=True,
-            shuffle_dataset=False,
-            reward_weights=[1.0, 0.5],
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            seed=0,
-            **settings,
-        )
-        sgd = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE) if case.optimizer == "sgd" else None
         trainer = Watched(
             model=model,
-            args=config,
-            train_dataset=Dataset.from_list([{"prompt": str(group.prompt.messages)} for group in groups]),
-            reward_funcs=[first, second],
+            args=trl_config(case, temporary),
+            train_dataset=Dataset.from_list(prompts),
+            reward_funcs=trl_rewards(case),
             processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
-            callbacks=[Diagnostics()],
-            rollout_func=rollouts,
+            callbacks=[Recorder()],
+            rollout_func=trl_rollouts(case),
             optimizers=(sgd, torch.optim.lr_scheduler.LambdaLR(sgd, lambda _: 1.0)) if sgd else (None, None),
         )
         outcome.start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -413,6 +357,80 @@ def run_trl(case: Case, folder: Path) -> Outcome:
     logged = [entry["frac_reward_zero_std"] for entry in trainer.state.log_history if "frac_reward_zero_std" in entry]
     outcome.flat_groups = logged[0]
     return outcome
+
+
+def trl_rollouts(case: Case) -> Any:
+    """Return TRL's rollout_func: prompts -> the fixed completions of each, in turn."""
+    by_text = {str(group.prompt.messages): group for group in case.groups()}
+
+    def rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        seen: dict[str, int] = {}
+        found: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "logprobs": None, "sample": []}
+        for prompt in prompts:
+            sample = seen[prompt] = seen.get(prompt, -1) + 1
+            found["prompt_ids"].append(list(by_text[prompt].prompt.token_ids))
+            found["completion_ids"].append(by_text[prompt].completions[sample].token_ids)
+            found["sample"].append(sample)
+        return found
+
+    return rollouts
+
+
+def trl_rewards(case: Case) -> list[Any]:
+    """Return TRL's reward functions: the fixed rewards, looked up by prompt and sample."""
+    generations, values = case.shape[1], case.rewards()
+    rewards = {
+        (str(group.prompt.messages), sample): {name: given[p * generations + sample] for name, given in values.items()}
+        for p, group in enumerate(case.groups())
+        for sample in range(generations)
+    }
+
+    def first(prompts: list[str], sample: list[int], **_: Any) -> list[float]:
+        return [rewards[prompt, s]["first"] for prompt, s in zip(prompts, sample, strict=True)]
+
+    def second(prompts: list[str], sample: list[int], **_: Any) -> list[float]:
+        return [rewards[prompt, s]["second"] for prompt, s in zip(prompts, sample, strict=True)]
+
+    return [first, second]
+
+
+def trl_config(case: Case, folder: str) -> Any:
+    """Return TRL's GRPOConfig with the settings of ours."""
+    import trl
+
+    settings: dict[str, Any] = {"loss_type": case.loss_type, **case.ours, **case.theirs}
+    if settings["loss_type"] == "cispo" and not case.trl_defaults:
+        settings.setdefault("epsilon_high", 5.0)  # our default
+    if settings["loss_type"] == "luspo":
+        settings.setdefault("importance_sampling_level", "sequence")
+    return trl.GRPOConfig(
+        output_dir=folder,
+        max_steps=case.steps,
+        per_device_train_batch_size=math.prod(case.shape) // case.micro_batches,
+        gradient_accumulation_steps=case.micro_batches,
+        num_generations=case.shape[1],
+        num_iterations=case.steps,
+        max_completion_length=LENGTH,
+        learning_rate=1e-3,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        weight_decay=0.0,
+        lr_scheduler_type="constant",
+        max_grad_norm=1e9,
+        temperature=1.0,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        disable_dropout=True,
+        shuffle_dataset=False,
+        reward_weights=[1.0, 0.5],
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=0,
+        **settings,
+    )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def write_json(path: str | Path, report: Any) -> None:
 
 
 def character_tokenizer(characters: str) -> Any:
-    """Return a tokenizer with one token per character. Ids: 0 ends, 1 pads (and stands for unknown characters), 2 ..."""
+    """Return a tokenizer with one token per character. Id 0 ends, 1 pads and stands for unknown characters."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -81,7 +81,7 @@ def test_a_masked_completion_dilutes_trls_mean_and_not_ours(loss_type: str, fold
 def test_cispo_without_a_cap_scales_every_gradient_of_trl_down(folder: Path) -> None:
     """epsilon_high null: TRL caps the ratio at epsilon, 0.2, the ratio 1 of on-policy tokens included, so that every
     gradient is a fifth of REINFORCE's. On-policy CISPO is REINFORCE (MiniMax-M1, arXiv 2506.13585, eq. 4): ours."""
-    case = Case("cispo", {"beta": 0.0}, steps=1, as_trl_means_it=True)
+    case = Case("cispo", {"beta": 0.0}, steps=1, trl_defaults=True)
     ours, theirs = run_ours(case, folder), run_trl(case, folder)
     reinforce = run_ours(Case("reinforce_plus_plus", {"beta": 0.0, "advantage_estimator": "group"}, steps=1), folder)
     assert apart(ours.gradients[0], reinforce.gradients[0]) <= 1e-6

@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-from benchmarks.reliability import NOT_HERE, PAGE, RESULTS, ROWS, page
+from benchmarks.reliability import NOT_HERE, PAGE, ROWS, STORED, page
 
 TESTS = Path(__file__).parents[1]
 
 
 def test_the_page_is_the_stored_results() -> None:
-    assert page(json.loads(RESULTS.read_text())) == PAGE.read_text()
+    assert page(json.loads(STORED.read_text())) == PAGE.read_text()
 
 
 def test_every_row_names_tests_that_exist() -> None:
@@ -22,5 +22,5 @@ def test_every_row_names_tests_that_exist() -> None:
 
 
 def test_no_stored_row_failed() -> None:
-    rows = json.loads(RESULTS.read_text())["rows"]
+    rows = json.loads(STORED.read_text())["rows"]
     assert {name: row["failed"] for name, row in rows.items() if row["failed"]} == {}
