@@ -1,6 +1,7 @@
 """Imports point down only, none is circular, and no optional library is needed to import the trainer."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,8 @@ def test_the_loose_files_are_the_reading_path() -> None:
     assert set(READING_PATH) <= loose <= set(READING_PATH) | OTHER_FILES
     lines = {name: sum(map(bool, map(str.strip, (ROOT / "grpo" / name).open()))) for name in READING_PATH}
     assert sum(lines.values()) <= MAX_LINES, lines
+    listed = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Read this first")[2].split("```")[1]
+    assert re.findall(r"^grpo/(\S+)", listed, re.MULTILINE) == READING_PATH
 
 
 def test_packages_hold_no_code() -> None:
