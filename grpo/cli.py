@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1) if argv else []
         came = f"unknown command '{argv[0]}'" if argv else "no command given"
         hint = f"did you mean '{near[0]}'? " if near else ""
-        raise ConfigError(f"{came}: {hint}Known: {', '.join(COMMANDS)}. `grpo --help` describes them")
+        raise ConfigError(f"{came}: {hint}Known: {', '.join(COMMANDS)}; `grpo --help` describes them")
     module, _ = COMMANDS[argv[0]]
     importlib.import_module(module).main(argv[1:])
 

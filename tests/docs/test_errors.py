@@ -16,6 +16,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from grpo import cli
 from grpo.config.parser import load_config
 from grpo.config.schema import DataConfig
 from grpo.data.card import check_permission, publishable, record_card
@@ -33,6 +34,8 @@ from grpo.run.build import check_names
 from grpo.run.checkpoint import check_free_space, load_checkpoint, newest_valid, save_checkpoint
 from grpo.runtime.oom import memory_advice, phase
 from grpo.runtime.run_lock import RunLock, check_free
+from grpo.tools.export import export
+from grpo.tools.saved_model import resolve_base
 from grpo.tracking.diagnostics import Diagnostics
 from grpo.tracking.model_card import push
 from grpo.tracking.report import write_report
@@ -153,6 +156,13 @@ def in_use(folder: Path) -> None:
         lock.release()
 
 
+def unfinished_run(folder: Path) -> None:
+    (folder / "config.yaml").write_text("model:\n  name: m\n")
+    for step in (2, 4):
+        (folder / "checkpoints" / f"step-{step}").mkdir(parents=True)
+    export(folder, "merged")
+
+
 def half_a_checkpoint(folder: Path) -> None:
     path = saved(folder)
     file = path / "policy.safetensors"
@@ -229,6 +239,11 @@ def no_memory_left(_: Path) -> None:
 CARD = "source: the committee\nlicence: cc-by-4.0\npermission: {}\nsteward: committee@example.org\n"
 
 CASES: dict[str, Case] = {
+    "unknown command": Case(
+        lambda _: cli.main(["evalute"]),
+        ConfigError,
+        "unknown command 'evalute': did you mean 'evaluate'? Known: ...; `grpo --help` describes them",
+    ),
     "unknown flag": Case(
         flags("--sampling.num_generation=4"),
         ConfigError,
@@ -490,6 +505,16 @@ CASES: dict[str, Case] = {
     ),
     "report on a folder without a run": Case(
         write_report, ConfigError, "--run DIR holds no metrics.jsonl with a step in it: give the folder of a run"
+    ),
+    "base model that the run does not record": Case(
+        lambda folder: resolve_base(str(folder / "final"), "run"),
+        ConfigError,
+        "--base run: DIR records no base model; give --base DIR",
+    ),
+    "export of a run that did not end": Case(
+        unfinished_run,
+        ConfigError,
+        "DIR has no final/: the run did not end; it has checkpoints of step 2, 4: add --step",
     ),
     "checkpoint cut off": Case(
         half_a_checkpoint,
