@@ -190,7 +190,7 @@ def test_correction_by_hand() -> None:
 def test_a_new_variant_is_added_in_under_ten_lines(tmp_path: Path) -> None:
     # Truncated importance sampling without a lower clip, from a user's own file.
     source = (
-        "from grpo.losses import register_objective\n"
+        "from grpo import register_objective\n"
         "@register_objective('capped', per='token')\n"
         "def capped(ratio, advantages, *, epsilon):\n"
         "    return -ratio.clamp(max=1 + epsilon) * advantages\n"

@@ -80,7 +80,7 @@ def test_dividing_by_the_deviation_maximises_the_arcsine(p: float) -> None:
 
 def test_a_variant_and_an_estimator_of_ones_own_train_in_under_ten_lines(tmp_path: Path) -> None:
     source = (
-        "from grpo.losses import register_objective\n"
+        "from grpo import register_objective\n"
         "@register_objective('capped_from_a_file', per='token')\n"
         "def capped_from_a_file(ratio, advantages, *, epsilon):\n"
         "    return -ratio.clamp(max=1 + epsilon) * advantages\n"

@@ -174,7 +174,7 @@ def test_a_function_that_no_other_process_can_import(pools: list[RewardWorkerPoo
 
 def test_rewards_of_a_file_and_a_registered_one(pools: list[RewardWorkerPool], tmp_path: Any) -> None:
     (tmp_path / "mine.py").write_text(
-        "from grpo.rewards.registry import register_reward\n"
+        "from grpo import register_reward\n"
         "@register_reward('runner_test_mine')\n"
         "def mine(completions, **columns):\n"
         "    return [2.0 for _ in completions]\n"

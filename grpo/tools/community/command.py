@@ -32,6 +32,7 @@ def main(argv: list[str]) -> None:
         return
     from grpo.tools.community import cycle
     from grpo.tools.community.demo import run_demo
+    from grpo.tools.community.supervised import Continuation
 
     if options.command == "merge":
         cycle.merge_feedback(root, options.base)
@@ -41,12 +42,15 @@ def main(argv: list[str]) -> None:
         report = cycle.gate_candidate(root, options.model, options.candidate, regression, options.max_completion_length)
         print(report.read_text(encoding="utf-8"))
         return
-    recipe = cycle.Recipe(
+    supervised = Continuation(
         steps=options.steps,
         share=options.share,
         kl=options.kl,
         learning_rate=options.learning_rate,
         seed=options.seed,
+    )
+    recipe = cycle.Recipe(
+        supervised,
         grpo_steps=options.grpo_steps,
         i_have_permission=options.i_have_permission,
         train_flags=tuple(argv[at + 1 :]),

@@ -34,25 +34,12 @@ GRPO_REWARDS = {"term_match": 0.6, "chrf": 0.4, "feedback": 0.5}
 class Recipe:
     """Settings of one training: supervised steps on the mix, then GRPO steps."""
 
-    steps: int = 200
-    share: float = 0.5
-    """Corrected rows in the mix."""
-    kl: float = 0.3
-    """Weight of the KL to the previous model."""
-    learning_rate: float = 1e-3
-    seed: int = 0
+    supervised: Continuation = Continuation()
     grpo_steps: int = 0
     i_have_permission: bool = False
     """The user states that the data's stewards permit the training."""
     train_flags: tuple[str, ...] = ()
     """Config flags of the GRPO steps."""
-
-    @property
-    def continuation(self) -> Continuation:
-        """The supervised part."""
-        return Continuation(
-            steps=self.steps, share=self.share, kl=self.kl, learning_rate=self.learning_rate, seed=self.seed
-        )
 
 
 def run_cycle(
@@ -160,11 +147,12 @@ def train_candidate(root: Path, model: str, output: Path, recipe: Recipe) -> Pat
         log.warning(warning)
     corrected, held_back, unchanged = split_rows(version)
     print(f"{version}: {len(corrected)} corrected rows, {len(held_back)} held back, {len(unchanged)} from before")
-    candidate = continue_training(model, corrected, unchanged, output, recipe.continuation)
+    candidate = continue_training(model, corrected, unchanged, output, recipe.supervised)
     record_card(output, data)
     if recipe.grpo_steps == 0:
         return candidate
-    repeats = max(1, round(recipe.share / (1 - recipe.share) * len(unchanged) / len(corrected)))
+    share = recipe.supervised.share
+    repeats = max(1, round(share / (1 - share) * len(unchanged) / len(corrected)))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in corrected * repeats + unchanged]
     mix = output / "mix.jsonl"
     mix.write_text("".join(lines), encoding="utf-8")
@@ -184,7 +172,7 @@ def train_candidate(root: Path, model: str, output: Path, recipe: Recipe) -> Pat
         "steps": recipe.grpo_steps,
         "eval_every": 0,
         "save_every": 0,
-        "seed": recipe.seed,
+        "seed": recipe.supervised.seed,
         "run_dir": output / "grpo",
     }
     config = load_config([*(f"--{key}={value}" for key, value in flags.items()), *recipe.train_flags])

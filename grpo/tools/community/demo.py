@@ -24,14 +24,15 @@ def run_demo(root: Path, recipe: Recipe, max_completion_length: int = 64, *, poi
     """
     if (root / "feedback.jsonl").exists():
         raise ConfigError(f"--root {root} holds a community already: choose another folder for the demonstration")
-    community = make_community(recipe.seed)
+    seed = recipe.supervised.seed
+    community = make_community(seed)
     root.mkdir(parents=True, exist_ok=True)
     for name, rows in (("archive", community.archive), ("verified", community.verified)):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (root / f"{name}.jsonl").write_text(text, encoding="utf-8")
     archive, verified = root / "archive.jsonl", root / "verified.jsonl"
     (root / "archive.jsonl.card.yaml").write_text(CARD)
-    set_current(root, str(make_tiny_model(seed=recipe.seed, problems=community.archive, recipe=ARCHIVE_RECIPE)))
+    set_current(root, str(make_tiny_model(seed=seed, problems=community.archive, recipe=ARCHIVE_RECIPE)))
 
     print(f"== {len(community.corrections)} corrections by people who know the language")
     append_feedback(root / "feedback.jsonl", *community.corrections)
