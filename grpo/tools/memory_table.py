@@ -74,7 +74,7 @@ def format_table(estimates: dict[str, dict[str, float]], available: float | None
     parts = list(dict.fromkeys(part for values in estimates.values() for part in values if part != "peak"))
     rows: list[list[Any]] = [["GiB per process", *estimates]]
     for part in [*parts, "peak"]:
-        rows.append([part, *(f"{values[part]:.2f}" if part in values else "-" for values in estimates.values())])
+        rows.append([part, *(f"{values[part]:.3f}" if part in values else "-" for values in estimates.values())])
     if available is not None:
         fits = ("yes" if values["peak"] <= available else "no" for values in estimates.values())
         rows.append([f"fits {available:g} GiB", *fits])
