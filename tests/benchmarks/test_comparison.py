@@ -1,4 +1,4 @@
-"""docs/comparison.md is what benchmarks/comparison.py makes of docs/results."""
+"""docs/comparison.md equals the output of benchmarks/comparison.py on docs/results."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The grid: what is measured of a run, intervals, and a grid that names only what exists."""
+"""The grid: numbers of a run, intervals, and names that exist."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""docs/machines.md is made of what ran; every profile was tried both ways; estimates of memory are near what runs held."""
+"""docs/machines.md equals the stored results; every profile was tried both ways; memory estimates are near the peaks."""
 
 import json
 from pathlib import Path

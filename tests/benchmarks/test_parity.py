@@ -1,4 +1,4 @@
-"""The same work through TRL's own GRPOTrainer and through ours: equal numbers, and who is right where they differ on purpose."""
+"""The same work through TRL's GRPOTrainer and ours: equal numbers; where they differ on purpose, the right ones."""
 
 import copy
 import math
@@ -44,7 +44,7 @@ def apart(ours: dict, theirs: dict, factor: float = 1.0) -> float:
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_losses_and_gradients_are_trls(loss_type: str) -> None:
-    """Two optimizer steps on fixed completions, the second of them off-policy: every setting of benchmarks/parity.py."""
+    """Two optimizer steps on fixed completions, the second off-policy: every setting of benchmarks/parity.py."""
     rows = [compare(case) for case in cases() if case.loss_type == loss_type]
     assert rows
     for row in rows:

@@ -1,4 +1,4 @@
-"""docs/reliability.md is what benchmarks/reliability.py makes of the stored results, and names tests that exist."""
+"""docs/reliability.md equals the stored results and names existing tests."""
 
 import json
 from pathlib import Path

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,27 @@ def test_package_data_and_console_scripts() -> None:
 
 def test_the_env_file_is_looked_up_in_the_checkout() -> None:
     assert env.source_checkout() == ROOT and (ROOT / ".env.example").is_file()
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler here")
+def test_a_changed_header_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library's name depends on all C files beside its source, so a stale library is never loaded."""
+    folder = tmp_path / "cpu"
+    shutil.copytree(ROOT / "grpo" / "kernels" / "cpu", folder)
+    spec = importlib.util.spec_from_file_location("copied_compiler", folder / "compiler.py")
+    assert spec is not None and spec.loader is not None
+    compiler = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compiler)
+    names: list[str] = []
+    monkeypatch.setattr(compiler, "_compile", lambda command, source, library: names.append(library.name))
+    monkeypatch.setenv("GRPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CC", "cc")
+    header = next(folder.glob("*.h"))
+    original = header.read_text()
+    for text in (original, original + "\n", original):
+        header.write_text(text)
+        compiler.compiled.__wrapped__(folder / "layer.c")
+    assert names[0] == names[2] != names[1]
 
 
 @pytest.mark.parametrize("source", sorted((ROOT / "grpo").rglob("*.[ch]")), ids=lambda path: path.name)

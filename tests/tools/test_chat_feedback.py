@@ -1,4 +1,4 @@
-"""What is said in the chat comes out of the feedback file."""
+"""Judgements asked for in the chat become feedback records."""
 
 from collections.abc import Callable
 

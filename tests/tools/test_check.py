@@ -1,4 +1,4 @@
-"""The dry run: what it finds without loading a weight, and the scores of completions from a file."""
+"""Check: findings without weights, and scores of completions from a file."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The whole loop, on an invented language: honest corrections are promoted, a poisoned batch is not, who withdraws is gone."""
+"""The whole cycle on an invented language: right corrections are promoted, wrong ones are not, withdrawn ones vanish."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The dashboard without a browser: what is read, what is drawn, and what nobody may open."""
+"""The dashboard without a browser: reading, drawing, and access."""
 
 import html
 import json

@@ -1,4 +1,4 @@
-"""The dashboard in a real browser (Debian's chromium): it loads without an error, moves with a run, and obeys no completion."""
+"""The dashboard in a real browser (Debian's chromium): no errors, live updates, and completions shown as text."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def browser() -> Iterator[Any]:
 
 
 class Visit:
-    """One visitor, who notes what goes wrong."""
+    """One visitor, with the errors of the page."""
 
     def __init__(self, browser: Any, address: str, colors: str = "light") -> None:
         self.page = browser.new_page(color_scheme=colors, viewport={"width": 1400, "height": 1000})
@@ -205,7 +205,7 @@ def test_a_broken_model_says_what_it_lacks(tmp_path: Path, browser: Any) -> None
 
 
 def test_85_000_steps_are_shown_whole(tmp_path: Path, browser: Any) -> None:
-    """How long they take is printed, not judged: pytest -s -m slow tests/tools/test_dashboard_browser.py -k 85_000"""
+    """Times are printed, not asserted: pytest -s -m slow tests/tools/test_dashboard_browser.py -k 85_000"""
     last = write_long_run(tmp_path / "runs" / "long", steps=85_000)
     page, address = serve(tmp_path / "runs", tmp_path / "feedback.jsonl", block=False)
     try:
@@ -230,7 +230,7 @@ def test_85_000_steps_are_shown_whole(tmp_path: Path, browser: Any) -> None:
 
 
 def write_long_run(folder: Path, steps: int) -> float:
-    """90 MB of metrics: 30 numbers a step, noise but for one step's reward. -> the last reward"""
+    """Write 90 MB of metrics: 30 numbers per step, noise except one step's reward. Return the last reward."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"steps": steps}))
     keys = [key for curve in CURVES for key in KEYS.get(curve.title, [curve.keys])]

@@ -1,4 +1,4 @@
-"""The commands that question a saved model: evaluate, beside its base, and chat."""
+"""Commands on a saved model: evaluate, beside its base, and chat."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def test_chat_streams_what_the_engine_would_decode(tmp_path: Path) -> None:
 
 
 def damage(folder: Path, what: str) -> None:
-    """Take a part of a model folder away."""
+    """Remove or damage a part of a model folder."""
     if what == "weights cut off":
         weights = folder / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])

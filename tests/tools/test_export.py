@@ -1,4 +1,4 @@
-"""Export and GGUF: a GGUF file as the base, trained, and out again in every format; each is the policy that was trained."""
+"""Export and GGUF: a GGUF base is trained and exported in every format; each export is the trained policy."""
 
 import json
 import subprocess
@@ -74,7 +74,7 @@ def test_a_gguf_is_the_model_and_the_tokenizer_that_it_was_made_of(
 
 
 def test_round_trip_gguf_to_policy_to_gguf(tmp_path: Path) -> None:
-    """A GGUF is trained; gguf-ready, converted as Ollama would, gives the trained policy's logits again."""
+    """A GGUF base is trained. gguf-ready, converted as Ollama does, has the logits of the trained policy."""
     base = tmp_path / "base"
     base.mkdir()
     start, tokenizer = chat_model(), chat_tokenizer()
@@ -93,7 +93,7 @@ def test_round_trip_gguf_to_policy_to_gguf(tmp_path: Path) -> None:
 
 
 def render(template: str, system: str, messages: list[tuple[str, str]]) -> str:
-    """What Go makes of the one shape of template that go_template writes."""
+    """Render the one shape of template that go_template writes, as Go does."""
     pieces = [json.loads(f'"{piece}"') for piece in _strings(template)]
     first, second, otherwise, after_user, after_assistant = pieces
     text = first + system + second if system else otherwise

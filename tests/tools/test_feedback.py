@@ -1,4 +1,4 @@
-"""The feedback file: many writers, torn lines, what is refused."""
+"""The feedback file: concurrent writers, torn lines, rejected records."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The gate: by hand, and that it keeps the old model unless both conditions hold."""
+"""The gate: numbers by hand; the model in use stays unless both conditions hold."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Merging feedback: by hand; twice is once, order means nothing, and what was withdrawn is nowhere."""
+"""Merging feedback: by hand; idempotent, independent of the order, without a trace of withdrawn feedback."""
 
 import json
 import random
@@ -20,7 +20,7 @@ RIGHT, OTHER = "It is `tâge`.", "It is `tôge`."
 
 
 def said(number: int, verdict: str, **fields: Any) -> Feedback:
-    """The number is the time, and part of the id."""
+    """Return a record; the number is its time and a part of its id."""
     record = {"feedback_id": f"id{number}", "created_at": f"2026-01-01T00:{number:02}:00", "verdict": verdict}
     if verdict != "withdraw":
         record |= {"prompt": "What is stone?", "completion": "It is `tâga`.", "pair_id": 1, "consent": True}
