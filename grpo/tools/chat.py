@@ -14,7 +14,8 @@ from typing import Any, cast
 
 from grpo.errors import ConfigError
 from grpo.tools.arguments import command_parser
-from grpo.tools.community.feedback import Feedback, append_feedback, checkpoint_sha, new_feedback
+from grpo.tools.community.feedback import Feedback, checkpoint_sha, new_feedback
+from grpo.tools.community.feedback_file import append_feedback
 from grpo.tools.saved_model import BASE_HELP, resolve_base
 
 

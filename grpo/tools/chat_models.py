@@ -79,7 +79,7 @@ def prompt_settings(model: str) -> DataConfig:
 
 
 def load_chat_models(model: str, base: str | None = None) -> dict[str, ChatModel]:
-    """Load {"base": ..., "trained": ...}, or {"trained": ...} alone. Both read prompts as in the trained model's run."""
+    """Load {"base": ..., "trained": ...}, or {"trained": ...} alone. Both read prompts as in its run."""
     data = prompt_settings(model)
     chosen = {"base": base, "trained": model}
     return {name: ChatModel(path, data) for name, path in chosen.items() if path is not None}

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from grpo.errors import ConfigError
-from grpo.tools.dashboard.app import Board, _findings, check_exposure, serve
+from grpo.tools.dashboard.app import check_exposure, serve
+from grpo.tools.dashboard.board import Board
 from grpo.tools.dashboard.command import read_auth
 from grpo.tools.dashboard.completions_tab import WIDTHS, _cell, _told, columns_of, find
+from grpo.tools.dashboard.page import _findings
 from grpo.tracking import curves
 from grpo.tracking.curves import CURVES, Curve, lines_of
 from grpo.tracking.drawing import Line, plot, readable, ticks

@@ -12,14 +12,8 @@ from pathlib import Path
 import pytest
 
 from grpo.errors import ConfigError, StorageError
-from grpo.tools.community.feedback import (
-    append_feedback,
-    from_plain_records,
-    new_feedback,
-    parse_feedback,
-    read_feedback,
-    to_plain_records,
-)
+from grpo.tools.community.feedback import from_plain_records, new_feedback, parse_feedback, to_plain_records
+from grpo.tools.community.feedback_file import append_feedback, read_feedback
 
 HOSTILE = '<img src=x onerror=alert(1)>\n=HYPERLINK("http://x")\x1b]52;c;\u202e'
 
@@ -48,7 +42,8 @@ def test_texts_are_composed() -> None:
 
 WRITER = """
 import sys
-from grpo.tools.community.feedback import append_feedback, new_feedback
+from grpo.tools.community.feedback import new_feedback
+from grpo.tools.community.feedback_file import append_feedback
 path, writer, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 for number in range(count):
     append_feedback(path, new_feedback("accept", prompt=f"q {number}", completion="ẖ" * (number % 50), reviewer=writer, consent=True))

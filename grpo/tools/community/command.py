@@ -111,13 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def collect(root: Path, options: argparse.Namespace) -> None:
     """Add one judgement, import records, or export all feedback."""
-    from grpo.tools.community.feedback import (
-        append_feedback,
-        from_plain_records,
-        new_feedback,
-        read_feedback,
-        to_plain_records,
-    )
+    from grpo.tools.community.feedback import from_plain_records, new_feedback, to_plain_records
+    from grpo.tools.community.feedback_file import append_feedback, read_feedback
 
     path = root / "feedback.jsonl"
     if options.export:

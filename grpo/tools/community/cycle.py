@@ -15,7 +15,7 @@ from grpo.data.rows import BadRows, load_rows
 from grpo.errors import ConfigError
 from grpo.models.strategies.registry import start_accelerator
 from grpo.rewards.prose import words
-from grpo.tools.community.feedback import read_feedback
+from grpo.tools.community.feedback_file import read_feedback
 from grpo.tools.community.gate import compare, current, decide, promote, set_current
 from grpo.tools.community.merge import merge, read_rows_of, versions_in, write_version
 from grpo.tools.community.supervised import Continuation, continue_training

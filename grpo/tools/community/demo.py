@@ -6,7 +6,8 @@ from pathlib import Path
 from grpo.errors import ConfigError
 from grpo.models.tiny import ProseRecipe, make_tiny_model
 from grpo.tools.community.cycle import Recipe, merge_feedback, run_cycle
-from grpo.tools.community.feedback import append_feedback, new_feedback
+from grpo.tools.community.feedback import new_feedback
+from grpo.tools.community.feedback_file import append_feedback
 from grpo.tools.community.gate import set_current
 from grpo.tools.community.invented_community import make_community
 from grpo.tools.community.merge import read_rows_of

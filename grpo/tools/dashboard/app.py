@@ -1,33 +1,22 @@
-"""Dashboard: curves, completions, comparison and chat of runs in a browser.
+"""The dashboard's server: who may open it, and its start.
 
-The only importer of gradio; the tabs in other files (completions_tab.py, chat_tab.py) receive it as an argument. The
-dashboard reads run directories and writes one file, the feedback (grpo/tools/community/feedback.py). A model's text is
-shown as text, never as markup. Names from the browser are looked up among the runs found; no file is opened by name.
+The dashboard reads run directories and writes one file, the feedback (community/feedback_file.py). A model's text
+is shown as text, never as markup. Names from the browser are looked up among the runs found; no file is opened by name.
 """
 
 import ipaddress
-import re
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.errors import ConfigError
 from grpo.tools.dashboard.board import Board
-from grpo.tools.dashboard.chat_tab import chat_tab
-from grpo.tools.dashboard.completions_tab import completions_tab
-from grpo.tracking import curves
-from grpo.tracking.curves import CURVES
-from grpo.tracking.drawing import plot
-from grpo.tracking.markup import inert, table
-from grpo.tracking.run_reader import RunFolder
+from grpo.tools.dashboard.page import build
 
 if TYPE_CHECKING:
     import gradio as gr
 
-REFRESH_SECONDS = 2.0
 STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
-HOVER = (Path(__file__).parent / "curves.js").read_text(encoding="utf-8")
 
 
 def check_exposure(host: str, share: bool, auth: tuple[str, str] | None) -> None:
@@ -123,134 +112,3 @@ def _theme(gr: Any) -> Any:
         font=system,  # fetching fonts would tell other servers that the page was opened
         font_mono=("ui-monospace", "monospace"),
     )
-
-
-def build(board: Board) -> "gr.Blocks":
-    """Build the page. Each visitor has a state of their own; data read from disk is shared."""
-    import gradio as gr
-
-    with gr.Blocks(title="GRPO runs", analytics_enabled=False, fill_width=True) as page:
-        with gr.Row(elem_id="top", equal_height=True):
-            gr.Markdown("## GRPO runs", elem_id="name")
-            runs = gr.Dropdown([], multiselect=True, label="Runs", scale=4, elem_id="runs", filterable=True)
-            smoothing = gr.Slider(0, 0.98, 0, step=0.02, label="Smoothing", scale=1, min_width=220)
-        numbers = gr.HTML(elem_id="numbers")
-        findings = gr.HTML(elem_id="findings")
-        with gr.Tab("Curves"):
-            plots = _curves_tab(gr, runs, board)
-        with gr.Tab("Completions"):
-            completions = completions_tab(gr, board)
-        with gr.Tab("Compare"):
-            compared = [gr.HTML(elem_classes=["table"]), gr.HTML(elem_classes=["table"])]
-        with gr.Tab("Chat") as tab:
-            chat_tab(gr, board, tab, page)
-
-        seen = gr.State({})
-        timer = gr.Timer(REFRESH_SECONDS)
-        outputs = [runs, numbers, findings, plots, *compared, completions.run, completions.step, seen]
-        inputs = [runs, smoothing, completions.run, completions.follow, completions.step, seen]
-
-        def show(
-            names: list[str] | None, amount: float, run: str | None, follow: bool, step: float, before: dict[str, Any]
-        ) -> list[Any]:
-            """Return updates of the outputs that changed since `before`. Others are skipped and do not flicker."""
-            found = board.refresh()
-            if not names and not before.get("found"):  # the first refresh with a run
-                names = found[:1]
-            chosen = board.chosen(names)
-            now = {
-                "found": found,
-                "curves": [(each.name, each.metrics.changes) for each in chosen] + [amount],
-                "states": [(each.name, curves.state_of(each)) for each in chosen],
-                "findings": _findings(chosen),
-            }
-            updates: list[Any] = []
-            if now["found"] != before.get("found"):
-                updates.append(gr.Dropdown(choices=found, value=[each.name for each in chosen]))
-            else:
-                updates.append(gr.skip())
-            same = now["curves"] == before.get("curves")
-            updates.append(_numbers(chosen) if not same or now["states"] != before.get("states") else gr.skip())
-            updates.append(now["findings"] if now["findings"] != before.get("findings") else gr.skip())
-            updates.append(gr.skip() if same else _plots(CURVES, chosen, amount))
-            updates += [gr.skip()] * 2 if same else [table(*curves.comparison(chosen)), _config_table(chosen)]
-            newer, now["completions"] = completions.newer(gr, found, run, follow, step, before.get("completions", {}))
-            return [*updates, *newer, now]
-
-        options: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        page.load(show, inputs, outputs, **options)
-        timer.tick(show, inputs, outputs, trigger_mode="once", **options)
-        for changed in (runs.input, smoothing.release):
-            changed(show, inputs, outputs, **options)
-    return page
-
-
-def _curves_tab(gr: Any, runs: Any, board: Board) -> Any:
-    plots = gr.HTML(elem_id="curves", elem_classes=["curves"], js_on_load=HOVER)
-    with gr.Accordion("Any other metric", open=False):
-        keys = gr.Dropdown([], multiselect=True, label="Metrics", info="Including those of your callbacks.")
-        other = gr.HTML(elem_classes=["curves"], js_on_load=HOVER)
-
-        def choices(names: list[str]) -> Any:
-            return gr.Dropdown(choices=curves.other_keys(board.chosen(names)))
-
-        def draw(names: list[str], wanted: list[str]) -> str:
-            known = [key for key in curves.other_keys(board.chosen(names)) if key in wanted]
-            shown = [curves.Curve(key, re.escape(key), "") for key in known]
-            return _plots(shown, board.chosen(names), 0.0)
-
-        keys.focus(choices, runs, keys, api_visibility="private")
-        keys.input(draw, [runs, keys], other, api_visibility="private")
-    return plots
-
-
-def _plots(shown: Sequence[curves.Curve], runs: list[RunFolder], smoothing: float) -> str:
-    return "".join(plot(curve.title, curve.hint, curves.lines_of(curve, runs, smoothing)) for curve in shown)
-
-
-def _numbers(runs: list[RunFolder]) -> str:
-    """Return the row of large numbers, which is about the first run."""
-    if not runs or not runs[0].metrics.steps:
-        return "<p class='empty'>No step yet. Choose a run above, or start one: accelerate launch launch/train.py</p>"
-    run = runs[0]
-    state = curves.state_of(run)
-    total = run.config().get("steps")
-    cells = [(state, f"{run.metrics.steps[-1]}", f"of {total} steps" if total else "steps", state)]
-    accuracy = run.metrics.arrays("eval/accuracy")[1]
-    if len(accuracy):
-        cells.append(("held-out accuracy", f"{accuracy[-1]:.1%}", f"{accuracy[0]:.1%} before", ""))
-    for title, key, style in (
-        ("reward", "reward/mean", ".3f"),
-        ("KL", "policy/kl", ".4f"),
-        ("length", "rollout/length_mean", ".0f"),
-        ("tokens/s", "rollout/tokens_per_second", ".0f"),
-        ("memory, GiB", "memory/peak_gib", ".2f"),
-    ):
-        values = run.metrics.arrays(key)[1]
-        if len(values):
-            cells.append((title, format(values[-1], style), f"{format(values[0], style)} at first", ""))
-    left = curves.seconds_left(run)
-    if left is not None and state == "training":
-        minutes, seconds = divmod(round(left), 60)
-        cells.append(("time left", f"{minutes // 60}:{minutes % 60:02}:{seconds:02}", "at the last 20 steps' pace", ""))
-    return "".join(
-        f"<div class='number {kind}'><span>{inert(title)}</span><b>{inert(value)}</b><i>{inert(note)}</i></div>"
-        for title, value, note, kind in cells
-    )
-
-
-def _findings(runs: list[RunFolder]) -> str:
-    """Return the findings of the runs' diagnostics (findings.jsonl) with their fixes."""
-    items = [
-        f"<li><b>{inert(row['text'])}</b> <i>{inert(run.name)}, step {inert(row['step'])}</i>"
-        f"<br>{inert(row['mend'])}</li>"
-        for run in runs
-        for row in run.findings()
-    ]
-    return f"<h4>What may keep it from learning</h4><ul>{''.join(items)}</ul>" if items else ""
-
-
-def _config_table(runs: list[RunFolder]) -> str:
-    if len(runs) < 2:
-        return "<p class='empty'>Choose two runs or more above: their configs are compared here.</p>"
-    return "<h3>Where their configs differ</h3>" + table(*curves.differences(runs))

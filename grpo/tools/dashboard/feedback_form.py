@@ -3,7 +3,8 @@
 from typing import Any, Literal
 
 from grpo.errors import GrpoError
-from grpo.tools.community.feedback import append_feedback, new_feedback
+from grpo.tools.community.feedback import new_feedback
+from grpo.tools.community.feedback_file import append_feedback
 from grpo.tools.dashboard.board import Board
 from grpo.tracking.markup import plain_markdown
 
