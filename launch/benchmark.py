@@ -2,6 +2,7 @@
 
 python launch/benchmark.py --suite cpu-tiny [--output FILE.json] [--profile FILE.txt]
 python launch/benchmark.py --suite cpu-gsm8k --data.path train.jsonl [--output FILE.json]
+python launch/benchmark.py --suite cpu-135m --data.path train.jsonl --precision bf16 --busy 1
 python launch/benchmark.py --suite cpu-gsm8k --data.path train.jsonl --decode    milliseconds per token of our engine, by rows
 python launch/benchmark.py --readme docs/results/cpu-*.json           the table that README shows, from the JSON
 
@@ -64,6 +65,8 @@ class Suite:
     precision: str = "no"
     trl_micro_batch: int = 8
     """TRL tuned; by default it is 8."""
+    family: str = "qwen2"
+    """Architecture of the random model: qwen2 or llama."""
     warm_up_steps: int = 10
 
 
@@ -71,6 +74,8 @@ SUITES = {
     "cpu-tiny": Suite(4, 8, 64, 32, 4, 2, 512, hidden_size=128, layers=4, vocabulary=600, gsm8k=False),
     "cpu-gsm8k": Suite(4, 8, 128, 86, 3, 2, 512, hidden_size=256, layers=6, vocabulary=8192),
     "cpu-gsm8k-long": Suite(4, 16, 200, 86, 2, 2, 512, hidden_size=256, layers=6, vocabulary=8192),
+    # The shape of SmolLM2-135M.
+    "cpu-135m": Suite(4, 8, 128, 86, 2, 2, 2048, 576, 30, 49152, 1536, 9, 3, family="llama"),
     # The shapes of Qwen2.5-0.5B and Qwen2.5-1.5B.
     "gpu-0.5b": Suite(
         8, 16, 786, 250, 3, 2, 16384, 896, 24, 151936, 4864, 14, 2, device="cuda", precision="bf16", trl_micro_batch=16
@@ -94,6 +99,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="runs of each trainer, instead of the suite's")
     parser.add_argument(
         "--dry_run", action="store_true", help="the same path with a narrow model on the CPU: does it run?"
+    )
+    parser.add_argument(
+        "--precision", choices=["no", "bf16"], help="mixed precision of both trainers, instead of the suite's"
+    )
+    parser.add_argument(
+        "--busy", type=int, default=0, metavar="N", help="measure beside N processes that keep one core busy each"
+    )
+    parser.add_argument(
+        "--runners", nargs="+", choices=RUNNERS, default=RUNNERS, help="measure only these (ours and trl_tuned, or one)"
     )
     parser.add_argument("--decode", action="store_true", help="only time our engine: milliseconds per token, by rows")
     parser.add_argument(
@@ -127,11 +141,12 @@ def main() -> None:
             print(decode_times(suite, folder))
             return
         measured = [machine_rates(suite, one_thread=flags.cpu_time)]
-        runs: dict[str, list[dict]] = {name: [] for name in RUNNERS}
+        runs: dict[str, list[dict]] = {name: [] for name in flags.runners}
         for number in range(suite.rounds):
-            for name in RUNNERS:
+            for name in runs:
                 print(f"round {number + 1} of {suite.rounds}: {name}", file=sys.stderr, flush=True)
-                runs[name].append(worker(flags, suite, name, folder))
+                with busy_processes(flags.busy):
+                    runs[name].append(worker(flags, suite, name, folder))
             measured.append(machine_rates(suite, one_thread=flags.cpu_time))
         # The best of several times: a machine in a cloud has slow moments, and a limit that was measured in one is none.
         rates = {name: max(rates[name] for rates in measured) for name in measured[0]}
@@ -139,12 +154,25 @@ def main() -> None:
         if flags.profile:
             Path(flags.profile).parent.mkdir(parents=True, exist_ok=True)
             Path(flags.profile).write_text(table(report) + "\n")
-            for name in ("ours", "trl_tuned"):
+            for name in [name for name in runs if name != "trl_default"]:
                 worker(flags, replace(suite, steps=1), name, folder, profile=True)
     print(table(report))
     if flags.output:
         Path(flags.output).parent.mkdir(parents=True, exist_ok=True)
         Path(flags.output).write_text(json.dumps(report, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Within, `count` processes compete for the cores. Each ends with this one at the latest."""
+    loop = "import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(10000))"
+    processes = [subprocess.Popen([sys.executable, "-S", "-c", loop]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def count_cpu_time() -> None:
@@ -168,7 +196,12 @@ def chosen_suite(flags: argparse.Namespace) -> Suite:
             f"suite {flags.suite} needs a CUDA device, and torch {torch.__version__} sees none here: run it where there is "
             f"one, or add --dry_run to walk the same path with a narrow model on the CPU"
         )
-    return replace(suite, steps=flags.steps or suite.steps, rounds=flags.rounds or suite.rounds)
+    return replace(
+        suite,
+        steps=flags.steps or suite.steps,
+        rounds=flags.rounds or suite.rounds,
+        precision=flags.precision or suite.precision,
+    )
 
 
 def forced_lengths(suite: Suite, step: int) -> list[int]:
@@ -224,13 +257,14 @@ def make_work(suite: Suite, folder: Path, data_path: str | None) -> None:
 def make_random_model(suite: Suite, folder: Path, texts: list[str]) -> None:
     """Random weights in the shape of a real model, with a tokenizer made from the texts: nothing is downloaded."""
     import torch
-    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config
 
     from grpo.models.tiny import make_tokenizer
 
     tokenizer = make_tokenizer(texts, 8192)
     torch.manual_seed(0)
-    config = Qwen2Config(
+    kind = {"qwen2": Qwen2Config, "llama": LlamaConfig}[suite.family]
+    config = kind(
         vocab_size=suite.vocabulary,
         hidden_size=suite.hidden_size,
         intermediate_size=suite.intermediate_size,
@@ -238,13 +272,13 @@ def make_random_model(suite: Suite, folder: Path, texts: list[str]) -> None:
         num_attention_heads=suite.heads,
         num_key_value_heads=suite.key_value_heads,
         max_position_embeddings=4096,
-        rope_theta=1e6,
+        rope_theta=1e6 if suite.family == "qwen2" else 1e5,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen2ForCausalLM(config).float()
+    model = AutoModelForCausalLM.from_config(config).float()
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None
     )
@@ -256,6 +290,7 @@ def worker(flags: argparse.Namespace, suite: Suite, name: str, folder: Path, pro
     words = [sys.executable, __file__, "--suite", flags.suite, "--worker", name, "--folder", str(folder)]
     words += ["--steps", str(suite.steps), "--rounds", "1", *(["--dry_run"] if flags.dry_run else [])]
     words += ["--cpu_time"] if flags.cpu_time else []
+    words += ["--precision", suite.precision]
     words += ["--profile", flags.profile] if profile else []
     # Accelerate reads these; the precision and the device are the same for both sides.
     environment = os.environ | {"ACCELERATE_MIXED_PRECISION": suite.precision}
@@ -565,7 +600,7 @@ def machine_rates(suite: Suite, one_thread: bool) -> dict[str, float]:
         torch.set_num_threads(1)
     clock = time.process_time if one_thread else time.perf_counter
     device = torch.device(suite.device)
-    dtype = torch.bfloat16 if suite.precision == "bf16" and suite.device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if suite.precision == "bf16" else torch.float32
     size, words = (8192, 2**28) if suite.device == "cuda" else (1024, 2**24)
     left = torch.randn(size, size, device=device, dtype=dtype)
     source = torch.zeros(words, device=device)
@@ -640,6 +675,7 @@ def summarize(flags: argparse.Namespace, suite: Suite, runs: dict[str, list[dict
         "versions": {package: version(package) for package in ("torch", "transformers", "accelerate", "trl")},
     }
     report["seconds"] = "of CPU time, one thread" if flags.cpu_time else "of wall-clock time"
+    report["busy_processes"] = flags.busy
     if flags.dry_run:
         report["dry_run"] = "a narrow model on the CPU: shows that the path runs, says nothing of speed"
     report |= {runner: figures(results) for runner, results in runs.items()}
@@ -648,7 +684,7 @@ def summarize(flags: argparse.Namespace, suite: Suite, runs: dict[str, list[dict
     report["least_seconds"] = least
     report["times_the_least"] = {phase: report["ours"][phase]["median"] / least[phase] for phase in least}
     report["ratios"] = {}
-    for kind in ("default", "tuned"):
+    for kind in [kind for kind in ("default", "tuned") if f"trl_{kind}" in runs]:
         theirs, mine = report[f"trl_{kind}"], report["ours"]
         report["ratios"][kind] = {
             phase: theirs[phase]["median"] / mine[phase]["median"] for phase in ("step", "rollout", "update")
@@ -667,23 +703,25 @@ def _processor() -> str:
 
 
 def table(report: dict) -> str:
+    runners = [runner for runner in RUNNERS if runner in report]
+    beside = f", beside {report['busy_processes']} busy processes" if report.get("busy_processes") else ""
     lines = [
-        f"{report['suite']}: seconds {report['seconds']}, median of the steps (min - max)",
-        f"{'':22}" + "".join(f"{runner:>26}" for runner in RUNNERS),
+        f"{report['suite']}: precision {report['work']['precision']}, seconds {report['seconds']}{beside}, median of the steps (min - max)",
+        f"{'':22}" + "".join(f"{runner:>26}" for runner in runners),
     ]
     for phase in PHASES:
-        cells = [report[runner][phase] for runner in RUNNERS]
+        cells = [report[runner][phase] for runner in runners]
         lines.append(
             f"{phase:22}" + "".join(f"{c['median']:10.3f} ({c['min']:.2f} - {c['max']:.2f})".rjust(26) for c in cells)
         )
     lines.append(
-        f"{'padding fraction':22}" + "".join(f"{report[r]['padding_fraction']['median']:26.2f}" for r in RUNNERS)
+        f"{'padding fraction':22}" + "".join(f"{report[r]['padding_fraction']['median']:26.2f}" for r in runners)
     )
     lines.append(
-        f"{'peak memory, GiB':22}" + "".join(f"{report[r]['peak_memory_gib']['median']:26.3f}" for r in RUNNERS)
+        f"{'peak memory, GiB':22}" + "".join(f"{report[r]['peak_memory_gib']['median']:26.3f}" for r in runners)
     )
     for key in ("tokens_per_second", "mean_length"):
-        lines.append(f"{key:22}" + "".join(f"{report[runner][key]:26.2f}" for runner in RUNNERS))
+        lines.append(f"{key:22}" + "".join(f"{report[runner][key]:26.2f}" for runner in runners))
     for kind, ratios in report["ratios"].items():
         lines.append(f"TRL {kind} / ours:  " + "  ".join(f"{key} {value:.2f}" for key, value in ratios.items()))
     rates = report["machine"]
