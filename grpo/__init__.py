@@ -1,7 +1,13 @@
 """GRPO for language models of 0.5B to 8B parameters: the public API. Names are imported on first use."""
 
 import importlib
+import os
 from typing import Any
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    # Iterations that an OpenMP thread spins before it sleeps, read when torch is first imported. The default of libgomp spins for
+    # milliseconds: beside other programs, a thread then waits for one that has lost its core (docs/speed.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 # Public name -> the module that defines it. `__init__.pyi` lists the same names for type checkers.
 _PUBLIC = {
