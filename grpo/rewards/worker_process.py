@@ -10,7 +10,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -54,7 +55,8 @@ class Worker:
         self._pipe, theirs = multiprocessing.Pipe()
         reward = self.function if address is None else address
         self._process = context.Process(target=serve, args=(theirs, reward, self.kwargs), name=f"reward {self.name}")
-        self._process.start()
+        with contextlib.nullcontext() if address is None else _hidden_main_module():
+            self._process.start()
         theirs.close()
         try:
             ready = self._pipe.poll(START_TIMEOUT) and self._pipe.recv_bytes() == b"ready"
@@ -152,6 +154,26 @@ def address_of(function: RewardFunction) -> str | None:
         return f"{place}:{name}" if REWARDS.get(f"{place}:{name}") is function else None
     except ConfigError:
         return None
+
+
+_MAIN_MODULE = threading.Lock()
+
+
+@contextlib.contextmanager
+def _hidden_main_module() -> Iterator[None]:
+    """Keep a new process from importing the user's script, which would train there again without a `__main__` guard.
+
+    The reward is found by its address. multiprocessing takes the script from `__file__` and `__spec__` of `__main__`.
+    """
+    main = vars(sys.modules["__main__"])
+    with _MAIN_MODULE:
+        hidden: dict[str, Any] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+        main["__spec__"] = None
+        try:
+            yield
+        finally:
+            main.pop("__spec__")
+            main.update(hidden)
 
 
 def _start_method() -> str:

@@ -1,5 +1,6 @@
 """docs/api.md: its examples run as one script, and its table lists the public names."""
 
+import os
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ def test_the_table_lists_every_public_name() -> None:
 
 def run_examples(folder: Path, *examples: str) -> None:
     (folder / "script.py").write_text("\n".join(examples), encoding="utf-8")
-    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "script.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
