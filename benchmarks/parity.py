@@ -114,9 +114,9 @@ def cases() -> list[Case]:
 
 def masked_factor(loss_type: str) -> float:
     """Return TRL's gradient over ours with masked completions, which TRL's per-completion means count."""
-    from grpo.losses import OBJECTIVES
+    from grpo.losses import LOSSES
 
-    per_completion = OBJECTIVES.get(loss_type).per != "token"
+    per_completion = LOSSES.get(loss_type).per != "token"
     sequences = P * G
     return (
         (sequences - sum(not c.ended for g in fixed_groups() for c in g.completions)) / sequences

@@ -17,7 +17,8 @@ _PUBLIC = {
     "register_advantage": "grpo.advantages",
     "register_dataset": "grpo.data.registry",
     "register_engine": "grpo.rollout.engine",
-    "register_objective": "grpo.losses",
+    "register_kl": "grpo.kl",
+    "register_loss": "grpo.losses",
     "register_reward": "grpo.rewards.registry",
 }
 

@@ -21,10 +21,11 @@ from grpo.config.schema import Config, ObjectiveConfig
 from grpo.data.stream import PromptStream
 from grpo.data.streaming import StreamedPrompts
 from grpo.kl import kl_estimate
-from grpo.losses import by_name, find_objective, per_sequence
+from grpo.losses import find_loss, per_sequence
 from grpo.models.logprob_model import probe_batch
 from grpo.packing import PackedBatch, pack
 from grpo.policy import Policy
+from grpo.registry import call_with_supported_args
 from grpo.rewards.scoring import RewardSum, Scores
 from grpo.rollout.async_sampler import AsyncSampler
 from grpo.runtime.distributed import gather_rows, max_over_ranks, sum_over_ranks
@@ -220,7 +221,7 @@ class ExperienceCollector:
             "scale": self.config.objective.scale_rewards,
         }
         before = sum(len(row["rewards"]) for row in rows if row["rank"] < rank)
-        everyone = by_name(ADVANTAGES.get(estimator_of(self.config.objective)), offered)
+        everyone = call_with_supported_args(ADVANTAGES.get(estimator_of(self.config.objective)), offered)
         return everyone[before : before + len(rewards_PG)]
 
 
@@ -236,7 +237,7 @@ def packed_before_rewards(config: Config) -> bool:
 
 def subset_of(objective: ObjectiveConfig) -> str | None:
     """Return objective.subset, or the one that loss_type implies."""
-    return objective.subset or find_objective(objective.loss_type).implied.get("subset")
+    return objective.subset or find_loss(objective.loss_type).implied.get("subset")
 
 
 def estimator_of(objective: ObjectiveConfig) -> str:
@@ -245,7 +246,7 @@ def estimator_of(objective: ObjectiveConfig) -> str:
         return objective.advantage_estimator
     if objective.multi_objective_aggregation == "normalize_then_sum":
         return "gdpo"
-    return find_objective(objective.loss_type).implied.get("advantage_estimator", "group")
+    return find_loss(objective.loss_type).implied.get("advantage_estimator", "group")
 
 
 def lengths_of(groups: list[Group]) -> Tensor:

@@ -1,8 +1,8 @@
-"""The objective: logprobs [N] -> one loss, for every published variant.
+"""Losses: logprobs [N] -> one loss.
 
     loss = sum over tokens n of  weight_n * (correction_n * l_n + beta * kl_n) / denominator  -  entropy_coef * mean entropy
 
-A variant is the function l (what one token costs) and what `per` it is averaged over. With
+A loss is the function l (the cost of one token) and `per`, the unit that it is averaged over. With
 
     ratio_n = exp(logp_n - old_n)                                    importance_sampling_level token
     ratio_n = exp(mean of logp - old over n's completion)            importance_sampling_level sequence (GSPO)
@@ -16,17 +16,16 @@ packing or rank count:
     sequence_sum   1                 completions                          (LUSPO, arXiv 2602.05261)
     max_length     1                 completions x max_completion_length  (Dr. GRPO, arXiv 2503.20783)
 
-A new variant names the tensors [N] and the settings (keys of the config's `objective`) that it needs, as a reward names columns:
+A new loss names the tensors [N] and the settings that it needs, as a reward names columns:
 
-    @register_objective("mine", per="token")
-    def mine(ratio, advantages, *, epsilon):
-        return -ratio.clamp(max=1 + epsilon) * advantages
+    @register_loss("mine", per="token")
+    def mine(ratio, advantages, *, epsilon, tau=1.0):
+        return -ratio.clamp(max=1 + epsilon) * advantages / tau
 
-Tensors on offer: ratio, log_ratio (per token), sequence_log_ratio (summed over n's completion), logprobs, advantages.
+Tensors: ratio, log_ratio (per token), sequence_log_ratio (summed over n's completion), logprobs, advantages. Settings:
+the keys of the config's `objective`, and those of your own in objective.loss_kwargs. grpo/objectives/ has further losses.
 """
 
-import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,14 +34,14 @@ import torch
 from torch import Tensor
 
 from grpo.errors import ConfigError
-from grpo.kl import LIMIT, kl_estimate
+from grpo.kl import MAX_LOG_RATIO, kl_estimate
 from grpo.packing import PackedBatch
-from grpo.registry import Registry
+from grpo.registry import Check, Registry, call_with_supported_args, check_arguments
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a loss may be divided by, summed over all ranks and the whole mini-batch. Masked completions do not count."""
+    """Denominators, summed over all ranks and the whole mini-batch. Masked completions do not count."""
 
     tokens: float
     sequences: float
@@ -59,59 +58,61 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Objective:
-    """One variant. Made by @register_objective."""
+class LossFunction:
+    """One loss. Made by @register_loss."""
 
     term: Callable[..., Tensor]
-    """tensors [N] and settings, by name -> [N]: what each token costs"""
+    """tensors [N] and settings, by name -> [N]: the cost of each token"""
     per: str
     """token, sequence, sequence_sum or max_length: the table at the top of the file"""
     implied: Mapping[str, Any] = field(default_factory=dict)
-    """What config keys mean that are left null: {"importance_sampling_level": "sequence"} for gspo."""
+    """Values of config keys that are null: {"importance_sampling_level": "sequence"} for gspo."""
     clips: Callable[..., Tensor] | None = None
-    """tensors and settings, by name -> [N] bool, for the log: whose gradient the clip took away"""
+    """tensors and settings, by name -> [N] bool, for the log: tokens without a gradient because of the clip"""
 
 
 PER = ("token", "sequence", "sequence_sum", "max_length")
 TENSORS = ("ratio", "log_ratio", "sequence_log_ratio", "logprobs", "advantages")
-OBJECTIVES: Registry[Objective] = Registry("objective")
+LOSSES: Registry[LossFunction] = Registry("loss", "objective.loss_type", package="grpo.objectives")
 
 
-def register_objective(
-    name: str, *, per: str, clips: Callable[..., Tensor] | None = None, **implied: Any
+def register_loss(
+    name: str,
+    *,
+    per: str,
+    clips: Callable[..., Tensor] | None = None,
+    check: Check | None = None,
+    **implied: Any,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Decorator that files the function below it as the objective called `name`."""
+    """Return a decorator that registers the function below it as the loss called `name` (see LossFunction, Registry)."""
 
-    def file_under_name(term: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def add(term: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if per not in PER:
-            raise ValueError(f"objective '{name}': per is '{per}', knows {', '.join(PER)}")
-        OBJECTIVES.register(name)(Objective(term, per, implied, clips))
+            raise ValueError(f"loss '{name}': per is '{per}', needs one of {', '.join(PER)}")
+        LOSSES.add(name, LossFunction(term, per, implied, clips), source=term, check=check)
         return term
 
-    return file_under_name
+    return add
 
 
-def find_objective(name: str) -> Objective:
-    """The objective called `name`, or the one that @register_objective made of `module:function`, `path/file.py:function`."""
-    entry: Any = OBJECTIVES.get(name)
-    if isinstance(entry, Objective):
-        return entry
-    for other in OBJECTIVES.names():
-        if OBJECTIVES.get(other).term is entry:
-            return OBJECTIVES.get(other)
-    raise ConfigError(f"objective.loss_type '{name}' is not an objective: put @register_objective above it")
+def find_loss(name: str) -> LossFunction:
+    """Return the loss called `name`, or the one that `module:function` or `path/file.py:function` points to."""
+    found: Any = LOSSES.get(name)
+    if not isinstance(found, LossFunction):
+        raise ConfigError(f"objective.loss_type '{name}' is not a loss: put @register_loss above it")
+    return found
 
 
-def check_parameters(objective: Objective, name: str, settings: Mapping[str, Any]) -> None:
-    """Raises ConfigError if a variant asks for something that is neither a tensor on offer nor a setting."""
-    for function in (objective.term, objective.clips):
-        for parameter in inspect.signature(function).parameters.values() if function else ():
-            known = parameter.name in TENSORS or parameter.name in settings
-            if not known and parameter.default is parameter.empty:
-                raise ConfigError(
-                    f"objective.loss_type '{name}' asks for '{parameter.name}': there are the tensors {', '.join(TENSORS)}, "
-                    f"and the keys of objective. Rename it, or give it a default"
-                )
+def check_loss(config: Any) -> None:
+    """Raise ConfigError if objective.loss_type does not exist, lacks an argument, or cannot work with the config."""
+    settings = vars(config.objective)
+    name, kwargs = settings["loss_type"], settings.get("loss_kwargs", {})
+    loss, label = find_loss(name), f"objective.loss_type '{name}'"
+    offered, given = (*TENSORS, *settings), f"the tensors {', '.join(TENSORS)}, and the keys of objective"
+    check_arguments(label, loss.term, offered, kwargs, "objective.loss_kwargs", given)
+    if loss.clips is not None:
+        check_arguments(label, loss.clips, (*offered, *kwargs), {}, "objective.loss_kwargs", given)
+    LOSSES.check(name, config)
 
 
 def clipped_by_ppo(ratio: Tensor, advantages: Tensor, *, epsilon: float, epsilon_high: float | None) -> Tensor:
@@ -119,84 +120,36 @@ def clipped_by_ppo(ratio: Tensor, advantages: Tensor, *, epsilon: float, epsilon
     return ((ratio < 1 - epsilon) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
 
 
-@register_objective("grpo", per="sequence", clips=clipped_by_ppo)
-@register_objective("dapo", per="token", clips=clipped_by_ppo)
-@register_objective("bnpo", per="token", clips=clipped_by_ppo)  # arXiv 2506.02864; TRL counts tokens per micro-batch
-@register_objective("dr_grpo", per="max_length", clips=clipped_by_ppo)
-@register_objective("gspo", per="sequence", clips=clipped_by_ppo, importance_sampling_level="sequence")
-@register_objective("luspo", per="sequence_sum", clips=clipped_by_ppo, importance_sampling_level="sequence")
-@register_objective("gfpo", per="token", clips=clipped_by_ppo, subset="shortest")
+def check_clip(config: Any) -> None:
+    """Raise ConfigError for an objective.delta that the upper clip makes useless."""
+    objective = config.objective
+    high = objective.epsilon if objective.epsilon_high is None else objective.epsilon_high
+    if objective.delta is not None and objective.delta <= 1 + high:
+        raise ConfigError(
+            f"objective.delta is {objective.delta}, needs to be above 1 + epsilon_high = {1 + high}: below, the clip acts first"
+        )
+
+
+@register_loss("grpo", per="sequence", clips=clipped_by_ppo, check=check_clip)
+@register_loss("dapo", per="token", clips=clipped_by_ppo, check=check_clip)
+@register_loss("bnpo", per="token", clips=clipped_by_ppo, check=check_clip)  # arXiv 2506.02864; TRL: per micro-batch
+@register_loss("dr_grpo", per="max_length", clips=clipped_by_ppo, check=check_clip)
 def clipped(
     ratio: Tensor, advantages: Tensor, *, epsilon: float, epsilon_high: float | None, delta: float | None
 ) -> Tensor:
     """-min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A)          (PPO, arXiv 1707.06347, eq. 7)
 
     `delta` caps the unclipped ratio: a bound where A < 0, which the clip leaves open above (dual-clip PPO, arXiv
-    1912.09729, eq. 5; INTELLECT-2, arXiv 2505.07291). Where the published variants differ is `per` and the ratio:
-    gspo (arXiv 2507.18071), luspo (arXiv 2602.05261), gfpo (arXiv 2508.09726: subset "shortest").
+    1912.09729, eq. 5; INTELLECT-2, arXiv 2505.07291).
     """
     high = epsilon if epsilon_high is None else epsilon_high
     capped = ratio if delta is None else ratio.clamp(max=delta)
     return -torch.minimum(capped * advantages, ratio.clamp(1 - epsilon, 1 + high) * advantages)
 
 
-def above_cap(ratio: Tensor, advantages: Tensor, *, epsilon_high: float | None) -> Tensor:
-    return (ratio > (CISPO_CAP if epsilon_high is None else epsilon_high)) & (advantages > 0)
-
-
-CISPO_CAP = 5.0
-"""What epsilon_high null means for cispo. TRL falls back to epsilon (0.2), which caps every ratio, 1 included."""
-
-
-@register_objective("cispo", per="token", clips=above_cap)
-def cispo(ratio: Tensor, advantages: Tensor, logprobs: Tensor, *, epsilon_high: float | None) -> Tensor:
-    """-min(ratio, epsilon_high).detach() * A * logp: the weight is capped, no token loses its gradient.
-
-    (MiniMax-M1, arXiv 2506.13585, eq. 4; ScaleRL, arXiv 2510.13786.) `epsilon_high` is the cap itself, as in TRL.
-    """
-    return -ratio.clamp(max=CISPO_CAP if epsilon_high is None else epsilon_high).detach() * advantages * logprobs
-
-
-@register_objective("sapo", per="sequence")
-def sapo(ratio: Tensor, advantages: Tensor, *, sapo_temperature_pos: float, sapo_temperature_neg: float) -> Tensor:
-    """-sigmoid(tau * (ratio - 1)) * 4 / tau * A, tau by the sign of A: a soft clip   (SAPO, arXiv 2511.20347)."""
-    tau = torch.where(advantages > 0, sapo_temperature_pos, sapo_temperature_neg)
-    return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages
-
-
-@register_objective("vespo", per="token")
-def vespo(
-    sequence_log_ratio: Tensor,
-    advantages: Tensor,
-    logprobs: Tensor,
-    *,
-    vespo_k_pos: float,
-    vespo_lambda_pos: float,
-    vespo_k_neg: float,
-    vespo_lambda_neg: float,
-) -> Tensor:
-    """-phi(w).detach() * A * logp, log phi = lambda + k * log w - lambda * w, w the ratio of the whole completion (VESPO,
-    arXiv 2602.10693): a weight that is 1 at w = 1 and fades on both sides.
-    """
-    log_w = sequence_log_ratio.detach().clamp(math.log(1e-8), LIMIT)
-    k = torch.where(advantages >= 0, vespo_k_pos, vespo_k_neg)
-    lam = torch.where(advantages >= 0, vespo_lambda_pos, vespo_lambda_neg).clamp(min=1e-4)
-    return -torch.exp(lam + k * log_w - lam * log_w.exp()) * advantages * logprobs
-
-
-@register_objective("rloo", per="sequence_sum", advantage_estimator="rloo")
-@register_objective("reinforce_plus_plus", per="token", advantage_estimator="reinforce_plus_plus")
-def reinforce(advantages: Tensor, logprobs: Tensor) -> Tensor:
-    """-A * logp: no ratio, no clip                      (REINFORCE; RLOO, arXiv 2402.14740; REINFORCE++, arXiv 2501.03262).
-
-    Summed over a completion it is -A * log p(completion), whose gradient RLOO averages.
-    """
-    return -advantages * logprobs
-
-
 @dataclass
-class Loss:
-    """What one batch adds to the loss: already divided by counts over all ranks, so batches and ranks add up."""
+class LossOutput:
+    """The share of one batch in the loss: already divided by counts over all ranks, so batches and ranks add up."""
 
     loss: Tensor
     """with a gradient"""
@@ -211,32 +164,37 @@ def policy_loss(
     old_logprobs_N: Tensor,
     reference_logprobs_N: Tensor | None,
     batch: PackedBatch,
-    objective: Objective,
+    function: LossFunction,
     counts: Counts,
     settings: Mapping[str, Any],
     *,
     entropies_N: Tensor | None = None,
     correction_N: Tensor | None = None,
-) -> Loss:
-    """The formula at the top of the file. `settings` are the keys of the config's `objective`.
+) -> LossOutput:
+    """Compute the formula at the top of the file for one batch.
 
-    reference_logprobs_N None = no KL term; entropies_N (with a gradient) is only needed where entropy_coef is not 0;
-    correction_N weights the policy term for tokens that another policy drew (`importance_correction`).
+    Args:
+        logprobs_N: under the policy, with a gradient. old_logprobs_N: under the policy before this step.
+        reference_logprobs_N: under the reference; None = no KL term.
+        settings: the keys of the config's `objective`.
+        entropies_N: with a gradient; needed where entropy_coef is not 0.
+        correction_N: weights of the policy term, for tokens that another policy drew (`importance_correction`).
     """
-    log_ratio = (logprobs_N - old_logprobs_N).clamp(-LIMIT, LIMIT)
+    log_ratio = (logprobs_N - old_logprobs_N).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     sequence_log_ratio = per_sequence(log_ratio, batch)
-    level = settings.get("importance_sampling_level") or objective.implied.get("importance_sampling_level", "token")
+    level = settings.get("importance_sampling_level") or function.implied.get("importance_sampling_level", "token")
     lengths_N = batch.lengths_S[batch.sequence_N]
     ratio = torch.exp(log_ratio if level == "token" else sequence_log_ratio / lengths_N)
     offered = {
         **settings,
+        **settings.get("loss_kwargs", {}),
         "ratio": ratio,
         "log_ratio": log_ratio,
         "sequence_log_ratio": sequence_log_ratio,
         "logprobs": logprobs_N,
         "advantages": batch.advantages_N,
     }
-    per_token = by_name(objective.term, offered)
+    per_token = call_with_supported_args(function.term, offered)
     if correction_N is not None:
         per_token = per_token * correction_N
     counted = (batch.weights_N != 0).to(per_token.dtype)
@@ -245,12 +203,14 @@ def policy_loss(
         kl = kl_estimate(logprobs_N, reference_logprobs_N, settings.get("kl_estimator", "k3"))
         kl_sum = (kl.detach() * counted).sum()
         per_token = per_token + settings["beta"] * (kl * ratio if settings.get("use_bias_correction_kl") else kl)
-    weights = batch.weights_N / lengths_N if objective.per == "sequence" else batch.weights_N
-    loss = (per_token * weights).sum() / counts.denominator(objective.per)
+    weights = batch.weights_N / lengths_N if function.per == "sequence" else batch.weights_N
+    loss = (per_token * weights).sum() / counts.denominator(function.per)
     if entropies_N is not None and settings.get("entropy_coef"):
         loss = loss - settings["entropy_coef"] * (entropies_N * batch.weights_N).sum() / max(1.0, counts.tokens)
-    clipped = (by_name(objective.clips, offered) * counted).sum() if objective.clips else torch.zeros_like(kl_sum)
-    return Loss(loss, kl_sum, clipped)
+    clipped_sum = torch.zeros_like(kl_sum)
+    if function.clips is not None:
+        clipped_sum = (call_with_supported_args(function.clips, offered) * counted).sum()
+    return LossOutput(loss, kl_sum, clipped_sum)
 
 
 def per_sequence(values_N: Tensor, batch: PackedBatch) -> Tensor:
@@ -262,20 +222,14 @@ def per_sequence(values_N: Tensor, batch: PackedBatch) -> Tensor:
 def importance_correction(
     old_logprobs_N: Tensor, sampling_logprobs_N: Tensor, mode: str, cap: float = 2.0
 ) -> Tensor | None:
-    """Weights for tokens that were drawn by another policy than the one that trains: w = exp(old - sampling) per token.
+    """Return weights for tokens that another policy drew: w = exp(old - sampling) per token, without a gradient.
 
     none: no weight. truncate: min(w, cap) (TIS, fengyao.notion.site/off-policy-rl). mask: w where it is within
-    [1 / cap, cap], else 0 (IcePop). No gradient. Exactly 1 where both policies are the same.
+    [1 / cap, cap], else 0 (IcePop). Exactly 1 where both policies are the same.
     """
     if mode == "none":
         return None
-    weight = torch.exp((old_logprobs_N - sampling_logprobs_N).detach().clamp(-LIMIT, LIMIT))
+    weight = torch.exp((old_logprobs_N - sampling_logprobs_N).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
     if mode == "truncate":
         return weight.clamp(max=cap)
     return torch.where((weight >= 1 / cap) & (weight <= cap), weight, 0.0)
-
-
-def by_name(function: Callable[..., Tensor], offered: Mapping[str, Any]) -> Tensor:
-    """Calls `function` with those of the offered values that it names."""
-    names = [name for name in inspect.signature(function).parameters if name in offered]
-    return function(**{name: offered[name] for name in names})

@@ -1,63 +1,93 @@
-"""Registry: one small class behind rewards, datasets, objectives and engines.
+"""Registry: names -> components of one kind (rewards, datasets, losses, advantage estimators, engines, trackers, ...).
 
 register_reward = REWARDS.register          # @register_reward("brevity") above a function adds it
 REWARDS.get("brevity")                      # by name
-REWARDS.get("my_package.scores:brevity")    # or by import path
-REWARDS.get("my_rewards.py:brevity")        # or by file
+REWARDS.get("my_package.scores:brevity")    # by import path
+REWARDS.get("my_rewards.py:brevity")        # by file
 """
 
 import difflib
+import fnmatch
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Generic, TypeVar
+from types import ModuleType
+from typing import Any, Generic, TypeVar
 
 from grpo.errors import ConfigError
 
 T = TypeVar("T")
+Check = Callable[[Any], None]
+"""config -> None. Raises ConfigError for settings that a component cannot work with."""
 
 
 class Registry(Generic[T]):
-    """Names -> entries of one kind ("reward", "dataset", "objective", "engine").
+    """Names -> entries of one kind.
 
     Args:
-        kind: Noun for error messages.
-        package: Package with the built-in entries. Its modules are imported when a name is looked up that is not
+        kind: what an entry is called in messages ("reward", "loss", "engine").
+        key: the config key that names an entry, for messages.
+        package: the package with the built-in entries. Its modules are imported when a name is looked up that is not
             registered yet: the module of that name first, then the others. A new file there needs no other change.
+        modules: a glob pattern for the names of these modules inside `package`.
     """
 
-    def __init__(self, kind: str, package: str | None = None):
-        self.kind = kind
-        self._package = package
+    def __init__(self, kind: str, key: str = "", package: str = "", modules: str = "*"):
+        self.kind, self.key = kind, key
+        self._package, self._modules = package, modules
         self._entries: dict[str, T] = {}
+        self._sources: dict[str, Any] = {}
+        self._checks: dict[str, Check] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files the function or class below it under `name`. A name can be taken once."""
+    def register(self, name: str, *, check: Check | None = None) -> Callable[[T], T]:
+        """Return a decorator that registers the function or class below it as `name`.
 
-        def file_under_name(entry: T) -> T:
-            taken = self._entries.get(name)
-            if taken is not None and _origin(taken) != _origin(entry):
-                raise ValueError(
-                    f"{self.kind} '{name}' is registered already, by {_origin(taken)}: choose another name"
-                )
-            self._entries[name] = entry
+        Args:
+            name: unique in this registry.
+            check: takes the whole config and raises ConfigError for settings that the entry cannot work with.
+
+        Raises:
+            ValueError: another function or class has the name.
+        """
+
+        def add(entry: T) -> T:
+            self.add(name, entry, check=check)
             return entry
 
-        return file_under_name
+        return add
+
+    def add(self, name: str, entry: T, *, source: Any = None, check: Check | None = None) -> None:
+        """Register `entry` as `name`. `source` is the function that it was made of, if it is not the function itself."""
+        source = entry if source is None else source
+        taken = self._sources.get(name)
+        if taken is not None and _origin(taken) != _origin(source):
+            raise ValueError(f"{self.kind} '{name}' is registered already, by {_origin(taken)}: choose another name")
+        self._entries[name], self._sources[name] = entry, source
+        if check is not None:
+            self._checks[name] = check
+
+    def check(self, name: str, config: Any) -> None:
+        """Raise ConfigError if there is no entry called `name`, or if its own check refuses the config."""
+        entry = self.get(name)
+        for known, check in self._checks.items():
+            if known == name or (":" in name and self._entries[known] is entry):
+                check(config)
 
     def names(self) -> list[str]:
-        """Return all names, sorted."""
+        """Return the registered names, sorted."""
         self._import_until(None)
         return sorted(self._entries)
 
     def get(self, name: str) -> T:
-        """The entry called `name`, or the one that `module:attribute` or `path/file.py:attribute` points to.
+        """Return the entry called `name`, or the one that `module:attribute` or `path/file.py:attribute` points to.
 
-        Raises ConfigError for a name that is not there, with the nearest one that is.
+        Raises:
+            ConfigError: there is none. The message suggests the nearest name.
         """
         if ":" not in name:
             self._import_until(name)
@@ -66,53 +96,102 @@ class Registry(Generic[T]):
         if ":" in name:
             return self._load(name)
         near = difflib.get_close_matches(name, self._entries, n=3)
-        near.sort(
-            key=lambda known: sorted(known) != sorted(name)
-        )  # letters uses_packed_attention: "gpro" is grpo, not gspo
+        near.sort(key=lambda known: sorted(known) != sorted(name))  # the same letters first: "gpro" is grpo, not gspo
         hint = f"did you mean '{near[0]}'? " if near else ""
+        place = f"{self.key}: " if self.key else ""
         raise ConfigError(
-            f"unknown {self.kind} '{name}': {hint}Known: {', '.join(self.names())}; or point to your own with "
+            f"{place}unknown {self.kind} '{name}': {hint}Known: {', '.join(self.names())}; or point to your own with "
             f"'package.module:name' or 'path/file.py:name'"
         )
 
     def _import_until(self, name: str | None) -> None:
         """Import the package's modules, the one called `name` first, until `name` is registered; all for None."""
-        if self._package is None:
+        if not self._package:
             return
         modules = [found.name for found in pkgutil.iter_modules(importlib.import_module(self._package).__path__)]
-        for module in sorted(modules, key=lambda module: module != name):
+        for module in sorted(fnmatch.filter(modules, self._modules), key=lambda module: module != name):
             if name in self._entries:
                 return
             importlib.import_module(f"{self._package}.{module}")
 
     def _load(self, name: str) -> T:
         place, _, attribute = name.rpartition(":")
-        if place.endswith(".py"):
-            path = Path(place).resolve()
-            if not path.is_file():
-                raise ConfigError(f"{self.kind} '{name}': there is no file {path}")
-            # One module per file, however many entries are taken from it, so that its own @register_... runs once.
-            module_name = "grpo_file_" + hashlib.sha256(str(path).encode()).hexdigest()[:12]
-            module = sys.modules.get(module_name)
-            if module is None:
-                spec = importlib.util.spec_from_file_location(module_name, path)
-                assert spec is not None and spec.loader is not None
-                module = importlib.util.module_from_spec(spec)
-                sys.modules[module_name] = module
-                try:
-                    spec.loader.exec_module(module)
-                except Exception as error:
-                    del sys.modules[module_name]
-                    raise ConfigError(f"{self.kind} '{name}': {path} cannot be imported: {error!r}") from error
-        else:
-            try:
-                module = importlib.import_module(place)
-            except ImportError as error:
-                raise ConfigError(f"{self.kind} '{name}': module '{place}' cannot be imported: {error}") from error
+        module = self._import_file(name, place) if place.endswith(".py") else self._import_module(name, place)
         if not hasattr(module, attribute):
             raise ConfigError(f"{self.kind} '{name}': {place} has no '{attribute}'")
-        return getattr(module, attribute)
+        found = getattr(module, attribute)
+        return next((self._entries[known] for known, source in self._sources.items() if source is found), found)
+
+    def _import_module(self, name: str, place: str) -> ModuleType:
+        try:
+            return importlib.import_module(place)
+        except ImportError as error:
+            raise ConfigError(f"{self.kind} '{name}': module '{place}' cannot be imported: {error}") from error
+
+    def _import_file(self, name: str, place: str) -> ModuleType:
+        path = Path(place).resolve()
+        if not path.is_file():
+            raise ConfigError(f"{self.kind} '{name}': there is no file {path}")
+        # One module per file, however many entries are taken from it, so that its own @register_... runs once.
+        module_name = "grpo_file_" + hashlib.sha256(str(path).encode()).hexdigest()[:12]
+        if module_name in sys.modules:
+            return sys.modules[module_name]
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[module_name]
+            raise ConfigError(f"{self.kind} '{name}': {path} cannot be imported: {error!r}") from error
+        return module
 
 
-def _origin(entry: object) -> str:
-    return f"{getattr(entry, '__module__', '?')}.{getattr(entry, '__qualname__', repr(entry))}"
+def call_with_supported_args(function: Callable[..., T], offered: Mapping[str, Any], *args: Any) -> T:
+    """Call `function` with `args` and with those of the `offered` keyword arguments that it names."""
+    names = [name for name in inspect.signature(function).parameters if name in offered]
+    return function(*args, **{name: offered[name] for name in names})
+
+
+def check_arguments(
+    label: str,
+    function: Callable[..., Any],
+    offered: Collection[str],
+    kwargs: Mapping[str, Any],
+    key: str = "",
+    given: str = "",
+) -> None:
+    """Check that `function` can be called by name with the `offered` arguments and with the user's own `kwargs`.
+
+    Args:
+        label: the component in messages: "objective.loss_type 'mine'".
+        function: the component.
+        offered: names of the arguments that the trainer gives.
+        kwargs: the user's settings for this component.
+        key: the config key of `kwargs`, if there is one: "objective.loss_kwargs".
+        given: `offered` in words, for messages.
+
+    Raises:
+        ConfigError: an argument that nothing gives, a setting that `function` does not name, or one that the trainer gives.
+    """
+    own = [p for p in inspect.signature(function).parameters.values() if p.name not in offered]
+    own = [p for p in own if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    names = [parameter.name for parameter in own]
+    for name in kwargs:
+        if name in offered:
+            raise ConfigError(f"{key} has '{name}', which the trainer gives to {label} itself: remove it from {key}")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"its own arguments are: {', '.join(names) or 'none'}"
+            raise ConfigError(f"{key} has '{name}', which is no argument of {label}: {hint}")
+    for parameter in own:
+        if parameter.default is parameter.empty and parameter.name not in kwargs:
+            raise ConfigError(
+                f"{label} requires the argument '{parameter.name}', but the trainer gives {given or ', '.join(offered)}. "
+                f"Rename it, or give it a default{f', or a value in {key}' if key else ''}"
+            )
+
+
+def _origin(source: object) -> str:
+    return f"{getattr(source, '__module__', '?')}.{getattr(source, '__qualname__', repr(source))}"

@@ -7,7 +7,7 @@ import torch
 from grpo.config.schema import Config, correction_of
 from grpo.errors import EngineError, Interrupted, NumericsError
 from grpo.experience import Experience, kl_in_loss
-from grpo.losses import Counts, find_objective, importance_correction, policy_loss
+from grpo.losses import Counts, find_loss, importance_correction, policy_loss
 from grpo.rollout.logprob_mismatch import check_difference
 from grpo.run.build import build_run
 from grpo.run.state import Run
@@ -120,7 +120,7 @@ def update(run: Run, experience: Experience, sums: Sums, clock: Clock) -> None:
                     old[index],
                     references[index],
                     batch,
-                    find_objective(config.loss_type),
+                    find_loss(config.loss_type),
                     counts,
                     vars(config) | {"beta": run.beta},
                     entropies_N=entropies,

@@ -3,18 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.advantages import (
-    ADVANTAGES,
-    group_advantages,
-    leave_one_out_advantages,
-    max_variance,
-    most_reward_per_token,
-    overlong_penalty,
-    per_reward_advantages,
-    shortest,
-    whitened_advantages,
-    whole_batch_advantages,
-)
+from grpo.advantages import ADVANTAGES, group_advantages, overlong_penalty
+from grpo.objectives.gdpo import per_reward_advantages
+from grpo.objectives.reinforce import leave_one_out_advantages, whitened_advantages, whole_batch_advantages
+from grpo.objectives.subsets import max_variance, most_reward_per_token, shortest
 
 
 def test_by_hand() -> None:

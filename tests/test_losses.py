@@ -11,23 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo.config.schema import ObjectiveConfig
+from grpo.config.schema import Config, ObjectiveConfig
 from grpo.errors import ConfigError
 from grpo.losses import (
-    OBJECTIVES,
+    LOSSES,
     Counts,
-    Loss,
-    Objective,
-    check_parameters,
-    find_objective,
+    LossFunction,
+    LossOutput,
+    check_loss,
+    find_loss,
     importance_correction,
     policy_loss,
-    register_objective,
+    register_loss,
 )
 from grpo.packing import PackedBatch, pack
 from tests.fakes import group
 
-VARIANTS = OBJECTIVES.names()
+VARIANTS = LOSSES.names()
 
 
 def batch_of(advantages: list[float], lengths: list[int]) -> PackedBatch:
@@ -36,7 +36,7 @@ def batch_of(advantages: list[float], lengths: list[int]) -> PackedBatch:
 
 
 def loss_of(
-    name: str | Objective,
+    name: str | LossFunction,
     batch: PackedBatch,
     logprobs: Tensor,
     old: Tensor | None = None,
@@ -44,13 +44,17 @@ def loss_of(
     *,
     counts: Counts | None = None,
     **changes: object,
-) -> Loss:
+) -> LossOutput:
     """The loss of one batch, which is the whole mini-batch unless `counts` says otherwise."""
     old = logprobs.detach() if old is None else old
     chosen = vars(replace(ObjectiveConfig(), **changes))
     counts = counts or Counts(float(len(batch.tokens_N)), float(len(batch.lengths_S)), 10)
-    objective = OBJECTIVES.get(name) if isinstance(name, str) else name
-    return policy_loss(logprobs, old, reference, batch, objective, counts, chosen)
+    function = LOSSES.get(name) if isinstance(name, str) else name
+    return policy_loss(logprobs, old, reference, batch, function, counts, chosen)
+
+
+def forget(name: str) -> None:
+    del LOSSES._entries[name], LOSSES._sources[name]
 
 
 def test_clip_by_hand() -> None:
@@ -121,7 +125,7 @@ def test_on_policy_every_gradient_is_the_policy_gradient(name: str) -> None:
         "sequence": 1 / lengths / 2,
         "sequence_sum": torch.ones(4) / 2,
         "max_length": torch.ones(4) / 20,
-    }[OBJECTIVES.get(name).per]
+    }[LOSSES.get(name).per]
     logprobs = torch.tensor([-1.0, -2.0, -0.5, -3.0], requires_grad=True)
     loss_of(name, batch_of([0.7, -1.3], [1, 3]), logprobs).loss.backward()
     advantages = torch.tensor([0.7, -1.3, -1.3, -1.3])
@@ -190,30 +194,50 @@ def test_correction_by_hand() -> None:
 def test_a_new_variant_is_added_in_under_ten_lines(tmp_path: Path) -> None:
     # Truncated importance sampling without a lower clip, from a user's own file.
     source = (
-        "from grpo import register_objective\n"
-        "@register_objective('capped', per='token')\n"
+        "from grpo import register_loss\n"
+        "@register_loss('capped', per='token')\n"
         "def capped(ratio, advantages, *, epsilon):\n"
         "    return -ratio.clamp(max=1 + epsilon) * advantages\n"
     )
     assert len(source.splitlines()) < 10
     (tmp_path / "mine.py").write_text(source)
-    found = find_objective(f"{tmp_path}/mine.py:capped")
+    found = find_loss(f"{tmp_path}/mine.py:capped")
+    forget("capped")
     got = loss_of(found, batch_of([1.0], [2]), torch.log(torch.tensor([0.1, 3.0])), torch.zeros(2))
     assert math.isclose(got.loss.item(), -(0.1 + 1.2) / 2, rel_tol=1e-6)
 
 
+def test_settings_of_a_loss_of_ones_own() -> None:
+    @register_loss("test_scaled", per="token")
+    def scaled(ratio: Tensor, advantages: Tensor, *, tau: float = 1.0) -> Tensor:
+        return -ratio * advantages * tau
+
+    try:
+        settings = ObjectiveConfig(loss_type="test_scaled", loss_kwargs={"tau": 3.0})
+        check_loss(Config(objective=settings))
+        got = loss_of("test_scaled", batch_of([1.0], [1]), torch.zeros(1), loss_kwargs={"tau": 3.0})
+        assert got.loss.item() == -3.0
+        for name, message in [("tao", "did you mean 'tau'"), ("ratio", "the trainer gives")]:
+            with pytest.raises(ConfigError, match=f"objective.loss_kwargs has '{name}'.*{message}"):
+                check_loss(Config(objective=ObjectiveConfig(loss_type="test_scaled", loss_kwargs={name: 1})))
+        with pytest.raises(ConfigError, match="its own arguments are: none"):
+            check_loss(Config(objective=ObjectiveConfig(loss_kwargs={"gamma": 1})))
+    finally:
+        forget("test_scaled")
+
+
 def test_a_variant_that_asks_for_what_nobody_has_is_refused() -> None:
-    @register_objective("test_asks_for_returns", per="token")
+    @register_loss("test_asks_for_returns", per="token")
     def wrong(ratio: Tensor, returns: Tensor) -> Tensor:
         return ratio * returns
 
     try:
         with pytest.raises(ConfigError, match="'returns'"):
-            check_parameters(OBJECTIVES.get("test_asks_for_returns"), "mine", vars(ObjectiveConfig()))
+            check_loss(Config(objective=ObjectiveConfig(loss_type="test_asks_for_returns")))
         with pytest.raises(ValueError, match="per is 'group'"):
-            register_objective("other", per="group")(wrong)
+            register_loss("other", per="group")(wrong)
     finally:
-        del OBJECTIVES._entries["test_asks_for_returns"]
+        forget("test_asks_for_returns")
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])

@@ -134,6 +134,8 @@ class ObjectiveConfig:
     loss_type: str = "dapo"
     """A registered objective: grpo, dapo, dr_grpo, bnpo, gspo, luspo, cispo, sapo, vespo, gfpo, rloo, reinforce_plus_plus; or
     your own: package.module:name, path/file.py:name."""
+    loss_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Settings of a loss of your own, by name: {tau: 0.7}."""
     importance_sampling_level: Literal["token", "sequence"] | None = None
     """Ratio of each token, or of the whole completion (its geometric mean). Null = what loss_type's paper uses (gspo and luspo:
     sequence, else token)."""
@@ -319,7 +321,7 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         path = f"{prefix}{key}"
-        if isinstance(value, dict) and path not in ("rewards", "reward_kwargs"):
+        if isinstance(value, dict) and path not in ("rewards", "reward_kwargs", "objective.loss_kwargs"):
             flat.update(flatten(value, path + "."))
         else:
             flat[path] = value

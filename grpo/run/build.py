@@ -12,16 +12,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
-from grpo.advantages import ADVANTAGES, SUBSETS
-from grpo.config.schema import Config, DataConfig, ObjectiveConfig, flatten, to_dict
+from grpo.config.schema import Config, DataConfig, flatten, to_dict
 from grpo.data.card import record_card
 from grpo.data.rows import Example, load_examples
 from grpo.data.stream import PromptStream, render_prompts
 from grpo.data.training_data import TrainingData, repeated_prompts, training_data
-from grpo.errors import ConfigError, StorageError
-from grpo.experience import ExperienceCollector, estimator_of
+from grpo.errors import StorageError
+from grpo.experience import ExperienceCollector
 from grpo.kernels.cpu.compiler import kernels
-from grpo.losses import check_parameters, find_objective
 from grpo.models.strategies.registry import start_accelerator
 from grpo.policy import Policy
 from grpo.rewards.scoring import RewardSum
@@ -29,12 +27,13 @@ from grpo.rewards.sources import changed_sources, reward_sources
 from grpo.rewards.workers import RewardWorkerPool
 from grpo.rewards.xml_format import only_answer
 from grpo.rollout.async_sampler import AsyncSampler
-from grpo.rollout.engine import RolloutEngine, build_engine, find_engine, is_separate
+from grpo.rollout.engine import RolloutEngine, build_engine, is_separate
 from grpo.rollout.logprob_mismatch import check_agreement, verify_weight_sync
 from grpo.rollout.vllm_engine import check_vllm, longest_of
 from grpo.run.callbacks import Callback, Callbacks, State, build_callbacks
 from grpo.run.checkpoint import check_free_space, read_state
 from grpo.run.checkpointer import Checkpointer, ResumePoint, find_checkpoint, migrate, restore
+from grpo.run.components import check_components
 from grpo.run.records import Recorder
 from grpo.run.resume import check_changes
 from grpo.run.state import Run
@@ -54,8 +53,7 @@ def build_run(config: Config) -> Run:
     Raises:
         ConfigError: Before any weight loads, for whatever can be known by then.
     """
-    check_names(config.objective)
-    find_engine(config.rollout.engine)
+    check_components(config)
     rewards = build_rewards(config)
     check_trackers(config.tracking.report_to)
     callbacks = build_callbacks(config.callbacks)
@@ -115,20 +113,6 @@ def build_run(config: Config) -> Run:
         point.beta,
         lock,
     )
-
-
-def check_names(objective: ObjectiveConfig) -> None:
-    """Raise ConfigError for a name that is not registered, and for a loss that requires an unknown argument."""
-    check_parameters(find_objective(objective.loss_type), objective.loss_type, vars(objective))
-    estimator = estimator_of(objective)
-    ADVANTAGES.get(estimator)
-    if estimator != "group" and objective.scale_rewards != "group":
-        raise ConfigError(
-            f"objective.scale_rewards is {objective.scale_rewards}, but the advantage estimator {estimator} has a scale of "
-            f"its own: leave scale_rewards out, or set objective.advantage_estimator to group"
-        )
-    if objective.subset is not None:
-        SUBSETS.get(objective.subset)
 
 
 def build_rewards(config: Config) -> RewardSum:

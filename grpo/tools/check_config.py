@@ -12,8 +12,7 @@ from grpo.data.streaming import peek
 from grpo.errors import ConfigError
 from grpo.models.strategies.base import Machine
 from grpo.rewards.scoring import RewardSum
-from grpo.rollout.engine import find_engine
-from grpo.run.build import check_names
+from grpo.run.components import check_components
 from grpo.tools.check_cost import describe_batch, least_operations, measure_matrix_rate, steps_of
 from grpo.tools.check_result import Check, PromptCheck
 from grpo.tools.check_rewards import check_rewards
@@ -36,8 +35,7 @@ def check(config: Config, machine: Machine | None = None) -> Check:
         ConfigError: `train` would refuse the config as well.
     """
     found = Check(config=flatten(to_dict(config)))
-    check_names(config.objective)
-    find_engine(config.rollout.engine)
+    check_components(config)
     score = RewardSum(config.rewards, config.reward_kwargs)
     check_trackers(config.tracking.report_to)
     found.run_dir = str(choose_run_dir(config, datetime.now()))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grpo.advantages import ADVANTAGES, SUBSETS, group_advantages
-from grpo.losses import OBJECTIVES
+from grpo.losses import LOSSES
 from tests.test_trainer import run
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ def test_every_function_and_test_that_is_named_exists() -> None:
         assert name in names_in(ROOT / path), f"{path} has no {name}"
 
 
-@pytest.mark.parametrize("registry", [OBJECTIVES, ADVANTAGES, SUBSETS], ids=["objectives", "advantages", "subsets"])
+@pytest.mark.parametrize("registry", [LOSSES, ADVANTAGES, SUBSETS], ids=["losses", "advantages", "subsets"])
 def test_every_variant_is_on_the_page(registry: object) -> None:
     for name in registry.names():
         assert re.search(rf"`(objective\.subset: )?{name}`", THEORY) or name == "shortest", f"{name} is not explained"
@@ -80,8 +80,8 @@ def test_dividing_by_the_deviation_maximises_the_arcsine(p: float) -> None:
 
 def test_a_variant_and_an_estimator_of_ones_own_train_in_under_ten_lines(tmp_path: Path) -> None:
     source = (
-        "from grpo import register_objective\n"
-        "@register_objective('capped_from_a_file', per='token')\n"
+        "from grpo import register_loss\n"
+        "@register_loss('capped_from_a_file', per='token')\n"
         "def capped_from_a_file(ratio, advantages, *, epsilon):\n"
         "    return -ratio.clamp(max=1 + epsilon) * advantages\n"
         "def above_the_median(rewards_PG):\n"

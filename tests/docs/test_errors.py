@@ -23,15 +23,15 @@ from grpo.data.card import check_permission, publishable, record_card
 from grpo.data.rows import load_examples
 from grpo.data.stream import render_prompts
 from grpo.errors import ConfigError, GrpoError, NumericsError, OutOfMemory, RewardError, StorageError
-from grpo.losses import find_objective
+from grpo.losses import find_loss
 from grpo.models.lora import load_adapter
 from grpo.models.reference import check_vocabulary
 from grpo.rewards.calls import call_reward
 from grpo.rewards.scoring import RewardSum
 from grpo.rewards.workers import RewardWorkerPool
 from grpo.rollout.engine import find_engine
-from grpo.run.build import check_names
 from grpo.run.checkpoint import check_free_space, load_checkpoint, newest_valid, save_checkpoint
+from grpo.run.components import check_components
 from grpo.runtime.oom import memory_advice, phase
 from grpo.runtime.run_lock import RunLock, check_free
 from grpo.tools.export import export
@@ -58,6 +58,10 @@ class Case:
 
 def flags(*words: str) -> Callable[[Path], Any]:
     return lambda _: load_config(["--model.name=m", *words])
+
+
+def components(*words: str) -> Callable[[Path], Any]:
+    return lambda _: check_components(load_config(["--model.name=m", *words]))
 
 
 def config_file(text: str) -> Callable[[Path], Any]:
@@ -330,10 +334,10 @@ CASES: dict[str, Case] = {
         ConfigError,
         "tracking.report_to has 'mlflow', knows tensorboard, trackio, wandb",
     ),
-    "unknown objective": Case(
-        lambda _: find_objective("gpro"),
+    "unknown loss": Case(
+        lambda _: find_loss("gpro"),
         ConfigError,
-        "unknown objective 'gpro': did you mean 'grpo'? Known: ...; or point to your own with 'package.module:name' or 'path/file.py:name'",
+        "objective.loss_type: unknown loss 'gpro': did you mean 'grpo'? Known: ...; or point to your own with 'package.module:name' or 'path/file.py:name'",
     ),
     "unknown engine": Case(
         lambda _: find_engine("nativ"),
@@ -341,9 +345,7 @@ CASES: dict[str, Case] = {
         "unknown engine 'nativ': did you mean 'native'? Known: ...; or point to your own with 'package.module:name' or 'path/file.py:name'",
     ),
     "setting that an estimator would ignore": Case(
-        lambda _: check_names(
-            load_config(["--model.name=m", "--objective.loss_type=rloo", "--objective.scale_rewards=none"]).objective
-        ),
+        components("--objective.loss_type=rloo", "--objective.scale_rewards=none"),
         ConfigError,
         "objective.scale_rewards is none, but the advantage estimator rloo has a scale of its own: leave scale_rewards out, or set objective.advantage_estimator to group",
     ),
