@@ -6,6 +6,7 @@ N    completion tokens of a batch
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.errors import ConfigError, NumericsError
 from grpo.models.build import build_trained_model
-from grpo.models.logprob_model import LogprobModel, probe_batch
+from grpo.models.logprob_model import probe_batch
 from grpo.models.lora import save_adapter
 from grpo.models.optimizer_state import Tensors, optimizer_from_tensors, optimizer_to_tensors
 from grpo.models.optimizers import override_hyperparameters
@@ -83,6 +84,9 @@ class Policy:
         self.adapter, self.reference, self.working_copy = built.adapter, built.reference, built.working_copy
         self.optimizer, self.scheduler = built.optimizer, built.scheduler
         self.uses_packed_attention, self.shares_prompts = built.uses_packed_attention, built.shares_prompts
+        self.synced_reference: FrozenReference | None = None
+        if config.sync_ref_model and isinstance(built.reference, FrozenReference):
+            self.synced_reference = built.reference
         self.skipped_in_a_row = 0
         self.reference_is_initial_policy = config.reference is None
 
@@ -155,9 +159,6 @@ class Policy:
             The gradient norm before clipping.
         """
         norm, taken = self.strategy.clip_and_step(usable)
-        if self.shares_prompts:
-            assert isinstance(self.logprob_model, LogprobModel)
-            self.logprob_model.prompts.forget()
         self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
         self.scheduler.step()
         return_freed_memory(self.device)
@@ -179,18 +180,13 @@ class Policy:
         self.working_copy.refresh()
 
     def sampler_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Iterate over (name, full tensor) of the live weights for an engine in another process. Collective if sharded."""
+        """Iterate over (name, full tensor) of the live weights, for an engine in another process. Collective."""
         return self.working_copy.weights()
 
     def sync_reference(self, step: int) -> None:
         """Move the reference towards the policy after every model.ref_model_sync_steps steps, if configured."""
-        if self._has_synced_reference and step % self.config.ref_model_sync_steps == 0:
-            assert isinstance(self.reference, FrozenReference)
-            self.reference.sync(self.strategy.full_weights(self.model), self.config.ref_model_mixup_alpha)
-
-    @property
-    def _has_synced_reference(self) -> bool:
-        return self.reference is not None and self.config.sync_ref_model
+        if self.synced_reference is not None and step % self.config.ref_model_sync_steps == 0:
+            self.synced_reference.sync(self.strategy.full_weights(self.model), self.config.ref_model_mixup_alpha)
 
     # Checkpoints
 
@@ -209,14 +205,10 @@ class Policy:
         weights, moments = self.strategy.state_dict()
         optimizer_tensors, optimizer = optimizer_to_tensors(moments)
         tensors = {"model": weights, "optimizer": optimizer_tensors}
-        if self._has_synced_reference:
-            assert isinstance(self.reference, FrozenReference)
-            tensors["reference"] = dict(self.reference.model.state_dict())
-        state = {
-            "optimizer": optimizer,
-            "scheduler": self.scheduler.state_dict(),
-            "skipped_in_a_row": self.skipped_in_a_row,
-        }
+        if self.synced_reference is not None:
+            tensors["reference"] = dict(self.synced_reference.model.state_dict())
+        state: dict[str, Any] = {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
+        state["skipped_in_a_row"] = self.skipped_in_a_row
         if self.accelerator.scaler is not None:
             state["loss_scale"] = self.accelerator.scaler.state_dict()
         return tensors, state
@@ -239,28 +231,16 @@ class Policy:
         override_hyperparameters(self.optimizer, self.scheduler, self.optimizer_config)
         if self.accelerator.scaler is not None and "loss_scale" in state:
             self.accelerator.scaler.load_state_dict(state["loss_scale"])
-        if self._has_synced_reference:
-            self._load_reference(tensors)
+        if self.synced_reference is not None:
+            run_on_main(self.accelerator, lambda: _check_has_reference(tensors))
+            self.strategy.load_replicated(self.synced_reference.model, tensors.get("reference", {}))
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self.reference_is_initial_policy = False
 
-    def _load_reference(self, tensors: Tensors) -> None:
-        def check() -> None:
-            if "reference" not in tensors:
-                raise ConfigError("the checkpoint has no reference: resume with model.sync_ref_model as it was started")
-
-        run_on_main(self.accelerator, check)
-        assert isinstance(self.reference, FrozenReference)
-        self.strategy.load_replicated(self.reference.model, tensors.get("reference", {}))
-
     def bytes_on_disk(self) -> tuple[int, int]:
         """Return about how many bytes a checkpoint and the saved model will take."""
-        return bytes_on_disk(
-            self.model,
-            self.strategy,
-            has_adapter=self.adapter is not None,
-            has_synced_reference=self._has_synced_reference,
-        )
+        has = {"has_adapter": self.adapter is not None, "has_synced_reference": self.synced_reference is not None}
+        return bytes_on_disk(self.model, self.strategy, **has)
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Save a plain Hugging Face folder: AutoModelForCausalLM.from_pretrained loads it. Collective.
@@ -279,3 +259,8 @@ class Policy:
                 save_adapter(self.adapter, folder.parent / "adapter", weights)
         if main:
             tokenizer.save_pretrained(folder)
+
+
+def _check_has_reference(tensors: Tensors) -> None:
+    if "reference" not in tensors:
+        raise ConfigError("the checkpoint has no reference: resume with model.sync_ref_model as it was started")

@@ -92,7 +92,7 @@ def build_trained_model(
     )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = OPTIMIZERS.get("adamw")(trained, optimizer_config, fused=strategy.fused_optimizer)
-    module = strategy.prepare(model, logprob_model, optimizer)
+    module = strategy.prepare(logprob_model, optimizer)
     if objective.beta > 0 and reference is None:
         reference = AdapterReference(module, adapter)
     return TrainedModel(

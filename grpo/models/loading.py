@@ -100,14 +100,15 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
         raise ConfigError(f"model.name '{path}' cannot be loaded: {error}") from error
     except SafetensorError as error:
         raise ConfigError(
-            f"model.name '{path}' cannot be loaded: a weight file is damaged or was copied in part ({error}): copy it again"
+            f"model.name '{path}' cannot be loaded: a weight file is damaged or was copied in part ({error}): "
+            f"copy it again"
         ) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):  # out of memory, say
             raise
         raise ConfigError(
-            f"model.name '{path}' cannot be loaded: its weights have other shapes than its config.json says: the files are "
-            f"of two models"
+            f"model.name '{path}' cannot be loaded: its weights have other shapes than its config.json says: the "
+            f"files are of two models"
         ) from error
     if extra.get("gguf_file"):  # the weights are float32 now, though transformers still calls the model quantized
         model.is_quantized = False  # type: ignore[assignment]

@@ -3,8 +3,8 @@
     W x  ->  W x + (lora_alpha / r) * B (A x)          (Hu et al., arXiv 2106.09685)    B starts at 0
 
 With the adapter disabled the model is exactly the initial one, so the reference policy takes no memory. Training never
-merges in place: engines sample from a working copy (grpo/models/weights.py), and merging cannot change the base weights.
-This is the only file that imports peft.
+merges in place, so that merging cannot change the base weights: engines sample from a working copy (weights.py). This is
+the only file that imports peft.
 """
 
 import contextlib
@@ -69,8 +69,8 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, base: str) -> Adapte
     for name, layer in lora_layers(model):
         if tied and layer.get_base_layer() in (embedding, head):
             raise ConfigError(
-                f"lora.target_modules {config.target_modules} takes in {name}, whose weight is tied to the other end of "
-                f"the model: one of the two would change without the other. Leave it out"
+                f"lora.target_modules {config.target_modules} takes in {name}, whose weight is tied to the other end "
+                f"of the model: one of the two would change without the other. Leave it out"
             )
     return adapted
 
@@ -152,6 +152,6 @@ def check_quantization() -> None:
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            "model.load_in_4bit is true, but bitsandbytes is missing: pip install bitsandbytes==0.50.2, or set it to false "
-            "(lora.r then trains beside full-precision base weights; model.torch_dtype bfloat16 halves those)"
+            "model.load_in_4bit is true, but bitsandbytes is missing: pip install bitsandbytes==0.50.2, or set it to "
+            "false (lora.r then trains beside full-precision base weights; model.torch_dtype bfloat16 halves those)"
         )

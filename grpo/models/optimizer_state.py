@@ -5,11 +5,11 @@ from typing import Any
 from torch import Tensor
 
 Tensors = dict[str, dict[str, Tensor]]
-"""{"policy": {"embed.weight": Tensor, ...}, "optimizer": {...}}"""
+"""Tensors by group and name: {"model": {"embed.weight": ...}, "optimizer": {...}}"""
 
 
 def optimizer_to_tensors(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """optimizer.state_dict() -> its tensors by name, and the rest as JSON that says where each of them goes.
+    """Split the state of an optimizer into named tensors and plain values for JSON, which refer to the tensors by name.
 
     {"state": {0: {"step": Tensor}}, ...}  ->  {"state.0.step": Tensor},  {"dict": [["state", {"dict": [[0, ...
     """
@@ -19,9 +19,9 @@ def optimizer_to_tensors(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor],
         if isinstance(value, Tensor):
             tensors[name] = value
             return {"tensor": name}
-        if isinstance(value, dict):  # as pairs: JSON would turn the parameter number 0 into the text "0"
+        if isinstance(value, dict):  # as pairs: JSON turns the parameter number 0 into the text "0"
             return {"dict": [[key, encode(item, f"{name}.{key}" if name else str(key))] for key, item in value.items()]}
-        if isinstance(value, tuple):  # betas: JSON would turn it into a list
+        if isinstance(value, tuple):  # betas: JSON turns them into a list
             return {"tuple": [encode(item, f"{name}.{index}") for index, item in enumerate(value)]}
         if isinstance(value, list):
             return [encode(item, f"{name}.{index}") for index, item in enumerate(value)]
@@ -35,7 +35,7 @@ def optimizer_to_tensors(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor],
 
 
 def optimizer_from_tensors(tensors: dict[str, Tensor], encoded: Any) -> Any:
-    """The state_dict that optimizer_to_tensors took apart, to the bit."""
+    """Return the state that `optimizer_to_tensors` has split."""
     if isinstance(encoded, list):
         return [optimizer_from_tensors(tensors, item) for item in encoded]
     if not isinstance(encoded, dict):

@@ -32,7 +32,7 @@ register_optimizer = OPTIMIZERS.register
 
 @register_optimizer("adamw")
 def adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, fused: bool | None) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101). `fused`: torch's fused implementation; None lets torch choose."""
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101). `fused` None lets torch choose the implementation."""
     return torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,
@@ -49,7 +49,10 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimizerConfig, s
 
 
 def override_hyperparameters(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, config: OptimizerConfig) -> None:
-    """Replace hyperparameters restored from a checkpoint by those of `config`. Schedules with other state keep theirs."""
+    """Replace hyperparameters that a checkpoint has restored by those of `config`.
+
+    Schedules other than functions of the step keep the restored ones.
+    """
     if not isinstance(scheduler, LambdaLR):
         return
     scheduler.base_lrs = [config.learning_rate] * len(scheduler.base_lrs)

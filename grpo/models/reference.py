@@ -91,8 +91,8 @@ def check_vocabulary(
     """
     if reference_size != policy_size:
         raise ConfigError(
-            f"model.reference '{name}' has a vocabulary of {reference_size}, the policy one of {policy_size}: a KL between "
-            f"them means nothing. Use a reference with the same tokenizer"
+            f"model.reference '{name}' has a vocabulary of {reference_size}, the policy one of {policy_size}: a KL "
+            f"between them means nothing. Use a reference with the same tokenizer"
         )
     mine, theirs = policy.get_vocab(), reference.get_vocab()
     different = [token for token, index in mine.items() if theirs.get(token) != index]
@@ -100,6 +100,6 @@ def check_vocabulary(
         token = min(different, key=lambda token: mine[token])
         raise ConfigError(
             f"model.reference '{name}' numbers {len(different)} tokens differently ({token!r} is {mine[token]} for the "
-            f"policy, {theirs.get(token)} for the reference): a KL between them means nothing. Use a reference with the "
-            f"same tokenizer"
+            f"policy, {theirs.get(token)} for the reference): a KL between them means nothing. Use a reference with "
+            f"the same tokenizer"
         )

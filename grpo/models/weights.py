@@ -28,7 +28,7 @@ class WeightReader:
         return contextlib.nullcontext()
 
     def full_tensor(self, tensor: Tensor) -> Tensor:
-        """Return the whole of a sharded tensor, or the numbers of a 4-bit weight. The result may share memory with it."""
+        """Return the whole of a sharded tensor, or the numbers of a 4-bit weight. The result may share its memory."""
         if hasattr(tensor, "quant_state"):
             from bitsandbytes.functional import dequantize_4bit
 

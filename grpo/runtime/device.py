@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import psutil
 import torch
 
-# Transparent huge pages (2 MB) for large tensors on Linux: the first access to each 4 KB page costs one to two microseconds.
-# torch reads the variable once, at its first CPU tensor, so it is set when this module is imported.
+# Transparent huge pages (2 MB) for large tensors on Linux: the first access to a page of 4 KB costs one to two
+# microseconds. torch reads the variable at its first CPU tensor, so it is set when this module is imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 

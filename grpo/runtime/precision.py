@@ -15,7 +15,7 @@ class Precision:
 
     dtype: torch.dtype
     logprob: float
-    """Two implementations of one model (sampler and trainer, packed and padded attention): largest mean absolute difference."""
+    """Two implementations of one model (sampler and trainer, packed and padded attention): largest mean difference."""
     copy: float
     """Two copies of one model (policy and reference before the first step): largest difference of a token."""
     hidden: float

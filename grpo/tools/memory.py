@@ -1,11 +1,12 @@
-"""Memory: a config, the shape of a model and a machine -> the bytes that each process will hold, without a weight.
+"""Memory estimate: a config, the shape of a model and a machine -> bytes on each process. No weights are loaded.
 
-What stays is arithmetic; N weights, T of them trained, W processes, float32 = 4 bytes (ZeRO: arXiv 1910.02054, section 3.1):
+Persistent memory is arithmetic (arXiv 1910.02054, section 3.1). For N weights in float32, T of them trained, without
+shards (models/strategies/ has the others):
 
-    weights 4 N      gradients 4 T      AdamW's moments 8 T      frozen reference 4 N      what engines sample from: see below
+    weights 4 N      gradients 4 T      AdamW's moments 8 T      frozen reference 4 N      sampled: `working_copy`
 
-What comes and goes (activations, the gradient's way back) is not guessed: forward and backward are run on fake tensors, which have shapes and no memory, and
-whatever is alive at the same time is counted.
+Activations and temporary memory of the backward pass are simulated: forward and backward run on fake tensors, which
+have shapes and no memory, and the bytes that are alive at the same time are counted.
 """
 
 import contextlib
@@ -103,13 +104,13 @@ def bytes_per_weight(config: Config) -> int:
 
 
 def linear_weights(model: nn.Module) -> int:
-    """Weights of linear layers, the head left out."""
+    """Return the number of weights in linear layers other than the output head."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     return sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear) and part is not head)
 
 
 def working_copy(machine: Machine, config: Config, model: PreTrainedModel) -> float:
-    """Return the bytes that the sampled weights do not share with the live ones (grpo/models/weights.py: WorkingCopy)."""
+    """Return the bytes that `WorkingCopy` (grpo/models/weights.py) does not share with the live weights."""
     if config.rollout.engine == "vllm":
         return 0
     strategy = strategy_class(machine)
@@ -140,7 +141,7 @@ def _adapted(lora: LoraConfig, model: PreTrainedModel) -> float:
 
 
 def largest_unit(model: PreTrainedModel) -> int:
-    """Weights of the largest part that FSDP and ZeRO-3 gather at once: a layer, or the embedding."""
+    """Return the number of weights in the largest part that is gathered at once: a layer, or the embedding."""
     layers = model._no_split_modules or []
     units = [m for m in model.modules() if type(m).__name__ in layers]
     units += [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -148,8 +149,7 @@ def largest_unit(model: PreTrainedModel) -> int:
 
 
 def engine_bytes(config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine) -> float:
-    """What the engine holds while it samples: keys and values, and where it is the native one, the weights in a layout of its own
-    (grpo/rollout/backbones.py)."""
+    """Return the bytes of the KV cache and of the native engine's own layout of the weights."""
     if config.rollout.engine == "vllm":
         return 0
     cache = slots_of(config, model, longest_prompt, machine) * cache_per_slot(config, model, longest_prompt, machine)
@@ -162,7 +162,7 @@ def engine_bytes(config: Config, model: PreTrainedModel, longest_prompt: int, ma
 
 
 def cache_per_slot(config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine) -> float:
-    """Bytes of keys and values of one completion."""
+    """Return the bytes of keys and values of one completion."""
     shape = model.config
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
@@ -172,7 +172,7 @@ def cache_per_slot(config: Config, model: PreTrainedModel, longest_prompt: int, 
 
 
 def slots_of(config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine) -> int:
-    """How many completions are decoded at a time: all of this process's, as far as slots and rollout.cache_gib go."""
+    """Return how many completions are decoded at a time: limited by rollout.slots and rollout.cache_gib."""
     mine = -(-config.prompts_per_step // machine.processes) * config.sampling.num_generations
     slots = min(config.rollout.slots, mine)
     if config.rollout.engine == "native" and config.rollout.cache_gib is not None:
@@ -181,7 +181,7 @@ def slots_of(config: Config, model: PreTrainedModel, longest_prompt: int, machin
 
 
 def draw_bytes(config: Config, model: PreTrainedModel, machine: Machine) -> float:
-    """The logits of a step, and what the draw makes of them: 3 more of the same size."""
+    """Return the bytes of the logits of a decoding step and of three temporaries of the same size."""
     mine = -(-config.prompts_per_step // machine.processes) * config.sampling.num_generations
     return 0 if config.rollout.engine == "vllm" else 4 * 4 * min(config.rollout.slots, mine) * model.config.vocab_size
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +19,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from grpo.config.schema import ModelConfig, OptimizerConfig
-from grpo.errors import ConfigError
-from grpo.models.strategies.deepspeed import Zero2
-from grpo.runtime.device import cpu_threads
 from tests.fakes import tiny_data, tiny_folder
 
 ROOT = Path(__file__).parents[2]
@@ -389,25 +384,3 @@ def test_fewer_processes_than_asked_for_are_refused(tmp_path: Path) -> None:
     refused = launch(tmp_path, "run", [*ACCELERATE, "--cpu", "--num_processes", "2"])
     assert "2 processes were asked for, 1 started" in refused.stderr
     assert refused.code != 0
-
-
-def test_an_optimizer_that_the_schedule_would_not_reach_is_refused() -> None:
-    settings: dict[str, Any] = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    accelerator: Any = SimpleNamespace(
-        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=settings))
-    )
-    strategy = Zero2(accelerator)
-    with pytest.raises(ConfigError, match="offload_optimizer_device is cpu"):
-        strategy.configure(ModelConfig(), OptimizerConfig())
-    settings["zero_optimization"]["offload_optimizer"]["device"] = "none"
-    strategy.configure(ModelConfig(), OptimizerConfig())
-    assert settings["gradient_clipping"] == 1.0
-
-
-def test_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    cores = len(os.sched_getaffinity(0))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # what accelerate launch sets when nobody chose
-    assert cpu_threads(1) == cores
-    assert cpu_threads(cores) == 1
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert cpu_threads(2) == 3

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from grpo.config.schema import ModelConfig, OptimizerConfig
 from grpo.models.loading import load_for_training
+from grpo.models.logprob_model import LogprobModel
 from grpo.models.weights import WeightReader
 from grpo.runtime.precision import MIXED_PRECISION
 
@@ -107,6 +108,7 @@ class Strategy(WeightReader, ABC):
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
+        self.logprob_model: LogprobModel
         self.module: nn.Module
         self.model: PreTrainedModel
         self.optimizer: torch.optim.Optimizer
@@ -164,17 +166,17 @@ class Strategy(WeightReader, ABC):
         """The `fused` argument of torch's optimizers; None lets torch choose."""
         return None
 
-    def prepare(self, model: PreTrainedModel, logprob_model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        """Distribute `logprob_model` (the forward pass of `model`) and its optimizer.
+    def prepare(self, logprob_model: LogprobModel, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Distribute a model and its optimizer.
 
         Returns:
-            The wrapped module to call instead.
+            The wrapped module to call instead of `logprob_model`.
         """
-        self.model, self.optimizer = model, optimizer
+        self.logprob_model, self.model, self.optimizer = logprob_model, logprob_model.model, optimizer
         self.module, self.prepared_optimizer = self._wrap(logprob_model, optimizer)
         return self.module
 
-    def _wrap(self, logprob_model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    def _wrap(self, logprob_model: LogprobModel, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         return self.accelerator.prepare(logprob_model, optimizer)
 
     @property

@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from grpo.config.schema import ModelConfig, OptimizerConfig
 from grpo.errors import ConfigError
+from grpo.models.logprob_model import LogprobModel
 from grpo.models.strategies.base import (
     FLOAT32_BYTES,
     Machine,
@@ -76,15 +77,15 @@ class Zero2(Strategy):
         place = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
         if place != "none":
             raise ConfigError(
-                f"offload_optimizer_device is {place}: DeepSpeed would then put an optimizer of its own in the place of ours, "
-                f"which the learning rate's schedule and the checkpoints would not reach. Set it to none, and lora.r or more "
-                f"GPUs where memory is short"
+                f"offload_optimizer_device is {place}: DeepSpeed would then put an optimizer of its own in the place "
+                f"of ours, which the learning rate's schedule and the checkpoints would not reach. Set it to none, and "
+                f"lora.r or more GPUs where memory is short"
             )
         settings["train_micro_batch_size_per_gpu"] = 1  # only used to print throughput
         settings["gradient_clipping"] = optimizer.max_grad_norm
         settings["steps_per_print"] = 10**9
 
-    def _wrap(self, logprob_model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    def _wrap(self, logprob_model: LogprobModel, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         prepared = super()._wrap(logprob_model, optimizer)
         head = self.model.get_output_embeddings()
         if _is_partitioned(next(head.parameters())):

@@ -26,6 +26,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from grpo.config.schema import ModelConfig, OptimizerConfig
 from grpo.errors import ConfigError
 from grpo.models.loading import empty_model, load_for_training
+from grpo.models.logprob_model import LogprobModel
 from grpo.models.strategies.base import (
     FLOAT32_BYTES,
     Machine,
@@ -66,8 +67,8 @@ class FullyShardedDataParallel(Strategy):
         if is_cpu(accelerator.device):
             _enable_on_cpu(accelerator.mixed_precision)
         if accelerator.is_fsdp2:
-            # Accelerate would have FSDP cast all weights, gradients and logprobs to 16 bits, the head, the norms and the
-            # sums over ranks included. Autocast alone makes sharded training compute what DDP does.
+            # Accelerate would have FSDP cast all weights, gradients and logprobs to 16 bits, including the head, the
+            # norms and the sums over ranks. With autocast alone, sharded training computes what DDP does.
             accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
     @classmethod
@@ -120,11 +121,12 @@ class FullyShardedDataParallel(Strategy):
             for parameter in model.parameters():
                 torch.distributed.broadcast(parameter, src=0)
 
-    def _wrap(self, logprob_model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    def _wrap(self, logprob_model: LogprobModel, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Shard a model whose parameters are on the CPU of the main process and on the meta device of the others.
 
-        It is laid out without memory and then filled one parameter at a time. Accelerate's own way would shard persistent
-        buffers too, and finds the optimizer's parameters by their address, which is the same for all on the meta device.
+        It is laid out without memory and then filled one parameter at a time. Accelerate's own method would shard
+        persistent buffers too, and identifies the optimizer's parameters by their address, which is the same for all on
+        the meta device.
         """
         if not self.loads_on_main:
             return super()._wrap(logprob_model, optimizer)

@@ -29,14 +29,14 @@ def start_accelerator(timeout: float = 1800.0) -> Accelerator:
     Raises:
         ConfigError: Fewer processes started than were requested, or float16 was requested on a CPU.
     """
-    # Accelerate joins processes on a CPU only with `cpu`, and its launcher does not pass `use_cpu` to several processes.
-    # Without an accelerator there is no other choice.
+    # Accelerate joins processes on a CPU only with `cpu`, and its launcher does not pass `use_cpu` on to several
+    # processes. Without an accelerator there is no other choice.
     requested_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     on_cpu = requested_cpu or not torch.accelerator.is_available()
     if on_cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         raise ConfigError(
-            "mixed_precision is fp16, which accelerate computes on GPUs only, and this run is on the CPU: set it to bf16 or "
-            '"no" in the file of --config_file, or with accelerate launch --mixed_precision'
+            "mixed_precision is fp16, which accelerate computes on GPUs only, and this run is on the CPU: set it to "
+            'bf16 or "no" in the file of --config_file, or with accelerate launch --mixed_precision'
         )
     strategy = next(strategy for strategy in STRATEGIES if strategy.is_requested())
     process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
@@ -45,8 +45,8 @@ def start_accelerator(timeout: float = 1800.0) -> Accelerator:
     requested = requested_processes()
     if accelerator.num_processes != requested:
         raise ConfigError(
-            f"{requested} processes were asked for, {accelerator.num_processes} started. `accelerate launch --cpu` starts "
-            f"only one, whatever --num_processes says: use --config_file accelerate_configs/cpu_2proc.yaml"
+            f"{requested} processes were asked for, {accelerator.num_processes} started. `accelerate launch --cpu` "
+            f"starts only one, whatever --num_processes says: use --config_file accelerate_configs/cpu_2proc.yaml"
         )
     strategy.after_start(accelerator)
     set_threads(accelerator.device, accelerator.num_processes)

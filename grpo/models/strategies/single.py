@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from grpo.errors import ConfigError
 from grpo.kernels.cpu.gemm import accumulate_grads_inplace
+from grpo.models.logprob_model import LogprobModel
 from grpo.models.strategies.base import (
     FLOAT32_BYTES,
     Machine,
@@ -84,7 +85,7 @@ class SingleProcess(DistributedDataParallel):
     def matches(cls, accelerator: Accelerator) -> bool:
         return accelerator.distributed_type == DistributedType.NO
 
-    def _wrap(self, logprob_model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    def _wrap(self, logprob_model: LogprobModel, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         wrapped, prepared_optimizer = super()._wrap(logprob_model, optimizer)
         self._is_plain = wrapped is logprob_model  # not compiled
         return wrapped, prepared_optimizer
@@ -98,6 +99,11 @@ class SingleProcess(DistributedDataParallel):
             return super().backward(loss)
         with accumulate_grads_inplace():
             super().backward(loss)
+
+    def clip_and_step(self, usable: bool) -> tuple[float, bool]:
+        result = super().clip_and_step(usable)
+        self.logprob_model.prompts.forget()
+        return result
 
     @classmethod
     def machine_of(cls, config: Any) -> Machine | None:
