@@ -225,7 +225,8 @@ class Policy:
         """
         moments = optimizer_from_tensors(tensors["optimizer"], state["optimizer"]) if tensors else {}
         for group in moments.get("param_groups", []):
-            group["fused"] = self.strategy.fused_optimizer  # not that of the machine that wrote the checkpoint
+            if "fused" in group:
+                group["fused"] = self.strategy.fused_optimizer  # not that of the machine that wrote the checkpoint
         self.strategy.load_state_dict(tensors.get("model", {}), moments)
         self.scheduler.load_state_dict(state["scheduler"])
         override_hyperparameters(self.optimizer, self.scheduler, self.optimizer_config)

@@ -187,6 +187,8 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimizerConfig:
+    optim: str = "adamw_torch"
+    """A registered optimizer (adamw_torch) or your own: package.module:function, file.py:function."""
     learning_rate: float = 1e-6
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999

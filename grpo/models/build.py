@@ -60,6 +60,7 @@ def build_trained_model(
     Raises:
         ConfigError: A model cannot be loaded or is not supported.
     """
+    create_optimizer = OPTIMIZERS.get(optimizer_config.optim)
     strategy = strategy_for(accelerator)
     strategy.configure(config, optimizer_config)
     model, uses_packed_attention = strategy.load(path, config)
@@ -91,7 +92,7 @@ def build_trained_model(
         allocate=not sampled_elsewhere,
     )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = OPTIMIZERS.get("adamw")(trained, optimizer_config, fused=strategy.fused_optimizer)
+    optimizer = create_optimizer(trained, optimizer_config, fused=strategy.fused_optimizer)
     module = strategy.prepare(logprob_model, optimizer)
     if objective.beta > 0 and reference is None:
         reference = AdapterReference(module, adapter)

@@ -1,8 +1,8 @@
 """Optimizers and learning rate schedules.
 
-@register_optimizer("mine")
-def mine(parameters, config, *, fused):
-    return MyOptimizer(parameters, lr=config.learning_rate)
+# mine.py                                      # --optimizer.optim mine.py:sgd
+def sgd(parameters, config, *, fused):
+    return torch.optim.SGD(parameters, lr=config.learning_rate, fused=fused)
 """
 
 import math
@@ -30,7 +30,10 @@ OPTIMIZERS: Registry[OptimizerFactory] = Registry("optimizer")
 register_optimizer = OPTIMIZERS.register
 
 
-@register_optimizer("adamw")
+ADAMW = "adamw_torch"
+
+
+@register_optimizer(ADAMW)
 def adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, fused: bool | None) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101). `fused` None lets torch choose the implementation."""
     return torch.optim.AdamW(
@@ -59,6 +62,6 @@ def override_hyperparameters(optimizer: torch.optim.Optimizer, scheduler: LRSche
     for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
         group["initial_lr"] = config.learning_rate
         group["lr"] = config.learning_rate * factor(scheduler.last_epoch)
-        group["betas"] = (config.adam_beta1, config.adam_beta2)
-        group["weight_decay"] = config.weight_decay
+        options = {"betas": (config.adam_beta1, config.adam_beta2), "weight_decay": config.weight_decay}
+        group.update({key: value for key, value in options.items() if key in group})
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]

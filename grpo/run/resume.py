@@ -27,7 +27,7 @@ FREE = (
 )
 FORBIDDEN = (
     *("lora.r", "lora.target_modules", "model.torch_dtype", "model.load_in_4bit", "model.gguf_file"),
-    *("model.sync_ref_model", "data.streaming", "curriculum.reward"),
+    *("model.sync_ref_model", "data.streaming", "curriculum.reward", "optimizer.optim"),
 )
 """Everything else needs a flag: the model's name, data, rewards, sampling, objective, seed."""
 

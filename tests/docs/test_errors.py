@@ -18,7 +18,7 @@ import torch
 
 from grpo import cli
 from grpo.config.parser import load_config
-from grpo.config.schema import DataConfig
+from grpo.config.schema import DataConfig, ModelConfig, OptimizerConfig
 from grpo.data.card import check_permission, publishable, record_card
 from grpo.data.rows import load_examples
 from grpo.data.stream import render_prompts
@@ -26,6 +26,7 @@ from grpo.errors import ConfigError, GrpoError, NumericsError, OutOfMemory, Rewa
 from grpo.losses import find_loss
 from grpo.models.lora import load_adapter
 from grpo.models.reference import check_vocabulary
+from grpo.models.strategies.deepspeed import Zero2
 from grpo.rewards.calls import call_reward
 from grpo.rewards.scoring import RewardSum
 from grpo.rewards.workers import RewardWorkerPool
@@ -228,6 +229,12 @@ def other_vocabulary(_: Path) -> None:
     ours, theirs = ({"a": 0, "b": 1}, {"a": 1, "b": 0})
     tokenizers = [cast(Any, SimpleNamespace(get_vocab=lambda words=words: words)) for words in (ours, theirs)]
     check_vocabulary(2, 2, *tokenizers, "other/model")
+
+
+def optimizer_under_deepspeed(_: Path) -> None:
+    plugin = SimpleNamespace(deepspeed_config={})
+    accelerator = cast(Any, SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
+    Zero2(accelerator).configure(ModelConfig(), OptimizerConfig(optim="mine.py:sgd"))
 
 
 def skipped(folder: Path) -> None:
@@ -494,6 +501,12 @@ CASES: dict[str, Case] = {
         other_vocabulary,
         ConfigError,
         "model.reference 'other/model' numbers 2 tokens differently ('a' is 0 for the policy, 1 for the reference): a KL between them means nothing. Use a reference with the same tokenizer",
+    ),
+    "another optimizer with DeepSpeed": Case(
+        optimizer_under_deepspeed,
+        ConfigError,
+        "optimizer.optim is mine.py:sgd, but a checkpoint of DeepSpeed's shards holds the moments of adamw_torch only: set "
+        "optimizer.optim to adamw_torch, or use accelerate_configs/fsdp2.yaml",
     ),
     "run directory that holds a run": Case(
         same_folder_again,

@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from grpo.config.schema import ModelConfig, OptimizerConfig
 from grpo.errors import ConfigError
 from grpo.models.logprob_model import LogprobModel
+from grpo.models.optimizers import ADAMW
 from grpo.models.strategies.base import (
     FLOAT32_BYTES,
     Machine,
@@ -80,6 +81,11 @@ class Zero2(Strategy):
                 f"offload_optimizer_device is {place}: DeepSpeed would then put an optimizer of its own in the place "
                 f"of ours, which the learning rate's schedule and the checkpoints would not reach. Set it to none, and "
                 f"lora.r or more GPUs where memory is short"
+            )
+        if optimizer.optim != ADAMW:
+            raise ConfigError(
+                f"optimizer.optim is {optimizer.optim}, but a checkpoint of DeepSpeed's shards holds the moments of "
+                f"{ADAMW} only: set optimizer.optim to {ADAMW}, or use accelerate_configs/fsdp2.yaml"
             )
         settings["train_micro_batch_size_per_gpu"] = 1  # only used to print throughput
         settings["gradient_clipping"] = optimizer.max_grad_norm
