@@ -1,5 +1,7 @@
-"""Two ranks of FSDP2 make the same policy twice: read by the main process alone, then by every process. RESULT-R.json says what
-rank R saw. Arguments: model folder, result stem."""
+"""Two ranks of FSDP2 create the same policy twice: weights read by the main process alone, then by every process.
+
+Arguments: model folder, result stem. Writes STEM-RANK.json with the measurements of each rank.
+"""
 
 import gc
 import json
@@ -20,7 +22,7 @@ from grpo.runtime.device import return_freed_memory
 
 
 class Peak:
-    """Bytes that this process came to hold within, above what it held before; mapped files only count with `files`."""
+    """The most bytes that this process held within, above those before; mapped files only count with `files`."""
 
     def __init__(self, *, files: bool = False) -> None:
         self.files = files

@@ -1,5 +1,7 @@
-"""Two ranks of FSDP2 learn for a step, write a checkpoint, and take it up again in new policies. RESULT-R.json says what rank R saw.
-Arguments: model folder, result stem."""
+"""Two ranks of FSDP2 train for a step, write a checkpoint and load it in new policies.
+
+Arguments: model folder, result stem. Writes STEM-RANK.json with the measurements of each rank.
+"""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""LoRA: the adapter off is the reference, the working copy never moves the base, and every way of saving gives it back."""
+"""LoRA: the reference without adapter, the working copy, which never changes the base, and saved folders."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Precision: from the accelerate config alone. bf16 runs here for real; fp16's loss scaling as far as a CPU goes."""
+"""Mixed precision, chosen by the accelerate config alone: bf16, and the loss scale of fp16 as far as a CPU computes it."""
 
 import json
 from collections.abc import Iterator
@@ -84,8 +84,10 @@ def of_wrong_sign(
 
 
 def test_a_model_kept_in_bf16_takes_our_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounding in eight layers moves the probe; our attention is no farther from float32
-    than the model's own. (A LoRA base in bfloat16 was refused for it.) One that is quite wrong is still told from it."""
+    """Packed attention is no farther from float32 than the model's own, though both round differently in eight layers.
+
+    An implementation that is wrong is still detected.
+    """
     shape = {"hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2}
     folder = str(tiny_folder(tmp_path / "deep", **shape))
     exact, model = load_model(folder), load_model(folder, ModelConfig(torch_dtype="bfloat16"))

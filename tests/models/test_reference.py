@@ -1,4 +1,4 @@
-"""Reference policies by hand: frozen, another model, synced, offloaded. And checkpointing, which must change no number."""
+"""Reference policies: frozen, another model, synced, offloaded. Gradient checkpointing changes no number."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Real processes: the same seed with one and with two gives the same groups, rewards and weights."""
+"""Runs of several processes: the same groups, rewards, metrics and weights as one process with the same seed."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 @dataclass(frozen=True)
 class Ended:
-    """A run that is over: its folder, and what its launcher said."""
+    """A run that has ended: its folder, exit code and output."""
 
     folder: Path
     code: int
@@ -115,7 +115,7 @@ CASES = {
 
 
 class Runs:
-    """Runs that tests read and leave as they are: each is launched for the first test that asks for it, two at a time."""
+    """Runs shared by tests, which only read them. Each is launched for the first test that needs it, two at a time."""
 
     def __init__(self, place: Path, pool: ThreadPoolExecutor) -> None:
         tiny_folder(place / "model")
@@ -134,7 +134,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ThreadPoolExecutor]:
-    """A launcher and what it imports keep one core busy for seconds: two launches at a time take little longer than one."""
+    """Two launches at a time: the imports of one keep a single core busy for seconds."""
     with ThreadPoolExecutor(2) as pool:
         yield pool
 
@@ -145,7 +145,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, pool: ThreadPoolExecutor) -> 
 
 
 def same_run(one: Ended, other: Ended) -> None:
-    """The two drew, earned and learned the same."""
+    """Check that two runs have the same completions, rewards, weights and metrics."""
     case = other.folder.name
     expected, weights = one.weights, other.weights
     for first, second in zip(one.records("rollouts"), other.records("rollouts"), strict=True):
@@ -162,8 +162,8 @@ def same_run(one: Ended, other: Ended) -> None:
 
 
 def stopped_after_a_step(run: Ended, folder: Path) -> None:
-    """A copy of the run as it is when it is killed before its second checkpoint; records of later steps stay, as after a kill between
-    a step's record and its checkpoint."""
+    """Copy the run as if it was killed before its second checkpoint. Records of later steps stay, as after a kill between
+    the record of a step and its checkpoint."""
     shutil.copytree(run.folder, folder)
     for later in (2, 3):
         shutil.rmtree(folder / "checkpoints" / f"step-{later}")
@@ -183,8 +183,8 @@ def stopped_after_a_step(run: Ended, folder: Path) -> None:
     ids=["full", "idle rank", "lora", "sampled ahead", "large batches"],
 )
 def test_any_number_of_processes_does_the_same(runs: Runs, cases: list[str], changes: dict[str, object]) -> None:
-    """Uneven lengths, 5 prompts over 2 ranks (2 over 3), uneven micro-batches: same groups, rewards, advantages, metrics
-    and weights; evaluation counts each of 11 items once."""
+    """Uneven lengths, 5 prompts on 2 ranks (2 on 3), uneven micro-batches: same groups, rewards, advantages, metrics and
+    weights. Evaluation counts each of 11 items once."""
     one, *others = runs("one", *cases, **changes)
     assert one.code == 0, one.stderr
     start = load_file(runs.place / "model" / "model.safetensors")
@@ -197,7 +197,7 @@ def test_any_number_of_processes_does_the_same(runs: Runs, cases: list[str], cha
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
 def test_fsdp_computes_in_bfloat16_what_ddp_does(runs: Runs, changes: dict[str, object]) -> None:
-    """Float32 masters, head, logprobs and sums over ranks; bfloat16 where autocast takes it: with and without shards."""
+    """Float32 masters, head, logprobs and sums over ranks, and bfloat16 under autocast, with and without shards."""
     both = runs("two in bfloat16", "fsdp in bfloat16", **changes)
     same_run(*both)
     assert all("bf16 precision" in run.output for run in both)
@@ -205,7 +205,7 @@ def test_fsdp_computes_in_bfloat16_what_ddp_does(runs: Runs, changes: dict[str, 
 
 @pytest.mark.slow
 def test_two_machines_do_the_same(runs: Runs) -> None:
-    """multi_node_fsdp2.yaml, one launcher per machine, both on this one: they find each other at an address and a port."""
+    """multi_node_fsdp2.yaml with one launcher per machine, both on this one, which meet at an address and a port."""
     [one] = runs("one")
     assert one.code == 0, one.stderr
     with socket.socket() as free:
@@ -228,7 +228,7 @@ def test_two_machines_do_the_same(runs: Runs) -> None:
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
 def test_zero_does_the_same_and_resumes(runs: Runs, stage: int, changes: dict[str, object]) -> None:
-    """DeepSpeed over gloo on two CPU ranks; the checkpoint of its first step, gone on with, ends in the same weights."""
+    """DeepSpeed over gloo on two CPU ranks; a run resumed from the checkpoint of its first step ends in the same weights."""
     one, sharded = runs("one", f"zero{stage}", **changes)
     assert one.code == 0, one.stderr
     same_run(one, sharded)
@@ -239,8 +239,8 @@ def test_zero_does_the_same_and_resumes(runs: Runs, stage: int, changes: dict[st
 
 @pytest.mark.slow
 def test_the_main_process_reads_the_weights_for_all(tmp_path: Path) -> None:
-    """FSDP2 on two ranks, a bfloat16 file with a tied head: shards, reference, sampler, buffers, and logprobs of full and LoRA are
-    to the bit what every process reading for itself gives; the second rank comes to hold its shard, never the whole model."""
+    """FSDP2 on two ranks, a bfloat16 file with a tied head: shards, reference, sampler, buffers and logprobs, full and
+    LoRA, equal to the bit those of processes that all read the file. The second rank never holds the whole model."""
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 10, "tie_word_embeddings": True}
     folder = tiny_folder(tmp_path / "model", **shape)
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
@@ -278,8 +278,8 @@ def test_a_model_that_the_main_process_cannot_read_is_refused_by_all(tmp_path: P
 
 @pytest.mark.slow
 def test_a_sharded_run_resumes_exactly_and_alone(runs: Runs) -> None:
-    """FSDP2 on two ranks, stopped and resumed on two; then on one process without FSDP, and the other way round: the checkpoint is
-    whole, and no moment is lost."""
+    """FSDP2 on two ranks, stopped and resumed on two; then on one process without FSDP, and the other way round: the
+    checkpoint is whole, and no moment is lost."""
     alone, whole = runs("one", "fsdp")
     ways = {"sharded": (whole, "fsdp", 0.0), "alone": (whole, "one", 1e-5), "sharded again": (alone, "fsdp", 1e-5)}
     starts = {}
@@ -295,8 +295,8 @@ def test_a_sharded_run_resumes_exactly_and_alone(runs: Runs) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
 def test_weights_that_stay_in_the_machines_memory_learn_the_same(runs: Runs, changes: dict[str, object]) -> None:
-    """fsdp_offload_params: FSDP2's shards, gradients and moments on the CPU. What one process trains; its first checkpoint, gone on
-    with, ends in the same weights to the bit."""
+    """fsdp_offload_params, FSDP2's shards, gradients and moments on the CPU: same as one process, and a run resumed from
+    its first checkpoint ends in the same weights to the bit."""
     one, offloaded = runs("one", "offloaded", **changes)
     assert one.code == 0, one.stderr
     same_run(one, offloaded)
@@ -308,8 +308,8 @@ def test_weights_that_stay_in_the_machines_memory_learn_the_same(runs: Runs, cha
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [FSDP_2, OFFLOADED], ids=["sharded", "offloaded"])
 def test_the_main_process_reads_a_checkpoint_for_all(tmp_path: Path, launcher: list[str]) -> None:
-    """FSDP2 on two ranks, a step, a checkpoint, and new policies that take it: weights, moments and a synced reference are to the
-    bit what was saved; the second rank comes to hold its shard of the moments, never the checkpoint."""
+    """FSDP2 on two ranks, a step, a checkpoint, and new policies that load it: weights, moments and a synced reference
+    equal to the bit what was saved. The second rank holds its shard of the moments, never the checkpoint."""
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
     folder = tiny_folder(tmp_path / "model", **shape)
     command = [*launcher, str(ROOT / "tests/sharded_resume.py"), str(folder), str(tmp_path / "rank")]
@@ -345,8 +345,8 @@ def test_a_checkpoint_that_the_main_process_cannot_read_is_refused_by_all(runs: 
 
 @pytest.mark.slow
 def test_one_collective_per_log_not_one_per_metric(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
-    """Two gloo ranks: four rewards, which are eight metrics more than one, take the same collectives in every step, and one of
-    them carries all the sums of the log."""
+    """Two gloo ranks: four rewards, eight more metrics than one, need the same collectives in every step, and one of them
+    carries all sums of the log."""
     tiny_folder(tmp_path / "model")
     tiny_data(tmp_path / "data.jsonl")
     four = {f"{tmp_path}/lengths.py:{name}": 1.0 for name in "abcd"}

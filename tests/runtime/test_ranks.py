@@ -1,4 +1,4 @@
-"""Two real processes, and something goes wrong on one of them: both do the same about it, and the first words are the cause."""
+"""A fault on one of two processes: both react in the same way, and the first line of the output is the cause."""
 
 import json
 import os
@@ -49,7 +49,7 @@ SETTINGS = {"steps": 4, "eval_every": 0, "optimizer.lr_scheduler_type": "cosine"
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of "whole", a run of two ranks that nothing interrupted, with its model, data and gated reward beside it."""
+    """The folder of "whole", an uninterrupted run of two ranks, with its model, data and gated reward beside it."""
     folder = tmp_path_factory.mktemp("ranks")
     write_gate(folder)
     whole = launch(folder, "whole", **gated(folder))
@@ -65,7 +65,7 @@ def gated(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_resume_on_two_ranks_and_on_another_number_of_them(whole_run: Path, tmp_path: Path) -> None:
-    """Two go on as two: equal to the bit. Two go on as one, one as two: the same prompts and samples in every step."""
+    """Two ranks resumed as two: equal to the bit. Two as one, one as two: the same prompts and samples in each step."""
     settings = gated(whole_run)
     stopped_at(whole_run, "two", 2)
     stopped_at(whole_run, "one", 2)
@@ -145,7 +145,7 @@ def _is_rank(process: psutil.Process) -> bool:
 
 
 def first_error(errors: str) -> str:
-    """The first line that tells of trouble."""
+    """Return the first line of `errors` that reports an error."""
     return next((line for line in errors.splitlines() if re.search(r"error|Error|Traceback", line)), "")
 
 
