@@ -20,6 +20,7 @@ from torch import Tensor
 
 from grpo.errors import ConfigError, EngineError
 from grpo.rollout.vllm_worker import rendezvous, transfer_group
+from grpo.runtime.device import bind_thread, synchronize
 
 T = TypeVar("T")
 CONNECTIONS = 256
@@ -201,16 +202,14 @@ class WeightSender:
         }
 
         def broadcast() -> None:
-            if self.place.type == "cuda":
-                torch.cuda.set_device(self.place)  # this runs in a thread of its own
+            bind_thread(self.place)  # this runs in a thread of its own
             for work in [self.group.broadcast(tensor, 0) for _, tensor in parcel]:
                 # Asked again and again: a thread that waits inside torch while the program ends would abort it.
                 while not work.is_completed():
                     if self._abandoned.wait(0.0005):
                         return
                 work.wait()
-            if self.place.type == "cuda":
-                torch.cuda.synchronize(self.place)
+            synchronize(self.place)
 
         self._alongside(lambda: self.server.post("/update_weights", {"update_info": info}), broadcast)
 

@@ -26,6 +26,7 @@ from grpo.config.schema import Config, RolloutConfig
 from grpo.errors import ConfigError, EngineError
 from grpo.rollout.engine import end_token_ids, register_engine
 from grpo.rollout.sampling import stream_key
+from grpo.runtime.device import collective_backend, is_cpu
 from grpo.runtime.distributed import max_over_ranks
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 
@@ -168,7 +169,7 @@ class ServerEngine(_Engine):
         if self.accelerator.is_main_process:
             transport = config.vllm_weight_transfer
             if transport == "auto":
-                transport = "nccl" if self.accelerator.device.type == "cuda" else "gloo"
+                transport = collective_backend(self.accelerator.device)
             self.sender = WeightSender(self.server, transport, self.accelerator.device, config.vllm_group_port)
 
     def _send(self, weights: Iterator[tuple[str, Tensor]], step: int) -> None:
@@ -217,7 +218,7 @@ class ColocatedEngine(_Engine):
                 max_model_len=config.vllm_max_model_length or longest,
                 max_num_seqs=config.slots,
                 gpu_memory_utilization=config.vllm_gpu_memory_utilization,
-                enforce_eager=self.accelerator.device.type == "cpu",
+                enforce_eager=is_cpu(self.accelerator.device),
                 skip_tokenizer_init=True,
                 worker_extension_cls="grpo.rollout.vllm_worker.Extension",
                 seed=0,

@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
+from typing import Literal
 
 import psutil
 import torch
@@ -77,6 +78,23 @@ def device_names() -> list[str]:
 def widest_float(device: torch.device) -> torch.dtype:
     """Return the most precise floating-point dtype of `device`: float32 on Apple GPUs, else float64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def collective_backend(device: torch.device) -> Literal["nccl", "gloo"]:
+    """Return the backend of collectives on tensors of `device`: nccl for NVIDIA GPUs, else gloo."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def bind_thread(device: torch.device) -> None:
+    """Make `device` the current one of this thread. torch keeps the current GPU per thread."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the work given to `device` is done. On the CPU, it is done at once."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class SideStream:
