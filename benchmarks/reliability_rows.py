@@ -133,7 +133,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
         [
             "data/test_data_faults.py::test_end_tokens",
             "data/test_data_faults.py::test_the_end_token_is_trained_where_it_is_the_padding_too",
-            "data/test_stream.py::test_a_template_that_doubles_the_bos_is_mended",
+            "data/test_stream.py::test_a_doubled_bos_is_removed",
             "data/test_stream.py::test_without_a_template_the_prompt_is_plain",
         ],
     ),

@@ -356,7 +356,7 @@ def test_columns_that_rewards_would_confuse(tmp_path: Path, name: str) -> None:
     rows = [json.loads(line) | {name: 1} for line in data.read_text().splitlines()]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = load_config([f"--data.path={data}", "--model.name=x"])
-    with pytest.raises(ConfigError, match=rf"data.jsonl:1: a column may not be called '{name}'"):
+    with pytest.raises(ConfigError, match=rf"data.jsonl:1: a column cannot be called '{name}'"):
         load_examples(config.data, "train", 0)
 
 

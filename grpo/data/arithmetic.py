@@ -1,4 +1,4 @@
-"""Generated word problems in GSM8K's format: a seed -> questions with worked answers that end in `#### N`.
+"""Dataset arithmetic: generated word problems in GSM8K's format, with worked answers that end in `#### N`.
 
     question  Tom has 3 apples. Tom buys 4. Tom loses 2. Tom finds 4. Tom drops 1. How many apples now?
     answer    3+4=7
@@ -7,28 +7,41 @@
               9-1=8
               #### 8
 
-Every step is a one-digit fact, so a small model can learn to work the answer out line by line; to give it at once, it
-would have to do four steps in its head. Which problems are held out is decided by a hash of the question, so the two
-parts can never share one.
+Every step is a one-digit fact, so a small model can learn to compute the answer line by line, but not at once. A hash of
+the question decides which problems are held out, so that the two parts never share one.
 """
 
 import hashlib
 import random
-from typing import Literal
+
+from grpo.config.schema import DataConfig
+from grpo.data.files import Row, Table, table_of
+from grpo.data.registry import Part, register_dataset
 
 NAMES = ["Tom", "Anna", "Ben", "Mia", "Sam", "Lea", "Max", "Eva"]
 ITEMS = ["apples", "books", "coins", "cards", "pens", "shells", "stamps", "marbles"]
 GAINS = ["buys", "finds", "gets", "wins"]
 LOSSES = ["loses", "sells", "drops", "breaks"]
 STEPS = 4
-LARGEST = 5
-"""Numbers in a question go from 1 to 5."""
-LARGEST_TOTAL = 9
-"""No running total has two digits."""
+MAX_NUMBER = 5
+"""Largest number in a question; the smallest is 1."""
+MAX_TOTAL = 9
+"""Largest running total: one digit."""
+TRAIN_SIZE = 4000
+HELD_OUT_SIZE = 500
+"""Held-out problems where data.eval_size is null, which means all elsewhere."""
 
 
-def generate_problems(count: int, *, seed: int, split: Literal["train", "held_out"]) -> list[dict[str, str]]:
-    """`count` different problems: question and worked answer. The same seed gives the same problems."""
+@register_dataset("arithmetic")
+def arithmetic(data: DataConfig, part: Part, seed: int) -> Table:
+    """Return 4000 training problems, or data.eval_size held-out ones. No download."""
+    held_out_size = HELD_OUT_SIZE if data.eval_size is None else data.eval_size
+    rows: list[Row] = generate_problems(TRAIN_SIZE if part == "train" else held_out_size, seed=seed, split=part)
+    return table_of("arithmetic", rows)
+
+
+def generate_problems(count: int, *, seed: int, split: Part) -> list[dict[str, str]]:
+    """Return `count` different problems: question and worked answer. The same seed gives the same problems."""
     chance = random.Random(f"arithmetic {split} {seed}")
     problems: dict[str, str] = {}
     while len(problems) < count:
@@ -39,19 +52,19 @@ def generate_problems(count: int, *, seed: int, split: Literal["train", "held_ou
 
 
 def is_held_out(question: str) -> bool:
-    """One question in eight, whatever the seed."""
+    """Return whether a question is held out: one in eight is, for every seed."""
     return hashlib.sha256(question.encode()).digest()[0] < 32
 
 
 def _problem(chance: random.Random) -> tuple[str, str]:
     name, item = chance.choice(NAMES), chance.choice(ITEMS)
-    total = chance.randint(1, LARGEST)
+    total = chance.randint(1, MAX_NUMBER)
     sentences = [f"{name} has {total} {item}."]
     lines = []
     for _ in range(STEPS):
-        number = chance.randint(1, LARGEST)
-        gain = total + number <= LARGEST_TOTAL and (total < number or chance.random() < 0.5)
-        if not gain and total < number:  # neither fits: lose what there is, or less
+        number = chance.randint(1, MAX_NUMBER)
+        gain = total + number <= MAX_TOTAL and (total < number or chance.random() < 0.5)
+        if not gain and total < number:  # neither fits: lose at most the total
             number = chance.randint(1, total)
         verb = chance.choice(GAINS if gain else LOSSES)
         sentences.append(f"{name} {verb} {number}.")

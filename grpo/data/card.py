@@ -1,16 +1,16 @@
-"""Data card: where data comes from, who owns it, and what they permit. A YAML file beside the data, or data.card.
+"""Data card: source, licence and permission of the data. A YAML file beside the data, or data.card.
 
     source: Recorded by the language committee, 2019-2024
     licence: CC-BY-NC-4.0
     permission: granted            granted | unknown | prohibited
     permission_from: Language committee, letter of 2025-03-01
     steward: committee@example.org
-    contact, withdrawal, notes     as you like
+    contact, withdrawal, notes     optional
 
-`prohibited` refuses to train, unless the person states that they have permission (data.i_have_permission); `unknown` warns.
-Local data needs a card before a model that was trained on it is published: a run directory records the card that it was
-trained with (data_card.json), `publishable` judges that record, and the model card shows it. Whether permission is really
-there is for people to settle, not for a program: the card makes the question hard to forget.
+`prohibited` stops training unless the user states that they have permission (data.i_have_permission). `unknown` warns.
+Local data needs a card before a model that was trained on it is published. A run directory records its card
+(data_card.json), `publishable` checks that record, and the model card shows it. A program cannot verify the permission: the
+card makes the question hard to forget.
 """
 
 import json
@@ -28,7 +28,7 @@ PERMISSIONS = ("granted", "unknown", "prohibited")
 
 
 def find_card(data: DataConfig) -> Path | None:
-    """data.card, or FILE.card.yaml or data_card.yaml beside data.path."""
+    """Return data.card, or FILE.card.yaml or data_card.yaml beside data.path; None without one."""
     if data.card is not None:
         path = Path(data.card).expanduser()
         if not path.is_file():
@@ -43,7 +43,7 @@ def find_card(data: DataConfig) -> Path | None:
 
 
 def read_card(path: Path) -> dict[str, str]:
-    """The card's fields as text. Raises ConfigError with the field that is missing or wrong."""
+    """Return the card's fields as text. Raises ConfigError, naming a field that is missing or wrong."""
     try:
         card = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -64,7 +64,7 @@ def read_card(path: Path) -> dict[str, str]:
 
 
 def check_permission(data: DataConfig) -> str | None:
-    """May this data be trained on? -> a warning, or None. Raises ConfigError for data whose card prohibits it."""
+    """Return a warning for data of unknown permission, else None. Raises ConfigError if the card prohibits training."""
     path = find_card(data)
     if path is None:
         return None
@@ -72,8 +72,8 @@ def check_permission(data: DataConfig) -> str | None:
     if card["permission"] == "prohibited" and not data.i_have_permission:
         steward = f" ({card['steward']})" if "steward" in card else ""
         raise ConfigError(
-            f"data card {path}: permission is prohibited. Ask its stewards{steward}; if you have their permission in spite "
-            f"of it, say so with --data.i_have_permission true, which the model card will show"
+            f"data card {path}: permission is prohibited. Ask its stewards{steward}. If they have given you "
+            f"permission, state it with --data.i_have_permission true; the model card will show it"
         )
     if card["permission"] == "unknown":
         return f"data card {path}: permission is unknown. Ask before you publish a model that was trained on it"
@@ -81,21 +81,21 @@ def check_permission(data: DataConfig) -> str | None:
 
 
 RECORD = "data_card.json"
-"""What a run directory says about the data it was trained on."""
+"""File in a run directory that records the data card."""
 GENERATED = ("arithmetic", "invented_language")
 
 
 def is_local(data: DataConfig) -> bool:
-    """Data that is on no public page: a file or folder here, or whatever a dataset function of one's own reads."""
+    """Return whether the data is not public: a local file or folder, or the rows of a custom dataset function."""
     if data.path is not None:
         return Path(data.path).expanduser().exists()
     return data.name not in ("gsm8k", *GENERATED)
 
 
 def record_card(folder: Path, data: DataConfig) -> None:
-    """Write data_card.json beside the model: the card as it was when the model was trained, and what the person stated.
+    """Write data_card.json into the run directory: the card at training time, and data.i_have_permission.
 
-    The data may be elsewhere, or gone, when the model is published; the record goes with the run.
+    The data may have moved by the time the model is published, so the record stays with the run.
     """
     path = find_card(data)
     record = {
@@ -112,10 +112,7 @@ def record_card(folder: Path, data: DataConfig) -> None:
 
 
 def card_of_run(run_dir: Path) -> dict[str, str]:
-    """What the run recorded about its data, as lines for a model card: data, source, licence, permission, ...
-
-    {} where nothing was recorded.
-    """
+    """Return the recorded fields for a model card: data, source, licence, permission, ...; {} without a record."""
     record = _record(run_dir)
     if record is None:
         return {}
@@ -136,23 +133,27 @@ def card_of_run(run_dir: Path) -> dict[str, str]:
 
 
 def publishable(run_dir: Path) -> dict[str, str]:
-    """May the run's model be published? -> the lines for its model card. Raises ConfigError, with the mend, if not:
-    local data needs a card that grants permission, or a person who states that they have it."""
+    """Return the fields for the model card if the run's model may be published.
+
+    Raises:
+        ConfigError: The run has no record, or its local data has no card that grants permission and nobody has stated
+            that they have it.
+    """
     record = _record(run_dir)
     if record is None:
         raise ConfigError(
-            f"{run_dir} does not say which data its model was trained on ({RECORD} is missing): publish from the run directory"
+            f"{run_dir} has no {RECORD}, which records the data of its model: publish from the run directory"
         )
     card = record["card"]
     if record["local"] and card is None:
         raise ConfigError(
-            f"{run_dir}: the model was trained on local data without a data card ({record['data']}): write "
-            f"{record['data']}.card.yaml with source, licence and permission, and train with it, before you publish"
+            f"{run_dir}: the model was trained on local data without a data card ({record['data']}). To publish a "
+            f"model, write {record['data']}.card.yaml with source, licence and permission, and train with it"
         )
     if card is not None and card["permission"] != "granted" and not record["i_have_permission"]:
         raise ConfigError(
-            f"{run_dir}: the data's card says permission: {card['permission']}. To publish, it must be granted; or train with "
-            f"--data.i_have_permission true, which states that you have it"
+            f"{run_dir}: the data card has permission: {card['permission']}. To publish, it must be granted, or the model "
+            f"trained with --data.i_have_permission true, which states that you have permission"
         )
     return card_of_run(run_dir)
 

@@ -1,11 +1,11 @@
-"""Curriculum: what prompts earned -> which of them the next epochs leave out, for a while.
+"""Curriculum: leave prompts that are too easy or too hard out of the next epochs.
 
-A group whose completions are all right, or all wrong, has no advantage and teaches nothing. A prompt that was solved, or
-hopeless, `patience` times in a row is set aside, and comes back `return_after` epochs later to be measured again.
+A group whose completions are all right, or all wrong, has no advantage. A prompt that was solved, or hopeless, `patience`
+times in a row is set aside, and returns after `return_after` epochs to be measured again.
 
     3 prompts, patience 1, return_after 2        epoch 0   a b c    a is solved, c is hopeless
-                                                 epoch 1   b        (2 draws fewer: nothing is drawn twice instead)
-                                                 epoch 2   b a c    back: what was hopeless may be within reach now
+                                                 epoch 1   b        (2 draws fewer: no prompt replaces them)
+                                                 epoch 2   b a c    back: what was hopeless may be learnable now
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,15 @@ Result = tuple[int, float]
 
 
 class Curriculum(PromptStream):
-    """A PromptStream whose epochs depend on what was measured; so its state goes into the checkpoint.
+    """PromptStream whose epochs depend on measured rewards; its state is in the checkpoint.
 
     Every rank must see the same results. Steps are taken in order.
+
+    Args:
+        solved: Mean reward of a group from which its prompt counts as solved.
+        hopeless: Mean reward up to which it counts as hopeless.
+        patience: Results in a row until a prompt is set aside.
+        return_after: Epochs until it returns.
     """
 
     def __init__(
@@ -38,21 +44,22 @@ class Curriculum(PromptStream):
         self.epoch = 0
         self.first_draw = 0
         self.in_a_row: dict[int, int] = {}
-        """Prompt -> how often in a row it was solved (positive) or hopeless (negative); 0 is not kept."""
+        """Prompt -> number of times in a row that it was solved (positive) or hopeless (negative)."""
         self.set_aside: dict[int, int] = {}
-        """Prompt -> the epoch in which it comes back."""
+        """Prompt -> epoch in which it returns."""
         self._taken: dict[int, int] = {}
-        """The draws since the last update, over all ranks, and the prompts that they are."""
+        """Draws of all ranks since the last update -> prompts."""
         self._begin([])
 
     def draws(self, first: int, count: int, rank: int = 0, world_size: int = 1) -> list[Prompt]:
+        """Return this rank's share of `count` prompts from draw `first` on."""
         draws = range(first, first + count)
         if first not in self._taken:
             self._taken |= {draw: self._advance(draw) for draw in draws}
         return [replace(self.prompts[self._taken[draw]], draw=draw) for draw in draws[rank::world_size]]
 
     def _advance(self, draw: int) -> int:
-        """Which prompt a draw is; begins the next epoch where this one is over."""
+        """Return the prompt of a draw. Begins the next epoch where this one is over."""
         assert draw >= self.first_draw, "steps are taken in order"
         while draw >= self.first_draw + len(self._active):
             self.first_draw += len(self._active)
@@ -61,7 +68,7 @@ class Curriculum(PromptStream):
         return self._active[draw - self.first_draw]
 
     def update(self, results: list[Result]) -> None:
-        """What the groups of one step earned, from all ranks, in any order."""
+        """Take the results of one step's groups, from all ranks, in any order."""
         for draw, value in sorted(results):
             prompt = self._taken[draw]
             before = self.in_a_row.pop(prompt, 0)
@@ -78,7 +85,7 @@ class Curriculum(PromptStream):
         self._taken = {}
 
     def metrics(self) -> dict[str, float]:
-        """Prompts that are set aside now, by reason, and those that this epoch draws."""
+        """Return the numbers of prompts that are set aside, by reason, and of those that this epoch draws."""
         away = [self.in_a_row[prompt] for prompt, back in self.set_aside.items() if back > self.epoch]
         return {
             "curriculum/solved": float(sum(count > 0 for count in away)),
@@ -87,6 +94,7 @@ class Curriculum(PromptStream):
         }
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the epoch, its order, and the results that later epochs depend on."""
         return {
             "epoch": self.epoch,
             "first_draw": self.first_draw,
@@ -96,13 +104,14 @@ class Curriculum(PromptStream):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
         self.epoch, self.first_draw = state["epoch"], state["first_draw"]
         self.in_a_row = {prompt: count for prompt, count in state["in_a_row"]}
         self.set_aside = {prompt: back for prompt, back in state["set_aside"]}
         self._begin(state["left_out"])
 
     def _begin(self, left_out: list[int]) -> None:
-        """Fix the epoch's order. Where everything would be left out, nothing is: there must be something to draw."""
+        """Set the epoch's order. Where all prompts would be left out, none is."""
         out = set(left_out)
         if len(out) == len(self.prompts):
             out = set()

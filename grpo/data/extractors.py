@@ -1,13 +1,13 @@
-r"""Extractors: what a data set's answer column holds -> the gold answer inside it, or None where there is none.
+r"""Extractors: text of the answer column -> the gold answer inside it, or None without one.
 
 hash     "9 * 2 = 18\n#### 1,080"           -> "1080"
 xml      "...<answer>\n18\n</answer>"      -> "18"
 boxed    "so it is \boxed{\frac{1}{2}}"    -> "\frac{1}{2}"
-quoted_terms   'One says `tâga`, or "tâge".' -> "tâga\ntâge"   (one term a line)
+quoted_terms   'One says `tâga`, or "tâge".' -> "tâga\ntâge"   (one term per line)
 number   "he pays 18 dollars."              -> "18"
 plain    " Paris "                          -> "Paris"
 
-Every answer comes back in Unicode NFC, and never case-folded: "ẖ" has no capital, so folding takes it apart.
+Answers are returned in Unicode NFC, and never case-folded: "ẖ" has no capital, so folding would split it.
 """
 
 import unicodedata
@@ -19,19 +19,19 @@ from grpo.rewards.xml_format import lenient_answer
 
 
 def extract_hash(text: str) -> str | None:
-    """The rest of the line after the last ####."""
+    """Return the rest of the line after the last ####."""
     _, marker, rest = text.rpartition("####")
     return _tidy(rest.strip().partition("\n")[0]) if marker else None
 
 
 def extract_xml(text: str) -> str | None:
-    """Inside the last <answer>...</answer>."""
+    """Return the text inside the last <answer>...</answer>."""
     start = text.rfind("<answer>")
     return _tidy(lenient_answer(text)) if start >= 0 and text.find("</answer>", start) >= 0 else None
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""Inside the last \boxed{...}, its braces balanced. One pass over the text."""
+    r"""Return the content of the last \boxed{...}, braces balanced, in linear time."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -40,7 +40,7 @@ def extract_boxed(text: str) -> str | None:
     while position < len(text):
         character = text[position]
         if character == "\\":
-            position += 1  # \{ and \} are characters to print, not braces.
+            position += 1  # \{ and \} are printed characters, not braces
         elif character == "{":
             depth += 1
         elif character == "}":
@@ -52,30 +52,30 @@ def extract_boxed(text: str) -> str | None:
 
 
 def extract_quoted_terms(text: str) -> str | None:
-    """All quoted terms, one a line. A term never holds a line break."""
+    """Return all quoted terms, one per line."""
     return "\n".join(quoted_terms(text)) or None
 
 
 def extract_number(text: str) -> str | None:
-    """The last number in the text."""
+    """Return the last number in the text."""
     numbers = numbers_in(text)
     return _tidy(numbers[-1]) if numbers and parse_number(numbers[-1]) is not None else None
 
 
 def extract_plain(text: str) -> str | None:
-    """The whole text, stripped."""
+    """Return the whole text, stripped."""
     return unicodedata.normalize("NFC", text).strip() or None
 
 
 def _tidy(answer: str) -> str | None:
-    """Stripped; a number also without "$" and thousands commas, so that rewards that compare text can match it."""
+    """Strip an answer. A number also loses "$" and thousands commas, so that rewards that compare text can match it."""
     answer = unicodedata.normalize("NFC", answer).strip()
     if parse_number(answer) is not None:
         answer = answer.replace(",", "").replace("$", "")
     return answer or None
 
 
-# From the most to the least particular: where two fit equally many rows, the first is what an error suggests.
+# From the most to the least specific: an error suggests the first of those that fit most rows.
 EXTRACTORS: dict[str, Callable[[str], str | None]] = {
     "hash": extract_hash,
     "xml": extract_xml,
@@ -92,3 +92,8 @@ LOOKS_LIKE = {
     "number": "any text with a number",
     "plain": "any text",
 }
+
+
+def extraction_rates(texts: list[str]) -> dict[str, int]:
+    """Return the number of answer texts in which each extractor finds an answer."""
+    return {name: sum(extract(text) is not None for text in texts) for name, extract in EXTRACTORS.items()}

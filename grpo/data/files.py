@@ -1,4 +1,4 @@
-"""Readers: a JSONL, CSV or Parquet file -> a Table of rows that know their place in it, for errors that name it."""
+"""Readers of JSONL, CSV and Parquet files: rows with their places, so that errors can name them."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 @dataclass
 class BadRows:
-    """What becomes of a row that cannot be used: an error that names it, or, with `skip`, it is left out and noted."""
+    """Handling of rows that cannot be used: an error that names the row, or, with `skip`, a list of rejected rows."""
 
     skip: bool = False
     rejected: list[dict[str, str]] = field(default_factory=list)
@@ -23,10 +23,11 @@ class BadRows:
 
     @property
     def hint(self) -> str:
-        """What to do about a single bad row, for an error; nothing to say where it is left out."""
-        return "" if self.skip else ": mend it, or leave such rows out with --data.bad_rows skip"
+        """Advice for the error about a single bad row; empty where it is left out."""
+        return "" if self.skip else ": fix it, or leave such rows out with --data.bad_rows skip"
 
     def add(self, place: str, reason: str, cause: Exception | None = None) -> None:
+        """Reject a row. Raises ConfigError unless `skip`."""
         if not self.skip:
             raise ConfigError(f"{place}: {reason}") from cause
         self.rejected.append({"place": place, "reason": reason})
@@ -34,22 +35,29 @@ class BadRows:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, and where each stands."""
+    """Rows and their places."""
 
     source: str
     """The file, or the name of the data set."""
     rows: list[Row]
     places: list[str]
-    """One per row, as an editor or terminal understands it: "data.jsonl:3"."""
+    """One per row, in the form of editors and compilers: "data.jsonl:3"."""
 
 
 def table_of(source: str, rows: list[Row]) -> Table:
-    """Rows that come from no text file: their place is a number, counted from 1."""
+    """Return a Table of rows that are not from a text file: their place is a number, counted from 1."""
     return Table(source, rows, [f"{source}, row {number}" for number in range(1, len(rows) + 1)])
 
 
 def read_table(path: str, key: str = "data.path", bad: BadRows | None = None) -> Table:
-    """Reads a local file by its ending. `key` is the config key to name in errors. Raises ConfigError."""
+    """Read a local file by its ending.
+
+    Args:
+        key: Config key to name in errors.
+
+    Raises:
+        ConfigError: The file is missing, unreadable or empty, or a row is bad and `bad` does not skip it.
+    """
     rows: list[Row] = []
     places: list[str] = []
     bad = bad or BadRows()
@@ -63,7 +71,7 @@ def read_table(path: str, key: str = "data.path", bad: BadRows | None = None) ->
 
 
 def iterate_rows(path: str, key: str, bad: BadRows) -> Iterator[tuple[Row, str]]:
-    """The same rows with their places, one by one, without keeping them."""
+    """Yield the rows with their places, one by one. Arguments and errors as in `read_table`."""
     readers: dict[str, Callable[[Path, BadRows], Iterator[tuple[Row, str]]]] = {
         ".jsonl": _read_jsonl,
         ".csv": _read_csv,
@@ -113,7 +121,7 @@ def _read_csv(file: Path, bad: BadRows) -> Iterator[tuple[Row, str]]:
             wanted = len(reader.fieldnames or [])
             row_ends = reader.line_num
             for row in reader:
-                place = f"{file}:{row_ends + 1}"  # Where the row starts: a quoted field can go on over many lines.
+                place = f"{file}:{row_ends + 1}"  # first line of the row: a quoted field may span lines
                 row_ends = reader.line_num
                 if None in row or None in row.values():
                     bad.add(place, f"this row must have {wanted} fields, as the first line has{bad.hint}")
@@ -126,7 +134,7 @@ def _read_csv(file: Path, bad: BadRows) -> Iterator[tuple[Row, str]]:
 
 
 def _read_parquet(file: Path, bad: BadRows) -> Iterator[tuple[Row, str]]:
-    """Row group by row group. A date or time becomes its ISO text, as it would stand in the other formats."""
+    """Read batch by batch. Dates and times become ISO text, as in the other formats."""
     try:
         import pyarrow
         import pyarrow.parquet

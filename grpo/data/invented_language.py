@@ -1,4 +1,4 @@
-"""Questions and answers about a language that does not exist: a seed -> rows with the fields and letters of a real archive.
+"""Dataset invented_language: generated questions about a language that does not exist.
 
     question         How would you say my stones in Velûri?
     answer           In Velûri my is mî-, stone is tâga, many is -ẖûn. You would say `mîtâgaẖûn`.
@@ -6,10 +6,10 @@
     generated_at     2025-10-28T00:00:07.000007
     pair_id          7
 
-The archives of small languages belong to their speakers and may not be passed on; this stands in for one in examples
-and tests. Every word is made up here: from seeded syllables, in letters that break careless code (î â û ô ê ṯ ẖ). A
-word is beginning + root + ending, so a model that knows the parts can say what it never read. What is held out is
-decided by a hash of the meaning, whatever the wording of the question: no held-out word occurs in a training row.
+The rows have the fields and letters of an archive of a small language. Real archives belong to their speakers and may
+not be published; examples and tests use this one. Words are made of seeded syllables, with letters that break careless
+code (î â û ô ê ṯ ẖ). A word is prefix + root + suffix, so a model that knows the parts can form words that it has not
+seen. A hash of the meaning decides what is held out: no held-out word occurs in a training row, in any wording.
 """
 
 import hashlib
@@ -18,9 +18,15 @@ import unicodedata
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
+
+from grpo.config.schema import DataConfig
+from grpo.data.files import Table, table_of
+from grpo.data.registry import Part, register_dataset
 
 LANGUAGE = "Velûri"
+DATASET_NOUNS = 60
+"""Nouns of the dataset: as many as the tiny model can learn in its warm-up."""
 CONSONANTS = ["b", "d", "g", "h", "k", "m", "n", "p", "r", "s", "t", "w", "y", "z", "ẖ", "ṯ"]
 VOWELS = ["a", "e", "i", "o", "u", "â", "ê", "î", "ô", "û"]
 LETTERS = frozenset(CONSONANTS + VOWELS)
@@ -50,7 +56,7 @@ OPENINGS = ["You would say `{term}`.", "The term is `{term}`.", "It is `{term}`.
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a word says: a noun, whose it is ("" = nobody's), and whether there are many."""
+    """Meaning of a word: a noun, its owner ("" = none), singular or plural."""
 
     noun: str
     owner: str = ""
@@ -58,13 +64,14 @@ class Meaning:
 
     @property
     def english(self) -> str:
+        """The meaning in English: "my stones"."""
         noun = plural(self.noun) if self.many else self.noun
         return f"{self.owner} {noun}".strip()
 
 
 @dataclass(frozen=True)
 class Lexicon:
-    """The language itself: the root of every noun, a beginning for every owner, one ending for many."""
+    """The language: the root of every noun, a prefix for every owner, one suffix for the plural."""
 
     roots: dict[str, str]
     beginnings: dict[str, str]
@@ -75,9 +82,16 @@ class Lexicon:
         return self.beginnings[meaning.owner] + self.roots[meaning.noun] + (self.ending if meaning.many else "")
 
 
+@register_dataset("invented_language")
+def invented_language(data: DataConfig, part: Part, seed: int) -> Table:
+    """Return questions about words in three wordings, or a quarter of the words, held out. No download."""
+    rows = generate_rows(seed=seed, split=part, lexicon=make_lexicon(seed, DATASET_NOUNS))
+    return table_of("invented_language", rows)
+
+
 @lru_cache
 def make_lexicon(seed: int = 0, nouns: int = len(NOUNS)) -> Lexicon:
-    """The seed's language, with its first `nouns` nouns. No two roots are the same."""
+    """Return the seed's language with its first `nouns` nouns. All roots differ."""
     chance = random.Random(f"lexicon {seed}")
     taken: set[str] = set()
 
@@ -90,7 +104,7 @@ def make_lexicon(seed: int = 0, nouns: int = len(NOUNS)) -> Lexicon:
 
     beginnings = {owner: new(1) if owner else "" for owner in OWNERS}
     ending = new(1, "n")
-    # Every root has a letter that a plain keyboard lacks: the orthography is never beside the point.
+    # Every root has a letter with a diacritic, so that spelling always matters.
     roots: dict[str, str] = {}
     for noun in NOUNS[:nouns]:
         root = new(2)
@@ -101,12 +115,12 @@ def make_lexicon(seed: int = 0, nouns: int = len(NOUNS)) -> Lexicon:
 
 
 def meanings(lexicon: Lexicon) -> list[Meaning]:
-    """Every noun, alone, in plural, and as somebody's."""
+    """Return every noun in singular and plural, without and with every owner."""
     return [Meaning(noun, owner, many) for noun in lexicon.roots for owner in OWNERS for many in (False, True)]
 
 
 def is_held_out(english: str) -> bool:
-    """One meaning in four, whatever the seed and the wording of the question."""
+    """Return whether a meaning is held out: one in four is, for every seed and wording."""
     return hashlib.sha256(english.encode()).digest()[0] < 64
 
 
@@ -114,13 +128,16 @@ def generate_rows(
     count: int | None = None,
     *,
     seed: int = 0,
-    split: Literal["train", "held_out"] = "train",
+    split: Part = "train",
     lexicon: Lexicon | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows about single words, every meaning in every wording; more than there are: about pairs of words.
+    """Return rows about single words, every meaning in every wording, and then rows about pairs of words.
 
-    A held-out meaning comes in one wording only, so that held-out items are independent. The same arguments give the same
-    rows; `count` None = every single word. A lexicon of one's own replaces the seed's.
+    A held-out meaning comes in one wording only, so that held-out items are independent.
+
+    Args:
+        count: Number of rows; None = every single word.
+        lexicon: Replaces the seed's language.
     """
     lexicon = lexicon or make_lexicon(seed)
     chance = random.Random(f"rows {split} {seed}")
@@ -143,6 +160,7 @@ def generate_rows(
 
 
 def row_of(pair_id: int, parts: list[Meaning], wording: int, lexicon: Lexicon) -> dict[str, Any]:
+    """Return the row that asks for these words in wording number `wording`."""
     english = " and ".join(part.english for part in parts)
     terms = " ".join(lexicon.word(part) for part in parts)
     explained = " ".join(explanation(part, lexicon) for part in parts)
@@ -157,7 +175,7 @@ def row_of(pair_id: int, parts: list[Meaning], wording: int, lexicon: Lexicon) -
 
 
 def explanation(meaning: Meaning, lexicon: Lexicon) -> str:
-    """The sentence that says how the word is built, in the order of its parts."""
+    """Return the sentence that explains the parts of the word, in their order."""
     parts = [f"{meaning.noun} is {lexicon.roots[meaning.noun]}"]
     if meaning.owner:
         parts.insert(0, f"{meaning.owner} is {lexicon.beginnings[meaning.owner]}-")
@@ -167,6 +185,7 @@ def explanation(meaning: Meaning, lexicon: Lexicon) -> str:
 
 
 def plural(noun: str) -> str:
+    """Return the English plural."""
     if noun in IRREGULAR:
         return IRREGULAR[noun]
     if noun.endswith("y") and noun[-2] not in "aeiou":
@@ -175,5 +194,5 @@ def plural(noun: str) -> str:
 
 
 def unmarked(text: str) -> str:
-    """The text as typed on a keyboard that lacks its letters: "tâgaẖ" -> "tagah"."""
+    """Return the text without diacritics: "tâgaẖ" -> "tagah"."""
     return "".join(c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c))

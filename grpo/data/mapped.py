@@ -1,10 +1,10 @@
-"""Large data: a file of rows -> prompts in an Arrow file that the system maps into memory, made once, found again.
+"""Large data: prompts in an Arrow file that is memory-mapped, written once and found again.
 
     rows.jsonl  --validate, tokenise in chunks-->  ~/.cache/grpo/prompts-<key>/prompts.arrow + prompts.json
-    MappedPrompts(folder)[60_000]  -->  Prompt     only the pages that are touched come into memory
+    MappedPrompts(folder)[60_000]  -->  Prompt     only the pages that are read are loaded
 
-The key is a hash over the file's bytes, the settings that matter and the tokenizer, so a change of any makes another
-folder; an Arrow file that is damaged is made again.
+The key is a hash of the file's bytes, the relevant settings and the tokenizer: a change of any of them uses another folder.
+A damaged Arrow file is written again.
 """
 
 import dataclasses
@@ -18,21 +18,21 @@ from pathlib import Path
 from typing import Any, overload
 
 from grpo.config.schema import DataConfig
+from grpo.data.rendering import prompts_token_ids
 from grpo.data.rows import Example
-from grpo.data.stream import prompts_token_ids
 from grpo.errors import ConfigError
 from grpo.types import Prompt
 
 VERSION = 1
-"""Part of the key: raise it when the same file would give other prompts."""
+"""Part of the key: raise it when a change here gives other prompts for the same file."""
 MAP_FROM_BYTES = 8_000_000
-"""data.cache auto: smaller files are kept in memory, where they are quicker to have than to look for."""
+"""Smaller files are kept in memory with data.cache auto."""
 CHUNK = 1000
-"""Rows that are tokenised at once."""
+"""Rows that are tokenised in one call."""
 
 
 class MappedPrompts(Sequence[Prompt]):
-    """The prompts of a folder that `map_prompts` made. Behaves like the list that it stands for."""
+    """Sequence of the prompts in a folder that `map_prompts` has written."""
 
     def __init__(self, folder: Path):
         from datasets import Dataset
@@ -59,14 +59,14 @@ class MappedPrompts(Sequence[Prompt]):
 
 
 def wants_mapping(data: DataConfig) -> bool:
-    """Whether data.path is a local file that is to be mapped."""
+    """Return whether data.path is a local file that data.cache says to map."""
     if data.cache == "never" or data.path is None or not Path(data.path).expanduser().is_file():
         return False
     return data.cache == "always" or Path(data.path).expanduser().stat().st_size >= MAP_FROM_BYTES
 
 
 def mapped_folder(data: DataConfig, tokenizer: Any) -> Path:
-    """Where the prompts of this file, these settings and this tokenizer are, or will be."""
+    """Return the folder for the prompts of this file, these settings and this tokenizer."""
     assert data.path is not None
     digest = hashlib.sha256()
     with Path(data.path).expanduser().open("rb") as file:
@@ -86,7 +86,7 @@ def mapped_folder(data: DataConfig, tokenizer: Any) -> Path:
 
 
 def open_mapped(folder: Path) -> MappedPrompts | None:
-    """The folder's prompts if they are there and whole; else None, and nothing of them is left."""
+    """Return the folder's prompts. Where they are missing or damaged, remove the folder and return None."""
     try:
         record = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
         if _checksum(folder / "prompts.arrow") == record["sha256"]:
@@ -104,7 +104,7 @@ def map_prompts(
     max_prompt_length: int | None,
     rejected: list[dict[str, str]],
 ) -> MappedPrompts:
-    """Tokenise the examples, CHUNK by CHUNK, into `folder`, whole or not at all. Same prompts as `render_prompts`."""
+    """Tokenise the examples in chunks and write `folder` atomically. The prompts equal those of `render_prompts`."""
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
@@ -150,7 +150,7 @@ def map_prompts(
         try:
             arrow.parent.rename(folder)
         except OSError:
-            if open_mapped(folder) is None:  # else another process made the same one meanwhile
+            if open_mapped(folder) is None:  # otherwise another process has written the same one
                 raise
     return MappedPrompts(folder)
 

@@ -1,4 +1,4 @@
-"""Messages: a question -> the chat that asks it (system prompt, worked example, question)."""
+"""Messages: a question -> system prompt, worked example and question."""
 
 from grpo.config.schema import DataConfig
 from grpo.types import Message
@@ -17,14 +17,14 @@ EXAMPLE_ANSWER = "19"
 
 
 def messages_for(question: str, data: DataConfig) -> list[Message]:
-    """The chat for one question, as data.system_prompt and data.one_shot say."""
+    """Return the messages for one question, with data.system_prompt and data.one_shot."""
     messages: list[Message] = []
     xml = data.system_prompt == "xml"
     if data.system_prompt:
         messages.append({"role": "system", "content": SYSTEM_PROMPT if xml else data.system_prompt})
     if data.one_shot:
         shown = f"<reasoning>\n{EXAMPLE_REASONING}\n</reasoning>\n<answer>\n{EXAMPLE_ANSWER}\n</answer>\n"
-        # Without the xml prompt the model was never told of the tags, so the example does not use them either.
+        # The example uses the tags only if the system prompt has introduced them.
         content = shown if xml else f"{EXAMPLE_REASONING}\n{EXAMPLE_ANSWER}"
         messages.append({"role": "user", "content": EXAMPLE_QUESTION})
         messages.append({"role": "assistant", "content": content})

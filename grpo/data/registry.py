@@ -1,12 +1,15 @@
-"""The dataset registry, apart from the datasets, so that one dataset's file can import it without the others."""
+"""Registry of datasets, apart from the datasets, so that one dataset's file can import it without the others."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from grpo.registry import Registry
 
-DatasetFunction = Callable[..., Any]
-"""f(data: DataConfig, part: "train" | "held_out", seed: int) -> rows (dicts), a Table of rows, or Examples."""
+Part = Literal["train", "held_out"]
 
-DATASETS: Registry[DatasetFunction] = Registry("dataset")
+DatasetFunction = Callable[..., Any]
+"""f(data: DataConfig, part: Part, seed: int) -> rows (dicts), a Table of rows, or Examples. A fourth parameter `bad` gets
+the BadRows that collects rejected rows."""
+
+DATASETS: Registry[DatasetFunction] = Registry("dataset", package="grpo.data")
 register_dataset = DATASETS.register

@@ -1,18 +1,23 @@
-"""Tokenizer loading: a folder or hub id -> the tokenizer."""
+"""Tokenizer loading from a local folder or the hub."""
 
 from pathlib import Path
 
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from grpo.errors import ConfigError
 
 
 def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside a model. Raises ConfigError, also for one that has lost its vocabulary."""
-    _check_there(path)
+    """Load the tokenizer of a model.
+
+    Args:
+        path: Local folder or hub id.
+        gguf_file: GGUF file in that folder that holds the tokenizer.
+
+    Raises:
+        ConfigError: It is missing, cannot be loaded, or encodes every text as nothing.
+    """
+    check_exists(path)
     try:
         extra = {"gguf_file": gguf_file} if gguf_file else {}
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False, **extra)
@@ -22,15 +27,15 @@ def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokeniz
         if gguf_file is None:
             raise
         raise ConfigError("model.gguf_file is set, but gguf is missing: pip install gguf==0.19.0") from error
-    if not tokenizer.encode("1 + 1 = 2", add_special_tokens=False):  # transformers makes up an empty one
+    if not tokenizer.encode("1 + 1 = 2", add_special_tokens=False):  # transformers falls back to an empty one
         raise ConfigError(
-            f"model.name '{path}': its tokenizer cannot be loaded: without tokenizer.json (or a vocabulary of its own kind) "
-            f"it turns every text into nothing: copy the tokenizer's files from the model that this one was trained from"
+            f"model.name '{path}': its tokenizer cannot be loaded: without tokenizer.json (or a vocabulary file) it encodes "
+            f"every text as nothing. Copy the tokenizer's files from the model that this one was trained from"
         )
     return tokenizer
 
 
-def _check_there(path: str) -> None:
-    """Raise ConfigError for a path to nothing, which transformers would look for on the hub."""
+def check_exists(path: str) -> None:
+    """Raise ConfigError for a local path that does not exist, which transformers would look for on the hub."""
     if (Path(path).is_absolute() or path.startswith(".")) and not Path(path).exists():
         raise ConfigError(f"model.name '{path}' cannot be loaded: there is no such folder")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from grpo.config.schema import ModelConfig
-from grpo.data.tokenizer import _check_there
+from grpo.data.tokenizer import check_exists
 from grpo.errors import ConfigError
 from grpo.kernels.attention import NAME
 from grpo.models.logprob_model import use_grpo_attention
@@ -70,7 +70,7 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
     Raises:
         ConfigError: The model cannot be loaded, or its logprobs could not be computed exactly.
     """
-    _check_there(path)
+    check_exists(path)
     if Path(path).is_dir() and not (config and config.gguf_file) and not (Path(path) / "config.json").is_file():
         hint = "copy it again, or save the model again"
         if (Path(path) / "adapter_config.json").is_file():

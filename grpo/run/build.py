@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.config.schema import Config, DataConfig, flatten, to_dict
 from grpo.data.card import record_card
+from grpo.data.duplicates import repeated_prompts
+from grpo.data.rendering import render_prompts
 from grpo.data.rows import Example, load_examples
-from grpo.data.stream import PromptStream, render_prompts
-from grpo.data.training_data import TrainingData, repeated_prompts, training_data
+from grpo.data.stream import PromptStream
+from grpo.data.training_data import TrainingData, training_data
 from grpo.errors import StorageError
 from grpo.experience import ExperienceCollector
 from grpo.kernels.cpu.compiler import kernels

@@ -13,7 +13,7 @@ from transformers import TextIteratorStreamer
 from grpo.config.parser import load_config
 from grpo.config.schema import DataConfig
 from grpo.data.prompts import messages_for
-from grpo.data.stream import prompt_token_ids
+from grpo.data.rendering import prompt_token_ids
 from grpo.data.tokenizer import load_tokenizer
 from grpo.models.loading import load_model
 from grpo.rollout.engine import end_token_ids

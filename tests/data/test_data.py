@@ -11,7 +11,9 @@ import pytest
 
 from grpo.config.schema import DataConfig
 from grpo.data.extractors import EXTRACTORS
-from grpo.data.rows import DATASETS, SYSTEM_PROMPT, Example, load_examples
+from grpo.data.prompts import SYSTEM_PROMPT
+from grpo.data.registry import DATASETS
+from grpo.data.rows import Example, load_examples
 from grpo.errors import ConfigError
 from grpo.rewards.math_answers import parse_number
 
@@ -182,11 +184,11 @@ def test_a_dataset_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
         ('{"question": "q", "gold": "1"}', r"a.jsonl:1: there is no column 'answer' \(columns there: question, gold\)"),
         ('{"question": "", "answer": "#### 1"}', r"a.jsonl:1: column 'question' is '', it must be"),
         ('{"question": 5, "answer": "#### 1"}', r"a.jsonl:1: column 'question' is 5"),
-        ('{"question": "q", "answer": null}', r"0 of 1 answers fit .*the column 'answer' holds nothing"),
+        ('{"question": "q", "answer": null}', r"0 of 1 answers fit .*the column 'answer' is empty"),
         ('{"question": "q", "answer": "it is 5"}\n' * 3, r"0 of 3 answers fit extractor 'hash' \(#### N\); 'number' fits 3: set data.extractor number"),  # noqa: E501
         ('{"question": "q", "answer": "tea"}', r"'plain' fits 1: set data.extractor plain"),
         ('{"question": "q", "answer": "#### 1"}\n{"question": "q", "answer": "two"}', r"a.jsonl:2: no answer for extractor 'hash' .*'two'; the same for 1 of 2 rows"),  # noqa: E501
-        ('{"question": "q", "answer": "#### 1", "completion_ids": 1}', r"a.jsonl:1: a column may not be called 'completion_ids'"),  # noqa: E501
+        ('{"question": "q", "answer": "#### 1", "completion_ids": 1}', r"a.jsonl:1: a column cannot be called 'completion_ids'"),  # noqa: E501
     ],
 )  # fmt: skip
 def test_an_unusable_file_is_named_with_its_line(tmp_path: Path, content: str | bytes, message: str) -> None:

@@ -10,9 +10,10 @@ from transformers import GenerationConfig
 
 from grpo.config.parser import load_config
 from grpo.config.schema import Config, DataConfig, TrackingConfig
-from grpo.data.rows import BadRows, Example, load_examples
-from grpo.data.stream import render_prompts
-from grpo.data.training_data import repeated_prompts
+from grpo.data.files import BadRows
+from grpo.data.rendering import render_prompts
+from grpo.data.rows import Example, load_examples
+from grpo.data.duplicates import repeated_prompts
 from grpo.errors import ConfigError
 from grpo.rewards.math_answers import accuracy
 from grpo.rewards.text_match import exact_match
@@ -42,7 +43,7 @@ CORPUS: dict[str, tuple[bytes, str, str]] = {
     "no answer": (b'{"question": "q"}', ":2", "there is no column 'answer'"),
     "null answer": (b'{"question": "q", "answer": null}', ":2", "no answer for extractor 'hash'"),
     "no #### in it": (b'{"question": "q", "answer": "two"}', ":2", "no answer for extractor 'hash'"),
-    "reserved column": (b'{"question": "q", "answer": "#### 1", "prompts": 1}', ":2", "may not be called 'prompts'"),
+    "reserved column": (b'{"question": "q", "answer": "#### 1", "prompts": 1}', ":2", "cannot be called 'prompts'"),
 }  # type: ignore[dict-item]
 CORPUS["latin-1"] = (CORPUS["latin-1"], ":2", "not UTF-8")  # type: ignore[assignment]
 

@@ -8,11 +8,13 @@ import pytest
 
 from grpo.config.schema import DataConfig
 from grpo.data.curriculum import Curriculum
+from grpo.data.files import BadRows
 from grpo.data.invented_language import generate_rows
 from grpo.data.mapped import map_prompts, mapped_folder, open_mapped, wants_mapping
-from grpo.data.rows import BadRows, load_examples
-from grpo.data.stream import PromptStream, render_prompts
-from grpo.data.streaming import StreamedPrompts, peek, stirred
+from grpo.data.rendering import render_prompts
+from grpo.data.rows import load_examples
+from grpo.data.stream import PromptStream
+from grpo.data.streaming import StreamedPrompts, peek, buffer_shuffled
 from grpo.errors import ConfigError
 from grpo.types import Prompt
 from tests.data.test_stream import TEMPLATE, make_tokenizer
@@ -139,8 +141,8 @@ def test_streaming_knows_before_training_what_is_wrong(file: Path) -> None:
 
 
 def test_stirring_by_hand() -> None:
-    assert list(stirred(lambda: iter(range(5)), 1, "a")) == [0, 1, 2, 3, 4]  # a buffer of one keeps the order
-    assert sorted(stirred(lambda: iter(range(100)), 10, "a")) == list(range(100))
+    assert list(buffer_shuffled(lambda: iter(range(5)), 1, "a")) == [0, 1, 2, 3, 4]  # a buffer of one keeps the order
+    assert sorted(buffer_shuffled(lambda: iter(range(100)), 10, "a")) == list(range(100))
 
 
 def curriculum(count: int = 3, **changes: Any) -> Curriculum:

@@ -6,8 +6,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from grpo.data.rendering import prompt_token_ids, render_prompts
 from grpo.data.rows import Example
-from grpo.data.stream import PromptStream, prompt_token_ids, render_prompts
+from grpo.data.stream import PromptStream
 from grpo.errors import ConfigError
 from grpo.types import Prompt
 
@@ -56,7 +57,7 @@ def test_a_chat_prompt_is_the_template_with_one_bos_and_a_fixed_date() -> None:
     assert words(token_ids) == "<bos> 26 Jul 2024 system be brief user what is 2 assistant"
 
 
-def test_a_template_that_doubles_the_bos_is_mended() -> None:
+def test_a_doubled_bos_is_removed() -> None:
     token_ids = prompt_token_ids(CHAT, make_tokenizer("{{ bos_token }}" + TEMPLATE))
     assert words(token_ids).count("<bos>") == 1
 

@@ -20,8 +20,8 @@ from grpo import cli
 from grpo.config.parser import load_config
 from grpo.config.schema import DataConfig, ModelConfig, OptimizerConfig
 from grpo.data.card import check_permission, publishable, record_card
+from grpo.data.rendering import render_prompts
 from grpo.data.rows import load_examples
-from grpo.data.stream import render_prompts
 from grpo.errors import ConfigError, GrpoError, NumericsError, OutOfMemory, RewardError, StorageError
 from grpo.losses import find_loss
 from grpo.models.lora import load_adapter
@@ -370,17 +370,17 @@ CASES: dict[str, Case] = {
     "row that is not JSON": Case(
         rows(GOOD, '{"question": "b'),
         ConfigError,
-        "DIR/data.jsonl:2: not JSON: Invalid control character (column 16): mend it, or leave such rows out with --data.bad_rows skip",
+        "DIR/data.jsonl:2: not JSON: Invalid control character (column 16): fix it, or leave such rows out with --data.bad_rows skip",
     ),
     "row that is not UTF-8": Case(
         rows(b'{"question": "\xe2", "answer": "#### 1"}\n'),
         ConfigError,
-        "DIR/data.jsonl:1: not UTF-8 text: 'utf-8' codec can't decode byte 0xe2 in position 14: invalid continuation byte: mend it, or leave such rows out with --data.bad_rows skip",
+        "DIR/data.jsonl:1: not UTF-8 text: 'utf-8' codec can't decode byte 0xe2 in position 14: invalid continuation byte: fix it, or leave such rows out with --data.bad_rows skip",
     ),
     "CSV row with too many fields": Case(
         rows("question,answer", "a,b,c", name="data.csv"),
         ConfigError,
-        "DIR/data.csv:2: this row must have 2 fields, as the first line has: mend it, or leave such rows out with --data.bad_rows skip",
+        "DIR/data.csv:2: this row must have 2 fields, as the first line has: fix it, or leave such rows out with --data.bad_rows skip",
     ),
     "no column for the question": Case(
         rows({"q": "a", "answer": "#### 1"}),
@@ -395,7 +395,7 @@ CASES: dict[str, Case] = {
     "column with a reserved name": Case(
         rows({**GOOD, "completions": 3}),
         ConfigError,
-        "DIR/data.jsonl:1: a column may not be called 'completions', rewards get that name: rename it",
+        "DIR/data.jsonl:1: a column cannot be called 'completions', rewards get that argument: rename it",
     ),
     "no answer fits the extractor": Case(
         rows({"question": "a", "answer": "One says `wi`."}),
@@ -405,7 +405,7 @@ CASES: dict[str, Case] = {
     "some answers do not fit": Case(
         rows(GOOD, {"question": "b", "answer": "2"}),
         ConfigError,
-        "DIR/data.jsonl:2: no answer for extractor 'hash' (#### N) in '2'; the same for 1 of 2 rows: mend or remove them, set data.bad_rows skip, or set data.extractor to another of hash, xml, boxed, quoted_terms, number, plain",
+        "DIR/data.jsonl:2: no answer for extractor 'hash' (#### N) in '2'; the same for 1 of 2 rows: fix or remove them, set data.bad_rows skip, or set data.extractor to another of hash, xml, boxed, quoted_terms, number, plain",
     ),
     "unknown extractor": Case(
         rows(GOOD, extractor="hashes"),
@@ -420,7 +420,7 @@ CASES: dict[str, Case] = {
     "data that may not be used": Case(
         card(CARD.format("prohibited")),
         ConfigError,
-        "data card DIR/data_card.yaml: permission is prohibited. Ask its stewards (committee@example.org); if you have their permission in spite of it, say so with --data.i_have_permission true, which the model card will show",
+        "data card DIR/data_card.yaml: permission is prohibited. Ask its stewards (committee@example.org). If they have given you permission, state it with --data.i_have_permission true; the model card will show it",
     ),
     "data card without a licence": Case(
         card("source: here\npermission: granted\n"),
@@ -430,12 +430,12 @@ CASES: dict[str, Case] = {
     "publishing without a data card": Case(
         publish_trained_on(""),
         ConfigError,
-        "DIR: the model was trained on local data without a data card (DIR/data.jsonl): write DIR/data.jsonl.card.yaml with source, licence and permission, and train with it, before you publish",
+        "DIR: the model was trained on local data without a data card (DIR/data.jsonl). To publish a model, write DIR/data.jsonl.card.yaml with source, licence and permission, and train with it",
     ),
     "publishing without permission": Case(
         publish_trained_on(CARD.format("unknown")),
         ConfigError,
-        "DIR: the data's card says permission: unknown. To publish, it must be granted; or train with --data.i_have_permission true, which states that you have it",
+        "DIR: the data card has permission: unknown. To publish, it must be granted, or the model trained with --data.i_have_permission true, which states that you have permission",
     ),
     "unknown reward": Case(
         lambda _: RewardSum({"acuracy": 1.0}),

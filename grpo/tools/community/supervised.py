@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo.data.stream import prompts_token_ids
+from grpo.data.rendering import prompts_token_ids
 from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError
 from grpo.models.loading import load_model

@@ -1,0 +1,25 @@
+"""Questions that are repeated in the training prompts, or that are both trained on and held out."""
+
+import unicodedata
+from collections.abc import Sequence
+
+from grpo.types import Prompt
+
+
+def repeated_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[str]:
+    """Return warnings about repeated questions. They are compared in Unicode NFC, with spaces collapsed."""
+    asked = [_question(prompt) for prompt in prompts]
+    trained, warnings = set(asked), []
+    if repeated := len(asked) - len(trained):
+        warnings.append(f"warning: {repeated} of {len(asked)} training prompts repeat another one")
+    if known := sum(_question(prompt) in trained for prompt in held_out):
+        warnings.append(
+            f"warning: {known} of {len(held_out)} held-out questions are among the training prompts, so eval/accuracy "
+            f"includes memorised answers. Set another data.eval_path"
+        )
+    return warnings
+
+
+def _question(prompt: Prompt) -> str:
+    text = prompt.messages if isinstance(prompt.messages, str) else prompt.messages[-1]["content"]
+    return " ".join(unicodedata.normalize("NFC", text).split())
