@@ -154,7 +154,7 @@ def test_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     def generate_problems(count: int, *, seed: int, split: str) -> list[dict[str, str]]:
         return [{"question": f"{split} {seed} {index}", "answer": f"#### {index}"} for index in range(count)]
 
-    monkeypatch.setitem(sys.modules, "grpo.data.arithmetic", SimpleNamespace(generate_problems=generate_problems))
+    monkeypatch.setattr("grpo.data.arithmetic.generate_problems", generate_problems)
     train = load_examples(DataConfig(name="arithmetic"), "train", seed=5)
     held_out = load_examples(DataConfig(name="arithmetic", eval_size=20), "held_out", seed=5)
     assert (len(train), len(held_out)) == (4000, 20)
