@@ -7,8 +7,8 @@
               9-1=8
               #### 8
 
-Every step is a one-digit fact, so a small model can learn to compute the answer line by line, but not at once. A hash of
-the question decides which problems are held out, so that the two parts never share one.
+Every step is a one-digit fact, so a small model can learn to compute the answer line by line, but not at once. A hash
+of the question decides which problems are held out, so that the two parts never share one.
 """
 
 import hashlib

@@ -9,8 +9,8 @@
 
 `prohibited` stops training unless the user states that they have permission (data.i_have_permission). `unknown` warns.
 Local data needs a card before a model that was trained on it is published. A run directory records its card
-(data_card.json), `publishable` checks that record, and the model card shows it. A program cannot verify the permission: the
-card makes the question hard to forget.
+(data_card.json), `publishable` checks that record, and the model card shows it. A program cannot verify the permission:
+the card makes the question hard to forget.
 """
 
 import json
@@ -126,9 +126,8 @@ def card_of_run(run_dir: Path) -> dict[str, str]:
             "permission": "granted",
         }
     if record["i_have_permission"] and shown.get("permission") != "granted":
-        shown["permission"] = (
-            f"{shown.get('permission', 'not stated')}; the person who trained this model stated that they have permission"
-        )
+        stated = shown.get("permission", "not stated")
+        shown["permission"] = f"{stated}; the person who trained this model stated that they have permission"
     return shown
 
 
@@ -152,8 +151,8 @@ def publishable(run_dir: Path) -> dict[str, str]:
         )
     if card is not None and card["permission"] != "granted" and not record["i_have_permission"]:
         raise ConfigError(
-            f"{run_dir}: the data card has permission: {card['permission']}. To publish, it must be granted, or the model "
-            f"trained with --data.i_have_permission true, which states that you have permission"
+            f"{run_dir}: the data card has permission: {card['permission']}. To publish, it must be granted, or the "
+            f"model trained with --data.i_have_permission true, which states that you have permission"
         )
     return card_of_run(run_dir)
 

@@ -1,7 +1,7 @@
 """Curriculum: leave prompts that are too easy or too hard out of the next epochs.
 
-A group whose completions are all right, or all wrong, has no advantage. A prompt that was solved, or hopeless, `patience`
-times in a row is set aside, and returns after `return_after` epochs to be measured again.
+A group whose completions are all right, or all wrong, has no advantage. A prompt that was solved, or hopeless,
+`patience` times in a row is set aside, and returns after `return_after` epochs to be measured again.
 
     3 prompts, patience 1, return_after 2        epoch 0   a b c    a is solved, c is hopeless
                                                  epoch 1   b        (2 draws fewer: no prompt replaces them)

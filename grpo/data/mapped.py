@@ -3,8 +3,8 @@
     rows.jsonl  --validate, tokenise in chunks-->  ~/.cache/grpo/prompts-<key>/prompts.arrow + prompts.json
     MappedPrompts(folder)[60_000]  -->  Prompt     only the pages that are read are loaded
 
-The key is a hash of the file's bytes, the relevant settings and the tokenizer: a change of any of them uses another folder.
-A damaged Arrow file is written again.
+The key is a hash of the file's bytes, the relevant settings and the tokenizer: a change of any of them uses another
+folder. A damaged Arrow file is written again.
 """
 
 import dataclasses

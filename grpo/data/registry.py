@@ -8,8 +8,8 @@ from grpo.registry import Registry
 Part = Literal["train", "held_out"]
 
 DatasetFunction = Callable[..., Any]
-"""f(data: DataConfig, part: Part, seed: int) -> rows (dicts), a Table of rows, or Examples. A fourth parameter `bad` gets
-the BadRows that collects rejected rows."""
+"""f(data: DataConfig, part: Part, seed: int) -> rows (dicts), a Table of rows, or Examples. A fourth parameter `bad`
+gets the BadRows that collects rejected rows."""
 
 DATASETS: Registry[DatasetFunction] = Registry("dataset", package="grpo.data")
 register_dataset = DATASETS.register

@@ -17,8 +17,8 @@ def render_prompts(examples: list[Example], tokenizer: Any, max_prompt_length: i
     """Tokenise the examples.
 
     Returns:
-        The prompts, and the number of those left out as longer than `max_prompt_length` tokens. A prompt's `draw` is its
-        index among the examples, whatever is left out.
+        The prompts, and the number of those left out as longer than `max_prompt_length` tokens. A prompt's `draw` is
+        its index among the examples, whatever is left out.
 
     Raises:
         ConfigError: No prompt is left.
@@ -72,13 +72,13 @@ def prompts_token_ids(many: list[str | list[Message]], tokenizer: Any) -> list[l
 
 
 def _plain_text(messages: list[Message]) -> str:
-    r"""Return messages as text: "{system}\n\n{question}\n", with a worked example "{question}\n{answer}\n\n" between."""
+    r"""Return messages as text: "{system}\n\n{question}\n", a worked example "{question}\n{answer}\n\n" between."""
     endings = {"system": "\n\n", "assistant": "\n\n"}
     return "".join(message["content"] + endings.get(message["role"], "\n") for message in messages)
 
 
 def _plain_token_ids(text: str, tokenizer: Any) -> list[int]:
-    """Return the ids of a text that goes on: with the tokenizer's BOS token, if it adds one, and without an end token."""
+    """Return the ids of a text that goes on: with a BOS token, if the tokenizer adds one, and without an end token."""
     token_ids = list(tokenizer.encode(text, add_special_tokens=False))
     starts = list(tokenizer.encode(text, add_special_tokens=True))[:1]
     if tokenizer.bos_token_id is not None and starts == [tokenizer.bos_token_id]:

@@ -108,7 +108,8 @@ def extraction_report(examples: Sequence[Example], data: DataConfig, rejected: i
         return line
     found = sum(example.columns.get("answer") is not None for example in examples)
     shown = repr(str(first["answer"]))[:60]
-    return f"{line}; extractor {data.extractor} found {found} of {total} answers ({found / total:.1%}), the first is {shown}"
+    rate = f"{found} of {total} answers ({found / total:.1%})"
+    return f"{line}; extractor {data.extractor} found {rate}, the first is {shown}"
 
 
 def _extractor(data: DataConfig) -> Callable[[str], str | None]:
@@ -172,7 +173,7 @@ def _check_columns(row: Row, data: DataConfig) -> None:
 
 
 def _example(row: Row, answer: str | None, data: DataConfig) -> Example:
-    """Build the Example. `data.answer` becomes the column `answer`, even where the row has another column of that name."""
+    """Build the Example. `data.answer` becomes the column `answer`, and replaces another one of that name."""
     messages: str | list[Message]
     if data.question in row:
         question = row[data.question]

@@ -56,8 +56,8 @@ class PromptStream:
 def shuffled(count: int, seed: int, epoch: int) -> numpy.ndarray:
     """Return the epoch's permutation of 0 ... count - 1.
 
-    Random bits are sorted instead of calling Generator.permutation: NumPy guarantees that Philox's bits stay the same in
-    all versions, but not how permutation uses them, and a resumed run must see the same order.
+    Random bits are sorted instead of calling Generator.permutation: NumPy guarantees that Philox's bits stay the same
+    in all versions, but not how permutation uses them, and a resumed run must see the same order.
     """
     key = numpy.array([seed % 2**64, epoch], dtype=numpy.uint64)
     return numpy.argsort(numpy.random.Philox(key=key).random_raw(count), kind="stable")

@@ -1,7 +1,7 @@
 """Streaming: rows are read, shuffled in a buffer and tokenised when they are drawn.
 
-For data that does not fit on the disk or in memory, and for an immediate start. The order is that of the file (or of the
-hub's shards), shuffled in a buffer: less thoroughly than in PromptStream, and reproducibly.
+For data that does not fit on the disk or in memory, and for an immediate start. The order is that of the file (or of
+the hub's shards), shuffled in a buffer: less thoroughly than in PromptStream, and reproducibly.
 """
 
 import random

@@ -29,8 +29,8 @@ def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokeniz
         raise ConfigError("model.gguf_file is set, but gguf is missing: pip install gguf==0.19.0") from error
     if not tokenizer.encode("1 + 1 = 2", add_special_tokens=False):  # transformers falls back to an empty one
         raise ConfigError(
-            f"model.name '{path}': its tokenizer cannot be loaded: without tokenizer.json (or a vocabulary file) it encodes "
-            f"every text as nothing. Copy the tokenizer's files from the model that this one was trained from"
+            f"model.name '{path}': its tokenizer cannot be loaded: without tokenizer.json (or a vocabulary file) it "
+            f"encodes every text as nothing. Copy the tokenizer's files from the model that this one was trained from"
         )
     return tokenizer
 

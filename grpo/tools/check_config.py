@@ -7,8 +7,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo.config.schema import Config, flatten, to_dict
 from grpo.data.card import check_permission
 from grpo.data.files import BadRows
-from grpo.data.rows import Example, extraction_report, load_examples
 from grpo.data.rendering import prompt_token_ids, prompts_token_ids
+from grpo.data.rows import Example, extraction_report, load_examples
 from grpo.data.streaming import peek
 from grpo.errors import ConfigError
 from grpo.models.strategies.base import Machine

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo.config.schema import Config
-from grpo.data.rows import Example, load_examples
 from grpo.data.rendering import render_prompts
+from grpo.data.rows import Example, load_examples
 from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError
 from grpo.models.loading import load_model

@@ -10,10 +10,10 @@ from transformers import GenerationConfig
 
 from grpo.config.parser import load_config
 from grpo.config.schema import Config, DataConfig, TrackingConfig
+from grpo.data.duplicates import repeated_prompts
 from grpo.data.files import BadRows
 from grpo.data.rendering import render_prompts
 from grpo.data.rows import Example, load_examples
-from grpo.data.duplicates import repeated_prompts
 from grpo.errors import ConfigError
 from grpo.rewards.math_answers import accuracy
 from grpo.rewards.text_match import exact_match

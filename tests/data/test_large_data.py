@@ -14,7 +14,7 @@ from grpo.data.mapped import map_prompts, mapped_folder, open_mapped, wants_mapp
 from grpo.data.rendering import render_prompts
 from grpo.data.rows import load_examples
 from grpo.data.stream import PromptStream
-from grpo.data.streaming import StreamedPrompts, peek, buffer_shuffled
+from grpo.data.streaming import StreamedPrompts, buffer_shuffled, peek
 from grpo.errors import ConfigError
 from grpo.types import Prompt
 from tests.data.test_stream import TEMPLATE, make_tokenizer

@@ -10,8 +10,7 @@ from pathlib import Path
 from grpo.config.parser import load_config
 from grpo.config.schema import Config, DataConfig, SamplingConfig
 from grpo.data.card import check_permission, record_card
-from grpo.data.files import read_table, table_of
-from grpo.data.files import BadRows
+from grpo.data.files import BadRows, read_table, table_of
 from grpo.data.rows import load_rows
 from grpo.errors import ConfigError
 from grpo.models.strategies.registry import start_accelerator
