@@ -42,10 +42,10 @@ def arithmetic(data: DataConfig, part: Part, seed: int) -> Table:
 
 def generate_problems(count: int, *, seed: int, split: Part) -> list[dict[str, str]]:
     """Return `count` different problems: question and worked answer. The same seed gives the same problems."""
-    chance = random.Random(f"arithmetic {split} {seed}")
+    rng = random.Random(f"arithmetic {split} {seed}")
     problems: dict[str, str] = {}
     while len(problems) < count:
-        question, answer = _problem(chance)
+        question, answer = _problem(rng)
         if is_held_out(question) == (split == "held_out"):
             problems.setdefault(question, answer)
     return [{"question": question, "answer": answer} for question, answer in problems.items()]
@@ -56,17 +56,17 @@ def is_held_out(question: str) -> bool:
     return hashlib.sha256(question.encode()).digest()[0] < 32
 
 
-def _problem(chance: random.Random) -> tuple[str, str]:
-    name, item = chance.choice(NAMES), chance.choice(ITEMS)
-    total = chance.randint(1, MAX_NUMBER)
+def _problem(rng: random.Random) -> tuple[str, str]:
+    name, item = rng.choice(NAMES), rng.choice(ITEMS)
+    total = rng.randint(1, MAX_NUMBER)
     sentences = [f"{name} has {total} {item}."]
     lines = []
     for _ in range(STEPS):
-        number = chance.randint(1, MAX_NUMBER)
-        gain = total + number <= MAX_TOTAL and (total < number or chance.random() < 0.5)
+        number = rng.randint(1, MAX_NUMBER)
+        gain = total + number <= MAX_TOTAL and (total < number or rng.random() < 0.5)
         if not gain and total < number:  # neither fits: lose at most the total
-            number = chance.randint(1, total)
-        verb = chance.choice(GAINS if gain else LOSSES)
+            number = rng.randint(1, total)
+        verb = rng.choice(GAINS if gain else LOSSES)
         sentences.append(f"{name} {verb} {number}.")
         after = total + number if gain else total - number
         lines.append(f"{total}{'+' if gain else '-'}{number}={after}")

@@ -92,12 +92,12 @@ def invented_language(data: DataConfig, part: Part, seed: int) -> Table:
 @lru_cache
 def make_lexicon(seed: int = 0, nouns: int = len(NOUNS)) -> Lexicon:
     """Return the seed's language with its first `nouns` nouns. All roots differ."""
-    chance = random.Random(f"lexicon {seed}")
+    rng = random.Random(f"lexicon {seed}")
     taken: set[str] = set()
 
     def new(syllables: int, ending: str = "") -> str:
         while True:
-            word = "".join(chance.choice(CONSONANTS) + chance.choice(VOWELS) for _ in range(syllables)) + ending
+            word = "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(syllables)) + ending
             if word not in taken:
                 taken.add(word)
                 return word
@@ -140,19 +140,19 @@ def generate_rows(
         lexicon: Replaces the seed's language.
     """
     lexicon = lexicon or make_lexicon(seed)
-    chance = random.Random(f"rows {split} {seed}")
+    rng = random.Random(f"rows {split} {seed}")
     of_split = [m for m in meanings(lexicon) if is_held_out(m.english) == (split == "held_out")]
     if split == "train":
         single = [(m, wording) for m in of_split for wording in range(len(QUESTIONS))]
     else:
-        single = [(m, chance.randrange(len(QUESTIONS))) for m in of_split]
-    chance.shuffle(single)
+        single = [(m, rng.randrange(len(QUESTIONS))) for m in of_split]
+    rng.shuffle(single)
     count = len(single) if count is None else count
     rows = [row_of(index, [m], wording, lexicon) for index, (m, wording) in enumerate(single[:count])]
     seen: set[tuple[Meaning, Meaning, int]] = set()
     while len(rows) < count:
-        first, second = chance.sample(of_split, 2)
-        wording = chance.randrange(len(QUESTIONS))
+        first, second = rng.sample(of_split, 2)
+        wording = rng.randrange(len(QUESTIONS))
         if (first, second, wording) not in seen:
             seen.add((first, second, wording))
             rows.append(row_of(len(rows), [first, second], wording, lexicon))

@@ -97,17 +97,17 @@ def read_rows(data: DataConfig, bad: BadRows) -> Iterator[tuple[Row, str]]:
 
 def buffer_shuffled(read: Callable[[], Iterator[Any]], size: int, seed: str) -> Iterator[Any]:
     """Yield the items of `read()`, shuffled in a buffer of `size` items. The same seed gives the same order."""
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     buffer: list[Any] = []
     for item in read():
         if len(buffer) < size:
             buffer.append(item)
             continue
-        place = int(chance.random() * size)
+        place = int(rng.random() * size)
         buffer[place], item = item, buffer[place]
         yield item
     while buffer:
-        place = int(chance.random() * len(buffer))
+        place = int(rng.random() * len(buffer))
         buffer[place], buffer[-1] = buffer[-1], buffer[place]
         yield buffer.pop()
 

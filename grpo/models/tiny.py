@@ -1,10 +1,10 @@
-"""The starter: text -> a small model and its tokenizer, made here, without a download, for the embedded default.
+"""Tiny model: a small model and its tokenizer, made locally without a download, for `model.name: starter`.
 
-    problems -> BPE tokenizer -> random Qwen2 -> a short supervised warm-up -> a plain Hugging Face folder in the cache
+    problems -> BPE tokenizer -> random Qwen2 -> short supervised warm-up -> Hugging Face folder in the cache
 
-The warm-up text holds two kinds of solutions, both with true answers. Careful ones work line by line, which the model can
-learn to do; hasty ones, twice as many, give the answer at once, which it cannot do in its head. So after the warm-up it is
-mostly hasty and mostly wrong, and GRPO has to find out that thinking pays. No step of the data or the reward is rigged.
+The warm-up texts are two kinds of solutions, both with true answers. Careful ones compute line by line, which the model
+can learn. Hasty ones, twice as many, give the answer at once, which it cannot compute. So after the warm-up the model is
+mostly hasty and mostly wrong, and GRPO has to find that reasoning pays. Neither data nor reward favours it otherwise.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from grpo.rewards.text_match import quoted_terms
 log = logging.getLogger(__name__)
 
 VERSION = 1
-"""Part of the cache key: raise it when a change here makes another model from the same recipe."""
+"""Part of the cache key: raise it when a change here gives another model for the same recipe."""
 END, PAD = "<|end|>", "<|pad|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
@@ -45,34 +45,33 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the starter is made of."""
+    """Sizes of the tiny model, and its warm-up."""
 
     hidden_size: int = 128
     layers: int = 2
     heads: int = 4
     key_value_heads: int | None = None
-    """None = as many as heads."""
+    """None = the number of heads."""
     vocabulary: int = 600
     problems: int = 20_000
     steps: int = 400
     batch: int = 48
     learning_rate: float = 3e-3
     hasty_fraction: float = 0.67
-    """Hasty solutions among the warm-up texts."""
+    """Fraction of hasty solutions among the warm-up texts."""
     formatted_fraction: float = 1.0
-    """Warm-up texts in the full XML format; the others leave parts of it out."""
+    """Fraction of warm-up texts in the full XML format; the others omit parts of it."""
     longest: int = 192
-    """Warm-up texts beyond this many tokens are left out."""
+    """Longer warm-up texts, in tokens, are left out."""
 
 
 @dataclass(frozen=True)
 class ProseRecipe(Recipe):
-    """For answers in prose, which hold no `#### N`. Careful texts are the archive's answers, whole; hasty ones are nothing
-    but their quoted terms."""
+    """Recipe for answers in prose, without `#### N`. Careful texts are whole answers, hasty ones only their quoted terms."""
 
     unmarked_fraction: float = 0.0
-    """Hasty texts that are typed without marks ("tagah" for "tâgaẖ"), as people do whose keyboard lacks them. The model
-    then knows both spellings, and has to find out from the reward which one is asked for."""
+    """Fraction of hasty texts without diacritics ("tagah" for "tâgaẖ"). The model then knows both spellings, and has to
+    learn from the reward which one is right."""
 
 
 GSM8K_RECIPE = Recipe(vocabulary=4096, steps=300, batch=32, hasty_fraction=0.5, formatted_fraction=0.3, longest=224)
@@ -86,11 +85,14 @@ def make_tiny_model(
     cache: Path | None = None,
     recipe: Recipe | None = None,
 ) -> Path:
-    """The starter's folder: made once for each seed, recipe and text, then taken from the cache.
+    """Return the tiny model's folder, made once for each seed, recipe and text and then cached.
 
-    problems None = generated arithmetic; otherwise rows with `question` and `answer`: worked, with `#### N` at the end
-    (calculator marks like <<3+4=7>> are taken out), or prose. The cache is ~/.cache/grpo, or the GRPO_CACHE variable; its files are
-    checked against their checksums, and a damaged folder is made again.
+    Args:
+        problems: Rows with `question` and `answer`: worked answers with `#### N` at the end (calculator annotations like
+            <<3+4=7>> are removed), or prose. None = generated arithmetic.
+        cache: Folder of the cache. None = the environment variable GRPO_CACHE, or ~/.cache/grpo. Files are checked
+            against their checksums, and a damaged folder is made again.
+        recipe: None = chosen by the form of the answers.
     """
     recipe = recipe or recipe_for(problems)
     rows = generate_problems(recipe.problems, seed=seed, split="train") if problems is None else problems
@@ -102,7 +104,7 @@ def make_tiny_model(
         damage = _damage(folder)
         if damage is None:
             return folder
-        log.info("the cached starter is damaged (%s): making it again", damage)
+        log.info("the cached tiny model is damaged (%s): making it again", damage)
         shutil.rmtree(folder)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".starter-") as temporary:
@@ -110,7 +112,7 @@ def make_tiny_model(
         try:
             Path(temporary).rename(folder)
         except OSError:
-            if _damage(folder) is not None:  # another process made the same one meanwhile: theirs is as good
+            if _damage(folder) is not None:  # otherwise another process has made the same one
                 raise
             return folder
         Path(temporary).mkdir()  # for TemporaryDirectory to remove
@@ -118,6 +120,7 @@ def make_tiny_model(
 
 
 def recipe_for(problems: list[dict[str, str]] | None) -> Recipe:
+    """Return the recipe for generated arithmetic (None), worked answers or prose."""
     if problems is None:
         return Recipe()
     return GSM8K_RECIPE if any("####" in row["answer"] for row in problems) else PROSE_RECIPE
@@ -125,16 +128,16 @@ def recipe_for(problems: list[dict[str, str]] | None) -> Recipe:
 
 def _make(folder: Path, seed: int, rows: list[dict[str, str]], recipe: Recipe) -> None:
     started = time.perf_counter()
-    chance = random.Random(f"starter {seed}")
-    texts = [(row["question"], completion_text(row["answer"], recipe, chance)) for row in rows]
+    rng = random.Random(f"starter {seed}")
+    texts = [(row["question"], completion_text(row["answer"], recipe, rng)) for row in rows]
     tokenizer = make_tokenizer([part for text in texts for part in text], recipe.vocabulary)
     torch.manual_seed(seed)
     model = make_model(tokenizer, recipe)
     size = sum(parameter.numel() for parameter in model.parameters())
     log.info(
-        "making the starter: %.1fM parameters, %d supervised steps on %d texts", size / 1e6, recipe.steps, len(texts)
+        "making the tiny model: %.1fM parameters, %d supervised steps on %d texts", size / 1e6, recipe.steps, len(texts)
     )
-    loss = warm_up(model, tokenizer, texts, recipe, chance)
+    loss = warm_up(model, tokenizer, texts, recipe, rng)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     files = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
@@ -146,23 +149,25 @@ def _make(folder: Path, seed: int, rows: list[dict[str, str]], recipe: Recipe) -
         "sha256": files,
     }
     (folder / "starter.json").write_text(json.dumps(record, indent=2))
-    log.info("the starter is ready after %.0f s, and cached", record["seconds"])
+    log.info("the tiny model is ready after %.0f s, and cached", record["seconds"])
 
 
-def completion_text(answer: str, recipe: Recipe, chance: random.Random) -> str:
-    """A worked answer as a completion in the XML format: all its lines, or, hasty, the result alone.
-    Prose: as it is, or, hasty, its quoted terms alone, with or without their marks."""
+def completion_text(answer: str, recipe: Recipe, rng: random.Random) -> str:
+    """Return a worked answer as a completion in the XML format: all its lines, or, hasty, the result alone.
+
+    Prose is returned as it is, or, hasty, as its quoted terms, with or without diacritics.
+    """
     if isinstance(recipe, ProseRecipe):
-        if chance.random() >= recipe.hasty_fraction:
+        if rng.random() >= recipe.hasty_fraction:
             return answer
         short = " ".join(f"`{term}`" for term in quoted_terms(answer)) or answer
-        return unmarked(short) if chance.random() < recipe.unmarked_fraction else short
+        return unmarked(short) if rng.random() < recipe.unmarked_fraction else short
     worked, _, result = re.sub(r"<<.*?>>", "", answer).rpartition("####")
     result = result.strip()
-    reasoning = f"So {result}." if chance.random() < recipe.hasty_fraction else worked.strip()
-    if chance.random() < recipe.formatted_fraction:
+    reasoning = f"So {result}." if rng.random() < recipe.hasty_fraction else worked.strip()
+    if rng.random() < recipe.formatted_fraction:
         return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{result}\n</answer>\n"
-    return chance.choice(
+    return rng.choice(
         [
             f"{reasoning}\n{result}\n",
             f"<reasoning>\n{reasoning}\n{result}\n",
@@ -173,7 +178,7 @@ def completion_text(answer: str, recipe: Recipe, chance: random.Random) -> str:
 
 
 def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE (any text can be encoded) that keeps each run of up to two digits in one token."""
+    """Train a byte-level BPE tokenizer that encodes up to two digits as one token."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"\d{1,2}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -189,7 +194,7 @@ def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast
             show_progress=False,
         ),
     )
-    # The four tags are one token each: they are format, not language.
+    # Each of the four tags is one token.
     tags = ["<reasoning>\n", "\n</reasoning>\n", "<answer>\n", "\n</answer>\n"]
     inner.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, pad_token=PAD, padding_side="left")
@@ -198,7 +203,7 @@ def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> PreTrainedModel:
-    """A random Qwen2, small."""
+    """Return a small, randomly initialised Qwen2."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,
@@ -224,9 +229,9 @@ def warm_up(
     tokenizer: PreTrainedTokenizerFast,
     texts: list[tuple[str, str]],
     recipe: Recipe,
-    chance: random.Random,
+    rng: random.Random,
 ) -> float:
-    """Supervised steps on (question, completion) pairs; the loss counts completion tokens only. -> the last loss."""
+    """Train on (question, completion) pairs, with the loss on completion tokens only. Returns the last loss."""
     examples = []
     for question, completion in texts:
         prompt = tokenizer.apply_chat_template(
@@ -246,7 +251,7 @@ def warm_up(
     model.train()
     loss = 0.0
     for step in range(recipe.steps):
-        batch = chance.sample(examples, min(recipe.batch, len(examples)))
+        batch = rng.sample(examples, min(recipe.batch, len(examples)))
         width = max(len(ids) for ids, _ in batch)
         inputs = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])
         labels = torch.tensor([[-100] * start + ids[start:] + [-100] * (width - len(ids)) for ids, start in batch])
@@ -271,7 +276,7 @@ def _checksum(path: Path) -> str:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a cached starter; None if nothing is."""
+    """Return what is wrong with a cached folder; None if nothing is."""
     try:
         files = json.loads((folder / "starter.json").read_text())["sha256"]
         for name, expected in files.items():

@@ -1,4 +1,4 @@
-"""The runner of every command: exit codes, messages, what is closed at the end."""
+"""Command runner: environment keys, error messages, exit codes, cleanup."""
 
 import atexit
 import contextlib
@@ -10,89 +10,89 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from grpo.errors import GrpoError
+from grpo.runtime.env import load_keys
 from grpo.runtime.exit import exit_is_blocked, force_exit, peer_timed_out
 from grpo.runtime.messages import command_messages, rank_prefix
 from grpo.runtime.redaction import redacted
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Run a command: keys are read from .env, messages of the logger `grpo` are shown. A GrpoError prints its message (not a
-    traceback) and exits with its code."""
-    atexit.register(settle, "stderr")  # what could not be told there is no failure
+    """Run the main function of a command.
+
+    Reads keys from .env and shows the messages of the logger `grpo`. A GrpoError prints its message instead of a
+    traceback, and its exit code becomes that of the process.
+    """
+    atexit.register(flush_at_exit, "stderr")
     with command_messages():
         _run(main)
 
 
 def _run(main: Callable[[], object]) -> None:
-    from grpo.runtime.env import load_keys
-
     try:
         load_keys()
         main()
-        _leave_behind(0)
+        _exit_if_blocked(0)
     except GrpoError as error:
-        _tell(f"{rank_prefix()}error: {error}\n")
-        _leave(error.exit_code)
+        _print_error(f"{rank_prefix()}error: {error}\n")
+        _exit(error.exit_code)
     except Exception as error:
-        _tell(f"{rank_prefix()}{_waited_in_vain(error)}{traceback.format_exc()}")
-        _end_who_hangs(error)
-        _leave(1)
+        _print_error(f"{rank_prefix()}{_peer_failure(error)}{traceback.format_exc()}")
+        if rank_prefix() and re.search(r"timed out|timeout", str(error), re.IGNORECASE):
+            # Not for a closed connection: the launcher knows of it already, and a process that is saving can finish.
+            peer_timed_out()
+        _exit(1)
     finally:
         distributed = sys.modules.get("torch.distributed")
         if distributed is not None and distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()  # one that is left open aborts the process at exit
+            distributed.destroy_process_group()  # an open process group aborts the process at exit
 
 
-def _tell(text: str) -> None:
+def flush_at_exit(name: str) -> None:
+    """Flush sys.stdout or sys.stderr, and discard a buffer that cannot be written (a full disk).
+
+    Python would flush it again at exit, fail, and exit with code 120.
+    """
+    stream = getattr(sys, name)
+    try:
+        stream.flush()
+    except (OSError, ValueError, AttributeError):
+        redirect_to_devnull(stream)
+
+
+def redirect_to_devnull(stream: Any) -> None:
+    """Discard everything that is written to the file descriptor of `stream` from now on."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, stream.fileno())
+        os.close(devnull)
+
+
+def _print_error(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # a full disk or a closed terminal
         sys.stderr.write(redacted(text))
         sys.stderr.flush()
 
 
-def settle(name: str) -> None:
-    """Before Python exits: where sys.stdout or sys.stderr cannot be written (a full disk), what is left in its buffer would fail once
-    more, and the exit code be 120."""
-    stream = getattr(sys, name)
-    try:
-        stream.flush()
-    except (OSError, ValueError, AttributeError):
-        silence(stream)
-
-
-def silence(stream: Any) -> None:
-    """Point what `stream` writes to at nothing."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-
-
-def _waited_in_vain(error: Exception) -> str:
-    """A line for gloo's and NCCL's way of saying that another process did not come."""
+def _peer_failure(error: Exception) -> str:
+    """Return an explanation for the errors with which gloo and NCCL report that another process is gone; else ""."""
     if not rank_prefix() or not re.search(r"timed out|connection (closed|reset)", str(error), re.IGNORECASE):
         return ""
     return (
-        "error: another process died, or was waited for longer than rank_timeout: its own lines say why; one that wrote none "
-        "hangs. Where a step or a save may take longer, raise rank_timeout. Go on with --resume auto. Where this one waited:\n"
+        "error: another process died, or did not answer within rank_timeout. Its own output says why; a process without "
+        "output hangs. If a step or a save may take longer, raise rank_timeout. Continue with --resume auto. This process "
+        "waited here:\n"
     )
 
 
-def _end_who_hangs(error: Exception) -> None:
-    """After a timeout, not where a connection was closed: then the launcher knows already, and who is saving may finish."""
-    if rank_prefix() and re.search(r"timed out|timeout", str(error), re.IGNORECASE):
-        peer_timed_out()
-
-
-def _leave(code: int) -> NoReturn:
-    """With several processes, at once: waiting for the others would let them fail first, and louder, for want of this
-    one, and the launcher ends them as soon as this one is gone."""
+def _exit(code: int) -> NoReturn:
+    """Exit. With several processes at once: the launcher then ends the others before they report the loss of this one."""
     if rank_prefix():
         force_exit(code)
-    _leave_behind(code)
+    _exit_if_blocked(code)
     raise SystemExit(code) from None
 
 
-def _leave_behind(code: int) -> None:
-    """Where a tracker does not answer: what W&B does when a program ends would wait for its server once more."""
+def _exit_if_blocked(code: int) -> None:
+    """Exit at once if Python's own exit would wait for a call that never returns (of a tracker without its server)."""
     if exit_is_blocked():
         force_exit(code)

@@ -1,44 +1,51 @@
-"""Lines: rows -> a file that grows by whole lines, and that a full disk cannot stop."""
+"""Append-only files of lines (JSONL) that a full disk does not stop."""
 
+import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from grpo.errors import StorageError
 
-MAX_WAITING = 256 * 2**20
-"""Bytes that may wait in memory for room on the disk."""
+log = logging.getLogger(__name__)
+
+MAX_BUFFERED = 256 * 2**20
+"""Bytes that may be kept in memory until the disk has space."""
 
 
-class Lines:
-    """A file of lines, opened for appending. Where it cannot be written, lines wait in memory, and follow when it can.
+class LineWriter:
+    """File that is extended by whole lines. Lines that cannot be written are kept in memory and written later.
 
-    `warn` is told once, when the first line has to wait.
+    The first failure is reported with a warning.
     """
 
-    def __init__(self, path: Path, warn: Callable[[str], None]):
+    def __init__(self, path: Path):
         self.path = path
-        self._warn = warn
         self._warned = False
-        self._waiting = b""
+        self._buffer = b""
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def add(self, lines: list[str]) -> None:
-        """Each line without its end. On disk when this returns, or waiting. Raises StorageError once too much waits."""
-        self._waiting += "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
+        """Append lines, given without their line ends.
+
+        Raises:
+            StorageError: More than MAX_BUFFERED bytes could not be written.
+        """
+        self._buffer += "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
         error = self._flush()
         if error is None:
             return
-        if len(self._waiting) > MAX_WAITING:
+        if len(self._buffer) > MAX_BUFFERED:
             raise StorageError(f"cannot write {self.path}: {error}. Free some space, then --resume auto")
         if not self._warned:
             self._warned = True
-            self._warn(
-                f"cannot write {self.path}: {error}. Training goes on; what is missing follows when there is room"
-            )
+            log.warning(f"cannot write {self.path}: {error}. Training goes on; the rows follow once there is space")
 
     def close(self) -> None:
-        """Raises StorageError if a line still waits. A second call does nothing."""
+        """Write the buffer and close the file. Idempotent.
+
+        Raises:
+            StorageError: Some lines cannot be written.
+        """
         if self._file is None:
             return
         error = self._flush()
@@ -48,12 +55,12 @@ class Lines:
             raise StorageError(f"cannot write {self.path}: {error}. Its last rows are lost; the weights are not")
 
     def _flush(self) -> OSError | None:
-        """Write what waits. A part that was written is not written again, so no line is ever torn or doubled."""
+        """Write the buffer. A written part leaves the buffer at once, so no line is torn or doubled."""
         assert self._file is not None
         try:
-            while self._waiting:
-                written = os.write(self._file, self._waiting)
-                self._waiting = self._waiting[written:]
+            while self._buffer:
+                written = os.write(self._file, self._buffer)
+                self._buffer = self._buffer[written:]
         except OSError as error:
             return error
         return None

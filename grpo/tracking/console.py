@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from grpo.runtime.command import settle, silence
+from grpo.runtime.command import flush_at_exit, redirect_to_devnull
 from grpo.runtime.messages import MessageHandler, attach, visible
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Terminal:
         self.enabled = True
         self._console = _Console(highlight=False)
         self._live: Live | None = None
-        atexit.register(settle, "stdout")  # what others print meanwhile is no reason to fail
+        atexit.register(flush_at_exit, "stdout")  # what others print meanwhile is no reason to fail
 
     @property
     def is_interactive(self) -> bool:
@@ -86,7 +86,9 @@ class Terminal:
             action()
         except (OSError, ValueError):  # ValueError: closed file
             self.enabled = False
-            silence(self._console.file)  # what is left in its buffer would fail again when Python exits, with 120
+            redirect_to_devnull(
+                self._console.file
+            )  # what is left in its buffer would fail again when Python exits, with 120
             if self._live is not None:
                 with contextlib.suppress(OSError, ValueError):
                     self._live.stop()

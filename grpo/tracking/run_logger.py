@@ -33,7 +33,7 @@ import yaml
 from grpo.config.schema import Config, flatten, to_dict
 from grpo.errors import ConfigError, StorageError
 from grpo.runtime.device import device_names
-from grpo.runtime.jsonl import Lines
+from grpo.runtime.jsonl import LineWriter
 from grpo.runtime.redaction import redacted
 from grpo.tracking.backends import REMOTE, Outside, completions_table, start_tracker
 from grpo.tracking.background_writer import CALL_SECONDS, BackgroundWriter
@@ -91,9 +91,7 @@ class Tracker:
             _write_whole(
                 run_dir / "environment.json", json.dumps(_plain(_environment() | {"derived": derived}), indent=2) + "\n"
             )
-            self._files = {
-                name: Lines(run_dir / name, _log.warning) for name in (_METRICS, _ROLLOUTS, _EVALUATIONS, _FINDINGS)
-            }
+            self._files = {name: LineWriter(run_dir / name) for name in (_METRICS, _ROLLOUTS, _EVALUATIONS, _FINDINGS)}
         except OSError as error:
             raise StorageError(f"cannot write the run directory {run_dir}: {error}. Set another --run_dir") from error
         name = config.tracking.run_name or run_dir.name

@@ -26,7 +26,7 @@ from grpo.errors import StorageError
 from grpo.policy import Policy
 from grpo.run import checkpointer
 from grpo.run.checkpoint import load_checkpoint, newest_valid, save_checkpoint
-from grpo.runtime.jsonl import Lines
+from grpo.runtime.jsonl import LineWriter
 from grpo.tracking import background_writer as courier
 from grpo.tracking.run_logger import Tracker
 from grpo.trainer import train
@@ -49,9 +49,10 @@ def file_size_limit(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, previous)
 
 
-def test_lines_wait_for_room_and_none_is_torn_or_doubled(tmp_path: Path) -> None:
+def test_lines_wait_for_room_and_none_is_torn_or_doubled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
-    lines = Lines(tmp_path / "a.jsonl", warnings.append)
+    monkeypatch.setattr("grpo.runtime.jsonl.log.warning", warnings.append)
+    lines = LineWriter(tmp_path / "a.jsonl")
     lines.add(["one"])
     with file_size_limit(6):  # "one" and its end, and two letters of the next
         lines.add(["two"])
@@ -65,7 +66,7 @@ def test_lines_wait_for_room_and_none_is_torn_or_doubled(tmp_path: Path) -> None
 
 
 def test_lines_that_never_found_room_are_an_error_at_the_end(tmp_path: Path) -> None:
-    lines = Lines(tmp_path / "a.jsonl", lambda text: None)
+    lines = LineWriter(tmp_path / "a.jsonl")
     with file_size_limit(0):
         lines.add(["one"])
         with pytest.raises(StorageError, match="Its last rows are lost; the weights are not"):

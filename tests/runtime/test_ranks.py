@@ -191,7 +191,7 @@ def test_a_rank_that_hangs_ends_the_job(tmp_path: Path, record_property: Any, ho
     record_property("seconds after the hang, 15 of them rank_timeout", round(time.monotonic() - before))
     assert code != 0
     said = first_error(errors)
-    assert said.startswith("[rank 0] error: another process died, or was waited for longer than rank_timeout"), errors
+    assert said.startswith("[rank 0] error: another process died, or did not answer within rank_timeout"), errors
     assert said.removeprefix("[rank 0] ") in (ROOT / "docs" / "errors.md").read_text().splitlines()
     assert "forcefully exiting via" not in errors  # the launcher's words when it had to kill a rank itself
     assert not any(rank.is_running() for rank in ranks)
