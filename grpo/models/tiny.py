@@ -3,8 +3,8 @@
     problems -> BPE tokenizer -> random Qwen2 -> short supervised warm-up -> Hugging Face folder in the cache
 
 The warm-up texts are two kinds of solutions, both with true answers. Careful ones compute line by line, which the model
-can learn. Hasty ones, twice as many, give the answer at once, which it cannot compute. So after the warm-up the model is
-mostly hasty and mostly wrong, and GRPO has to find that reasoning pays. Neither data nor reward favours it otherwise.
+can learn. Hasty ones, twice as many, give the answer at once, which it cannot compute. So after the warm-up the model
+is mostly hasty and mostly wrong, and GRPO has to find that reasoning pays. Data and reward favour it in no other way.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ProseRecipe(Recipe):
-    """Recipe for answers in prose, without `#### N`. Careful texts are whole answers, hasty ones only their quoted terms."""
+    """Recipe for answers in prose. Careful texts are whole answers, hasty ones only their quoted terms."""
 
     unmarked_fraction: float = 0.0
     """Fraction of hasty texts without diacritics ("tagah" for "tâgaẖ"). The model then knows both spellings, and has to
@@ -88,8 +88,8 @@ def make_tiny_model(
     """Return the tiny model's folder, made once for each seed, recipe and text and then cached.
 
     Args:
-        problems: Rows with `question` and `answer`: worked answers with `#### N` at the end (calculator annotations like
-            <<3+4=7>> are removed), or prose. None = generated arithmetic.
+        problems: Rows with `question` and `answer`: worked answers with `#### N` at the end (calculator annotations
+            like <<3+4=7>> are removed), or prose. None = generated arithmetic.
         cache: Folder of the cache. None = the environment variable GRPO_CACHE, or ~/.cache/grpo. Files are checked
             against their checksums, and a damaged folder is made again.
         recipe: None = chosen by the form of the answers.

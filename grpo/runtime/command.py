@@ -78,14 +78,14 @@ def _peer_failure(error: Exception) -> str:
     if not rank_prefix() or not re.search(r"timed out|connection (closed|reset)", str(error), re.IGNORECASE):
         return ""
     return (
-        "error: another process died, or did not answer within rank_timeout. Its own output says why; a process without "
-        "output hangs. If a step or a save may take longer, raise rank_timeout. Continue with --resume auto. This process "
-        "waited here:\n"
+        "error: another process died, or did not answer within rank_timeout. Its own output says why; a process "
+        "without output hangs. If a step or a save may take longer, raise rank_timeout. Continue with --resume auto. This "
+        "process waited here:\n"
     )
 
 
 def _exit(code: int) -> NoReturn:
-    """Exit. With several processes at once: the launcher then ends the others before they report the loss of this one."""
+    """Exit. With several processes at once: the launcher then ends the others before they report this one's loss."""
     if rank_prefix():
         force_exit(code)
     _exit_if_blocked(code)

@@ -1,7 +1,7 @@
 """Keys from .env: HF_TOKEN and WANDB_* become environment variables. A variable that is already set wins.
 
-Keys are neither in a config nor in a flag: configs are written into run directories, and flags are visible to every user
-of the machine.
+Keys are neither in a config nor in a flag: configs are written into run directories, and flags are visible to every
+user of the machine.
 """
 
 import os

@@ -10,7 +10,7 @@ _MIN_LENGTH = 8
 
 
 def redacted(text: str) -> str:
-    """Replace the values of environment variables that are named like secrets, and texts that look like keys, by ***."""
+    """Replace values of environment variables that are named like secrets, and texts that look like keys, by ***."""
     for name, value in os.environ.items():
         if len(value) >= _MIN_LENGTH and _SECRET_NAME.search(name):
             text = text.replace(value, "***")

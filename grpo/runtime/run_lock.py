@@ -1,4 +1,4 @@
-"""Run lock: one process at a time writes a run directory. The system releases it when its holder dies, even by SIGKILL."""
+"""Run lock: one process at a time writes a run directory. The system releases it when its holder dies."""
 
 import json
 import os
