@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 import grpo.kernels.cpu.compiler
-import grpo.kernels.cpu.gemm
-import grpo.rollout.compiled_backbone
+import grpo.kernels.cpu.decode_step
 import grpo.runtime.device
 
 
@@ -24,9 +23,8 @@ def one_thread() -> Iterator[None]:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Twice: with the C functions, and as where no C compiler is."""
     if request.param == "torch":
-        for module in (grpo.kernels.cpu.compiler, grpo.rollout.compiled_backbone):
+        for module in (grpo.kernels.cpu.compiler, grpo.kernels.cpu.decode_step):
             monkeypatch.setattr(module, "compiled", lambda source, **functions: None)
-    elif grpo.kernels.cpu.compiler.kernels() is None:
+    elif grpo.kernels.cpu.compiler.library() is None:
         pytest.skip("there is no C compiler here")
-    monkeypatch.setattr(grpo.kernels.cpu.gemm, "FEWEST_ROWS", 1)
     return str(request.param)

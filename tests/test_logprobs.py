@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo import logprobs as module
+from grpo.kernels import head as module
 from grpo.logprobs import token_logprobs
 
 pytestmark = pytest.mark.usefixtures("way")

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from grpo.kernels.cpu import attention as compiled_attention
-from grpo.kernels.cpu.attention import CompiledAttention, Join, Sequences
+from grpo.kernels.cpu import attention as cpu_attention
+from grpo.kernels.cpu.attention import Join, PackedAttention, Sequences
 
 NAME = "grpo"
 Prompt = tuple[Tensor, Tensor]
@@ -75,12 +75,13 @@ class PackedLayout:
     def blocks(self, span: GroupSpan) -> list[tuple[int, ...]]:
         """The lengths of the completions that go through attention together. On a CPU each goes alone, so that nothing is
         padded; elsewhere all of a group at once, since launches cost more than padding."""
-        if self.on_cpu or not span.completion_lengths:
+        if self.one_by_one or not span.completion_lengths:
             return [(length,) for length in span.completion_lengths]
         return [span.completion_lengths]
 
     @functools.cached_property
-    def on_cpu(self) -> bool:
+    def one_by_one(self) -> bool:
+        """Each completion goes through attention alone."""
         return self.device.type == "cpu"
 
     @functools.cached_property
@@ -123,7 +124,7 @@ class PackedLayout:
         """Show one layer's keys and values [1, K, T, D] to whoever watches; -> what is to be added to their gradients."""
         joins: list[Join] = []
         for index, watcher in self.watched.items():
-            first, length = self.sequences.prompt_of(index), self.spans[index].prompt_length
+            first, length = self.sequences.first_tokens[index], self.spans[index].prompt_length
             before = watcher(key[:, :, first : first + length], value[:, :, first : first + length])
             if before is not None:
                 joins.append((first, *before))
@@ -190,18 +191,18 @@ def grpo_attention(
     if isinstance(layout, SlotLayout):
         output = _slots(query, key, value, layout, scaling, sliding_window)
     elif isinstance(layout, PackedLayout):
-        output = _packed(query, key, value, layout, scaling, sliding_window)
+        output = packed_attention(query, key, value, layout, scaling, sliding_window)
     else:
         output = _rows(query, key, value, scaling, sliding_window)
     return output.transpose(1, 2), None
 
 
 def _rows(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    if compiled_attention.fits(query, key, value):
+    if cpu_attention.is_supported(query, key, value):
         count, length = query.shape[0], query.shape[2]
         rows = [[row * length, length, 0, 0, -1] for row in range(count)]
         sequences = Sequences.of(rows, list(range(count + 1)), [])
-        attended: Tensor = CompiledAttention.apply(query, key, value, sequences, scaling, window, [])
+        attended: Tensor = PackedAttention.apply(query, key, value, sequences, scaling, window, [])
         return attended
     length, repeats = query.shape[2], query.shape[1] // key.shape[1]
     if window is not None and length > window:
@@ -213,10 +214,11 @@ def _rows(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wind
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
 
 
-def _packed(
+def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: int | None
 ) -> Tensor:
-    if compiled_attention.fits(query, key, value):
+    """Attention of one packed row: query [1, H, T, D], key and value [1, K, T, D] -> [1, H, T, D]."""
+    if cpu_attention.is_supported(query, key, value):
         return _packed_in_c(query, key, value, layout, scaling, window)
     # One split for all: its gradient is one concatenation, where each slice's would be as large as the row.
     pieces = zip(*(tensor.split(layout.sizes, dim=2) for tensor in (query, key, value)), strict=True)
@@ -257,7 +259,7 @@ def _packed_in_c(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: int | None
 ) -> Tensor:
     outside, joins = layout.outside(), layout.watch(key, value)
-    attended: Tensor = CompiledAttention.apply(query, key, value, layout.sequences, scaling, window, joins, *outside)
+    attended: Tensor = PackedAttention.apply(query, key, value, layout.sequences, scaling, window, joins, *outside)
     return attended
 
 

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.data.tokenizer import load_tokenizer
-from grpo.kernels.cpu.decoder_layer import use_lean_layers
 from grpo.models.logprob_model import LogprobModel
 from grpo.models.lora import Adapter, add_adapter
 from grpo.models.optimizers import OPTIMIZERS, build_scheduler
@@ -19,7 +18,6 @@ from grpo.models.reference import AdapterReference, FrozenReference, check_vocab
 from grpo.models.strategies.base import Strategy
 from grpo.models.strategies.registry import strategy_for
 from grpo.models.weights import WorkingCopy
-from grpo.runtime.device import is_cpu
 from grpo.runtime.precision import compute_dtype
 
 
@@ -64,14 +62,13 @@ def build_trained_model(
     strategy = strategy_for(accelerator)
     strategy.configure(config, optimizer_config)
     model, uses_packed_attention = strategy.load(path, config)
-    if is_cpu(accelerator.device):
-        use_lean_layers(model, products=strategy.supports_row_dependent_kernels)
     working_copy = WorkingCopy(model, strategy)
     logprob_model = LogprobModel(
         model,
         uses_packed_attention=uses_packed_attention,
         temperature=temperature,
         entropy_gradient=objective.entropy_coef != 0,
+        uses_kernels=strategy.uses_kernels,
     )
     has_adapter = lora is not None and lora.r is not None
     reference: FrozenReference | AdapterReference | None = None

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from grpo.kernels.attention import NAME, GroupSpan, grpo_attention
+from grpo.kernels import layers
+from grpo.kernels.attention import NAME, GroupSpan, PackedLayout, grpo_attention
 from grpo.logprobs import token_logprobs
+from grpo.models.families import describe
 from grpo.models.lora import head_weight
 from grpo.models.shared_prompt import SharedPrompts
 from grpo.packing import PackedBatch
@@ -21,25 +23,36 @@ class LogprobModel(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, uses_packed_attention: bool, temperature: float, entropy_gradient: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        uses_packed_attention: bool,
+        temperature: float,
+        entropy_gradient: bool = False,
+        uses_kernels: bool = True,
     ):
+        """
+        Args:
+            model: a causal LM, which stays as it is.
+            uses_packed_attention: the model's attention is ours (`use_grpo_attention`).
+            temperature: of the distribution whose logprobs these are.
+            entropy_gradient: whether the entropies carry a gradient.
+            uses_kernels: whether layers may be computed from their description instead of by their modules; False where
+                a wrapper relies on the modules being called (DeepSpeed).
+        """
         super().__init__()
         self.model, self.uses_packed_attention, self.temperature = model, uses_packed_attention, temperature
-        self.entropy_gradient = entropy_gradient
+        self.entropy_gradient, self.uses_kernels = entropy_gradient, uses_kernels
+        self.accumulate_grads_inplace = False
+        """Backward passes may add to .grad by themselves: set where no wrapper exchanges gradients (grpo/policy.py)."""
         self.prompts = SharedPrompts()
         self._no_split_modules = model._no_split_modules  # the layers that FSDP shards one by one
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         if self.uses_packed_attention and any(span.split for span in batch.spans):
-            hidden_NH = self.prompts.hidden(self.model.base_model, batch)
+            hidden_NH = self.prompts.hidden(self.hidden_states, batch)
         elif self.uses_packed_attention:
-            hidden = self.model.base_model(
-                input_ids=batch.input_ids_T[None],
-                position_ids=batch.positions_T[None],
-                use_cache=False,
-                layout=batch.layout,
-            ).last_hidden_state[0]
-            hidden_NH = hidden[batch.predictor_N]
+            hidden_NH = self.hidden_states(batch.input_ids_T, batch.positions_T, batch.layout)[batch.predictor_N]
         else:
             ids, predictor = batch.rows()
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -52,7 +65,23 @@ class LogprobModel(nn.Module):
                 batch.tokens_N,
                 self.temperature,
                 entropy_gradient=self.entropy_gradient,
+                accumulate_grads_inplace=self.accumulate_grads_inplace,
             )
+
+    def hidden_states(self, ids_T: Tensor, positions_T: Tensor, layout: PackedLayout) -> Tensor:
+        """Last hidden states [T, H] of one packed row: by kernels that read the model's description, or else by its modules."""
+        described = describe(self.model) if self.uses_kernels else None
+        if described is not None and layers.is_supported(described):
+            return layers.hidden_states(
+                described,
+                ids_T,
+                positions_T,
+                layout,
+                accumulate_grads_inplace=self.accumulate_grads_inplace,
+            )
+        return self.model.base_model(
+            input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, layout=layout
+        ).last_hidden_state[0]
 
 
 def use_grpo_attention(model: PreTrainedModel) -> bool:

@@ -19,7 +19,6 @@ Scoring without a gradient, the batches in reverse: the last one's row already l
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +26,8 @@ from torch import Tensor
 from grpo.kernels.attention import GroupSpan, PackedLayout, Prompt, SplitGroup, joined
 from grpo.packing import PackedBatch
 
-Backbone = Callable[..., Any]
-"""A model without its head, with our attention."""
+HiddenStates = Callable[[Tensor, Tensor, PackedLayout], Tensor]
+"""Token ids [T], positions [T] and their layout -> last hidden states [T, H]."""
 
 
 class SharedPrompts:
@@ -42,11 +41,13 @@ class SharedPrompts:
         """The weights have changed: what is kept for a group that was left halfway is worth nothing."""
         self._open.clear()
 
-    def hidden(self, backbone: Backbone, batch: PackedBatch) -> Tensor:
+    def hidden(self, hidden_states: HiddenStates, batch: PackedBatch) -> Tensor:
         """[N, H]: the hidden state that each completion token is predicted from."""
         learning, layout = torch.is_grad_enabled(), batch.layout
         here_T = torch.ones(len(batch.input_ids_T), dtype=torch.bool)
-        prompts = {index: self._prompt(backbone, batch, span) for index, span in enumerate(batch.spans) if span.split}
+        prompts = {
+            index: self._prompt(hidden_states, batch, span) for index, span in enumerate(batch.spans) if span.split
+        }
         for index, prompt in prompts.items():
             span = batch.spans[index]
             if span.last if learning else not prompt.keys_values:
@@ -55,7 +56,7 @@ class SharedPrompts:
                 layout.elsewhere[index] = iter(prompt.keys_values)
                 here_T[span.start : span.start + span.prompt_length] = False
         row = here_T.nonzero().squeeze(1).to(batch.input_ids_T.device)
-        hidden_TH = _through(backbone, batch.input_ids_T[row], batch.positions_T[row], layout)
+        hidden_TH = hidden_states(batch.input_ids_T[row], batch.positions_T[row], layout)
         # After the row: the last tokens of split prompts, from elsewhere, or joined with what other parts want of them.
         place_T, last_tokens = here_T.cumsum(0) - 1, []
         for index, prompt in prompts.items():
@@ -69,13 +70,13 @@ class SharedPrompts:
             place_T[last] = len(row) + len(last_tokens) - 1
         return torch.cat([hidden_TH, *last_tokens])[place_T.to(row.device)[batch.predictor_N]]
 
-    def _prompt(self, backbone: Backbone, batch: PackedBatch, span: GroupSpan) -> "KeptPrompt":
+    def _prompt(self, hidden_states: HiddenStates, batch: PackedBatch, span: GroupSpan) -> "KeptPrompt":
         """What is kept of the prompt of `span`, one of whose parts has now had it: empty where its row is still to come."""
         assert span.split is not None
         learning = torch.is_grad_enabled()
         prompt = self._open.pop((span.split, learning), None) or KeptPrompt(span.split.parts)
         if learning and not prompt.keys_values:
-            prompt.compute(backbone, batch, span)
+            prompt.compute(hidden_states, batch, span)
         prompt.parts_left -= 1
         assert not (learning and span.last and prompt.parts_left), "the last part of a group is learned from last"
         if prompt.parts_left:
@@ -95,7 +96,7 @@ class KeptPrompt:
         # A copy: a slice would hold on to the whole row.
         self.keys_values.append((key.detach().clone(), value.detach().clone()))
 
-    def compute(self, backbone: Backbone, batch: PackedBatch, span: GroupSpan) -> None:
+    def compute(self, hidden_states: HiddenStates, batch: PackedBatch, span: GroupSpan) -> None:
         """With leaves, whose gradients are what the parts want of the prompt."""
         ids_P, positions_P = (
             tensor[span.start : span.start + span.prompt_length] for tensor in (batch.input_ids_T, batch.positions_T)
@@ -105,7 +106,7 @@ class KeptPrompt:
         kind = ids_P.device.type
         # Autocast would keep the weights that it casts here, and use them, without a gradient, for the row as well.
         with torch.no_grad(), torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
-            self.last_hidden = _through(backbone, ids_P, positions_P, layout)[-1:].clone()
+            self.last_hidden = hidden_states(ids_P, positions_P, layout)[-1:].clone()
         for tensor in (self.last_hidden, *(tensor for pair in self.keys_values for tensor in pair)):
             tensor.requires_grad_()
 
@@ -114,11 +115,3 @@ class KeptPrompt:
         leaves."""
         kept = iter(self.keys_values)
         return lambda key, value: next(kept)
-
-
-def _through(backbone: Backbone, ids_T: Tensor, positions_T: Tensor, layout: PackedLayout) -> Tensor:
-    """[T, H]"""
-    hidden: Tensor = backbone(
-        input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, layout=layout
-    ).last_hidden_state[0]
-    return hidden

@@ -13,27 +13,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.errors import ConfigError
-from grpo.rollout.backbones import Backbone, FusedBackbone, ModuleBackbone
-from grpo.rollout.compiled_backbone import CompiledBackbone
+from grpo.kernels.cuda.graphs import StepGraphs
+from grpo.kernels.decode import schedule_for
+from grpo.kernels.kv_cache import SlotCache
+from grpo.kernels.sampling import draw_tokens
+from grpo.rollout.backbones import choose_backbone
 from grpo.rollout.engine import device_of, end_token_ids, register_engine
-from grpo.rollout.kv_cache import SlotCache
-from grpo.rollout.sampling import counted_uniform, draw_tokens, stream_key
+from grpo.rollout.sampling import counted_uniform, stream_key
 from grpo.runtime.device import free_memory, return_freed_memory
-from grpo.runtime.precision import PRECISIONS
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 
 PREFILL_TOKENS = 8192
 """Prompt tokens that are prefilled together."""
-CHECK_EVERY = {"cpu": 1}
-"""Steps between two looks of the host at what was drawn. Elsewhere CHECK_EVERY_ELSEWHERE: a finished row then draws a few
-tokens too many, which are thrown away, but the device never waits."""
-CHECK_EVERY_ELSEWHERE = 16
 BUCKET = 128
-"""On CUDA, cache lengths are rounded up to multiples of this, and rows to powers of two: one captured graph for each."""
+"""Where steps are captured, cache lengths are rounded up to multiples of this, and rows to powers of two: one graph for each."""
 
 
 @dataclass
@@ -124,7 +121,7 @@ class NativeEngine:
         self.end_ids = set(end_token_ids(model, tokenizer))
         self.cache_gib = cache_gib
         self.backbone, self.position_numbers = choose_backbone(model)
-        self.graphs: dict[tuple[int, int, float], torch.cuda.CUDAGraph] = {}
+        self.schedule, self.graphs = schedule_for(device_of(model)), StepGraphs()
         self._kept: tuple[SlotCache, _State] | None = None
 
     def update_weights(self, step: int) -> None:
@@ -160,19 +157,20 @@ class NativeEngine:
         return [done.groups[index] for index in range(len(prompts))]
 
     def _memory(self, completions: int, prompt: int, draws: int) -> tuple[SlotCache, _State]:
-        """The slots of this call. On CUDA they are kept, since captured graphs point at them; elsewhere they are freed."""
+        """The slots of this call. Where graphs are captured they are kept, since the graphs point at them."""
         device = device_of(self.model)
-        window = self._check_every(device)
-        if device.type != "cuda":
+        window, dtype = self.schedule.check_every, self.backbone.cache_dtype
+        if not self.schedule.captures_graphs:
             length = prompt + draws
             slots = self.slots_that_fit(completions, length, free_memory(device))
-            return SlotCache(slots, length), _State(slots, window, draws, device)
-        cache, state = self._kept or (SlotCache(0, 0), None)
+            return SlotCache(slots, length, dtype), _State(slots, window, draws, device)
+        cache, state = self._kept or (SlotCache(0, 0, dtype), None)
         length = max(cache.length, -(-(prompt + draws + window) // BUCKET) * BUCKET)
         slots = self.slots_that_fit(completions, length, free_memory(device) + cache.bytes)
         # What is free moves a little from call to call: new graphs are only worth it for twice the slots.
         enough = cache.slots >= min(self.slots, completions) or 2 * cache.slots > slots
-        if state is not None and enough and length == cache.length and draws <= state.draws:
+        fits = enough and length == cache.length and dtype == cache.dtype
+        if state is not None and fits and draws <= state.draws:
             return cache, state
         draws = max(draws, state.draws if state is not None else 0)
         self.graphs.clear()
@@ -180,15 +178,13 @@ class NativeEngine:
         self._kept = None  # the memory of the last one is free before the next one takes its own
         if self.slots_that_fit(_power_of_two(slots), length, free_memory(device)) == _power_of_two(slots):
             slots = _power_of_two(slots)
-        self._kept = (SlotCache(slots, length), _State(slots, window, draws, device))
+        self._kept = (SlotCache(slots, length, dtype), _State(slots, window, draws, device))
         return self._kept
 
     def slots_that_fit(self, completions: int, length: int, free: int) -> int:
         """How many completions of `length` positions are decoded at a time, with `free` bytes of memory. Raises ConfigError
         if not even one fits."""
-        kind = device_of(self.model).type
-        number = torch.get_autocast_dtype(kind).itemsize if torch.is_autocast_enabled(kind) else 4
-        each = self.position_numbers * length * number
+        each = self.position_numbers * length * self.backbone.cache_dtype.itemsize
         budget = free // 2 if self.cache_gib is None else int(self.cache_gib * 2**30)
         if budget < each:
             chosen = "half of what is free" if self.cache_gib is None else f"rollout.cache_gib {self.cache_gib:g}"
@@ -198,9 +194,6 @@ class NativeEngine:
                 f"sampling.max_completion_length or data.max_prompt_length"
             )
         return min(self.slots, completions, budget // each)
-
-    def _check_every(self, device: torch.device) -> int:
-        return CHECK_EVERY.get(device.type, CHECK_EVERY_ELSEWHERE)
 
     def _prefill(
         self, prompts: list[Prompt], wanted: list[int], samples: int, cache: SlotCache
@@ -263,11 +256,10 @@ class NativeEngine:
 
     def _decode(self, rows: list[_Row], cache: SlotCache, state: _State, plan: SamplingPlan) -> int:
         """A few tokens for every row, without a look at them. -> how many each."""
-        device = state.tokens.device
-        steps = min(self._check_every(device), max(plan.max_completion_length - row.drawn for row in rows))
+        steps = min(self.schedule.check_every, max(plan.max_completion_length - row.drawn for row in rows))
         active, longest = len(rows), max(row.cached for row in rows) + 1
         for step in range(steps):
-            if device.type == "cuda":
+            if self.schedule.captures_graphs:
                 self._captured_step(active, longest + step, cache, state, plan.temperature)
             else:
                 running = min(self.backbone.padded_rows(active), cache.slots)
@@ -293,21 +285,11 @@ class NativeEngine:
         """_step, replayed from a CUDA graph of its bucket: some rows and positions more, but one launch."""
         active = min(_power_of_two(active), cache.slots)
         longest = min(-(-longest // BUCKET) * BUCKET, cache.length)
-        key = (active, longest, temperature)
-        if key not in self.graphs:
-            saved = [tensor.clone() for tensor in (state.tokens, state.positions, state.drawn)]
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # a first run outside the graph: libraries set themselves up
-                self._step(active, longest, cache, state, temperature)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # training may go on meanwhile
-                self._step(active, longest, cache, state, temperature)
-            for tensor, before in zip((state.tokens, state.positions, state.drawn), saved, strict=True):
-                tensor.copy_(before)
-            self.graphs[key] = graph
-        self.graphs[key].replay()
+        self.graphs.run(
+            (active, longest, temperature),
+            lambda: self._step(active, longest, cache, state, temperature),
+            (state.tokens, state.positions, state.drawn),
+        )
 
     def _collect(self, rows: list[_Row], tokens: Tensor, logprobs: Tensor, plan: SamplingPlan) -> None:
         """Append what was drawn, [steps, slots] each, up to each row's end."""
@@ -351,51 +333,6 @@ class NativeEngine:
             for hole, mover in zip(holes, movers, strict=True):
                 rows[hole] = rows[mover]
         del rows[left:]
-
-
-def choose_backbone(model: PreTrainedModel) -> tuple[Backbone, int]:
-    """The fastest backbone that the model fits and that gives the same hidden states as its modules on a probe; -> also how
-    many numbers the cache holds for one position of one completion."""
-    plain = ModuleBackbone(model)
-    expected, numbers = _probe(plain)
-    # 16-bit products round where the two differ; a layer that is not what it should be is off by much more.
-    tolerance = PRECISIONS[_product_dtype(model)].hidden
-    for kind in (CompiledBackbone, FusedBackbone):
-        if not kind.fits(model):
-            continue
-        backbone = kind(model)
-        try:
-            hidden, _ = _probe(backbone)
-        except RuntimeError:  # an operation that this device does not have
-            continue
-        backbone.release()
-        if float((hidden - expected).norm() / expected.norm()) < tolerance:
-            return backbone, numbers
-    return plain, numbers
-
-
-@torch.no_grad()
-def _probe(backbone: Backbone) -> tuple[Tensor, int]:
-    """The hidden states of a prefill and one step, and the numbers in the cache per position."""
-    model = backbone.model
-    ids = torch.arange(3, 3 + 12, device=device_of(model)).reshape(2, 6) % model.config.vocab_size
-    cache, dtype = SlotCache(2, 8), _product_dtype(model)
-    # Working weights in 16 bits are made for autocast, which is on in every later call, too.
-    with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        backbone.refresh()
-        hidden = backbone.prefill(ids, cache)
-        for row in range(2):
-            cache.admit(row, [(key[row], value[row]) for key, value in cache.prompt], 1)
-        positions = torch.tensor([6, 6], device=ids.device)
-        cache.aim(positions, 7)
-        after = backbone.step(ids[:, 0], positions, cache)[:, None]
-    return torch.cat([hidden, after], dim=1).float(), cache.numbers // (cache.slots * cache.length)
-
-
-def _product_dtype(model: PreTrainedModel) -> torch.dtype:
-    """Of the weights that its linear layers multiply with, the head aside."""
-    head = model.get_output_embeddings()
-    return next((m.weight.dtype for m in model.modules() if isinstance(m, nn.Linear) and m is not head), torch.float32)
 
 
 def _power_of_two(count: int) -> int:

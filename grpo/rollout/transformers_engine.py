@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from grpo.kernels.sampling import draw_tokens
 from grpo.rollout.engine import device_of, end_token_ids, register_engine
-from grpo.rollout.sampling import counted_uniform, draw_tokens, stream_key
+from grpo.rollout.sampling import counted_uniform, stream_key
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 
 

@@ -18,23 +18,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grpo.config.schema import Config, LoraConfig
-from grpo.kernels.attention import NAME
-from grpo.kernels.cpu.compiler import pretended
-from grpo.kernels.cpu.decoder_layer import use_lean_layers
-from grpo.kernels.cpu.gemm import accumulate_grads_inplace
-from grpo.logprobs import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
+from grpo.kernels.attention import NAME, PackedLayout
+from grpo.kernels.head import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
+from grpo.models.families import describe
 from grpo.models.logprob_model import LogprobModel
 from grpo.models.lora import add_adapter
 from grpo.models.strategies.base import Machine, ModelSize
 from grpo.models.strategies.registry import strategy_class
 from grpo.packing import PackedBatch, pack
-from grpo.rollout.backbones import FusedBackbone
 from grpo.types import Completion, Group, Prompt
 
 GIB = 2**30
@@ -153,7 +150,7 @@ def engine_bytes(config: Config, model: PreTrainedModel, longest_prompt: int, ma
     if config.rollout.engine == "vllm":
         return 0
     cache = slots_of(config, model, longest_prompt, machine) * cache_per_slot(config, model, longest_prompt, machine)
-    if config.rollout.engine != "native" or not FusedBackbone.fits(model):
+    if config.rollout.engine != "native" or describe(model) is None:
         return cache
     width = 2 if machine.compute else 4
     head = model.get_output_embeddings().weight.numel()
@@ -222,8 +219,6 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation="sdpa").train()
         made.set_attn_implementation(NAME)
-        if machine.cpu:
-            use_lean_layers(made, products=strategy_class(machine).supports_row_dependent_kernels)
         if config.lora.r is not None:
             add_adapter(made, config.lora, base="")
         if config.model.gradient_checkpointing:
@@ -231,23 +226,41 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
     trained = sum(parameter.numel() for parameter in made.parameters() if parameter.requires_grad)
     # The gradients of the batches before are there, and take in this one's. Where they are sharded, they never are there as a whole:
     # a layer's, and what it is added to.
-    there = len(batches) > 1 or strategy_class(machine).shards_gradients
-    with FakeTensorMode() as fake:
+    strategy = strategy_class(machine)
+    there = len(batches) > 1 or strategy.shards_gradients
+    logprob_model = LogprobModel(
+        made,
+        uses_packed_attention=True,
+        temperature=1.0,
+        entropy_gradient=config.objective.entropy_coef != 0,
+        uses_kernels=machine.cpu and strategy.uses_kernels,
+    )
+    logprob_model.accumulate_grads_inplace = machine.kind == "single"
+    layout = _layout(batch, machine)
+    # What a layout holds are real tensors: small, and read before the simulation.
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         _materialise(made)
-        logprob_model = LogprobModel(
-            made, uses_packed_attention=True, temperature=1.0, entropy_gradient=config.objective.entropy_coef != 0
-        )
         if there:
             for parameter in made.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        live = LiveBytes()
-        enabled = machine.compute is not None
-        with _chunks_of(machine), pretended() if machine.cpu else contextlib.nullcontext():
+        live, enabled = LiveBytes(), machine.compute is not None
+        with _chunks_of(machine):
             with live, torch.autocast("cpu", dtype=machine.compute or torch.bfloat16, enabled=enabled):
-                logprobs, _ = logprob_model(_Faked(batch, fake, machine))
-            with live, accumulate_grads_inplace() if machine.processes == 1 else contextlib.nullcontext():
+                logprobs, _ = logprob_model(_Faked(batch, layout, fake))
+            with live:
                 logprobs.sum().backward()
     return Simulated(trained, live.peak if there else max(live.peak - 4 * trained, 0))
+
+
+def _layout(batch: PackedBatch, machine: Machine) -> PackedLayout:
+    """The layout of `batch` as on `machine`, with everything in it that is worked out from numbers."""
+    layout = batch.layout
+    layout.one_by_one = machine.cpu
+    for span in batch.spans:
+        for block in layout.blocks(span):
+            layout.padding(block)
+    assert layout.sequences
+    return layout
 
 
 @contextlib.contextmanager
@@ -274,19 +287,12 @@ def _materialise(model: nn.Module) -> None:
 
 
 class _Faked:
-    """A packed batch on fake tensors. Its layout is worked out before, since that looks at numbers."""
+    """A packed batch on fake tensors, with a layout that was worked out before."""
 
-    def __init__(self, batch: PackedBatch, fake: FakeTensorMode, machine: Machine) -> None:
+    def __init__(self, batch: PackedBatch, layout: PackedLayout, fake: FakeTensorMode) -> None:
+        self.layout = layout
         for name, value in vars(batch).items():
             setattr(self, name, fake.from_tensor(value) if isinstance(value, torch.Tensor) else value)
-        with unset_fake_temporarily():
-            self.layout = batch.layout
-            self.layout.on_cpu = machine.cpu
-            for span in batch.spans:
-                for block in self.layout.blocks(span):
-                    self.layout.padding(block)
-        padding = self.layout._padding
-        padding.update({key: tuple(map(fake.from_tensor, pair)) for key, pair in padding.items()})  # type: ignore[misc]
 
 
 def step_batches(config: Config, longest_prompt: int, processes: int) -> list[PackedBatch]:

@@ -8,27 +8,27 @@ import pickle
 import stat
 from pathlib import Path
 
+import grpo.kernels.cpu.decoder_layer
+import grpo.kernels.cpu.gemm
 import pytest
 import torch
 import torch.nn.functional as F
+from grpo.kernels.cpu.decoder_layer import use_lean_layers
+from grpo.kernels.cpu.gemm import accumulate_grads_inplace, product
+from grpo.rollout.compiled_backbone import CompiledBackbone, Panels, library
+from grpo.rollout.kv_cache import SlotCache
 from torch import Tensor
 
 import grpo.kernels.cpu.attention
 import grpo.kernels.cpu.compiler
-import grpo.kernels.cpu.decoder_layer
 import grpo.kernels.cpu.fused_ops
-import grpo.kernels.cpu.gemm
 from grpo.config.schema import LoraConfig
 from grpo.kernels.attention import GroupSpan, PackedLayout, grpo_attention
 from grpo.kernels.cpu.compiler import compiled, kernels
-from grpo.kernels.cpu.decoder_layer import use_lean_layers
 from grpo.kernels.cpu.fused_ops import _RMSNorm, _SwiGLU
-from grpo.kernels.cpu.gemm import accumulate_grads_inplace, product
 from grpo.models.logprob_model import LogprobModel, probe_batch, use_grpo_attention
 from grpo.models.lora import add_adapter
 from grpo.rollout.backbones import FusedBackbone, ModuleBackbone
-from grpo.rollout.compiled_backbone import CompiledBackbone, Panels, library
-from grpo.rollout.kv_cache import SlotCache
 from grpo.rollout.native_engine import choose_backbone
 from grpo.rollout.sampling import counted_uniform, draw_tokens
 from tests.fakes import tiny_model

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-
 from grpo.kernels.cpu.decoder_layer import use_lean_layers
-from grpo.kernels.cpu.fused_ops import MLP, Norm
 from grpo.kernels.cpu.gemm import Linear
+
+from grpo.kernels.cpu.fused_ops import MLP, Norm
 from tests.fakes import tiny_model
 
 pytestmark = pytest.mark.usefixtures("way")

@@ -6,7 +6,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-import grpo.kernels.cpu.gemm
 from grpo.config.schema import ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import NumericsError
@@ -83,11 +82,11 @@ def test_a_synced_reference_moves_by_alpha_and_is_in_the_checkpoint(folder: Path
     assert torch.equal(reference(again), reference(policy))
 
 
-@pytest.mark.parametrize("fewest", [1, 64])
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
 def test_gradient_checkpointing_changes_no_gradient_and_no_token(
-    folder: Path, fewest: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grpo.kernels.cpu.gemm, "FEWEST_ROWS", fewest)
+    monkeypatch.setenv("GRPO_KERNELS", kernels)
     gradients, drawn = [], []
     for checkpointing in (False, True):
         policy = policy_of(folder, gradient_checkpointing=checkpointing)

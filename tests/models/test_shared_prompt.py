@@ -10,11 +10,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import grpo.kernels.cpu.gemm
 from grpo.config.parser import load_config
 from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.kernels.attention import PackedLayout
-from grpo.kernels.cpu.decoder_layer import use_lean_layers
 from grpo.models.logprob_model import LogprobModel
 from grpo.models.shared_prompt import KeptPrompt
 from grpo.packing import PackedBatch, pack
@@ -93,9 +91,9 @@ def test_which_spans_are_split() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one_by_one", "whole_layers"),
+    ("one_by_one", "by_kernels"),
     [(True, False), (False, False), (True, True)],
-    ids=["as on a CPU", "as on a GPU", "whole layers in C"],
+    ids=["as on a CPU", "as on a GPU", "by kernels"],
 )
 @pytest.mark.parametrize(
     ("family", "changes"),
@@ -110,14 +108,11 @@ def test_which_spans_are_split() -> None:
     ids=["qwen2", "qwen2 with a window", "qwen3", "llama", "mistral with a window", "gemma3 with a window"],
 )
 def test_the_same_logprobs_and_gradients_as_in_one_batch_and_as_with_the_prompt_repeated(
-    family: str, changes: dict, one_by_one: bool, whole_layers: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, changes: dict, one_by_one: bool, by_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PackedLayout, "on_cpu", one_by_one)
+    monkeypatch.setattr(PackedLayout, "one_by_one", one_by_one)
     model = tiny_model(family, spread=2.0, **changes)
-    if whole_layers:
-        monkeypatch.setattr(grpo.kernels.cpu.gemm, "FEWEST_ROWS", 1)
-        use_lean_layers(model)
-    logprob_model = LogprobModel(model, uses_packed_attention=True, temperature=0.9)
+    logprob_model = LogprobModel(model, uses_packed_attention=True, temperature=0.9, uses_kernels=by_kernels)
     whole, whole_gradients = learned(logprob_model, batches_of(1000))
     repeated, repeated_gradients = learned(logprob_model, batches_of(NARROW))
     ours, gradients = learned(logprob_model, batches_of(NARROW, share=True))
@@ -227,7 +222,6 @@ def accumulated(policy: Policy, batches: list[PackedBatch]) -> dict[str, Tensor]
 def test_through_a_policy_and_its_reference(
     tmp_path: Path, lora: list[str] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grpo.kernels.cpu.gemm, "FEWEST_ROWS", 1)
     policy = policy_of(tiny_folder(tmp_path / "model"), lora=lora)
     assert policy.shares_prompts
     wide, narrow = batches_of(1000), batches_of(NARROW, share=True)
@@ -267,10 +261,14 @@ def test_under_autocast(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("beta", [0.0, 0.01])
 def test_a_run_learns_the_same(tmp_path: Path, beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpo.kernels.cpu.gemm, "FEWEST_ROWS", 1)
 
     def weights(name: str, tokens: int, **more: object) -> dict[str, Tensor]:
-        changes = {"objective.num_iterations": 2, "objective.beta": beta, "data.max_prompt_length": 16} | more
+        changes = {
+            "objective.num_iterations": 2,
+            "seed": 1,
+            "objective.beta": beta,
+            "data.max_prompt_length": 16,
+        } | more
         settings = arguments(tmp_path, name, steps=2, tokens_per_batch=tokens, eval_every=0, **changes)
         return load_file(train(load_config(settings)) / "final" / "model.safetensors")
 
@@ -288,7 +286,8 @@ def test_a_run_learns_the_same(tmp_path: Path, beta: float, monkeypatch: pytest.
     narrow = weights("narrow", 24)
     assert len(rejoined) >= 2 * 2  # a group in each iteration of each step, at the least
     for key in wide:
-        # What is added to all keys of a sequence hardly changes what they attend to: AdamW divides rounding by rounding there.
-        close = 1e-4 if key.endswith("k_proj.bias") else 1e-5
+        # AdamW divides rounding by rounding where a gradient is all but 0: what is added to all keys of a sequence hardly changes what
+        # they attend to, and a token that is seen once hardly changes the loss.
+        close = 1e-4 if key.endswith(("k_proj.bias", "embed_tokens.weight")) else 1e-5
         assert torch.allclose(wide[key], narrow[key], atol=close)
         assert torch.allclose(checkpointed[key], narrow[key], atol=close)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from grpo.rollout.sampling import counted_uniform, draw_tokens, stream_key
+from grpo.kernels.sampling import draw_tokens
+from grpo.rollout.sampling import counted_uniform, stream_key
 
 pytestmark = pytest.mark.usefixtures("way")
 

@@ -1,14 +1,11 @@
 """Memory: the arithmetic by hand, and the simulation beside real tensors. Peaks of real runs: benchmarks/memory.py."""
 
-import contextlib
 from pathlib import Path
 
 import pytest
 import torch
 
 from grpo.config.parser import load_config
-from grpo.kernels.cpu.decoder_layer import use_lean_layers
-from grpo.kernels.cpu.gemm import accumulate_grads_inplace
 from grpo.models.logprob_model import LogprobModel
 from grpo.models.strategies.base import Machine
 from grpo.models.strategies.registry import machine_of
@@ -29,7 +26,6 @@ FLAGS = [
 def test_fake_tensors_count_what_real_ones_take(extra: list[str], machine: Machine) -> None:
     config = load_config([*FLAGS, *extra])
     model = tiny_model().train()
-    use_lean_layers(model)
     batches = step_batches(config, 6, machine.processes)
     batch = max(batches, key=lambda batch: len(batch.input_ids_T))
     first = len(batches) == 1 and machine.kind == "single"  # shards never hold the gradients of all layers whole
@@ -37,9 +33,12 @@ def test_fake_tensors_count_what_real_ones_take(extra: list[str], machine: Machi
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
     live = LiveBytes()
+    single = machine.kind == "single"  # sharded weights go through their modules
+    logprob_model = LogprobModel(model, uses_packed_attention=True, temperature=1.0, uses_kernels=single)
+    logprob_model.accumulate_grads_inplace = single
     with live:
-        logprobs, _ = LogprobModel(model, uses_packed_attention=True, temperature=1.0)(batch)
-    with live, accumulate_grads_inplace() if machine.processes == 1 else contextlib.nullcontext():
+        logprobs, _ = logprob_model(batch)
+    with live:
         logprobs.sum().backward()
     real = live.peak - (4 * sum(parameter.numel() for parameter in model.parameters()) if first else 0)
     assert simulate(model, config, 6, machine).activations == pytest.approx(real, rel=0.05)

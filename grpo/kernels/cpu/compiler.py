@@ -1,13 +1,12 @@
-"""Compiled: a C file of this package -> its functions, compiled on this machine at first use. None where that cannot be.
+"""The C files of this package, compiled on this machine at first use.
 
-    library = compiled(Path("layer.c"))          # a few seconds once for each machine, then from ~/.cache/grpo or GRPO_CACHE
-    if library is not None: library.norm(threads, rows, ...)
+    functions = library()          # a few seconds once for each machine, then from ~/.cache/grpo or GRPO_CACHE
+    if functions is not None: functions.norm(threads, rows, ...)
 
-Everything that is written in C here exists in torch, too: as what is used where there is no compiler, and as what the tests
-compare with. The CC variable names the compiler, as everywhere; CC=none goes without.
+Everything that is written in C exists in PyTorch, too: it is used where there is no compiler, and the tests compare with it.
+The variable CC names the compiler, as everywhere; CC=none does without.
 """
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -18,12 +17,14 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from grpo.kernels.registry import is_on
 
 FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-ffp-contract=fast"]
 # What lets sums become vector code; NaN and infinity stay what they are.
@@ -33,10 +34,10 @@ SECONDS = 60
 """For the compiler, which takes a few."""
 
 
-def plain(*tensors: Tensor, dtype: torch.dtype = torch.float32, contiguous: bool = True) -> bool:
-    """Whether C can read all of them: of this dtype, in the memory of this process, one number after the other."""
+def is_readable(*tensors: Tensor, dtype: torch.dtype = torch.float32, contiguous: bool = True) -> bool:
+    """Return whether C can read all of them: of this dtype, in the memory of this process, one number after the other."""
     return all(
-        (_pretending or type(tensor) in (Tensor, nn.Parameter))  # not one that only says what it would be, nor a shard
+        type(tensor) in (Tensor, nn.Parameter, FakeTensor)  # no shard; a fake tensor stands for a real one
         and tensor.is_cpu
         and tensor.dtype == dtype
         and (tensor.is_contiguous() or not contiguous)
@@ -50,30 +51,8 @@ def threads_for(numbers: int) -> int:
 
 
 def pointer(tensor: Tensor | None) -> int | None:
-    """Where a contiguous tensor lies. The caller keeps it alive."""
-    return None if tensor is None or _pretending else tensor.data_ptr()
-
-
-_pretending = False
-
-
-class _Idle:
-    """Functions that do nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: None
-
-
-@contextlib.contextmanager
-def pretended() -> Iterator[None]:
-    """Within, what is C takes tensors that hold no numbers, and does nothing with them: to count the memory that it wants.
-    Where there is no compiler, nothing is C."""
-    global _pretending
-    _pretending = kernels() is not None
-    try:
-        yield
-    finally:
-        _pretending = False
+    """Address of a contiguous tensor, which the caller keeps alive."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 @functools.cache
@@ -105,10 +84,8 @@ def compiled(source: Path, **functions: str) -> ctypes.CDLL | None:
     return loaded
 
 
-def kernels() -> Any:
-    """layer.c, and with it fused_ops.c, attention.c and gemm.c; None where they cannot be compiled."""
-    if _pretending:
-        return _Idle()
+def library() -> Any:
+    """The functions of layer.c, and with it of fused_ops.c, attention.c and gemm.c; None where they cannot be compiled."""
     return compiled(
         LAYER,
         norm="ilifpppp",
@@ -120,11 +97,12 @@ def kernels() -> Any:
         draw="ilifppppp",
         attention_forward="iiiiiiiifippppppppp",
         attention_backward="iiiiiiiifipppppppppppppp",
-        product="iiiiiiippppp",
-        layer_forward="ippppp",
-        layer_backward="iipppppppppp",
-        layer_backward_inputs="ippppppppp",
     )
+
+
+def c_kernel(name: str, *tensors: Tensor) -> bool:
+    """Return whether the C kernel `name` is switched on, could be compiled, and can read `tensors`."""
+    return is_readable(*tensors) and is_on(name) and library() is not None
 
 
 def _ours(library: Path) -> bool:

@@ -103,8 +103,8 @@ class Strategy(WeightReader, ABC):
     """`load_state_dict` takes the tensors of the main process; other ranks pass none."""
     exposes_gradients: ClassVar[bool] = True
     """Parameters have `.grad` when the optimizer steps."""
-    supports_row_dependent_kernels: ClassVar[bool] = True
-    """Ranks may compute the same layer with different kernels, chosen by the number of tokens."""
+    uses_kernels: ClassVar[bool] = True
+    """Layers may be computed from their description instead of by their modules (grpo/kernels/layers.py)."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator

@@ -43,9 +43,8 @@ class Zero2(Strategy):
     shards_gradients = True
     casts_weights = True
     exposes_gradients = False
-    # ZeRO-3 gathers a weight while its own layer runs, and both stages sum gradients in the order in which they arrive:
-    # all ranks must run the same kernels.
-    supports_row_dependent_kernels = False
+    # ZeRO-3 gathers a weight while its own module runs, and both stages sum gradients in the order in which they arrive.
+    uses_kernels = False
 
     # Launch
 

@@ -54,6 +54,7 @@ class FullyShardedDataParallel(Strategy):
     kind = "fsdp2"
     shards_weights = True
     shards_gradients = True
+    uses_kernels = False  # weights are whole only while their own module runs
     broadcasts_checkpoint = True
 
     # Launch

@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from torch import Tensor, nn
+from torch import nn
 
 from grpo.errors import ConfigError
-from grpo.kernels.cpu.gemm import accumulate_grads_inplace
 from grpo.models.logprob_model import LogprobModel
 from grpo.models.strategies.base import (
     FLOAT32_BYTES,
@@ -88,17 +87,12 @@ class SingleProcess(DistributedDataParallel):
     def _wrap(self, logprob_model: LogprobModel, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         wrapped, prepared_optimizer = super()._wrap(logprob_model, optimizer)
         self._is_plain = wrapped is logprob_model  # not compiled
+        logprob_model.accumulate_grads_inplace = self._is_plain
         return wrapped, prepared_optimizer
 
     @property
     def supports_shared_prompts(self) -> bool:
         return self._is_plain
-
-    def backward(self, loss: Tensor) -> None:
-        if not self._is_plain:
-            return super().backward(loss)
-        with accumulate_grads_inplace():
-            super().backward(loss)
 
     def clip_and_step(self, usable: bool) -> tuple[float, bool]:
         result = super().clip_and_step(usable)

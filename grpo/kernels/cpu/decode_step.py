@@ -1,12 +1,10 @@
-"""CompiledBackbone: one call per token into decode_step.c, which is compiled on this machine at first use -> hidden states.
+"""Decoding steps in C: one call per token, in one pass over the weights. For float32 on a CPU.
 
 A decoding step of a small model is some three hundred operations of a few microseconds each, and products of a few rows that
-general libraries do at a third of the rate of large ones. In C it is one pass over the weights. Where there is no C compiler,
-or the result is not that of the modules, the engine decodes with FusedBackbone, in torch.
+general libraries do at a third of the rate of large ones.
 """
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +12,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from grpo.kernels.cpu.compiler import compiled, pointer
-from grpo.rollout.backbones import FusedBackbone, full_tensor
-from grpo.rollout.kv_cache import SlotCache
+from grpo.kernels.cpu.ops import PANEL
+from grpo.kernels.decode import FusedDecoder, merged
+from grpo.kernels.description import Model
+from grpo.kernels.kv_cache import SlotCache
+from grpo.kernels.registry import is_on
+
+SOURCE = Path(__file__).with_name("decode_step.c")
 
 
 def library() -> Any:
-    """decode_step.c, or None where it cannot be compiled."""
+    """The functions of decode_step.c; None where it cannot be compiled."""
     return compiled(SOURCE, pack="iiipp", multiply="iiiipppp", step="pipppp")
-
-
-SOURCE = Path(__file__).parents[1] / "kernels" / "cpu" / "decode_step.c"
-PANEL = 16
-"""Outputs that lie side by side in memory, as in decode_step.c."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,7 @@ class Panels:
 
     tensor: Tensor
     outputs: int
+    is_mkldnn = False
 
     @classmethod
     def of(cls, weight: Tensor) -> "Panels":
@@ -65,57 +63,59 @@ class _Model(ctypes.Structure):
     ]
 
 
-class CompiledBackbone(FusedBackbone):
-    """FusedBackbone whose products, and whole decoding steps, are those of decode_step.c. For float32 on a CPU; in any other
-    dtype it is FusedBackbone."""
+class CompiledDecoder(FusedDecoder):
+    """FusedDecoder whose products, and whole steps, are those of decode_step.c."""
 
-    def __init__(self, model: PreTrainedModel):
-        super().__init__(model)
-        self.panels = False
+    def __init__(self) -> None:
+        super().__init__()
         self.described: tuple[SlotCache, _Model, Any] | None = None
         """What C reads, for the cache that it was made for."""
 
-    @classmethod
-    def fits(cls, model: PreTrainedModel) -> bool:
+    @staticmethod
+    def is_supported(model: Model, dtype: torch.dtype) -> bool:
+        """Return whether decode_step.c computes every layer: rotated, with one epsilon, biases at most of q, k and v."""
+        first = model.layers[0]
         return (
-            FusedBackbone.fits(model)
-            and model.device.type == "cpu"
-            and model.base_model.layers[0].self_attn.head_dim % 8 == 0  # type: ignore[union-attr, index]
+            FusedDecoder.is_supported(model, dtype)
+            and is_on("decode_step")
+            and model.embedding.is_cpu
+            and dtype == model.embedding.dtype == torch.float32
+            and first.head_size % 8 == 0
+            and all(layer.rotary and all(part.bias is None for part in layer.linears[3:]) for layer in model.layers)
+            and all({layer.epsilon, layer.mlp_epsilon} == {model.epsilon} for layer in model.layers)
+            and all(layer.head_epsilon in (0.0, model.epsilon) for layer in model.layers)
             and library() is not None
         )
 
     def padded_rows(self, rows: int) -> int:
-        return rows if self.panels else super().padded_rows(rows)
+        return rows
 
-    def packing(self, dtype: torch.dtype) -> Callable[[Tensor], Any] | None:
-        self.panels = self.dtype == torch.float32
-        return Panels.of if self.panels else super().packing(dtype)
+    def pack(self, weight: Tensor, before: Any) -> Panels:
+        return Panels.of(weight)
 
     def release(self) -> None:
         self.described = None
         super().release()
 
-    def refresh(self) -> None:
+    def refresh(self, model: Model, head: Tensor, dtype: torch.dtype) -> None:
         self.described = None
-        super().refresh()
-        if not self.panels:
-            return
-        self.embedding = full_tensor(self.base.get_input_embeddings().weight).float().contiguous()
-        for layer in self.layers:
-            gate, up = layer.source.mlp.gate_proj, layer.source.mlp.up_proj
-            filled = -gate.out_features % PANEL
+        super().refresh(model, head, dtype)
+        self.embedding = self.embedding.contiguous()
+        for working, layer in zip(self.layers, model.layers, strict=True):
+            filled = -layer.gate.weight.shape[0] % PANEL
             if filled:  # both halves in whole panels: what is filled up gives zeros, which meet zeros in `down`
-                halves = [F.pad(full_tensor(half.weight), (0, 0, 0, filled)) for half in (gate, up)]
-                layer.tensors["gate_up"] = Panels.of(torch.cat(halves))
-                layer.tensors["down"] = Panels.of(F.pad(full_tensor(layer.source.mlp.down_proj.weight), (0, filled)))
+                halves = [F.pad(merged(half), (0, 0, 0, filled)) for half in (layer.gate, layer.up)]
+                working.tensors["gate_up"] = Panels.of(torch.cat(halves))
+                working.tensors["down"] = Panels.of(F.pad(merged(layer.down), (0, filled)))
 
     def prefill(self, ids: Tensor, cache: SlotCache) -> Tensor:
-        cache.zeroed = not self.panels  # a step looks at what was written, and at nothing else
+        cache.zeroed = False  # a step looks at what was written, and at nothing else
         return super().prefill(ids, cache)
 
+    def logits(self, hidden_BH: Tensor) -> Tensor:
+        return self.product(hidden_BH.float(), self.head)
+
     def product(self, states: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-        if not isinstance(weight, Panels):
-            return super().product(states, weight, bias)
         states = states.contiguous()
         result = torch.empty(*states.shape[:-1], weight.outputs)
         library().multiply(
@@ -123,16 +123,11 @@ class CompiledBackbone(FusedBackbone):
             states.numel() // states.shape[-1],
             states.shape[-1],
             weight.outputs,
-            pointer(states),
-            pointer(weight.tensor),
-            pointer(bias),
-            pointer(result),
+            *map(pointer, (states, weight.tensor, bias, result)),
         )
         return result
 
     def step(self, tokens_B: Tensor, positions_B: Tensor, cache: SlotCache) -> Tensor:
-        if not self.panels:
-            return super().step(tokens_B, positions_B, cache)
         rows = len(tokens_B)
         if self.described is None or self.described[0] is not cache:
             self.described = (cache, *self._describe(cache))
@@ -140,12 +135,13 @@ class CompiledBackbone(FusedBackbone):
         mixed = (model.heads + 2 * model.key_heads) * model.head_size
         numbers = model.hidden + mixed + model.heads * model.head_size + model.inside
         weights = model.threads * -(-cache.length // 8) * 8
-        hidden, scratch = torch.empty(rows, model.hidden), torch.empty(rows * numbers + weights)
-        tokens, positions = tokens_B.contiguous(), positions_B.contiguous()
-        library().step(
-            ctypes.addressof(model), rows, pointer(tokens), pointer(positions), pointer(hidden), pointer(scratch)
-        )
+        hidden, workspace = torch.empty(rows, model.hidden), torch.empty(rows * numbers + weights)
+        tensors = (tokens_B.contiguous(), positions_B.contiguous(), hidden, workspace)
+        library().step(ctypes.addressof(model), rows, *map(pointer, tensors))
         return hidden
+
+    def _head_weight(self, head: Tensor) -> Panels:
+        return Panels.of(head)
 
     def _describe(self, cache: SlotCache) -> tuple[_Model, Any]:
         """Where everything lies; the second is the array that the first points into."""
@@ -166,14 +162,14 @@ class CompiledBackbone(FusedBackbone):
             embedding=pointer(self.embedding),
             norm=pointer(self.norm),
             turns=pointer(self.table),
-            epsilon=self.base.norm.variance_epsilon,
+            epsilon=self.model.epsilon,
             scaling=first.scaling,
             layer_count=len(self.layers),
             hidden=self.embedding.shape[1],
             inside=first.tensors["gate_up"].outputs // 2,
             heads=first.heads,
             key_heads=first.key_heads,
-            head_size=first.head_dim,
+            head_size=first.head_size,
             length=cache.length,
             threads=torch.get_num_threads(),
         )

@@ -1,7 +1,9 @@
-"""The KV cache of the native engine: a fixed number of slots, allocated once, each row at its own position.
+"""KV cache of decoding: a fixed number of slots, allocated once, each row at its own position.
 
-keys[layer], values[layer]    [slots, K, length, D]    the two halves of one tensor, so that one copy writes both
+keys[layer], values[layer]    [slots, K, length, D] in one dtype; the two halves of one tensor, so that one copy writes both
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,8 +16,8 @@ class SlotCache:
     `prefilling`, nothing is stored: what the layers computed is collected in `prompt`.
     """
 
-    def __init__(self, slots: int, length: int):
-        self.slots, self.length = slots, length
+    def __init__(self, slots: int, length: int, dtype: torch.dtype = torch.float32):
+        self.slots, self.length, self.dtype = slots, length, dtype
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._joint: list[Tensor] = []
@@ -46,7 +48,7 @@ class SlotCache:
         layer = len(self.prompt)
         self.prompt.append((key, value))
         if layer == len(self.keys):
-            new = key.new_zeros if self.zeroed else key.new_empty
+            new = partial(key.new_zeros if self.zeroed else key.new_empty, dtype=self.dtype)
             shape = (self.slots, key.shape[1], self.length, key.shape[3])
             if value.shape == key.shape:
                 self._joint.append(new((2, *shape)))
@@ -75,7 +77,7 @@ class SlotCache:
             row = torch.arange(self.active, device=new.device)[:, None, None] + kind
             head = row * heads + torch.arange(heads, device=new.device)
             self._flat[-heads] = (head * self.length + self.places[:, None, None]).flatten()
-        joint.flatten(0, 3).index_copy_(0, self._flat[-heads], new.flatten(0, 1))
+        joint.flatten(0, 3).index_copy_(0, self._flat[-heads], new.flatten(0, 1).to(joint.dtype))
         return self._seen(layer)
 
     def _seen(self, layer: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,177 @@
+"""The C functions as operators of torch: tensors in, results written into tensors that the caller allocated.
+
+Each has a fake implementation that does nothing, since nothing is allocated inside: what is built on them can be traced and its
+memory estimated on tensors without numbers (grpo/tools/memory.py). An operator adds about 3 us to a call. None of them has a
+gradient: they are called inside of autograd functions.
+
+All tensors are float32 (ids and places int64, uniforms float64), contiguous and on the CPU. `library()` must not be None.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from grpo.kernels.cpu.compiler import library, pointer, threads_for
+
+PANEL, ROWS = 16, 12
+"""As in simd.h (ROWS at most): they decide the size of attention's workspace."""
+
+_operators = torch.library.Library("grpo", "DEF")
+
+
+def _operator(schema: str):  # type: ignore[no-untyped-def]
+    """Decorate an implementation: -> the operator `grpo::NAME` of that schema, which returns nothing."""
+
+    def register(implementation):  # type: ignore[no-untyped-def]
+        name = implementation.__name__
+        _operators.define(f"{name}({schema}) -> ()")
+        _operators.impl(name, implementation, "CPU")
+        torch.library.register_fake(f"grpo::{name}", lambda *_: None, lib=_operators)
+        return getattr(torch.ops.grpo, name).default
+
+    return register
+
+
+@_operator("Tensor hidden, Tensor weight, float epsilon, Tensor(a!) scale, Tensor(b!) result")
+def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, scale: Tensor, result: Tensor) -> None:
+    """result = weight * hidden * scale with scale = 1 / rms(hidden), over the last dimension; scale has one number per row."""
+    shape = (threads_for(hidden.numel()), scale.numel(), hidden.shape[-1], epsilon)
+    library().norm(*shape, *map(pointer, (hidden, weight, scale, result)))
+
+
+@_operator(
+    "Tensor hidden, Tensor weight, Tensor scale, Tensor gradient, Tensor? add, Tensor(a!) grad_hidden, Tensor(b!) grad_weight"
+)
+def rms_norm_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    gradient: Tensor,
+    add: Tensor | None,
+    grad_hidden: Tensor,
+    grad_weight: Tensor,
+) -> None:
+    """grad_hidden = the gradient of `hidden`, plus `add`; grad_weight [threads, size] (zeros before): the parts of its sum."""
+    tensors = (hidden, weight, scale, gradient, add, grad_hidden, grad_weight)
+    library().norm_backward(len(grad_weight), scale.numel(), hidden.shape[-1], *map(pointer, tensors))
+
+
+@_operator("Tensor gate, Tensor up, Tensor(a!) result")
+def swiglu(gate: Tensor, up: Tensor, result: Tensor) -> None:
+    """result = silu(gate) * up"""
+    library().swiglu(threads_for(gate.numel()), gate.numel(), *map(pointer, (gate, up, result)))
+
+
+@_operator("Tensor gate, Tensor up, Tensor gradient, Tensor(a!) grad_gate, Tensor(b!) grad_up")
+def swiglu_backward(gate: Tensor, up: Tensor, gradient: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
+    """Gradients of gate and up; grad_up may be the memory of `gradient`."""
+    tensors = (gate, up, gradient, grad_gate, grad_up)
+    library().swiglu_backward(threads_for(gate.numel()), gate.numel(), *map(pointer, tensors))
+
+
+@_operator("Tensor states, Tensor cos, Tensor sin, bool back, Tensor(a!) result")
+def rotate(states: Tensor, cos: Tensor, sin: Tensor, back: bool, result: Tensor) -> None:
+    """Rotary embedding (arXiv 2104.09864) of states [..., heads, D] by cos and sin [..., D]; `back`: the inverse, which is its
+    gradient. `result` may be `states`."""
+    heads, size = states.shape[-2:]
+    shape = (threads_for(states.numel()), states.numel() // (heads * size), heads, size, back)
+    library().rotate(*shape, *map(pointer, (states, cos, sin, result)))
+
+
+@_operator(
+    "Tensor query, Tensor key, Tensor value, Tensor[] prompt_keys, Tensor[] prompt_values, Tensor sequences, int longest, int threads,"
+    " int window, float scaling, Tensor(a!) workspace, Tensor(b!) result, Tensor(c!) lse"
+)
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_keys: list[Tensor],
+    prompt_values: list[Tensor],
+    sequences: Tensor,
+    longest: int,
+    threads: int,
+    window: int,
+    scaling: float,
+    workspace: Tensor,
+    result: Tensor,
+    lse: Tensor,
+) -> None:
+    """Causal attention of the sequences [S, 5] (grpo/kernels/cpu/attention.py) of one row of tokens.
+
+    query and result [T, H, D], key and value [T, K, D], lse [H, T] (log-sum-exp of each token's scores)."""
+    (tokens, heads, size), key_heads = query.shape, key.shape[1]
+    parts = key_heads if len(sequences) * key_heads >= 2 * threads else heads
+    shape = (threads, parts, heads, key_heads, size, tokens, window, longest, scaling)
+    tensors = (query, key, value, workspace, result, lse)
+    library().attention_forward(
+        *shape,
+        len(sequences),
+        pointer(sequences),
+        _pointers(prompt_keys),
+        _pointers(prompt_values),
+        *map(pointer, tensors),
+    )
+
+
+@_operator(
+    "Tensor query, Tensor key, Tensor value, Tensor[] prompt_keys, Tensor[] prompt_values, Tensor sequences, Tensor groups, int longest,"
+    " int threads, int window, float scaling, Tensor result, Tensor lse, Tensor gradient, Tensor(a!) workspace, Tensor(b!) grad_query,"
+    " Tensor(c!) grad_key, Tensor(d!) grad_value"
+)
+def attention_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_keys: list[Tensor],
+    prompt_values: list[Tensor],
+    sequences: Tensor,
+    groups: Tensor,
+    longest: int,
+    threads: int,
+    window: int,
+    scaling: float,
+    result: Tensor,
+    lse: Tensor,
+    gradient: Tensor,
+    workspace: Tensor,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> None:
+    """Gradients of `attention`. grad_key and grad_value [T and the tokens of prompts elsewhere, parts, D] with parts = K or H."""
+    (tokens, heads, size), key_heads = query.shape, key.shape[1]
+    shape = (threads, grad_key.shape[1], heads, key_heads, size, tokens, window, longest, scaling)
+    tensors = (query, key, value, result, lse, gradient, workspace, grad_query, grad_key, grad_value)
+    plan = (len(groups) - 1, pointer(groups), pointer(sequences), _pointers(prompt_keys), _pointers(prompt_values))
+    library().attention_backward(*shape, *plan, *map(pointer, tensors))
+
+
+@_operator(
+    "Tensor(a!) logits, Tensor targets, float temperature, Tensor(b!) logprobs, Tensor(c!) entropies, Tensor(d!) total, Tensor(e!) lse"
+)
+def softmax(
+    logits: Tensor, targets: Tensor, temperature: float, logprobs: Tensor, entropies: Tensor, total: Tensor, lse: Tensor
+) -> None:
+    """logits [n, V] become weights, p = weight / total; [n] each the target's logprob, the entropy, total, and the log-sum-exp of
+    logits / temperature."""
+    rows, size = logits.shape
+    tensors = (logits, targets, logprobs, entropies, total, lse)
+    library().softmax(threads_for(logits.numel()), rows, size, temperature, *map(pointer, tensors))
+
+
+@_operator(
+    "Tensor logits, Tensor uniforms, float temperature, Tensor(a!) blocks, Tensor(b!) tokens, Tensor(c!) logprobs"
+)
+def draw(
+    logits: Tensor, uniforms: Tensor, temperature: float, blocks: Tensor, tokens: Tensor, logprobs: Tensor
+) -> None:
+    """tokens and logprobs [B] from softmax(logits [B, V] / temperature) at `uniforms` [B]; blocks [B, V / 128] is workspace."""
+    rows, size = logits.shape
+    tensors = (logits, uniforms, blocks, tokens, logprobs)
+    library().draw(threads_for(logits.numel()), rows, size, temperature, *map(pointer, tensors))
+
+
+def _pointers(tensors: list[Tensor]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(tensors))(*map(pointer, tensors))

@@ -1,0 +1,1 @@
+"""CUDA: what only this kind of device has."""

@@ -1,0 +1,69 @@
+"""Sampling: logits [B, V] and a uniform number for each row -> tokens [B] and their logprobs [B]."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from grpo.kernels.cpu import ops
+from grpo.kernels.cpu.compiler import c_kernel, is_readable
+
+BLOCK = 128
+"""Tokens per block of the two-level inversion."""
+
+
+def draw_tokens(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One token per row from softmax(logits / temperature), by inverting the cumulative distribution.
+
+    The inversion has two levels: first the block of BLOCK tokens, then the token in it. So no cumulative sum runs over
+    the whole vocabulary, which is slow, and in float32 also wrong in its last digits; the short ones are float64.
+
+    Args:
+        logits_BV: [B, V], any float dtype.
+        uniform_B: [B] float64 in [0, 1): where each row's distribution is inverted.
+        temperature: 0 takes the most likely token.
+
+    Returns:
+        Tokens [B] int64, and logprobs [B] float32 under the distribution drawn from (temperature 0: the unscaled softmax).
+    """
+    if c_kernel("sampling", logits_BV) and is_readable(uniform_B, dtype=torch.float64):
+        (rows, size), tokens = logits_BV.shape, torch.empty(len(logits_BV), dtype=torch.long)
+        blocks, logprobs = uniform_B.new_empty(rows, -(-size // BLOCK)), logits_BV.new_empty(rows)
+        ops.draw(logits_BV, uniform_B, temperature, blocks, tokens, logprobs)
+        return tokens, logprobs
+    logits = logits_BV.float()
+    if temperature not in (0.0, 1.0):
+        logits = logits / temperature
+    weights = logits.softmax(-1)
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        whole = weights.shape[-1] // BLOCK * BLOCK
+        sums = weights[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1)
+        if whole < weights.shape[-1]:
+            sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], -1)
+        sums = sums.double()
+        block, rest = _invert(sums, uniform_B.double() * sums.sum(-1))
+        index = block[:, None] * BLOCK + _block_places(logits.device)
+        inside = weights.gather(-1, index.clamp(max=logits.shape[-1] - 1)).double()
+        tokens = block * BLOCK + _invert(inside.masked_fill_(index >= logits.shape[-1], 0.0), rest)[0]
+    return tokens, weights.gather(-1, tokens[:, None]).squeeze(-1).log()
+
+
+@functools.cache
+def _block_places(device: torch.device) -> Tensor:
+    return torch.arange(BLOCK, device=device)
+
+
+def _invert(weights: Tensor, threshold_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Invert the cumulative sums of [B, K] float64 weights at a threshold [B].
+
+    Returns the first index [B] whose cumulative sum exceeds the threshold, and what of the threshold is left inside it [B]. An
+    index of weight 0 is never taken: a threshold at or beyond the total (rounding) is pulled below it.
+    """
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1]
+    threshold = torch.minimum(threshold_B, torch.nextafter(total, torch.zeros_like(total)))[:, None]
+    index = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=weights.shape[-1] - 1)
+    before = cumulative.gather(-1, index) - weights.gather(-1, index)
+    return index.squeeze(-1), (threshold - before).squeeze(-1).clamp_(min=0)

@@ -1,0 +1,174 @@
+"""Model families: a model of transformers -> its description (grpo/kernels/description.py), by which fused paths compute.
+
+One entry for each family whose layers are those of Llama, with what it adds to them. The start-up check compares the result
+with the model's own modules, so an entry that is wrong costs speed and no exactness.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grpo.kernels.description import Adapter, Layer, Linear, Model
+from grpo.models.lora import ADAPTER
+
+
+@dataclass(frozen=True)
+class Family:
+    """Peculiarities of a family's layers."""
+
+    window: Callable[[Any], int | None] = lambda attention: None
+    """The sliding window of an attention module."""
+    norms_heads: bool = False
+    """Queries and keys go through an RMSNorm of each head."""
+    rotary: Callable[[Any], bool] = lambda attention: True
+    """Whether an attention module has a rotary embedding."""
+
+
+def _own_window(attention: Any) -> int | None:
+    return attention.sliding_window
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(window=lambda attention: attention.config.sliding_window),
+    "qwen2": Family(window=_own_window),
+    "qwen3": Family(window=_own_window, norms_heads=True),
+    "smollm3": Family(window=_own_window, rotary=lambda attention: bool(attention.use_rope)),
+}
+"""By `model_type` of the config."""
+
+FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose frequencies do not depend on the length seen so far."""
+
+
+def describe(model: PreTrainedModel) -> Model | None:
+    """Return the description of `model`; None where its modules must be used.
+
+    That is: an unknown family, one that does not come from transformers, weights that are sharded or quantized, hooks on a module
+    that would not be called, an activation other than SiLU, or a layer that is not what its family says.
+    """
+    family = FAMILIES.get(model.config.model_type)
+    base: Any = model.base_model
+    if family is None or not type(model).__module__.startswith("transformers.models."):
+        return None
+    if getattr(model.config, "hidden_act", None) != "silu":
+        return None
+    try:
+        embedding: Any = base.embed_tokens
+        layers = tuple(_layer(layer, family) for layer in base.layers)
+        _check_modules([base, embedding, base.norm])
+        if (
+            type(embedding) is not nn.Embedding
+            or embedding.max_norm
+            or embedding.scale_grad_by_freq
+            or embedding.sparse
+        ):
+            raise _NotDescribed
+        weights = (_weight(embedding.weight), _weight(base.norm.weight))
+        padding, epsilon = embedding.padding_idx, base.norm.variance_epsilon
+    except (AttributeError, _NotDescribed):
+        return None
+    rotary: Any = base.rotary_emb
+    checkpointed = any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in base.layers)
+    return Model(weights[0], padding, layers, weights[1], float(epsilon), rotary, checkpointed)
+
+
+def rope_is_fixed(model: PreTrainedModel) -> bool:
+    """Return whether one table of cosines and sines by position serves all lengths."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    return rope.get("rope_type", "default") in FIXED_ROPE_TYPES
+
+
+class _NotDescribed(Exception):
+    """The module is not what a description can say."""
+
+
+def _layer(layer: Any, family: Family) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    _check_modules([layer, attention, mlp, layer.input_layernorm, layer.post_attention_layernorm])
+    head_norms: dict[str, Any] = {}
+    if family.norms_heads:
+        _check_modules([attention.q_norm, attention.k_norm])
+        head_norms = {
+            "query_norm": _weight(attention.q_norm.weight),
+            "key_norm": _weight(attention.k_norm.weight),
+            "head_epsilon": attention.q_norm.variance_epsilon,
+        }
+    size = attention.head_dim
+    query, key = _linear(attention.q_proj), _linear(attention.k_proj)
+    if attention.attention_dropout and layer.training:
+        raise _NotDescribed
+    return Layer(
+        norm=_weight(layer.input_layernorm.weight),
+        query=query,
+        key=key,
+        value=_linear(attention.v_proj),
+        out=_linear(attention.o_proj),
+        mlp_norm=_weight(layer.post_attention_layernorm.weight),
+        gate=_linear(mlp.gate_proj),
+        up=_linear(mlp.up_proj),
+        down=_linear(mlp.down_proj),
+        epsilon=layer.input_layernorm.variance_epsilon,
+        mlp_epsilon=layer.post_attention_layernorm.variance_epsilon,
+        heads=query.weight.shape[0] // size,
+        key_heads=key.weight.shape[0] // size,
+        head_size=size,
+        scaling=attention.scaling,
+        window=family.window(attention),
+        rotary=family.rotary(attention),
+        **head_norms,
+    )
+
+
+def _linear(module: Any) -> Linear:
+    _check_modules([module])
+    if type(module) is nn.Linear:
+        return Linear(_weight(module.weight), _bias(module))
+    base = getattr(module, "base_layer", None)
+    if type(base) is not nn.Linear or not hasattr(module, "lora_A"):
+        raise _NotDescribed
+    _check_modules([base, module.lora_A, module.lora_B])
+    plain = Linear(_weight(base.weight), _bias(base))
+    if module.disable_adapters:
+        return plain
+    # The adapters that grpo/models/lora.py makes: one, without dropout, bias or variant, never merged.
+    variant = getattr(module, "lora_variant", {})
+    if module.merged or module.active_adapters != [ADAPTER] or ADAPTER in variant:
+        raise _NotDescribed
+    low, high = module.lora_A[ADAPTER], module.lora_B[ADAPTER]
+    _check_modules([low, high, module.lora_dropout[ADAPTER]])
+    if low.bias is not None or high.bias is not None or not isinstance(module.lora_dropout[ADAPTER], nn.Identity):
+        raise _NotDescribed
+    scale = float(module.scaling[ADAPTER])
+    return Linear(plain.weight, plain.bias, Adapter(_weight(low.weight), _weight(high.weight), scale))
+
+
+def _bias(module: nn.Linear) -> Tensor | None:
+    return None if module.bias is None else _weight(module.bias)
+
+
+def _weight(parameter: Tensor) -> Tensor:
+    """`parameter`, where it is an ordinary tensor of this process."""
+    if type(parameter) not in (Tensor, nn.Parameter) and not isinstance(parameter, torch._subclasses.FakeTensor):
+        raise _NotDescribed
+    if hasattr(parameter, "ds_id"):  # ZeRO-3 gathers it while its own module is called
+        raise _NotDescribed
+    return parameter
+
+
+def _check_modules(modules: list[Any]) -> None:
+    """Raise where calling the modules would do more than their own forward."""
+    for module in modules:
+        if any(_hooks(module)) or "forward" in module.__dict__:
+            raise _NotDescribed
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    yield module._forward_hooks
+    yield module._forward_pre_hooks
+    yield module._backward_hooks
+    yield module._backward_pre_hooks
