@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo.kernels.description import Adapter, Layer, Linear, Model
-from grpo.models.lora import ADAPTER
+from grpo.models.lora import ADAPTER_NAME
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,13 @@ def _linear(module: Any) -> Linear:
         return plain
     # The adapters that grpo/models/lora.py makes: one, without dropout, bias or variant, never merged.
     variant = getattr(module, "lora_variant", {})
-    if module.merged or module.active_adapters != [ADAPTER] or ADAPTER in variant:
+    if module.merged or module.active_adapters != [ADAPTER_NAME] or ADAPTER_NAME in variant:
         raise _NotDescribed
-    low, high = module.lora_A[ADAPTER], module.lora_B[ADAPTER]
-    _check_modules([low, high, module.lora_dropout[ADAPTER]])
-    if low.bias is not None or high.bias is not None or not isinstance(module.lora_dropout[ADAPTER], nn.Identity):
+    low, high = module.lora_A[ADAPTER_NAME], module.lora_B[ADAPTER_NAME]
+    _check_modules([low, high, module.lora_dropout[ADAPTER_NAME]])
+    if low.bias is not None or high.bias is not None or not isinstance(module.lora_dropout[ADAPTER_NAME], nn.Identity):
         raise _NotDescribed
-    scale = float(module.scaling[ADAPTER])
+    scale = float(module.scaling[ADAPTER_NAME])
     return Linear(plain.weight, plain.bias, Adapter(_weight(low.weight), _weight(high.weight), scale))
 
 

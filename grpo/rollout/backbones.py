@@ -19,7 +19,6 @@ from grpo.kernels.head import head_logits, product_dtype
 from grpo.kernels.kv_cache import SlotCache
 from grpo.kernels.registry import switch_off
 from grpo.models.families import describe, rope_is_fixed
-from grpo.models.weights import full
 from grpo.rollout.engine import device_of
 from grpo.runtime.precision import PRECISIONS
 
@@ -87,7 +86,7 @@ class ModuleBackbone:
         return decode.padded_rows(rows, device_of(self.model))
 
     def logits(self, hidden_BH: Tensor) -> Tensor:
-        head = full(self.model.get_output_embeddings().weight)
+        head = self.model.get_output_embeddings().weight.detach()
         return head_logits(hidden_BH, head, product_dtype(hidden_BH.device))
 
     def release(self) -> None:
@@ -114,7 +113,7 @@ class KernelBackbone:
     def refresh(self) -> None:
         described = describe(self.model)
         assert described is not None, "the model had a description when its backbone was chosen"
-        self.decoder.refresh(described, full(self.model.get_output_embeddings().weight), self.cache_dtype)
+        self.decoder.refresh(described, self.model.get_output_embeddings().weight.detach(), self.cache_dtype)
 
 
 def choose_backbone(model: PreTrainedModel) -> tuple[Backbone, int]:
