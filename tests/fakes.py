@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from grpo.kernels.attention import NAME
@@ -37,6 +38,7 @@ FAMILIES = {
     "qwen3": Qwen3Config,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
+    "smollm3": SmolLM3Config,
     "gemma3": Gemma3TextConfig,
 }
 

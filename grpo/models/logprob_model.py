@@ -6,6 +6,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from grpo.kernels import layers
 from grpo.kernels.attention import NAME, GroupSpan, PackedLayout, grpo_attention
+from grpo.kernels.registry import switch_off
 from grpo.logprobs import token_logprobs
 from grpo.models.families import describe
 from grpo.models.lora import head_weight
@@ -87,21 +88,35 @@ class LogprobModel(nn.Module):
 def use_grpo_attention(model: PreTrainedModel) -> bool:
     """Switch to our attention if it gives the same logprobs as the model's own on a probe; else leave the model as it is.
 
-    -> whether it was switched. The probe is two groups with prompts and completions of different lengths. Weights of 16 bits round
-    differently in it: a bfloat16 model's own attention is as far from float32 as ours is.
+    The probe is two groups with prompts and completions of different lengths. It is computed by the modules with their own
+    attention, by the modules with ours, and from the model's description where kernels read that. A description that does not
+    give the same logprobs is not used.
+
+    Returns:
+        Whether it was switched.
     """
+    # Weights of 16 bits round differently: a bfloat16 model's own attention is as far from float32 as ours is.
     tolerance = PRECISIONS[model.dtype].logprob
     batch = probe_batch(model.config.vocab_size).to(next(model.parameters()).device)
+
+    def logprobs(**settings: bool) -> Tensor:
+        found: Tensor = LogprobModel(model, temperature=1.0, **settings)(batch)[0]
+        return found
+
     with torch.no_grad():
-        plain = LogprobModel(model, uses_packed_attention=False, temperature=1.0)(batch)[0]
+        plain = logprobs(uses_packed_attention=False)
         try:
             model.set_attn_implementation(NAME)
-            packed = LogprobModel(model, uses_packed_attention=True, temperature=1.0)(batch)[0]
+            packed = logprobs(uses_packed_attention=True, uses_kernels=False)
         except (NotImplementedError, TypeError, ValueError):
             packed = None
-    if packed is None or not torch.allclose(plain, packed, atol=tolerance, rtol=1e-3):
-        model.set_attn_implementation("sdpa")
-        return False
+        if packed is None or not torch.allclose(plain, packed, atol=tolerance, rtol=1e-3):
+            model.set_attn_implementation("sdpa")
+            return False
+        described = logprobs(uses_packed_attention=True)
+    if not torch.allclose(plain, described, atol=tolerance, rtol=1e-3):
+        distance = float((plain - described).abs().max())
+        switch_off("fused_ops", f"logprobs differ by {distance:.2g} from those of the model's modules")
     return True
 
 

@@ -1,39 +1,36 @@
-"""What is written in C against the same in torch, number by number; and what happens where there is no compiler."""
+"""The C functions against the same in torch, number by number; and a machine without a compiler."""
 
-import contextlib
 import copy
-import itertools
 import os
-import pickle
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
-import grpo.kernels.cpu.decoder_layer
-import grpo.kernels.cpu.gemm
 import pytest
 import torch
 import torch.nn.functional as F
-from grpo.kernels.cpu.decoder_layer import use_lean_layers
-from grpo.kernels.cpu.gemm import accumulate_grads_inplace, product
-from grpo.rollout.compiled_backbone import CompiledBackbone, Panels, library
-from grpo.rollout.kv_cache import SlotCache
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import grpo.kernels.cpu.attention
 import grpo.kernels.cpu.compiler
-import grpo.kernels.cpu.fused_ops
-from grpo.config.schema import LoraConfig
+import grpo.kernels.cpu.decode_step
+import grpo.kernels.cpu.ops
 from grpo.kernels.attention import GroupSpan, PackedLayout, grpo_attention
-from grpo.kernels.cpu.compiler import compiled, kernels
-from grpo.kernels.cpu.fused_ops import _RMSNorm, _SwiGLU
+from grpo.kernels.cpu.compiler import compiled, library
+from grpo.kernels.cpu.decode_step import CompiledDecoder, Panels
+from grpo.kernels.cpu.fused_ops import rms_norm, rotate, swiglu
+from grpo.kernels.decode import FusedDecoder
+from grpo.kernels.head import softmax
+from grpo.kernels.kv_cache import SlotCache
+from grpo.kernels.sampling import draw_tokens
+from grpo.models.families import describe
 from grpo.models.logprob_model import LogprobModel, probe_batch, use_grpo_attention
-from grpo.models.lora import add_adapter
-from grpo.rollout.backbones import FusedBackbone, ModuleBackbone
-from grpo.rollout.native_engine import choose_backbone
-from grpo.rollout.sampling import counted_uniform, draw_tokens
+from grpo.rollout.backbones import Backbone, KernelBackbone, ModuleBackbone, choose_backbone
+from grpo.rollout.sampling import counted_uniform
 from tests.fakes import tiny_model
 
-needs_a_compiler = pytest.mark.skipif(kernels() is None, reason="there is no C compiler here")
+needs_a_compiler = pytest.mark.skipif(library() is None, reason="there is no C compiler here")
 
 
 def numbers(*shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
@@ -55,10 +52,10 @@ def test_norm_and_swiglu_equal_torch_in_values_and_gradients(
     def everything() -> list[Tensor]:
         hidden, weight, upstream = numbers(*shape, scale=3), numbers(shape[-1]), numbers(*shape, grad=False)
         gate, up = numbers(*shape, scale=20), numbers(*shape, scale=0.5)
-        normed, gated = _RMSNorm.apply(hidden, weight, 1e-6), _SwiGLU.apply(gate, up)
+        normed, gated = rms_norm(hidden, weight, 1e-6), swiglu(gate, up)
         return [normed, gated, *torch.autograd.grad((normed * upstream + gated).sum(), [hidden, weight, gate, up])]
 
-    monkeypatch.setattr(grpo.kernels.cpu.fused_ops, "threads_for", lambda count: threads)
+    monkeypatch.setattr(grpo.kernels.cpu.ops, "threads_for", lambda count: threads)
     for mine, theirs in zip(everything(), in_torch(monkeypatch, everything), strict=True):
         mine, theirs = mine.detach(), theirs.detach()
         assert mine.shape == theirs.shape
@@ -113,163 +110,52 @@ def test_attention_of_rows_equals_the_plain_formula(window: int | None) -> None:
 
 
 @needs_a_compiler
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize(
-    ("rows", "terms", "columns"), [(1, 1, 1), (7, 5, 3), (100, 40, 33), (201, 900, 17), (13, 384, 1100), (600, 300, 80)]
-)
-def test_products_equal_torch_whichever_way_they_are_given(
-    monkeypatch: pytest.MonkeyPatch, threads: int, rows: int, terms: int, columns: int
+@pytest.mark.parametrize(("tokens", "heads", "size"), [(5, 2, 8), (700, 3, 24)])
+def test_a_rotation_equals_torch_in_values_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, heads: int, size: int
 ) -> None:
-    monkeypatch.setattr(grpo.kernels.cpu.gemm, "threads_for", lambda count: threads)
-    a, b, bias = (numbers(*shape, grad=False) for shape in ((rows, terms), (terms, columns), (columns,)))
-    expected = (a.double() @ b.double() + bias.double()).float()
-    close = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
-    for a_across, b_across in itertools.product((False, True), repeat=2):
-        given = (a.T.contiguous() if a_across else a, b.T.contiguous() if b_across else b)
-        across = {"a_across": a_across, "b_across": b_across}
-        made = product(*given, bias=bias, **across)
-        assert torch.allclose(made, expected, **close)
-        assert all(torch.equal(product(*given, bias=bias, **across), made) for _ in range(20))  # threads do not meet
-        there = torch.full((rows, columns), 2.0)
-        assert product(*given, into=there, **across) is there
-        assert torch.allclose(there, expected - bias + 2, **close)
+    def everything() -> list[Tensor]:
+        states, upstream = numbers(tokens, heads, size), numbers(tokens, heads, size, grad=False)
+        angles = numbers(tokens, size // 2, grad=False).repeat(1, 2)
+        rotated = rotate(states, angles.cos(), angles.sin())
+        return [rotated, *torch.autograd.grad((rotated * upstream).sum(), [states])]
+
+    for mine, theirs in zip(everything(), in_torch(monkeypatch, everything), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
 
 
-@needs_a_compiler
-def test_gradients_are_added_where_they_belong_and_autograd_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model with a tied head and a padding token, twice: within `accumulate_grads_inplace` over two backward passes, and without."""
-    monkeypatch.setattr(grpo.kernels.cpu.gemm, "FEWEST_ROWS", 1)
+@pytest.mark.parametrize("way", ["compiled", "torch"], indirect=True)
+def test_gradients_are_added_where_they_belong_and_autograd_gives_the_same(way: str) -> None:
+    """A model with a tied head and a padding token, twice: gradients added in place over two backward passes, and by autograd."""
     plain = tiny_model("qwen2", tie_word_embeddings=True)
     plain.get_input_embeddings().padding_idx = 3
-    use_lean_layers(plain)
-    use_grpo_attention(plain)
     twin = copy.deepcopy(plain)
     batch = probe_batch(plain.config.vocab_size)
-    for model, way in ((plain, contextlib.nullcontext), (twin, accumulate_grads_inplace)):
+    for model, in_place in ((plain, False), (twin, True)):
         logprob_model = LogprobModel(model, uses_packed_attention=True, temperature=0.9)
+        logprob_model.accumulate_grads_inplace = in_place
         for factor in (1.0, -3.0):
             logprobs, _ = logprob_model(batch)
-            with way():
-                (logprobs * torch.arange(len(logprobs)) * factor).sum().backward()
+            (logprobs * torch.arange(len(logprobs)) * factor).sum().backward()
     for (name, one), other in zip(plain.named_parameters(), twin.parameters(), strict=True):
         assert one.grad is not None and other.grad is not None, name
         assert float((one.grad - other.grad).abs().max()) <= 1e-5 * float(one.grad.abs().max()), name
 
 
 @needs_a_compiler
-@pytest.mark.parametrize("threads", [1, 3, 16])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-def test_a_whole_layer_equals_its_modules(monkeypatch: pytest.MonkeyPatch, family: str, threads: int) -> None:
-    """In C, in the modules' own way, and with a frozen weight: the same logprobs and gradients; the first without their calls."""
-    monkeypatch.setattr(grpo.kernels.cpu.gemm, "FEWEST_ROWS", 1)
-    monkeypatch.setattr(grpo.kernels.cpu.decoder_layer, "threads_for", lambda count: threads)
-    called = []
-    for name in ("attention_forward", "layer_forward", "layer_backward", "layer_backward_inputs"):
-        function = getattr(kernels(), name)
-        counted = lambda *given, name=name, function=function: (called.append(name), function(*given))  # noqa: E731
-        monkeypatch.setattr(kernels(), name, counted)
-
-    def everything(frozen: str = "none", checkpointed: bool = False) -> list[Tensor]:
-        model = tiny_model(family, **({"sliding_window": 4} if family == "mistral" else {}))
-        generator = torch.Generator().manual_seed(0)
-        for name, parameter in model.named_parameters():
-            if "norm" in name or "bias" in name:  # 1 and 0 would hide what is left out
-                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-            parameter.requires_grad_(frozen not in name)
-        use_lean_layers(model)
-        use_grpo_attention(model)
-        if checkpointed:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.train()
-        called.clear()
-        logprobs, _ = LogprobModel(model, uses_packed_attention=True, temperature=1.0)(
-            probe_batch(model.config.vocab_size)
-        )
-        (logprobs * torch.arange(1, 1 + len(logprobs))).sum().backward()
-        assert all((parameter.grad is None) == (frozen in name) for name, parameter in model.named_parameters())
-        zero = torch.zeros(())
-        return [logprobs.detach(), *(zero if p.grad is None else p.grad for p in model.parameters())]
-
-    theirs = in_torch(monkeypatch, everything)
-    mine = everything()
-    assert called.count("layer_forward") == called.count("layer_backward") == called.count("layer_backward_inputs") == 2
-    assert "attention_forward" not in called
-    again = everything(checkpointed=True)
-    assert called.count("layer_forward") == 4
-    partly = everything(frozen="layers.1.self_attn.v_proj")
-    for a, b, c, d in zip(mine, theirs, again, partly, strict=True):
-        assert float((a - b).abs().max()) <= 1e-5 * max(1.0, float(b.abs().max()))
-        assert torch.equal(a, c)
-        assert d.ndim == 0 or torch.equal(a, d)
-
-
-@needs_a_compiler
-def test_a_layer_in_which_something_was_replaced_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpo.kernels.cpu.gemm, "FEWEST_ROWS", 1)
-    model = tiny_model("qwen2")
-    use_lean_layers(model)
-    use_grpo_attention(model)
-    logprob_model, batch = (
-        LogprobModel(model, uses_packed_attention=True, temperature=1.0),
-        probe_batch(model.config.vocab_size),
-    )
-    before = logprob_model(batch)[0].detach()
-    twin = copy.deepcopy(model)  # has weights of its own
-    twin.model.layers[0].mlp.up_proj.weight.data.zero_()
-    assert torch.equal(logprob_model(batch)[0], before)
-    changed = LogprobModel(twin, uses_packed_attention=True, temperature=1.0)(batch)[0].detach()
-    assert not torch.allclose(changed, before)
-    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(twin.model.layers[0].mlp.up_proj.weight.data.clone())
-    assert torch.equal(logprob_model(batch)[0], changed)
-    add_adapter(model, LoraConfig(r=4, target_modules=["up_proj"]), base="")
-    for name, parameter in model.named_parameters():
-        if "lora" in name:
-            parameter.data.fill_(0.1)
-    assert not torch.allclose(logprob_model(batch)[0], changed)
-
-
-@needs_a_compiler
-@pytest.mark.parametrize("targets", [["q_proj"], ["gate_proj", "down_proj"]])
-def test_products_beside_an_adapter_equal_torch(monkeypatch: pytest.MonkeyPatch, targets: list[str]) -> None:
-    """A frozen base under LoRA: only the adapter gets gradients, the ones that torch's products give."""
-    monkeypatch.setattr(grpo.kernels.cpu.gemm, "FEWEST_ROWS", 1)
-    batch = probe_batch(tiny_model().config.vocab_size)
-
-    def gradients() -> list[Tensor]:
-        model = tiny_model()
-        use_lean_layers(model)
-        torch.manual_seed(0)
-        add_adapter(model, LoraConfig(r=4, target_modules=targets), base="")
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.data.normal_(std=0.1)
-        with accumulate_grads_inplace():
-            LogprobModel(model, uses_packed_attention=True, temperature=1.0)(batch)[0].sum().backward()
-        assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
-        return [parameter.grad for parameter in trained if parameter.grad is not None]
-
-    mine, theirs = gradients(), in_torch(monkeypatch, gradients)
-    assert len(mine) == len(theirs) == 2 * 2 * len(targets)
-    for one, other in zip(mine, theirs, strict=True):
-        assert torch.allclose(one, other, atol=1e-5 * float(other.abs().max()))
-
-
-@needs_a_compiler
 def test_the_softmax_of_extreme_logits() -> None:
-    from grpo.logprobs import _softmax
-
     logits = torch.cat([numbers(5, 3001, scale=8, grad=False), torch.full((1, 3001), -90.0)])
     logits[0, 7], logits[5, 2] = 300.0, 20.0
     targets = torch.tensor([7, 0, 3000, 2999, 1, 5])
     expected = torch.log_softmax(logits.double() / 0.7, -1)
-    weights, total, lse, logprobs, entropies = _softmax(logits.clone(), targets, 0.7)
+    weights, total, lse, logprobs, entropies = softmax(logits.clone(), targets, 0.7)
     assert torch.allclose(logprobs.double(), expected.gather(1, targets[:, None])[:, 0], rtol=1e-5, atol=1e-5)
     assert torch.allclose(entropies.double(), -(expected.exp() * expected).sum(-1), atol=1e-5)
     assert torch.allclose(lse.double(), (logits.double() / 0.7).logsumexp(-1), rtol=1e-6)
     assert torch.allclose((weights / total[:, None]).double(), expected.exp(), atol=1e-6)
     nothing = numbers(2, 50, grad=False)
     nothing[1, 4] = torch.nan
-    assert _softmax(nothing, torch.tensor([1, 2]), 1.0)[3].isnan().tolist() == [False, True]
+    assert softmax(nothing, torch.tensor([1, 2]), 1.0)[3].isnan().tolist() == [False, True]
 
 
 @needs_a_compiler
@@ -290,10 +176,18 @@ def test_the_same_tokens_are_drawn(monkeypatch: pytest.MonkeyPatch, size: int, t
     assert bool((logits[keys, tokens] > -torch.inf).all())
 
 
-def decoded(backbone, rows: int, steps: int = 3) -> Tensor:  # type: ignore[no-untyped-def]
+def compiled_backbone(model: PreTrainedModel) -> KernelBackbone:
+    return KernelBackbone(model, CompiledDecoder())
+
+
+def fused_backbone(model: PreTrainedModel) -> KernelBackbone:
+    return KernelBackbone(model, FusedDecoder())
+
+
+def decoded(backbone: Backbone, rows: int, steps: int = 3) -> Tensor:
     """Hidden states of a prefill of `rows` prompts, of a few steps, and the logits of the last."""
     ids = torch.arange(rows * 5).reshape(rows, 5) % 40
-    cache = SlotCache(rows, 5 + steps)
+    cache = SlotCache(rows, 5 + steps, backbone.cache_dtype)
     with torch.no_grad():
         backbone.refresh()
         hidden = [backbone.prefill(ids, cache)[:, -1]]
@@ -312,8 +206,9 @@ def decoded(backbone, rows: int, steps: int = 3) -> Tensor:  # type: ignore[no-u
 def test_a_compiled_step_is_that_of_the_modules(family: str, rows: int) -> None:
     model = tiny_model(family)
     assert use_grpo_attention(model)
-    assert CompiledBackbone.fits(model)
-    mine, fused, modules = (decoded(kind(model), rows) for kind in (CompiledBackbone, FusedBackbone, ModuleBackbone))
+    described = describe(model)
+    assert described is not None and CompiledDecoder.is_supported(described, torch.float32)
+    mine, fused, modules = (decoded(kind(model), rows) for kind in (compiled_backbone, fused_backbone, ModuleBackbone))
     assert torch.allclose(mine, modules, atol=1e-5, rtol=1e-5)
     assert torch.allclose(mine, fused, atol=1e-5, rtol=1e-5)
 
@@ -322,17 +217,8 @@ def test_a_compiled_step_is_that_of_the_modules(family: str, rows: int) -> None:
 def test_a_compiled_step_of_long_rows_and_of_heads_that_are_no_multiple_of_32() -> None:
     model = tiny_model("llama", head_dim=40)
     assert use_grpo_attention(model)
-    mine, modules = (decoded(kind(model), 3, steps=20) for kind in (CompiledBackbone, ModuleBackbone))
+    mine, modules = (decoded(kind(model), 3, steps=20) for kind in (compiled_backbone, ModuleBackbone))
     assert torch.allclose(mine, modules, atol=1e-5, rtol=1e-5)
-
-
-@needs_a_compiler
-def test_a_layer_can_be_pickled() -> None:
-    model = tiny_model("llama")
-    use_lean_layers(model)
-    again = pickle.loads(pickle.dumps(model.model.layers[0]))
-    assert type(again) is type(model.model.layers[0])
-    assert torch.equal(again.mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
 
 
 @needs_a_compiler
@@ -340,7 +226,7 @@ def test_an_inside_that_fills_no_whole_panels() -> None:
     model = tiny_model("llama", intermediate_size=52)
     assert use_grpo_attention(model)
     assert torch.allclose(
-        *(decoded(kind(model), 5) for kind in (CompiledBackbone, ModuleBackbone)), atol=1e-5, rtol=1e-5
+        *(decoded(kind(model), 5) for kind in (compiled_backbone, ModuleBackbone)), atol=1e-5, rtol=1e-5
     )
 
 
@@ -348,11 +234,11 @@ def test_an_inside_that_fills_no_whole_panels() -> None:
 def test_a_row_does_not_depend_on_those_beside_it_nor_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     assert use_grpo_attention(model)
-    together = decoded(CompiledBackbone(model), 13)
+    together = decoded(compiled_backbone(model), 13)
     for rows in (1, 3, 8):
-        assert torch.equal(decoded(CompiledBackbone(model), rows), together[:rows])
+        assert torch.equal(decoded(compiled_backbone(model), rows), together[:rows])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert torch.equal(decoded(CompiledBackbone(model), 13), together)
+    assert torch.equal(decoded(compiled_backbone(model), 13), together)
 
 
 @needs_a_compiler
@@ -362,22 +248,33 @@ def test_panels_hold_the_weight(outputs: int, inputs: int) -> None:
     panels = Panels.of(weight)
     assert torch.equal(panels.tensor.transpose(1, 2).flatten(0, 1)[:outputs], weight)
     assert bool((panels.tensor.transpose(1, 2).flatten(0, 1)[outputs:] == 0).all())
-    backbone = CompiledBackbone.__new__(CompiledBackbone)
     bias = numbers(outputs, grad=False)
-    assert torch.allclose(backbone.product(states, panels, bias), F.linear(states, weight, bias), atol=1e-5)
+    assert torch.allclose(CompiledDecoder().product(states, panels, bias), F.linear(states, weight, bias), atol=1e-5)
 
 
 @needs_a_compiler
 def test_the_engine_takes_it_and_does_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     assert use_grpo_attention(model)
-    assert isinstance(choose_backbone(model)[0], CompiledBackbone)
+    assert kind_of(choose_backbone(model)[0]) is CompiledDecoder
     # A result that is not the modules' is not used.
     with monkeypatch.context() as patch:
-        patch.setattr(CompiledBackbone, "step", lambda self, *given: FusedBackbone.step(self, *given) + 0.1)
-        assert type(choose_backbone(model)[0]) is FusedBackbone
-    monkeypatch.setattr(grpo.rollout.compiled_backbone, "compiled", lambda source, **functions: None)
-    assert type(choose_backbone(model)[0]) is FusedBackbone
+        patch.setattr(CompiledDecoder, "step", lambda self, *given: torch.ones(2, 32))
+        assert kind_of(choose_backbone(model)[0]) is FusedDecoder
+    for switch, kind in (
+        ("auto,-decode_step", FusedDecoder),
+        ("auto,-decode_step,-fused_decode", None),
+        ("torch", None),
+    ):
+        monkeypatch.setenv("GRPO_KERNELS", switch)
+        assert kind_of(choose_backbone(model)[0]) is kind
+    monkeypatch.delenv("GRPO_KERNELS")
+    monkeypatch.setattr(grpo.kernels.cpu.decode_step, "compiled", lambda source, **functions: None)
+    assert kind_of(choose_backbone(model)[0]) is FusedDecoder
+
+
+def kind_of(backbone: Backbone) -> type | None:
+    return type(backbone.decoder) if isinstance(backbone, KernelBackbone) else None
 
 
 def test_in_16_bits_it_is_the_fused_backbone(way: str) -> None:
@@ -386,7 +283,22 @@ def test_in_16_bits_it_is_the_fused_backbone(way: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         backbone, _ = choose_backbone(model)
         assert decoded(backbone, 3).isfinite().all()
-    assert not getattr(backbone, "panels", False)
+    assert kind_of(backbone) is FusedDecoder
+
+
+@pytest.mark.parametrize("kind", [ModuleBackbone, fused_backbone])
+def test_the_cache_has_the_dtype_that_was_budgeted(kind: Callable[[PreTrainedModel], Backbone]) -> None:
+    backbone = kind(tiny_model())
+    for enabled, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled), torch.no_grad():
+            cache = SlotCache(2, 6, backbone.cache_dtype)
+            backbone.refresh()
+            backbone.prefill(torch.tensor([[3, 4], [5, 6]]), cache)
+            cache.admit(0, [(key[0], value[0]) for key, value in cache.prompt], 2)
+            cache.aim(torch.tensor([2, 2]), 3)
+            assert backbone.step(torch.tensor([7, 8]), torch.tensor([2, 2]), cache).isfinite().all()
+        assert {tensor.dtype for tensor in (*cache.keys, *cache.values)} == {dtype}
+        assert cache.bytes == cache.numbers * dtype.itemsize
 
 
 @needs_a_compiler
@@ -430,6 +342,7 @@ def test_no_compiler_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CC", compiler)
     compiled.cache_clear()
     assert library() is None
-    assert kernels() is None
-    assert not CompiledBackbone.fits(tiny_model())
+    assert grpo.kernels.cpu.decode_step.library() is None
+    described = describe(tiny_model())
+    assert described is not None and not CompiledDecoder.is_supported(described, torch.float32)
     compiled.cache_clear()
