@@ -168,7 +168,6 @@ def _check_modules(modules: list[Any]) -> None:
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
-    yield module._forward_hooks
-    yield module._forward_pre_hooks
-    yield module._backward_hooks
-    yield module._backward_pre_hooks
+    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
+        # What transformers registers with gradient checkpointing is for the reentrant kind, which is not used here.
+        yield from (hook for hook in hooks.values() if getattr(hook, "__name__", "") != "make_inputs_require_grads")

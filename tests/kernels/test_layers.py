@@ -81,7 +81,7 @@ def test_adapters(way: str, family: str, targets: list[str]) -> None:
     spread(model)
     described = describe(model)
     assert described is not None and described.layers[0].has_adapter
-    assert_same(model, long_batch())
+    assert_same(model, long_batch(), close=5e-5)  # both ways round: gradients of 100 go through the adapters
     with adapter.disable_adapter():
         described = describe(model)
         assert described is not None and not described.layers[0].has_adapter

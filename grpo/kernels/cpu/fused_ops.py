@@ -110,6 +110,7 @@ class Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        result, gradient = torch.empty_like(gradient), gradient.contiguous()
+        gradient = gradient.contiguous()
+        result = torch.empty_like(gradient)
         ops.rotate(gradient, *ctx.saved_tensors, True, result)
         return result, None, None
