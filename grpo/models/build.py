@@ -125,5 +125,10 @@ def _frozen_reference(
             config.reference,
         )
     strategy.replicate(model)
-    frozen = LogprobModel(model, uses_packed_attention=uses_packed_attention, temperature=logprob_model.temperature)
+    frozen = LogprobModel(
+        model,
+        uses_packed_attention=uses_packed_attention,
+        temperature=logprob_model.temperature,
+        uses_kernels=logprob_model.uses_kernels,  # the same sums in the same order: the KL starts at exactly 0
+    )
     return FrozenReference(frozen, strategy.accelerator.device, offload=config.reference_offload)
