@@ -78,7 +78,7 @@ def build_trained_model(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()  # checkpointing is only active in train mode; every dropout is 0, so nothing else changes
-    compute, rounded = compute_dtype(accelerator), strategy.casts_weights and not strategy.shards_weights
+    compute, rounded = compute_dtype(accelerator), strategy.holds_rounded_weights()
     working_copy.bind(
         model,
         accelerator.device,

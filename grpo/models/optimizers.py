@@ -26,7 +26,7 @@ class OptimizerFactory(Protocol):
     ) -> torch.optim.Optimizer: ...
 
 
-OPTIMIZERS: Registry[OptimizerFactory] = Registry("optimizer")
+OPTIMIZERS: Registry[OptimizerFactory] = Registry("optimizer", key="optimizer.optim")
 register_optimizer = OPTIMIZERS.register
 
 

@@ -6,6 +6,7 @@ from grpo.errors import ConfigError
 from grpo.experience import estimator_of
 from grpo.kl import KL_ESTIMATORS
 from grpo.losses import check_loss, find_loss
+from grpo.models.optimizers import OPTIMIZERS
 from grpo.rollout.engine import find_engine
 
 
@@ -26,3 +27,4 @@ def check_components(config: Config) -> None:
             "objective.subset_size is set, but objective.subset is not: name one, for example max_variance"
         )
     find_engine(config.rollout.engine)
+    OPTIMIZERS.check(config.optimizer.optim, config)

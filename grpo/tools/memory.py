@@ -113,13 +113,13 @@ def working_copy(machine: Machine, config: Config, model: PreTrainedModel) -> fl
     strategy = strategy_class(machine)
     size, linear = sum(parameter.numel() for parameter in model.parameters()), linear_weights(model)
     base = bytes_per_weight(config)
-    casts_live_weights = strategy.casts_weights and not strategy.shards_weights
-    width = 2 if machine.compute and not casts_live_weights else base
+    is_rounded = strategy.holds_rounded_weights()
+    width = 2 if machine.compute and not is_rounded else base
     if strategy.shards_weights or config.rollout.max_staleness > 0:
         return width * linear + base * (size - linear)
-    if casts_live_weights and config.lora.r is None:
+    if is_rounded and config.lora.r is None:
         return 0
-    if machine.compute and not casts_live_weights:
+    if machine.compute and not is_rounded:
         return width * linear
     if config.lora.r is not None and config.lora.target_modules == ["all-linear"]:
         return base * linear

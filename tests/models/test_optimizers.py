@@ -6,10 +6,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from grpo.config.parser import load_config
 from grpo.config.schema import ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.errors import ConfigError
 from grpo.models.optimizers import ADAMW, OPTIMIZERS, build_scheduler, override_hyperparameters
 from grpo.policy import Policy
+from grpo.run.components import check_components
 from tests.fakes import tiny_folder
 from tests.models.strategies.rank_program import batch_of, full_weights
 
@@ -58,7 +60,7 @@ def test_a_function_in_a_file_trains_and_resumes(tmp_path: Path) -> None:
 
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown optimizer 'adam'.*" + ADAMW):
-        OPTIMIZERS.get("adam")
+        check_components(load_config(["--model.name=m", "--optimizer.optim=adam"]))
 
 
 def test_hyperparameters_of_the_config_replace_restored_ones() -> None:

@@ -184,6 +184,11 @@ class Strategy(WeightReader, ABC):
         """Batches of one step may share the forward pass of a prompt, so that ranks call layers unequally often."""
         return False
 
+    @classmethod
+    def holds_rounded_weights(cls) -> bool:
+        """Return whether live weights are whole and in the compute dtype, so that engines can sample from them."""
+        return cls.casts_weights and not cls.shards_weights
+
     @property
     def holds_exact_weights(self) -> bool:
         """The live weights are whole on every process, and are what the optimizer updates."""
