@@ -168,7 +168,7 @@ class Policy:
         """Advance the learning rate of a step without anything to train on."""
         self.scheduler.step()
 
-    # What depends on the weights
+    # Copies of the weights
 
     @property
     def sampler(self) -> PreTrainedModel:
