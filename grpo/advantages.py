@@ -22,10 +22,10 @@ MAX_REWARD = 1e30
 ARGUMENTS = ("rewards_PG", "by_reward", "weights", "scale")
 
 ADVANTAGES: Registry[Callable[..., Tensor]] = Registry(
-    "advantage estimator", "objective.advantage_estimator", package="grpo.objectives"
+    "advantage estimator", "grpo.objectives", key="objective.advantage_estimator"
 )
 register_advantage = ADVANTAGES.register
-SUBSETS: Registry[Callable[..., Tensor]] = Registry("subset", "objective.subset", package="grpo.objectives")
+SUBSETS: Registry[Callable[..., Tensor]] = Registry("subset", "grpo.objectives", key="objective.subset")
 register_subset = SUBSETS.register
 
 

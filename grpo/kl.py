@@ -31,7 +31,7 @@ MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +-20 before exp, which would overflow."""
 
 KL_ESTIMATORS: Registry[Callable[[Tensor], Tensor]] = Registry(
-    "KL estimator", "objective.kl_estimator", package="grpo.objectives"
+    "KL estimator", "grpo.objectives", key="objective.kl_estimator"
 )
 register_kl = KL_ESTIMATORS.register
 

@@ -73,7 +73,7 @@ class LossFunction:
 
 PER = ("token", "sequence", "sequence_sum", "max_length")
 TENSORS = ("ratio", "log_ratio", "sequence_log_ratio", "logprobs", "advantages")
-LOSSES: Registry[LossFunction] = Registry("loss", "objective.loss_type", package="grpo.objectives")
+LOSSES: Registry[LossFunction] = Registry("loss", "grpo.objectives", key="objective.loss_type")
 
 
 def register_loss(

@@ -31,13 +31,13 @@ class Registry(Generic[T]):
 
     Args:
         kind: what an entry is called in messages ("reward", "loss", "engine").
-        key: the config key that names an entry, for messages.
         package: the package with the built-in entries. Its modules are imported when a name is looked up that is not
             registered yet: the module of that name first, then the others. A new file there needs no other change.
+        key: the config key that names an entry, for messages.
         modules: a glob pattern for the names of these modules inside `package`.
     """
 
-    def __init__(self, kind: str, key: str = "", package: str = "", modules: str = "*"):
+    def __init__(self, kind: str, package: str | None = None, *, key: str = "", modules: str = "*"):
         self.kind, self.key = kind, key
         self._package, self._modules = package, modules
         self._entries: dict[str, T] = {}

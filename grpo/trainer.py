@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 
-from grpo.config.schema import Config, correction_of
+from grpo.config.schema import Config
 from grpo.errors import EngineError, Interrupted, NumericsError
 from grpo.experience import Experience, kl_in_loss
 from grpo.losses import Counts, find_loss, importance_correction, policy_loss
+from grpo.rollout.engine import correction_of
 from grpo.rollout.logprob_mismatch import check_difference
 from grpo.run.build import build_run
 from grpo.run.state import Run

@@ -1,59 +1,32 @@
-"""Config help: the config's dataclasses and the text below their fields -> what `--help` prints.
+"""Config help: the declarations of the schema -> what `--help` prints, and docs/config.md.
 
---help           every section: the keys that people change most, a line each; the others by name
+--help           every section: the most common keys, a line each; the others by name
 --help sampling  one section in full
 --help all       everything in full
 """
 
-import ast
-import dataclasses
-import inspect
 import os
 import sys
 import textwrap
-from typing import Any
+from itertools import groupby
 
-COMMON = {
-    "run": "seed steps num_train_epochs run_dir resume eval_every save_every prompts_per_step tokens_per_batch rewards",
-    "model": "name gradient_checkpointing",
-    "lora": "r lora_alpha",
-    "data": "name path eval_path question answer extractor system_prompt max_prompt_length",
-    "curriculum": "reward",
-    "sampling": "num_generations max_completion_length temperature",
-    "objective": "loss_type beta epsilon epsilon_high num_iterations scale_rewards",
-    "optimizer": "learning_rate warmup_ratio lr_scheduler_type max_grad_norm",
-    "rollout": "engine slots",
-    "scoring": "deadline on_error",
-    "tracking": "report_to run_name",
-}
-"""The keys that `--help` gives a line each. A section that is not here shows all its keys by name."""
+from grpo.config.setting import Key, keys_of
+
 USAGE = "accelerate launch launch/train.py [--config FILE ...] [--key.subkey VALUE ...]"
 _WIDTH = 110
 _COLUMN = 42
 
 
-@dataclasses.dataclass(frozen=True)
-class Key:
-    """One setting."""
-
-    flag: str
-    default: Any
-    text: str
-    """What stands below the field in its class; "" where its name says it all."""
-
-
 def show_help(text: str) -> None:
-    """Print it. `--help | head` closes the pipe before everything is written: that is no error."""
+    """Print `text`. A pipe that closes early (`--help | head`) is no error."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # what is left would fail again when Python exits
+    except BrokenPipeError:  # else Python would fail again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def help_text(settings: type, topic: str = "") -> str:
-    """What `--help [topic]` prints for a dataclass of settings. An unknown topic gets the short text, and says so."""
+    """Return what `--help [topic]` prints for a dataclass of settings. An unknown topic gets the short text."""
     sections = sections_of(settings)
     if topic == "all":
         return "\n\n".join(_in_full(name, keys) for name, keys in sections.items())
@@ -63,16 +36,15 @@ def help_text(settings: type, topic: str = "") -> str:
     if topic:
         lines += [f"There is no section '{topic}'.", ""]
     lines += textwrap.wrap(
-        "GRPO training. Every key is a flag and a line of a YAML file, files are read left to right, and flags win. "
-        f"Defaults are shown. `--help SECTION` explains all keys of one section ({', '.join(sections)}); `--help all` "
-        f"explains everything; `python launch/check.py` with the same flags tries them without training.",
+        "GRPO training. Every key is a flag and a line of a YAML file. Files are read left to right, and flags take "
+        f"precedence. Defaults are shown. `--help SECTION` explains one section ({', '.join(sections)}), `--help all` "
+        f"all of them. `python launch/check.py` with the same flags checks them without training.",
         _WIDTH,
     )
     for name, keys in sections.items():
-        common = COMMON.get(name, "").split()
         lines += ["", name]
-        lines += [line for key in keys if _leaf(key) in common for line in _short(key)]
-        others = [_leaf(key) for key in keys if _leaf(key) not in common]
+        lines += [line for key in keys if key.setting.common for line in _short(key)]
+        others = [key.leaf for key in keys if not key.setting.common]
         if others:
             lines += textwrap.wrap(
                 "more: " + ", ".join(others), _WIDTH, initial_indent="  ", subsequent_indent="        "
@@ -80,50 +52,35 @@ def help_text(settings: type, topic: str = "") -> str:
     return "\n".join(lines)
 
 
+def config_page(settings: type) -> str:
+    """Return docs/config.md: every key with its default, range, resume class, name in TRL and text."""
+    lines = [
+        "# Config keys",
+        "",
+        "Every key is a flag (`--sampling.top_p 1.0`) and a line of a YAML file. `resume` says whether a resumed run may",
+        "find it changed: freely, with `--allow_changes '[KEY]'`, or never. This page is generated from `grpo/config/schema.py`:",
+        '`python -c "from grpo.config.help import *; from grpo.config.schema import *; print(config_page(Config))"`.',
+    ]
+    for name, keys in sections_of(settings).items():
+        lines += ["", f"## {name}"]
+        for key in keys:
+            limits = f", {key.setting.range}" if key.setting.range else ""
+            trl = f", TRL's `{key.setting.trl}`" if key.setting.trl else ""
+            lines += ["", f"**`{key.name}`** (default `{_value(key)}`{limits}{trl}; resume: {key.setting.resume})  "]
+            lines += textwrap.wrap(key.text, 119, break_on_hyphens=False, break_long_words=False)
+    return "\n".join(lines)
+
+
 def sections_of(settings: type) -> dict[str, list[Key]]:
-    """{"run": the keys without a dot, "model": ..., ...} of a dataclass whose fields may be dataclasses."""
-    sections: dict[str, list[Key]] = {"run": []}
-    texts = _texts(settings)
-    for spec in dataclasses.fields(settings):
-        inner = spec.default_factory
-        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
-            below = _texts(inner)
-            sections[spec.name] = [
-                Key(f"{spec.name}.{field.name}", _default(field), below.get(field.name, ""))
-                for field in dataclasses.fields(inner)
-            ]
-        else:
-            sections["run"].append(Key(spec.name, _default(spec), texts.get(spec.name, "")))
-    return sections
+    """Return {"run": the keys without a dot, "model": ..., ...} of a dataclass whose fields may be dataclasses."""
+    keys = keys_of(settings).values()
+    return {name: list(group) for name, group in groupby(keys, key=lambda key: key.section)}
 
 
-def _texts(settings: type) -> dict[str, str]:
-    """The string below each field, which Python itself forgets: read from the source."""
-    tree = ast.parse(inspect.getsource(sys.modules[settings.__module__]))
-    body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == settings.__name__).body
-    found = {}
-    for field, below in zip(body, body[1:], strict=False):
-        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
-            continue
-        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
-            found[field.target.id] = " ".join(below.value.value.split())
-    return found
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-
-
-def _leaf(key: Key) -> str:
-    return key.flag.rpartition(".")[2]
-
-
-def _shown(key: Key) -> str:
-    """As one would type it."""
+def _value(key: Key) -> str:
+    """The default, as one would type it."""
     value = key.default
-    if value is None or isinstance(value, bool):
-        return f"--{key.flag} {'null' if value is None else str(value).lower()}"
-    return f"--{key.flag} {value}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _short(key: Key) -> list[str]:
@@ -132,11 +89,15 @@ def _short(key: Key) -> list[str]:
 
 
 def _in_full(name: str, keys: list[Key]) -> str:
-    return "\n".join([name, *(line for key in keys for line in _aligned(key, key.text))])
+    return "\n".join([name, *(line for key in keys for line in _aligned(key, key.text + _renamed(key)))])
+
+
+def _renamed(key: Key) -> str:
+    return f" [TRL: {key.setting.trl}]" if key.setting.trl not in (None, key.leaf) else ""
 
 
 def _aligned(key: Key, text: str) -> list[str]:
-    flag = f"  {_shown(key)}"
+    flag = f"  --{key.name} {_value(key)}"
     lines = textwrap.wrap(text, _WIDTH - _COLUMN) or [""]
     if len(flag) > _COLUMN - 2:
         return [flag, *(" " * _COLUMN + line for line in lines if line)]

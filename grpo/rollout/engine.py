@@ -1,41 +1,137 @@
-"""Rollouts: prompts -> groups of completions. One protocol, several engines that agree with each other."""
+"""Rollout engines: prompts -> groups of completions. One base class, several engines that agree with each other.
 
-import inspect
+An engine of your own is a class that inherits from RolloutEngine, with @register_engine above it or named by its path. Its
+constructor takes the model, the tokenizer and any of the arguments in ARGUMENTS by name; further arguments with the values
+in rollout.engine_kwargs.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from grpo.config.schema import Config, RolloutConfig
 from grpo.errors import ConfigError
-from grpo.registry import Registry
+from grpo.registry import Registry, call_with_supported_args, check_arguments
 from grpo.types import Group, Prompt, SamplingPlan
 
+ARGUMENTS = ("slots", "uses_packed_attention", "cache_gib", "config", "accelerator", "weights", "longest")
+"""slots: completions at a time. uses_packed_attention: the model runs with the attention of grpo/kernels/attention.py.
+cache_gib: memory for keys and values. config: the RolloutConfig. accelerator. weights: a function that iterates over the
+full weights by name (collective where they are sharded). longest: tokens of the longest prompt and completion, or None."""
 
-class RolloutEngine(Protocol):
-    """What the trainer needs of an engine."""
 
+class RolloutEngine(ABC):
+    """Base class of rollout engines. The attributes tell the trainer what an engine can do before it is built."""
+
+    has_own_weights: ClassVar[bool] = False
+    """It samples from a copy of the weights. The trainer then sends them after each step, and checks that they arrived."""
+    supports_staleness: ClassVar[bool] = True
+    """It can sample for later steps in a thread (rollout.max_staleness)."""
+    needs_packed_attention: ClassVar[bool] = False
+    """It runs models only with model.attn_implementation grpo."""
+    bounds_cache: ClassVar[bool] = False
+    """rollout.cache_gib limits the memory of its keys and values."""
+    repacks_weights: ClassVar[bool] = False
+    """It keeps linear weights in a layout of its own, beside the model's."""
+    default_correction: ClassVar[Literal["none", "truncate", "mask"]] = "none"
+    """Importance-sampling correction where rollout.correction is null and max_staleness is 0."""
+
+    @classmethod  # noqa: B027 (optional)
+    def check(cls, config: Config) -> None:
+        """Raise ConfigError for settings that this engine cannot work with."""
+
+    @classmethod  # noqa: B027 (optional)
+    def check_environment(cls, config: Config, processes: int) -> None:
+        """Raise ConfigError, before any weight loads, where a library or server is missing.
+
+        Args:
+            config: the whole config.
+            processes: number of ranks.
+        """
+
+    @abstractmethod
     def generate(
         self, prompts: list[Prompt], plan: SamplingPlan, finished: Callable[[Group], None] | None = None
     ) -> list[Group]:
-        """plan.num_generations completions for each prompt, in the order of the prompts. `finished` gets each group as soon
-        as its last completion is done, in any order, so that it can be scored while others are still being sampled."""
-        ...
+        """Return plan.num_generations completions for each prompt, in the order of the prompts.
 
-    def update_weights(self, step: int) -> None:
-        """The model that the engine was built with has changed: it now holds the weights after `step`."""
-        ...
+        `finished` gets each group as soon as its last completion is done, in any order, so that it can be scored while
+        others are still being sampled.
+        """
+
+    def update_weights(self, step: int) -> None:  # noqa: B027 (an engine that reads the live weights has nothing to do)
+        """Take over the model's weights, which are now those after `step`. Collective where they are sharded."""
 
 
-EngineFactory = Callable[..., RolloutEngine]
-"""(model, tokenizer, *, ...) with any of: slots, uses_packed_attention, cache_gib, config (RolloutConfig), accelerator, weights, longest."""
-
-ENGINES: Registry[EngineFactory] = Registry("engine", package="grpo.rollout")
+ENGINES: Registry[type[RolloutEngine]] = Registry("engine", "grpo.rollout", key="rollout.engine", modules="*_engine")
 register_engine = ENGINES.register
 
 
+def find_engine(name: str) -> type[RolloutEngine]:
+    """Return the class of a registered name, package.module:Class or path/file.py:Class.
+
+    Raises:
+        ConfigError: there is none, or it does not inherit from RolloutEngine.
+    """
+    found = ENGINES.get(name)
+    if not (isinstance(found, type) and issubclass(found, RolloutEngine)):
+        raise ConfigError(
+            f"rollout.engine is '{name}', which is not a subclass of grpo.rollout.engine.RolloutEngine: let it inherit from it"
+        )
+    return found
+
+
+def check_engine(config: Config) -> None:
+    """Raise ConfigError if rollout.engine does not exist, lacks an argument, or cannot work with the config."""
+    name, staleness = config.rollout.engine, config.rollout.max_staleness
+    engine = find_engine(name)
+    offered = ("model", "tokenizer", *ARGUMENTS)
+    check_arguments(f"rollout.engine '{name}'", engine, offered, config.rollout.engine_kwargs, "rollout.engine_kwargs")
+    if staleness and not engine.supports_staleness:
+        raise ConfigError(
+            f"rollout.max_staleness is {staleness}, which rollout.engine {name} cannot do yet: set it to 0, or "
+            f"the engine to native"
+        )
+    if engine.needs_packed_attention and config.model.attn_implementation != "grpo":
+        raise ConfigError(
+            f"model.attn_implementation is {config.model.attn_implementation}, but rollout.engine {name} decodes with the "
+            f"attention called grpo: leave attn_implementation out, or set rollout.engine to transformers"
+        )
+    engine.check(config)
+    ENGINES.check(name, config)
+
+
+def build_engine(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    engine_kwargs: dict[str, Any] | None = None,
+    **offered: Any,
+) -> RolloutEngine:
+    """Build the engine called `name` with those of the `offered` arguments (see ARGUMENTS) that it names."""
+    return call_with_supported_args(find_engine(name), {**offered, **(engine_kwargs or {})}, model, tokenizer)
+
+
+def correction_of(rollout: RolloutConfig) -> str:
+    """Return rollout.correction, or its default: truncate where the policy that samples is stale, else the engine's."""
+    if rollout.correction is not None:
+        return rollout.correction
+    return "truncate" if rollout.max_staleness else find_engine(rollout.engine).default_correction
+
+
+def longest_of(config: Config) -> int | None:
+    """Return the tokens of the longest prompt and completion; None where prompts have no limit."""
+    if config.data.max_prompt_length is None:
+        return None
+    return config.data.max_prompt_length + config.sampling.max_completion_length
+
+
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a completion: the generation config's (a list for Llama-3), else the tokenizer's."""
+    """Return every id that ends a completion: the generation config's (a list for Llama-3) and the tokenizer's."""
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = configured if isinstance(configured, list) else [configured]
     found = {token for token in [*ids, tokenizer.eos_token_id] if token is not None}
@@ -47,26 +143,6 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return sorted(found)
 
 
-def build_engine(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **offered: Any
-) -> RolloutEngine:
-    """The engine called `name`, with those of the `offered` values that it names. slots: completions at a time; uses_packed_attention: the
-    model runs with our attention (grpo/kernels/attention.py); for engines with weights of their own see grpo/rollout/vllm_engine.py.
-    """
-    factory = find_engine(name)
-    named = inspect.signature(factory).parameters
-    return factory(model, tokenizer, **{key: value for key, value in offered.items() if key in named})
-
-
-def find_engine(name: str) -> EngineFactory:
-    """Raises ConfigError if there is none."""
-    return ENGINES.get(name)
-
-
-def is_separate(engine: RolloutEngine) -> bool:
-    """Whether the engine has weights of its own, which may then differ from the trainer's."""
-    return getattr(engine, "separate", False)
-
-
 def device_of(model: torch.nn.Module) -> torch.device:
+    """Return the device of the model's first parameter."""
     return next(model.parameters()).device

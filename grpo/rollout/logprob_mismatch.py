@@ -13,7 +13,7 @@ from grpo.errors import NumericsError
 from grpo.models.logprob_model import probe_batch
 from grpo.packing import pack
 from grpo.policy import Policy
-from grpo.rollout.engine import RolloutEngine, is_separate
+from grpo.rollout.engine import RolloutEngine
 from grpo.runtime.precision import precision_of
 from grpo.types import Prompt, SamplingPlan
 
@@ -107,7 +107,7 @@ def check_difference(engine: RolloutEngine, policy: Policy, config: RolloutConfi
 
     Only an engine with weights of its own can do that. `found`: policy/sampling_logprob_difference of the step.
     """
-    if not is_separate(engine):
+    if not engine.has_own_weights:
         return
     allowed = config.max_logprob_difference or tolerance_for(policy)
     if not found <= allowed:

@@ -22,7 +22,7 @@ from grpo.kernels.decode import schedule_for
 from grpo.kernels.kv_cache import SlotCache
 from grpo.kernels.sampling import draw_tokens
 from grpo.rollout.backbones import choose_backbone
-from grpo.rollout.engine import device_of, end_token_ids, register_engine
+from grpo.rollout.engine import RolloutEngine, device_of, end_token_ids, register_engine
 from grpo.rollout.sampling import counted_uniform, stream_key
 from grpo.runtime.device import free_memory, return_freed_memory
 from grpo.types import Completion, Group, Prompt, SamplingPlan
@@ -100,8 +100,12 @@ class _Done:
 
 
 @register_engine("native")
-class NativeEngine:
+class NativeEngine(RolloutEngine):
     """Decodes at most `slots` completions at a time with the weights that `model` has when `generate` is called."""
+
+    needs_packed_attention = True
+    bounds_cache = True
+    repacks_weights = True
 
     def __init__(
         self,
@@ -123,9 +127,6 @@ class NativeEngine:
         self.backbone, self.position_numbers = choose_backbone(model)
         self.schedule, self.graphs = schedule_for(device_of(model)), StepGraphs()
         self._kept: tuple[SlotCache, _State] | None = None
-
-    def update_weights(self, step: int) -> None:
-        """Nothing to do: it reads the live weights."""
 
     @torch.no_grad()
     def generate(

@@ -1,7 +1,7 @@
-"""The reference engine: model.generate, one padded batch at a time. Slow, simple, and what the others must agree with.
+"""The reference engine: model.generate on one prompt's group at a time. Slow and simple; the others must agree with it.
 
-Drawing the tokens is ours (same counted seeds, same sampler), through a one-line stopping rule and a logits processor;
-generate does the caching and the forward passes.
+A logits processor draws the tokens, with the counted seeds and the sampler of the other engines. generate does the caching
+and the forward passes.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.kernels.sampling import draw_tokens
-from grpo.rollout.engine import device_of, end_token_ids, register_engine
+from grpo.rollout.engine import RolloutEngine, device_of, end_token_ids, register_engine
 from grpo.rollout.sampling import counted_uniform, stream_key
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 
 
 class _Draw(LogitsProcessor):
-    """Turns logits into "the drawn token is certain", so that generate's own argmax picks what we drew."""
+    """Draws the next tokens and returns logits whose argmax they are, so that generate picks them."""
 
     def __init__(self, keys_B: Tensor, temperature: float, prompt_width: int):
         self.keys, self.temperature, self.width = keys_B, temperature, prompt_width
@@ -31,17 +31,14 @@ class _Draw(LogitsProcessor):
 
 
 @register_engine("transformers")
-class TransformersEngine:
-    """model.generate on the stock attention, for one prompt's group at a time."""
+class TransformersEngine(RolloutEngine):
+    """model.generate with transformers' own attention, for one prompt's group at a time."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, slots: int, uses_packed_attention: bool
     ):
         self.model, self.tokenizer, self.uses_packed_attention = model, tokenizer, uses_packed_attention
         self.end_ids = end_token_ids(model, tokenizer)
-
-    def update_weights(self, step: int) -> None:
-        """Nothing to do: it reads the live weights."""
 
     @torch.no_grad()
     def generate(

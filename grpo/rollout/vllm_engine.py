@@ -1,4 +1,4 @@
-"""vLLM as the engine: the only file that knows it. rollout.vllm_mode says where it runs.
+"""vLLM as the rollout engine. rollout.vllm_mode selects where it runs.
 
     server      a process and an environment of its own, on other GPUs or another machine: launch/vllm_server.py.
                 Every rank sends its own prompts (vLLM batches them all); the main rank sends the weights.
@@ -7,8 +7,8 @@
 Either way token ids go in, and sampled ids and their logprobs after the temperature come out; every sample's seed is counted
 from (seed, draw, sample), and after every step the weights are sent and the prefix cache is cleared.
 
-An engine that fails does so in `generate`, on every rank at the same time, and from then on always: between a step's samples
-and its update nothing can be lost, and what was learned so far can be saved.
+A failure is raised in `generate`, on every rank at the same time, and again in every later call. So no step is interrupted
+between its samples and its update, and the trained weights can be saved.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config.schema import Config, RolloutConfig
 from grpo.errors import ConfigError, EngineError
-from grpo.rollout.engine import end_token_ids, register_engine
+from grpo.rollout.engine import RolloutEngine, end_token_ids, longest_of, register_engine
 from grpo.rollout.sampling import stream_key
 from grpo.runtime.device import collective_backend, is_cpu
 from grpo.runtime.distributed import max_over_ranks
@@ -39,58 +39,67 @@ PLAIN = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-"""Said every time, or the defaults of the model's generation_config.json would apply (Qwen's: top_k 20, a penalty)."""
+"""Sent with every request: else the model's generation_config.json would apply (Qwen's: top_k 20, a penalty)."""
 
 Weights = Callable[[], Iterator[tuple[str, Tensor]]]
-"""A pass over all plain weights, merged and whole. Collective where they are sharded."""
+"""Iterates over all weights, merged and unsharded. Collective where they are sharded."""
+Request = tuple[Prompt, dict[str, Any]]
+"""A prompt and its SamplingParams."""
+Sample = tuple[list[int], list[float]]
+"""Token ids and their logprobs."""
 
 
 @register_engine("vllm")
-def vllm_engine(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    config: RolloutConfig,
-    accelerator: Accelerator,
-    weights: Weights,
-    longest: int | None = None,
-) -> "ServerEngine | ColocatedEngine":
-    """The engine of rollout.vllm_mode. `longest`: tokens of prompt and completion that it must have room for."""
-    if config.vllm_mode == "server":
-        return ServerEngine(model, tokenizer, config, accelerator, weights, longest)
-    return ColocatedEngine(model, tokenizer, config, accelerator, weights, longest)
+class VLLMEngine(RolloutEngine):
+    """The engine of rollout.vllm_mode: seeds, answers and failures; a backend does the sampling."""
 
-
-class _Engine:
-    """What both have in common: seeds, answers, and how they fail."""
-
-    separate = True
-    """It has weights of its own."""
+    has_own_weights = True
+    supports_staleness = False
+    default_correction = "truncate"  # its rounding is its own
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        *,
         config: RolloutConfig,
         accelerator: Accelerator,
         weights: Weights,
-        longest: int | None,
+        longest: int | None = None,
     ):
         self.tokenizer, self.accelerator, self.weights = tokenizer, accelerator, weights
         self.end_ids = end_token_ids(model, tokenizer)
         self.failure: EngineError | None = None
-        self._open(model, config, longest)
+        backend = ServerBackend if config.vllm_mode == "server" else ColocatedBackend
+        self.backend: ServerBackend | ColocatedBackend = backend(model, config, accelerator, longest)
 
-    def _open(self, model: PreTrainedModel, config: RolloutConfig, longest: int | None) -> None:
-        """Reach the server, or start vLLM here, with room for `longest` tokens. Raises ConfigError."""
-        raise NotImplementedError
+    @classmethod
+    def check_environment(cls, config: Config, processes: int) -> None:
+        """Raise ConfigError where the server or vLLM itself is missing, or cannot serve this run."""
+        rollout = config.rollout
+        if rollout.vllm_mode == "server":
+            from grpo.rollout.vllm_client import Server, check_server
+
+            check_server(Server(server_url(rollout), rollout.vllm_server_timeout), longest_of(config))
+            return
+        vllm_module()
+        if processes > 1:
+            raise ConfigError(
+                f"rollout.vllm_mode colocate runs in one process, {processes} were started: use --rollout.vllm_mode server, "
+                f"which any number of processes can share"
+            )
+        if config.model.gguf_file:
+            raise ConfigError(
+                "rollout.vllm_mode colocate cannot read model.gguf_file: use --rollout.vllm_mode server with a plain folder "
+                "of the same model (launch/export.py), or rollout.engine native"
+            )
 
     def update_weights(self, step: int) -> None:
-        """Send the weights. Collective where they are sharded. An error is kept for `generate`."""
+        """Send the weights. Collective where they are sharded. An error is raised by the next `generate`."""
         weights = self.weights()
         if self.failure is None:
             try:
-                self._send(weights, step)
+                self.backend.send(weights, step)
             except EngineError as error:
                 self.failure = error
         for _ in weights:  # of ranks that send nothing, and after an error: gathering shards takes all ranks
@@ -103,7 +112,9 @@ class _Engine:
         self._fail_together()
         groups: list[Group] = []
         try:
-            groups = self._generate(prompts, plan) if prompts else []
+            requests = [(prompt, self._settings(prompt, plan)) for prompt in prompts]
+            samples = self.backend.generate(requests) if requests else []
+            groups = [self._group(prompt, found, plan) for prompt, found in zip(prompts, samples, strict=True)]
         except EngineError as error:
             self.failure = error
         self._fail_together()
@@ -117,12 +128,6 @@ class _Engine:
             self.failure = self.failure or EngineError("the vLLM engine of another process failed")
             raise self.failure
 
-    def _send(self, weights: Iterator[tuple[str, Tensor]], step: int) -> None:
-        raise NotImplementedError
-
-    def _generate(self, prompts: list[Prompt], plan: SamplingPlan) -> list[Group]:
-        raise NotImplementedError
-
     def _settings(self, prompt: Prompt, plan: SamplingPlan) -> dict[str, Any]:
         """vLLM adds 0, 1, 2, ... to the seed for the n samples of a prompt."""
         return PLAIN | {
@@ -135,8 +140,8 @@ class _Engine:
             "ignore_eos": True,  # the tokenizer's, which need not be among the end tokens here
         }
 
-    def _group(self, prompt: Prompt, samples: list[tuple[list[int], list[float]]], plan: SamplingPlan) -> Group:
-        """(ids, logprobs) of each sample -> the group."""
+    def _group(self, prompt: Prompt, samples: list[Sample], plan: SamplingPlan) -> Group:
+        """Check the samples of a prompt and decode them."""
         if plan.temperature == 0:
             samples = samples * plan.num_generations
         if len(samples) != plan.num_generations:
@@ -154,10 +159,13 @@ class _Engine:
         return Group(prompt, completions)
 
 
-class ServerEngine(_Engine):
-    """A vLLM server somewhere else."""
+class ServerBackend:
+    """A vLLM server in another process or on another machine."""
 
-    def _open(self, model: PreTrainedModel, config: RolloutConfig, longest: int | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: RolloutConfig, accelerator: Accelerator, longest: int | None
+    ) -> None:
+        """Reach the server. Raises ConfigError."""
         from grpo.rollout.vllm_client import Server, WeightSender, check_server
 
         self.server = Server(server_url(config), config.vllm_server_timeout)
@@ -166,47 +174,50 @@ class ServerEngine(_Engine):
         self.updates = itertools.count()
         self.version = ""
         self.sender = None
-        if self.accelerator.is_main_process:
+        if accelerator.is_main_process:
             transport = config.vllm_weight_transfer
             if transport == "auto":
-                transport = collective_backend(self.accelerator.device)
-            self.sender = WeightSender(self.server, transport, self.accelerator.device, config.vllm_group_port)
+                transport = collective_backend(accelerator.device)
+            self.sender = WeightSender(self.server, transport, accelerator.device, config.vllm_group_port)
 
-    def _send(self, weights: Iterator[tuple[str, Tensor]], step: int) -> None:
+    def send(self, weights: Iterator[tuple[str, Tensor]], step: int) -> None:
+        """Send all weights, from the main process. Raises EngineError."""
         self.version = f"{self.run}-{next(self.updates)}-step-{step}"
         if self.sender is not None:
             self.sender.send(weights, self.version)
 
-    def _generate(self, prompts: list[Prompt], plan: SamplingPlan) -> list[Group]:
+    def generate(self, requests: list[Request]) -> list[list[Sample]]:
+        """Return the samples of each prompt. Raises EngineError."""
         from grpo.rollout.vllm_client import check_version
 
         check_version(self.server, self.version)
         bodies = [
-            self._settings(prompt, plan)
-            | {"model": self.served, "prompt": list(prompt.token_ids), "return_token_ids": True}
-            for prompt in prompts
+            settings | {"model": self.served, "prompt": list(prompt.token_ids), "return_token_ids": True}
+            for prompt, settings in requests
         ]
-        groups = []
-        for prompt, answer in zip(prompts, self.server.ask_all("/v1/completions", bodies), strict=True):
+        found = []
+        for (prompt, _), answer in zip(requests, self.server.ask_all("/v1/completions", bodies), strict=True):
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             if choices[0]["prompt_token_ids"] != list(prompt.token_ids):
                 raise EngineError("the vLLM server changed a prompt before it completed it: it must not truncate")
-            samples = [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
-            groups.append(self._group(prompt, samples, plan))
-        check_version(self.server, self.version)  # nobody else sent weights meanwhile
-        return groups
+            found.append([(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices])
+        check_version(self.server, self.version)  # no other run sent weights meanwhile
+        return found
 
 
-class ColocatedEngine(_Engine):
-    """vLLM in this process, which keeps a part of the device's memory for itself: vllm_gpu_memory_utilization."""
+class ColocatedBackend:
+    """vLLM in this process. It reserves a part of the device's memory: vllm_gpu_memory_utilization."""
 
-    def _open(self, model: PreTrainedModel, config: RolloutConfig, longest: int | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: RolloutConfig, accelerator: Accelerator, longest: int | None
+    ) -> None:
+        """Start vLLM with room for `longest` tokens. Raises ConfigError."""
         from grpo.rollout.vllm_worker import register
 
         LLM = vllm_module().LLM
         register()
         path = model.config._name_or_path
-        dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision, "float32")
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision, "float32")
         try:
             self.llm = LLM(
                 path,
@@ -218,7 +229,7 @@ class ColocatedEngine(_Engine):
                 max_model_len=config.vllm_max_model_length or longest,
                 max_num_seqs=config.slots,
                 gpu_memory_utilization=config.vllm_gpu_memory_utilization,
-                enforce_eager=is_cpu(self.accelerator.device),
+                enforce_eager=is_cpu(accelerator.device),
                 skip_tokenizer_init=True,
                 worker_extension_cls="grpo.rollout.vllm_worker.Extension",
                 seed=0,
@@ -226,7 +237,8 @@ class ColocatedEngine(_Engine):
         except Exception as error:
             raise ConfigError(f"vLLM cannot load {path} in this process: {error!r}. {INSTALL}") from error
 
-    def _send(self, weights: Iterator[tuple[str, Tensor]], step: int) -> None:
+    def send(self, weights: Iterator[tuple[str, Tensor]], step: int) -> None:
+        """Load all weights by reference. Raises EngineError."""
         from grpo.rollout.vllm_client import forget_prefixes
 
         try:
@@ -237,26 +249,28 @@ class ColocatedEngine(_Engine):
         except Exception as error:
             raise EngineError(f"vLLM did not take the weights after step {step}: {error!r}") from error
 
-    def _generate(self, prompts: list[Prompt], plan: SamplingPlan) -> list[Group]:
+    def generate(self, requests: list[Request]) -> list[list[Sample]]:
+        """Return the samples of each prompt. Raises EngineError."""
         SamplingParams = vllm_module().SamplingParams
-        params = [SamplingParams(**self._settings(prompt, plan), detokenize=False) for prompt in prompts]
-        inputs = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
+        params = [SamplingParams(**settings, detokenize=False) for _, settings in requests]
+        inputs = [{"prompt_token_ids": list(prompt.token_ids)} for prompt, _ in requests]
         try:
             outputs = self.llm.generate(inputs, params, use_tqdm=False)
         except Exception as error:
             raise EngineError(f"vLLM failed in this process: {error!r}") from error
-        groups = []
-        for prompt, output in zip(prompts, outputs, strict=True):
-            samples = []
+        found = []
+        for output in outputs:
+            samples: list[Sample] = []
             for one in sorted(output.outputs, key=lambda one: one.index):
                 ids = list(one.token_ids)
                 scores = [entry[token].logprob for entry, token in zip(one.logprobs, ids, strict=True)]
                 samples.append((ids, scores))
-            groups.append(self._group(prompt, samples, plan))
-        return groups
+            found.append(samples)
+        return found
 
 
 def server_url(config: RolloutConfig) -> str:
+    """Return the address of the server: vllm_server_base_url, or host and port."""
     return config.vllm_server_base_url or f"http://{config.vllm_server_host}:{config.vllm_server_port}"
 
 
@@ -272,31 +286,3 @@ def vllm_module() -> Any:
             f"--rollout.vllm_mode server, which needs it only where launch/vllm_server.py runs"
         ) from error
     return vllm
-
-
-def check_vllm(config: Config, processes: int) -> None:
-    """Raise ConfigError for what cannot work, before any weight loads."""
-    rollout = config.rollout
-    if rollout.vllm_mode == "server":
-        from grpo.rollout.vllm_client import Server, check_server
-
-        check_server(Server(server_url(rollout), rollout.vllm_server_timeout), longest_of(config))
-        return
-    vllm_module()
-    if processes > 1:
-        raise ConfigError(
-            f"rollout.vllm_mode colocate runs in one process, {processes} were started: use --rollout.vllm_mode server, which "
-            f"any number of processes can share"
-        )
-    if config.model.gguf_file:
-        raise ConfigError(
-            "rollout.vllm_mode colocate cannot read model.gguf_file: use --rollout.vllm_mode server with a plain folder of "
-            "the same model (launch/export.py), or rollout.engine native"
-        )
-
-
-def longest_of(config: Config) -> int | None:
-    """Tokens of the longest prompt and completion; None where prompts have no limit."""
-    if config.data.max_prompt_length is None:
-        return None
-    return config.data.max_prompt_length + config.sampling.max_completion_length

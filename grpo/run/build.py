@@ -29,9 +29,8 @@ from grpo.rewards.sources import changed_sources, reward_sources
 from grpo.rewards.workers import RewardWorkerPool
 from grpo.rewards.xml_format import only_answer
 from grpo.rollout.async_sampler import AsyncSampler
-from grpo.rollout.engine import RolloutEngine, build_engine, is_separate
+from grpo.rollout.engine import RolloutEngine, build_engine, find_engine, longest_of
 from grpo.rollout.logprob_mismatch import check_agreement, verify_weight_sync
-from grpo.rollout.vllm_engine import check_vllm, longest_of
 from grpo.run.callbacks import Callback, Callbacks, State, build_callbacks
 from grpo.run.checkpoint import check_free_space, read_state
 from grpo.run.checkpointer import Checkpointer, ResumePoint, find_checkpoint, migrate, restore
@@ -133,8 +132,7 @@ def start_processes(config: Config) -> tuple[Accelerator, Path]:
     run_dir = broadcast_object_list([choose_run_dir(config, datetime.now())])[0]
     if accelerator.is_main_process:
         check_free(run_dir)
-    if config.rollout.engine == "vllm":
-        check_vllm(config, accelerator.num_processes)
+    find_engine(config.rollout.engine).check_environment(config, accelerator.num_processes)
     return accelerator, run_dir
 
 
@@ -194,7 +192,7 @@ def build_policy(config: Config, accelerator: Accelerator, path: str) -> Policy:
         temperature=config.sampling.temperature,
         optimizer_steps=config.steps * config.objective.num_iterations,
         separate_sampler=config.rollout.max_staleness > 0,
-        sampled_elsewhere=config.rollout.engine == "vllm",
+        sampled_elsewhere=find_engine(config.rollout.engine).has_own_weights,
     )
 
 
@@ -214,8 +212,9 @@ def build_checked_engine(
             weights=policy.sampler_weights,
             longest=longest_of(config),
             cache_gib=config.rollout.cache_gib,
+            engine_kwargs=config.rollout.engine_kwargs,
         )
-    if is_separate(engine):
+    if engine.has_own_weights:
         verify_weight_sync(engine, policy, config)
     check_agreement(engine, policy, config.sampling.temperature, config.rollout.max_logprob_difference)
     return engine

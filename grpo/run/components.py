@@ -7,7 +7,7 @@ from grpo.experience import estimator_of
 from grpo.kl import KL_ESTIMATORS
 from grpo.losses import check_loss, find_loss
 from grpo.models.optimizers import OPTIMIZERS
-from grpo.rollout.engine import find_engine
+from grpo.rollout.engine import check_engine
 
 
 def check_components(config: Config) -> None:
@@ -26,5 +26,5 @@ def check_components(config: Config) -> None:
         raise ConfigError(
             "objective.subset_size is set, but objective.subset is not: name one, for example max_variance"
         )
-    find_engine(config.rollout.engine)
+    check_engine(config)
     OPTIMIZERS.check(config.optimizer.optim, config)

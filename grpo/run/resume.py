@@ -1,53 +1,39 @@
-"""Resumption: the settings of a checkpoint and those of now -> what changed, and whether the run may go on with it.
+"""Resume: the settings of a checkpoint and the current ones -> the changes, and whether the run may continue with them.
 
-free        changes nothing of what is learned, or takes effect from here on as one expects: said, and done
-allowed     would make it another run: only with --allow_changes '[KEY, ...]'
-forbidden   the checkpoint does not fit: a ConfigError
+free           does not affect the result, or takes effect from here on: logged, and applied
+needs a flag   would make it another run: only with --allow_changes '[KEY, ...]'
+forbidden      the checkpoint does not fit: a ConfigError
+
+Each key declares its class in grpo/config/schema.py.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from grpo.config.schema import Config
+from grpo.config.setting import Resume, keys_of
 from grpo.errors import ConfigError
-
-Class = Literal["free", "needs a flag", "forbidden"]
-
-FREE = (
-    # Where it is written, how often, how it is watched, how fast it goes: the same is learned.
-    *("run_dir", "resume", "allow_changes", "save_every", "save_total_limit", "rank_timeout", "tokens_per_batch"),
-    *("eval_every", "data.eval_path", "data.eval_split", "data.eval_size", "data.cache", "data.card"),
-    *("data.i_have_permission", "model.gradient_checkpointing", "model.reference_offload", "model.attn_implementation"),
-    *("rollout.slots", "rollout.cache_gib", "rollout.engine", "scoring", "tracking", "callbacks"),
-    *("rollout.vllm_mode", "rollout.vllm_server_base_url", "rollout.vllm_server_host", "rollout.vllm_server_port"),
-    *("rollout.vllm_server_timeout", "rollout.vllm_group_port", "rollout.vllm_weight_transfer"),
-    *("rollout.vllm_gpu_memory_utilization", "rollout.vllm_max_model_length", "rollout.max_logprob_difference"),
-    # How far and how fast it goes on: applied from the next step.
-    *("steps", "num_train_epochs", "optimizer"),
-)
-FORBIDDEN = (
-    *("lora.r", "lora.target_modules", "model.torch_dtype", "model.load_in_4bit", "model.gguf_file"),
-    *("model.sync_ref_model", "data.streaming", "curriculum.reward", "optimizer.optim"),
-)
-"""Everything else needs a flag: the model's name, data, rewards, sampling, objective, seed."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One setting that is not what it was."""
+    """One setting that differs from the checkpoint's."""
 
     key: str
     before: Any
     now: Any
-    kind: Class
+    kind: Resume
 
     def __str__(self) -> str:
         return f"{self.key} {self.before} -> {self.now}"
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """What differs between two flat configs, in the order of the config. A key that one of them lacks (another version of
-    the trainer wrote it) is no change."""
+    """Compare two flat configs, in the order of the config.
+
+    A key that one of them lacks was written by another version of the trainer, and is no change.
+    """
     return [
         Change(key, before[key], value, class_of(key))
         for key, value in now.items()
@@ -55,19 +41,25 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     ]
 
 
-def class_of(key: str) -> Class:
-    """optimizer.learning_rate -> free, seed -> needs a flag, lora.r -> forbidden."""
-    if key in FORBIDDEN:
-        return "forbidden"
-    return "free" if key in FREE or key.partition(".")[0] in FREE else "needs a flag"
+def class_of(key: str) -> Resume:
+    """Return the resume class of a key: optimizer.learning_rate -> free, seed -> needs a flag, lora.r -> forbidden."""
+    keys = keys_of(Config)
+    return keys[key].setting.resume if key in keys else "needs a flag"
 
 
 def check_changes(
     before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str], processes: tuple[int, int] = (1, 1)
 ) -> list[str]:
-    """-> a line for each change that is made. Raises ConfigError for those that are forbidden or not allowed.
+    """Return a line for each change that is made.
 
-    `processes`: how many ranks wrote the checkpoint, how many go on. Which prompts a step draws does not depend on it.
+    Args:
+        before: the flat config in the checkpoint.
+        now: the flat config of this run.
+        allowed: keys in allow_changes.
+        processes: number of ranks that wrote the checkpoint, and that continue. The drawn prompts do not depend on it.
+
+    Raises:
+        ConfigError: a change is forbidden or not allowed.
     """
     changes = changed_settings(before, now)
     forbidden = [str(change) for change in changes if change.kind == "forbidden"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from grpo.config.parser import load_config
 from grpo.config.schema import Config
 from grpo.errors import ConfigError
+from grpo.rollout.engine import find_engine
 from grpo.tools.arguments import command_parser
 from grpo.tools.saved_model import BASE_HELP, resolve_base, run_config_file
 
@@ -54,15 +55,15 @@ def main(argv: list[str]) -> None:
 def config_for(model: str, flags: list[str]) -> Config:
     """Return the config of the run that `model` belongs to, if there is one, changed by `flags`.
 
-    --data.path takes precedence over the run's own held-out file and over generated problems. A run that sampled with
-    vLLM is evaluated with the native engine, because its server need not exist any more.
+    --data.path takes precedence over the run's own held-out file and over generated problems. A run whose
+    engine had weights of its own is evaluated with the default engine, because its server need not exist any more.
     """
     run_config = run_config_file(model)
     files = [f"--config={run_config}"] if run_config else []
     config = load_config([*files, *flags, f"--model.name={model}"])
     given = {flag.partition("=")[0] for flag in flags}
-    if config.rollout.engine == "vllm" and "--rollout.engine" not in given:
-        config.rollout.engine = "native"
+    if "--rollout.engine" not in given and find_engine(config.rollout.engine).has_own_weights:
+        config.rollout.engine = Config().rollout.engine
     if "--data.path" in given:
         if "--data.eval_path" not in given:
             config.data.eval_path = config.data.path

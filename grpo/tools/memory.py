@@ -32,6 +32,7 @@ from grpo.models.lora import add_adapter
 from grpo.models.strategies.base import Machine, ModelSize
 from grpo.models.strategies.registry import strategy_class
 from grpo.packing import PackedBatch, pack
+from grpo.rollout.engine import find_engine
 from grpo.types import Completion, Group, Prompt
 
 GIB = 2**30
@@ -108,7 +109,7 @@ def linear_weights(model: nn.Module) -> int:
 
 def working_copy(machine: Machine, config: Config, model: PreTrainedModel) -> float:
     """Return the bytes that `WorkingCopy` (grpo/models/weights.py) does not share with the live weights."""
-    if config.rollout.engine == "vllm":
+    if find_engine(config.rollout.engine).has_own_weights:
         return 0
     strategy = strategy_class(machine)
     size, linear = sum(parameter.numel() for parameter in model.parameters()), linear_weights(model)
@@ -147,10 +148,10 @@ def largest_unit(model: PreTrainedModel) -> int:
 
 def engine_bytes(config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine) -> float:
     """Return the bytes of the KV cache and of the native engine's own layout of the weights."""
-    if config.rollout.engine == "vllm":
+    if find_engine(config.rollout.engine).has_own_weights:
         return 0
     cache = slots_of(config, model, longest_prompt, machine) * cache_per_slot(config, model, longest_prompt, machine)
-    if config.rollout.engine != "native" or describe(model) is None:
+    if not find_engine(config.rollout.engine).repacks_weights or describe(model) is None:
         return cache
     width = 2 if machine.compute else 4
     head = model.get_output_embeddings().weight.numel()
@@ -172,7 +173,7 @@ def slots_of(config: Config, model: PreTrainedModel, longest_prompt: int, machin
     """Return how many completions are decoded at a time: limited by rollout.slots and rollout.cache_gib."""
     mine = -(-config.prompts_per_step // machine.processes) * config.sampling.num_generations
     slots = min(config.rollout.slots, mine)
-    if config.rollout.engine == "native" and config.rollout.cache_gib is not None:
+    if find_engine(config.rollout.engine).bounds_cache and config.rollout.cache_gib is not None:
         slots = min(slots, int(config.rollout.cache_gib * GIB / cache_per_slot(config, model, longest_prompt, machine)))
     return max(slots, 1)
 
@@ -180,7 +181,8 @@ def slots_of(config: Config, model: PreTrainedModel, longest_prompt: int, machin
 def draw_bytes(config: Config, model: PreTrainedModel, machine: Machine) -> float:
     """Return the bytes of the logits of a decoding step and of three temporaries of the same size."""
     mine = -(-config.prompts_per_step // machine.processes) * config.sampling.num_generations
-    return 0 if config.rollout.engine == "vllm" else 4 * 4 * min(config.rollout.slots, mine) * model.config.vocab_size
+    own = find_engine(config.rollout.engine).has_own_weights
+    return 0 if own else 4 * 4 * min(config.rollout.slots, mine) * model.config.vocab_size
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -6,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from grpo.config.help import COMMON, help_text, sections_of
+from grpo.config.help import config_page, help_text, sections_of
 from grpo.config.parser import load_config
 from grpo.config.schema import Config, flatten, to_dict
+from grpo.config.setting import Interval, keys_of, setting
 from grpo.errors import ConfigError
+from grpo.run.components import check_components
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
@@ -25,11 +28,17 @@ LAUNCH = Path(__file__).parents[2] / "launch"
         (["--steps", "0"], "steps is 0"),
         (["--sampling.temperature", "0"], "temperature"),
         (["--sampling.top_p", "0.9"], "top_p"),
-        (["--objective.kl_estimator", "k9"], "kl_estimator"),
+        (["--objective.scale_rewards", "std"], "scale_rewards"),
         (["--rewards", "{}"], "rewards is empty"),
         (["--tokens_per_batch", "10"], "tokens_per_batch is 10"),
         (["--tracking.report_to", "[mlflow]"], "mlflow"),
-        (["--model.attn_implementation", "sdpa"], "set rollout.engine to transformers"),
+        (["--optimizer.adam_beta1", "1"], "optimizer.adam_beta1 is 1.0, needs at least 0 and below 1"),
+        (["--optimizer.max_grad_norm", "-1"], "optimizer.max_grad_norm is -1.0, needs to be above 0"),
+        (["--optimizer.learning_rate", ".nan"], "optimizer.learning_rate is nan, needs at least 0"),
+        (["--optimizer.learning_rate", ".inf"], "optimizer.learning_rate is inf, needs at least 0"),
+        (["--data.eval_size", "-5"], "data.eval_size is -5, needs at least 1"),
+        (["--seed", "-1"], "seed is -1, needs to be between 0 and"),
+        (["--rewards.accuracy", ".nan"], "rewards.accuracy is nan"),
         (["--config", "missing.yaml"], "there is no file missing.yaml"),
     ],
 )
@@ -89,10 +98,82 @@ def test_help_is_short_and_holds_every_key(capsys: pytest.CaptureFixture[str]) -
     assert "There is no section 'lorra'." in help_text(Config, "lorra")
 
 
-def test_the_keys_that_help_shows_are_there() -> None:
-    sections = sections_of(Config)
-    for name, common in COMMON.items():
-        assert set(common.split()) <= {key.flag.rpartition(".")[2] for key in sections[name]}, name
+def test_components_check_what_they_need_of_the_config() -> None:
+    for flags, message in [
+        (["--model.attn_implementation=sdpa"], "set rollout.engine to transformers"),
+        (["--objective.kl_estimator=k9"], "objective.kl_estimator: unknown KL estimator 'k9'"),
+        (["--rollout.engine=vllm", "--rollout.max_staleness=1"], "rollout.max_staleness is 1"),
+        (["--rollout.engine_kwargs={depth: 2}"], "rollout.engine_kwargs has 'depth', which is no argument of"),
+        (["--rollout.engine=grpo.types:Group"], "is not a subclass of"),
+        (["--objective.loss_type=cispo", "--objective.epsilon_high=0.5"], "a cap below 1 scales every gradient down"),
+        (["--objective.loss_type=gspo", "--objective.importance_sampling_level=token"], "use loss_type grpo"),
+        (["--objective.delta=1.1"], "needs to be above 1 + epsilon_high = 1.2"),
+        (["--objective.subset_size=2"], "objective.subset is not"),
+        (
+            ["--objective.advantage_estimator=rloo", "--objective.multi_objective_aggregation=normalize_then_sum"],
+            "set objective.advantage_estimator to gdpo",
+        ),
+    ]:
+        config = load_config(["--model.name=m", *flags])
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            check_components(config)
+    check_components(load_config(["--model.name=m", "--objective.loss_type=gfpo", "--objective.subset_size=2"]))
+
+
+def test_every_key_declares_what_the_rest_reads() -> None:
+    for name, key in keys_of(Config).items():
+        assert key.text, f"{name} has no text"
+        numeric = re.search(r"\b(int|float)\b", str(key.type)) and not str(key.type).startswith("dict")
+        assert bool(numeric) == (key.setting.range is not None), f"{name}: a number needs a range"
+        key.check(key.default)
+    assert list(keys_of(Config)) == list(flatten(to_dict(Config())))
+
+
+def test_no_name_of_a_component_stands_in_the_checks() -> None:
+    source = "".join((LAUNCH.parent / "grpo" / "config" / f"{name}.py").read_text() for name in ("validation", "help"))
+    for name in ("gspo", "cispo", "gfpo", "gdpo", "rloo", "vllm", "native"):
+        assert name not in source, name
+
+
+def test_intervals() -> None:
+    for text, inside, outside, words in [
+        ("[1, inf)", [1, 1e300], [0, float("inf"), float("nan")], "at least 1"),
+        ("[1, inf]", [1, float("inf")], [0.5, float("nan")], "at least 1"),
+        ("(0, 1]", [0.1, 1], [0, 1.1], "above 0 and at most 1"),
+        ("[0, 1]", [0, 1], [-0.1, 1.1], "between 0 and 1"),
+        ("(-inf, inf)", [-5, 0], [float("-inf"), float("inf"), float("nan")], "finite"),
+    ]:
+        interval = Interval(text)
+        assert all(map(interval.holds, inside)) and not any(map(interval.holds, outside)) and str(interval) == words
+
+
+@dataclasses.dataclass
+class Settings:
+    depth: int = setting(3, "[1, inf)", resume="free", common=True)
+    """Depth of the search."""
+
+
+def test_a_new_key_is_one_field() -> None:
+    assert keys_of(Settings)["depth"].setting.resume == "free"
+    shown = help_text(Settings)
+    assert "--depth 3" in shown and "Depth of the search" in shown
+
+
+def test_the_page_of_keys_is_made_from_the_schema() -> None:
+    page = LAUNCH.parent / "docs" / "config.md"
+    assert page.read_text() == config_page(Config) + "\n"
+    assert set(sections_of(Config)) == {key.section for key in keys_of(Config).values()}
+
+
+def test_names_of_trl_are_its_own() -> None:
+    trl = pytest.importorskip("trl", reason="pip install trl")
+    from trl.scripts.utils import DatasetMixtureConfig, ScriptArguments  # noqa: F401
+
+    theirs = {
+        field.name for kind in (trl.GRPOConfig, trl.ModelConfig, ScriptArguments) for field in dataclasses.fields(kind)
+    }
+    named = {key.setting.trl for key in keys_of(Config).values()} - {None, "reward_funcs"}  # reward_funcs: an argument
+    assert named <= theirs, named - theirs
 
 
 def test_help_into_a_pipe_that_closes_early_is_no_error() -> None:

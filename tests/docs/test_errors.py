@@ -286,9 +286,9 @@ CASES: dict[str, Case] = {
     ),
     "wrong type": Case(flags("--steps=many"), ConfigError, "steps is 'many', needs a whole number"),
     "not one of the choices": Case(
-        flags("--objective.kl_estimator=k9"),
+        flags("--objective.scale_rewards=std"),
         ConfigError,
-        "objective.kl_estimator is 'k9', needs one of 'k1', 'k2', 'k3'",
+        "objective.scale_rewards is 'std', needs one of 'group', 'batch', 'none'",
     ),
     "flag without a value": Case(flags("--steps"), ConfigError, "--steps has no value: write --steps VALUE"),
     "secret on the command line": Case(
@@ -349,12 +349,22 @@ CASES: dict[str, Case] = {
     "unknown engine": Case(
         lambda _: find_engine("nativ"),
         ConfigError,
-        "unknown engine 'nativ': did you mean 'native'? Known: ...; or point to your own with 'package.module:name' or 'path/file.py:name'",
+        "rollout.engine: unknown engine 'nativ': did you mean 'native'? Known: ...; or point to your own with 'package.module:name' or 'path/file.py:name'",
     ),
     "setting that an estimator would ignore": Case(
         components("--objective.loss_type=rloo", "--objective.scale_rewards=none"),
         ConfigError,
         "objective.scale_rewards is none, but the advantage estimator rloo has a scale of its own: leave scale_rewards out, or set objective.advantage_estimator to group",
+    ),
+    "setting that no argument takes": Case(
+        components("--objective.loss_kwargs={tau: 0.5}"),
+        ConfigError,
+        "objective.loss_kwargs has 'tau', which is no argument of objective.loss_type 'dapo': its own arguments are: none",
+    ),
+    "clipping everything": Case(
+        flags("--optimizer.max_grad_norm=0"),
+        ConfigError,
+        "optimizer.max_grad_norm is 0.0, needs to be above 0: the gradient is scaled down to this norm. .inf = no clipping",
     ),
     "no such data file": Case(
         lambda _: load_examples(DataConfig(path="none.jsonl"), "train", 0),

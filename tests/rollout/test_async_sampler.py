@@ -15,12 +15,11 @@ from transformers import AutoTokenizer
 
 import grpo.experience
 from grpo.config.parser import load_config
-from grpo.config.schema import correction_of
 from grpo.errors import ConfigError
 from grpo.models.loading import load_model
 from grpo.models.logprob_model import use_grpo_attention
 from grpo.rollout.async_sampler import AsyncSampler
-from grpo.rollout.engine import build_engine
+from grpo.rollout.engine import build_engine, correction_of
 from grpo.run.checkpoint import load_checkpoint, save_checkpoint
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 from tests.test_trainer import arguments, run, same

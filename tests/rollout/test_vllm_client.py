@@ -11,11 +11,11 @@ import torch
 from accelerate import Accelerator
 
 from grpo.config.parser import load_config
-from grpo.config.schema import RolloutConfig, correction_of
+from grpo.config.schema import RolloutConfig
 from grpo.errors import ConfigError, EngineError, NumericsError
 from grpo.models.logprob_model import LogprobModel, probe_batch
 from grpo.rollout import vllm_client
-from grpo.rollout.engine import build_engine
+from grpo.rollout.engine import build_engine, correction_of
 from grpo.rollout.logprob_mismatch import scale
 from grpo.rollout.vllm_client import Server, WeightSender, check_server, check_version, forget_prefixes
 from grpo.rollout.vllm_engine import vllm_module
