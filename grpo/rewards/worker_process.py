@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
@@ -21,6 +22,11 @@ from grpo.rewards.registry import REWARDS, RewardFunction
 
 START_TIMEOUT = 120.0
 """Seconds for a worker to start and to import the file of its reward."""
+
+_STARTING = threading.Lock()
+_TRAINER_ENDS: "weakref.WeakSet[Connection]" = weakref.WeakSet()
+"""The trainer's ends of all pipes. A forked worker inherits them and closes its copies: otherwise no worker would see its
+pipe close when the trainer ends."""
 
 
 class Worker:
@@ -52,12 +58,17 @@ class Worker:
         context: Any = multiprocessing.get_context("fork" if address is None else _start_method())
         if address is not None and _start_method() == "forkserver":
             context.set_forkserver_preload(["grpo.rewards.worker_process"])
-        self._pipe, theirs = multiprocessing.Pipe()
         reward = self.function if address is None else address
-        self._process = context.Process(target=serve, args=(theirs, reward, self.kwargs), name=f"reward {self.name}")
-        with contextlib.nullcontext() if address is None else _hidden_main_module():
-            self._process.start()
-        theirs.close()
+        # One at a time: a worker that is forked before theirs.close() would inherit `theirs`, and its open copy would hide
+        # the end of this process.
+        with _STARTING:
+            self._pipe, theirs = multiprocessing.Pipe()
+            _TRAINER_ENDS.add(self._pipe)
+            arguments = (theirs, reward, self.kwargs)
+            self._process = context.Process(target=serve, args=arguments, name=f"reward {self.name}")
+            with contextlib.nullcontext() if address is None else _hidden_main_module():
+                self._process.start()
+            theirs.close()
         try:
             ready = self._pipe.poll(START_TIMEOUT) and self._pipe.recv_bytes() == b"ready"
         except (EOFError, OSError):
@@ -120,6 +131,8 @@ def serve(pipe: Connection, reward: str | RewardFunction, kwargs: dict[str, Any]
         reward: The function, or its address (see `address_of`).
         kwargs: Keyword arguments of the function.
     """
+    for inherited in list(_TRAINER_ENDS):
+        inherited.close()
     with contextlib.suppress(OSError):
         os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -156,9 +169,6 @@ def address_of(function: RewardFunction) -> str | None:
         return None
 
 
-_MAIN_MODULE = threading.Lock()
-
-
 @contextlib.contextmanager
 def _hidden_main_module() -> Iterator[None]:
     """Keep a new process from importing the user's script, which would train there again without a `__main__` guard.
@@ -166,14 +176,13 @@ def _hidden_main_module() -> Iterator[None]:
     The reward is found by its address. multiprocessing takes the script from `__file__` and `__spec__` of `__main__`.
     """
     main = vars(sys.modules["__main__"])
-    with _MAIN_MODULE:
-        hidden: dict[str, Any] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
-        main["__spec__"] = None
-        try:
-            yield
-        finally:
-            main.pop("__spec__")
-            main.update(hidden)
+    hidden: dict[str, Any] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.pop("__spec__")
+        main.update(hidden)
 
 
 def _start_method() -> str:

@@ -6,6 +6,8 @@ import math
 import os
 import random
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -205,9 +207,6 @@ def test_no_process_thread_or_file_is_left(pools: list[RewardWorkerPool]) -> Non
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_reward_may_print_to_a_full_disk() -> None:
-    import subprocess
-    import sys
-
     program = (
         "from grpo.rewards.workers import RewardWorkerPool\n"
         "from tests.rewards.test_rewards import group\n"
@@ -368,3 +367,27 @@ def test_keyword_arguments_reach_the_processes(pools: list[RewardWorkerPool], tm
     pool = RewardWorkerPool({name: 1.0}, kwargs={name: {"limit": 7}})
     pools.append(pool)
     assert pool([group("a", "b", messages="text")]).rewards_PG.tolist() == [[7.0, 7.0]]
+
+
+def test_workers_end_with_a_trainer_that_is_killed() -> None:
+    """Also one that was forked, whose function no other process can import, and one that was started before it."""
+    program = (
+        "import os, signal\n"
+        "from grpo.rewards.registry import register_reward\n"
+        "from grpo.rewards.workers import RewardWorkerPool\n"
+        "from tests.rewards.test_rewards import group\n"
+        "@register_reward('typed_here')\n"
+        "def typed_here(completions, **columns):\n"
+        "    return [1.0 for _ in completions]\n"
+        "pool = RewardWorkerPool({'tests.faulty_rewards:steady': 1.0, 'typed_here': 1.0})\n"
+        "assert pool([group('a', messages='text')]).rewards_PG.tolist() == [[2.0]]\n"
+        "print(*(reward.workers[0]._process.pid for reward in pool._rewards), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60)
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(map(psutil.pid_exists, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in workers)
