@@ -25,8 +25,8 @@ START_TIMEOUT = 120.0
 
 _STARTING = threading.Lock()
 _TRAINER_ENDS: "weakref.WeakSet[Connection]" = weakref.WeakSet()
-"""The trainer's ends of all pipes. A forked worker inherits them and closes its copies: otherwise no worker would see its
-pipe close when the trainer ends."""
+"""The trainer's ends of all pipes. A forked worker inherits them and closes its copies: otherwise no worker would see
+its pipe close when the trainer ends."""
 
 
 class Worker:
@@ -59,8 +59,8 @@ class Worker:
         if address is not None and _start_method() == "forkserver":
             context.set_forkserver_preload(["grpo.rewards.worker_process"])
         reward = self.function if address is None else address
-        # One at a time: a worker that is forked before theirs.close() would inherit `theirs`, and its open copy would hide
-        # the end of this process.
+        # One at a time: a worker that is forked before theirs.close() would inherit `theirs`, and its open copy would
+        # hide the end of this process.
         with _STARTING:
             self._pipe, theirs = multiprocessing.Pipe()
             _TRAINER_ENDS.add(self._pipe)

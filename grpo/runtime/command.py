@@ -79,8 +79,8 @@ def _peer_failure(error: Exception) -> str:
         return ""
     return (
         "error: another process died, or did not answer within rank_timeout. Its own output says why; a process "
-        "without output hangs. If a step or a save may take longer, raise rank_timeout. Continue with --resume auto. This "
-        "process waited here:\n"
+        "without output hangs. If a step or a save may take longer, raise rank_timeout. Continue with --resume auto. "
+        "This process waited here:\n"
     )
 
 
