@@ -19,6 +19,7 @@ from grpo.rewards.math_answers import last_number, parse_number
 from grpo.rewards.registry import REWARDS
 from grpo.rewards.scoring import RewardSum
 from grpo.rewards.xml_format import lenient_answer
+from grpo.run.resume import check_changes
 from grpo.types import Completion, Group, Prompt
 
 GOOD = "<reasoning>\n2 + 2\n</reasoning>\n<answer>\n4\n</answer>\n"
@@ -414,3 +415,10 @@ def test_built_in_names_are_found_without_importing_their_modules_first() -> Non
         *("length_guard", "math_verify", "soft_format", "strict_format", "term_match", "token_f1", "xml_format"),
         "xmlcount",
     }
+
+
+def test_other_keyword_arguments_make_it_another_run() -> None:
+    now = {"reward_kwargs": {"mine.py:brevity": {"limit": 40}}}
+    with pytest.raises(ConfigError, match=r"reward_kwargs .*--allow_changes '\[reward_kwargs\]'"):
+        check_changes({"reward_kwargs": {}}, now, [])
+    assert check_changes({}, now, []) == []  # a checkpoint of a version without the key
