@@ -19,9 +19,14 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 def load_config(argv: list[str] | None = None) -> Config:
-    """The checked config of a command line (default: sys.argv[1:]).
+    """Return the checked config of a command line.
 
-    Raises ConfigError, naming the key, the value and the mend. `--help [SECTION]` prints the keys and exits 0.
+    Args:
+        argv: `--config FILE ...` and `--key.subkey VALUE`; default: sys.argv[1:]. `--help [SECTION]` prints the keys and
+            exits with 0.
+
+    Raises:
+        ConfigError: names the key, the value and the fix.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     for word in ("-h", "--help"):
@@ -39,7 +44,7 @@ def load_config(argv: list[str] | None = None) -> Config:
 
 
 def build_parser() -> ArgumentParser:
-    """The parser: one flag per config key."""
+    """Return the parser, with one flag per config key."""
     parser = ArgumentParser(
         prog="launch/train.py",
         exit_on_error=False,
@@ -108,7 +113,7 @@ def _split_config_files(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, and reads 5e-6 as the number it is."""
+    """Safe YAML that refuses duplicate keys, and reads 5e-6 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -126,7 +131,7 @@ _StrictLoader.add_implicit_resolver(
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
-    """A config file as flat keys, every one of them known."""
+    """Read a config file as flat keys. Raises ConfigError for an unknown key."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"--config: there is no file {path}")
@@ -159,7 +164,7 @@ def _did_you_mean(key: str) -> str:
 
 
 def _refuse_secrets(key: str, place: str = "") -> None:
-    """A secret must not be repeated by an error message, nor be in a file or a process list in the first place."""
+    """Raise ConfigError for a key that looks like a secret, without repeating its value."""
     if re.search(r"token$|api_?key|secret|passw", key.lower()):
         raise ConfigError(
             f"{place}there is no key '{key}': secrets belong neither into a config nor on a command line, where others can "
@@ -171,7 +176,7 @@ _KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "
 
 
 def _readable(message: str, parser: ArgumentParser) -> str:
-    """jsonargparse's message in our words: key, value, mend."""
+    """Reword a message of jsonargparse: key, value, fix."""
     unknown = re.search(r"unrecognized arguments: --([^\s=]+)(?:[\s=]+(\S+))?", message, re.IGNORECASE)
     if unknown:
         key, value = unknown.groups()

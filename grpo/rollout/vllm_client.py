@@ -1,6 +1,6 @@
-"""A vLLM server, as the trainer sees it: questions over HTTP, weights over a process group. Needs httpx and torch, no vLLM.
+"""Client of a vLLM server: requests over HTTP, weights over a process group. Needs httpx and torch, no vLLM.
 
-Server          one question and its answer, or many at once; an EngineError that says what to do when none comes
+Server          one request, or many at once; an EngineError says what to do when no answer comes
 WeightSender    weights -> the server's workers, through vLLM's weight-transfer endpoints (grpo/rollout/vllm_worker.py)
 """
 
@@ -24,25 +24,25 @@ from grpo.runtime.device import bind_thread, synchronize
 
 T = TypeVar("T")
 CONNECTIONS = 256
-"""Requests that are under way at the same time. vLLM queues them by itself."""
+"""Largest number of concurrent requests. vLLM queues them itself."""
 LIMITS = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=0)
-"""A connection for each request: one that is kept, the server closes after a few seconds, or after an error of its own, and a
-request that crosses with that would look like a dead server."""
+"""One connection per request. The server closes idle connections after a few seconds, and a request on a connection that is
+being closed would look like a dead server."""
 PARCEL_BYTES = 512 * 2**20
-"""Weights that are announced together: bounds what is held in memory while it is sent."""
+"""Size of the parts in which weights are sent: bounds the memory that sending takes."""
 LOOK_EVERY = 5.0
-"""Seconds between two looks at whether a server that has not answered yet is alive."""
+"""Seconds between two health checks of a server that has not answered yet."""
 
 
 class Server:
-    """The server at `url`. Silent for more than `patience` seconds, it counts as dead."""
+    """The server at `url`. It counts as dead after `patience` seconds without an answer."""
 
     def __init__(self, url: str, patience: float):
         self.url, self.patience = url.rstrip("/"), patience
         self.client = httpx.Client(base_url=self.url, timeout=httpx.Timeout(None, connect=10.0), limits=LIMITS)
 
     def wait(self) -> None:
-        """Until it is up. Raises ConfigError if that takes longer than `patience`."""
+        """Wait until the server is up. Raises ConfigError if that takes longer than `patience`."""
         deadline = time.monotonic() + self.patience
         while not self._alive():
             if time.monotonic() > deadline:
@@ -59,8 +59,10 @@ class Server:
         return self._answer(path, lambda: self.client.post(path, json=body, params=query, timeout=self.patience))
 
     def ask_all(self, path: str, bodies: list[dict]) -> list[Any]:
-        """One POST for each body, many at a time; answers in the order of the bodies. However long they take, as long as
-        the server says that it is alive."""
+        """Send one POST for each body, many at a time, and return the answers in the order of the bodies.
+
+        There is no timeout as long as the server answers health checks.
+        """
         # In a thread of its own: a notebook's has an event loop that is running already.
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(asyncio.run, self._ask_all(path, bodies)).result()
@@ -143,10 +145,10 @@ def _message(response: httpx.Response) -> str:
 
 
 class WeightSender:
-    """Weights to every worker of a server. Made on the main process only."""
+    """Sends weights to every worker of a server. Built on the main process only."""
 
     def __init__(self, server: Server, transport: str, device: torch.device, port: int = 0):
-        """Meet the workers. `transport` is nccl or gloo; port 0 takes any that is free."""
+        """Connect to the workers. `transport` is nccl or gloo; port 0 = any free one."""
         self.server, self.transport = server, transport
         self._abandoned = threading.Event()
         self.place = device if transport == "nccl" else torch.device("cpu")
@@ -169,7 +171,7 @@ class WeightSender:
         )
 
     def send(self, weights: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """All of the weights; then the server forgets what it cached, and bears `version`. Raises EngineError."""
+        """Send all weights, clear the server's prefix cache and set its version. Raises EngineError."""
         self._start()
         parcel: list[tuple[str, Tensor]] = []
         size = 0
@@ -191,7 +193,7 @@ class WeightSender:
         except EngineError as error:
             if "already active" not in str(error):
                 raise
-            self.server.post("/finish_weight_update")  # a trainer began it, and did not live to finish it
+            self.server.post("/finish_weight_update")  # of a trainer that died during an update
             self.server.post("/start_weight_update")
 
     def _send(self, parcel: list[tuple[str, Tensor]]) -> None:
@@ -214,14 +216,14 @@ class WeightSender:
         self._alongside(lambda: self.server.post("/update_weights", {"update_info": info}), broadcast)
 
     def _abandon(self) -> None:
-        """Nothing more is sent. A gloo group waits in its destructor for what is under way, so this one gets none."""
+        """Stop sending. The destructor of a gloo group waits for pending work, so this group is never destroyed."""
         self._abandoned.set()
         if hasattr(self, "group"):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
 
     def _alongside(self, request: Callable[[], Any], ours: Callable[[], T]) -> T:
-        """Both halves of something that each of them waits for. A half that fails is told at once; the other one, which
-        would wait in vain, is left behind in a thread that ends by itself or with the process."""
+        """Run two calls that wait for each other, in threads. If one fails, its error is raised at once; the other is
+        abandoned, and its thread ends by itself or with the process."""
         answers: dict[str, Any] = {}
         changed = threading.Condition()
 
@@ -254,7 +256,7 @@ class WeightSender:
 
 
 def forget_prefixes(reset: Callable[[], bool], tries: int = 20) -> None:
-    """Keys and values that were cached with the old weights must not serve the new ones."""
+    """Clear the prefix cache, whose keys and values belong to the old weights. Raises EngineError."""
     for _ in range(tries):
         if reset():
             return
@@ -265,7 +267,7 @@ def forget_prefixes(reset: Callable[[], bool], tries: int = 20) -> None:
 
 
 def check_version(server: Server, version: str) -> None:
-    """Raises EngineError unless the server's weights are the ones that this run sent last."""
+    """Raise EngineError unless the server holds the weights that this run sent last."""
     found = server.get("/weight_info")["weight_version"]
     if found != version:
         raise EngineError(
@@ -275,9 +277,10 @@ def check_version(server: Server, version: str) -> None:
 
 
 def check_server(server: Server, longest: int | None) -> str:
-    """Everything that can be known of a server before a run. -> the name that it serves the model under.
+    """Check a server before a run and return the name under which it serves the model.
 
-    Raises ConfigError, which says how to start the server.
+    Raises:
+        ConfigError: says how to start the server.
     """
     server.wait()
     try:
@@ -295,7 +298,7 @@ def check_server(server: Server, longest: int | None) -> str:
 
 
 def _address_towards(url: str) -> str:
-    """This machine's address as the server sees it."""
+    """Return the address of this machine in the network of the server."""
     place = urlsplit(url)
     try:
         with socket.create_connection((place.hostname or "127.0.0.1", place.port or 80), timeout=10) as connection:

@@ -22,16 +22,16 @@ BACKEND = "grpo"
 
 
 def rendezvous(host: str, port: int, world: int, seconds: float, *, master: bool) -> dist.Store:
-    """Where a trainer (the master, at port 0 for any that is free) and the workers of a server meet."""
+    """Return the store through which a trainer (the master; port 0 = any free one) and a server's workers connect."""
     return dist.TCPStore(
         host, port, world, is_master=master, timeout=timedelta(seconds=seconds), wait_for_workers=False
     )
 
 
 def transfer_group(store: dist.Store, transport: str, rank: int, world: int, seconds: float) -> Any:
-    """The process group that weights travel through, apart from every other group. Rank 0 is the trainer.
+    """Return a process group for the weights, separate from every other group. Rank 0 is the trainer.
 
-    Waits for all of them; each broadcast raises after `seconds` without the others.
+    Blocks until all ranks have joined. Each broadcast raises after `seconds` without the others.
     """
     store = dist.PrefixStore("weights", store)
     timeout = timedelta(seconds=seconds)
@@ -63,21 +63,22 @@ class Parcel:
 
 
 def start_reload(model: Any, config: Any) -> None:
-    """vLLM keeps weights in the layout that its kernels read. Within a reload, it lays out anew what comes in."""
+    """Begin a reload, in which vLLM converts loaded weights to the layout of its kernels."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    finalize_layerwise_reload(model, config)  # one that a trainer began and did not live to finish
+    finalize_layerwise_reload(model, config)  # of a trainer that died within a reload
     initialize_layerwise_reload(model)
 
 
 def finish_reload(model: Any, config: Any) -> None:
+    """End a reload."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
     finalize_layerwise_reload(model, config)
 
 
 class Extension:
-    """What becomes a part of vLLM's worker class. For an engine in the trainer's own process: weights by reference."""
+    """Mixin of vLLM's worker class: loads weights by reference, for an engine in the trainer's own process."""
 
     def load_plain_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         runner: Any = self.model_runner  # type: ignore[attr-defined]
@@ -87,7 +88,7 @@ class Extension:
 
 
 def register() -> None:
-    """Make the transfer known to this process's vLLM, and on a CPU its models reloadable. Before a model is built."""
+    """Register the transfer in this process's vLLM, and make its models reloadable on a CPU. Call before a model is built."""
     from vllm.distributed.weight_transfer.base import WeightTransferEngine
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.platforms import current_platform
