@@ -1,6 +1,7 @@
 """Advantages: rewards [P, G] -> advantages [P, G], each completion compared with its siblings.
 
-A new estimator names what it needs: rewards_PG (of all ranks), by_reward (name -> [P, G]), weights (name -> float), scale.
+A new estimator names what it needs: rewards_PG (of all ranks), by_reward (name -> [P, G]), weights (name -> float),
+scale.
 A subset of a group's completions to learn from (objective.subset) is a function of rewards_PG, lengths_PG and size.
 grpo/objectives/ has further estimators, and the subsets.
 """
@@ -57,7 +58,7 @@ def group_advantages(rewards_PG: Tensor, *, scale: Literal["group", "batch", "no
     # rewards [[1, 0, 0, 1]]: mean 0.5, std 0.57735 -> advantages [[0.8659, -0.8659, -0.8659, 0.8659]]
 
     [P, G] -> [P, G] float64. A reward of NaN (or infinity) means "no reward applied": it is left out of mean and
-    std, and its own advantage is 0. A group whose rewards are all equal teaches nothing: its row is exactly 0, not rounding noise.
+    std, and its own advantage is 0. A group whose rewards are all equal teaches nothing: its row is exactly 0.
     """
     rewards = finite_rewards(rewards_PG)
     centered = center(rewards)

@@ -55,7 +55,7 @@ def k3(log_ratio: Tensor) -> Tensor:
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor, estimator: str = "k3") -> Tensor:
-    """Estimate KL(policy || reference) per token, from tokens drawn from the policy (Schulman, joschu.net/blog/kl-approx).
+    """Estimate KL(policy || reference) per token, from tokens drawn from the policy (joschu.net/blog/kl-approx).
 
     Args:
         logprobs: [N] under the policy.

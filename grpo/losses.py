@@ -1,6 +1,6 @@
 """Losses: logprobs [N] -> one loss.
 
-    loss = sum over tokens n of  weight_n * (correction_n * l_n + beta * kl_n) / denominator  -  entropy_coef * mean entropy
+    loss = sum over tokens n of weight_n * (correction_n * l_n + beta * kl_n) / denominator - entropy_coef * mean entropy
 
 A loss is the function l (the cost of one token) and `per`, the unit that it is averaged over. With
 
@@ -23,7 +23,7 @@ A new loss names the tensors [N] and the settings that it needs, as a reward nam
         return -ratio.clamp(max=1 + epsilon) * advantages / tau
 
 Tensors: ratio, log_ratio (per token), sequence_log_ratio (summed over n's completion), logprobs, advantages. Settings:
-the keys of the config's `objective`, and those of your own in objective.loss_kwargs. grpo/objectives/ has further losses.
+the keys of the config's `objective`, and your own in objective.loss_kwargs. grpo/objectives/ has further losses.
 """
 
 from collections.abc import Callable, Mapping
@@ -84,7 +84,8 @@ def register_loss(
     check: Check | None = None,
     **implied: Any,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Return a decorator that registers the function below it as the loss called `name` (see LossFunction, Registry)."""
+    """Return a decorator that registers the function below it as the loss called `name` (see LossFunction, "
+    "Registry)."""
 
     def add(term: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if per not in PER:
@@ -126,7 +127,8 @@ def check_clip(config: Any) -> None:
     high = objective.epsilon if objective.epsilon_high is None else objective.epsilon_high
     if objective.delta is not None and objective.delta <= 1 + high:
         raise ConfigError(
-            f"objective.delta is {objective.delta}, needs to be above 1 + epsilon_high = {1 + high}: below, the clip acts first"
+            f"objective.delta is {objective.delta}, needs to be above 1 + epsilon_high = {1 + high}: below, the clip "
+            "acts first"
         )
 
 

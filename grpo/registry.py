@@ -62,7 +62,8 @@ class Registry(Generic[T]):
         return add
 
     def add(self, name: str, entry: T, *, source: Any = None, check: Check | None = None) -> None:
-        """Register `entry` as `name`. `source` is the function that it was made of, if it is not the function itself."""
+        """Register `entry` as `name`. `source` is the function that it was made of, if it is not the function "
+        "itself."""
         source = entry if source is None else source
         taken = self._sources.get(name)
         if taken is not None and _origin(taken) != _origin(source):
@@ -173,7 +174,7 @@ def check_arguments(
         given: `offered` in words, for messages.
 
     Raises:
-        ConfigError: an argument that nothing gives, a setting that `function` does not name, or one that the trainer gives.
+        ConfigError: an argument that nothing gives, a setting that is no argument, or one that the trainer gives.
     """
     own = [p for p in inspect.signature(function).parameters.values() if p.name not in offered]
     own = [p for p in own if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -188,8 +189,8 @@ def check_arguments(
     for parameter in own:
         if parameter.default is parameter.empty and parameter.name not in kwargs:
             raise ConfigError(
-                f"{label} requires the argument '{parameter.name}', but the trainer gives {given or ', '.join(offered)}. "
-                f"Rename it, or give it a default{f', or a value in {key}' if key else ''}"
+                f"{label} requires the argument '{parameter.name}', but the trainer gives "
+                f"{given or ', '.join(offered)}. Rename it, or give it a default{f', or a value in {key}' if key else ''}"
             )
 
 

@@ -57,8 +57,8 @@ def config_page(settings: type) -> str:
     lines = [
         "# Config keys",
         "",
-        "Every key is a flag (`--sampling.top_p 1.0`) and a line of a YAML file. `resume` says whether a resumed run may",
-        "find it changed: freely, with `--allow_changes '[KEY]'`, or never. This page is generated from `grpo/config/schema.py`:",
+        "Every key is a flag (`--sampling.top_p 1.0`) and a line of a YAML file. `resume` says whether a resumed run",
+        "may find it changed: freely, with `--allow_changes '[KEY]'`, or never. Generated from `grpo/config/schema.py`:",
         '`python -c "from grpo.config.help import *; from grpo.config.schema import *; print(config_page(Config))"`.',
     ]
     for name, keys in sections_of(settings).items():

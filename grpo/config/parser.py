@@ -22,8 +22,8 @@ def load_config(argv: list[str] | None = None) -> Config:
     """Return the checked config of a command line.
 
     Args:
-        argv: `--config FILE ...` and `--key.subkey VALUE`; default: sys.argv[1:]. `--help [SECTION]` prints the keys and
-            exits with 0.
+        argv: `--config FILE ...` and `--key.subkey VALUE`; default: sys.argv[1:]. `--help [SECTION]` prints the keys
+            and exits with 0.
 
     Raises:
         ConfigError: names the key, the value and the fix.
@@ -167,8 +167,8 @@ def _refuse_secrets(key: str, place: str = "") -> None:
     """Raise ConfigError for a key that looks like a secret, without repeating its value."""
     if re.search(r"token$|api_?key|secret|passw", key.lower()):
         raise ConfigError(
-            f"{place}there is no key '{key}': secrets belong neither into a config nor on a command line, where others can "
-            f"read them. Put HF_TOKEN or WANDB_API_KEY into .env (see .env.example)"
+            f"{place}there is no key '{key}': secrets belong neither into a config nor on a command line, where "
+            f"others can read them. Put HF_TOKEN or WANDB_API_KEY into .env (see .env.example)"
         )
 
 

@@ -43,8 +43,9 @@ def check_sampling(config: Config) -> None:
         )
     if config.rollout.max_staleness and sampling.dynamic_sampling:
         raise ConfigError(
-            f"rollout.max_staleness is {config.rollout.max_staleness}, but with sampling.dynamic_sampling the rewards of a "
-            f"step decide how many prompts it samples: set one of them back (max_staleness 0, or dynamic_sampling false)"
+            f"rollout.max_staleness is {config.rollout.max_staleness}, but with sampling.dynamic_sampling the "
+            f"rewards of a step decide how many prompts it samples: set one of them back (max_staleness 0, or "
+            "dynamic_sampling false)"
         )
 
 
@@ -106,8 +107,9 @@ def check_model(model: ModelConfig, lora: LoraConfig, objective: ObjectiveConfig
     if lora.r is None and (model.load_in_4bit or model.torch_dtype != "float32"):
         key = "load_in_4bit is true" if model.load_in_4bit else f"torch_dtype is {model.torch_dtype}"
         raise ConfigError(
-            f"model.{key}, but lora.r is not set: weights that are trained need float32, since a step of 1e-6 is lost in "
-            f"the rounding of anything less. Set lora.r (16 is usual), or leave torch_dtype float32 and load_in_4bit false"
+            f"model.{key}, but lora.r is not set: weights that are trained need float32, since a step of 1e-6 is "
+            f"lost in the rounding of anything less. Set lora.r (16 is usual), or leave torch_dtype float32 and "
+            "load_in_4bit false"
         )
     if model.load_in_4bit and model.gguf_file:
         raise ConfigError("model.load_in_4bit and model.gguf_file cannot be combined: a GGUF is loaded dequantized")
@@ -121,7 +123,8 @@ def check_model(model: ModelConfig, lora: LoraConfig, objective: ObjectiveConfig
         ]:
             if value:
                 raise ConfigError(
-                    f"model.{key} is {value}, but objective.beta is 0, so no reference is ever used: set a beta or drop it"
+                    f"model.{key} is {value}, but objective.beta is 0, so no reference is ever used: set a beta or "
+                    "drop it"
                 )
     if lora.r is not None and model.sync_ref_model:
         raise ConfigError(
@@ -130,6 +133,6 @@ def check_model(model: ModelConfig, lora: LoraConfig, objective: ObjectiveConfig
         )
     if lora.r is not None and model.reference_offload and model.reference is None:
         raise ConfigError(
-            "model.reference_offload is true with lora.r: the reference is the adapter switched off, and takes no memory. "
-            "Set reference_offload to false"
+            "model.reference_offload is true with lora.r: the reference is the adapter switched off, and takes no "
+            "memory. Set reference_offload to false"
         )

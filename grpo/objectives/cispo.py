@@ -16,8 +16,8 @@ def check_cap(config: Any) -> None:
     cap = config.objective.epsilon_high
     if cap is not None and cap < 1:
         raise ConfigError(
-            f"objective.epsilon_high is {cap}: for cispo it is the cap of the ratio itself, and a cap below 1 scales every "
-            f"gradient down. Set it to about 5, or leave it out"
+            f"objective.epsilon_high is {cap}: for cispo it is the cap of the ratio itself, and a cap below 1 scales "
+            f"every gradient down. Set it to about 5, or leave it out"
         )
 
 

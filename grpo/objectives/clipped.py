@@ -11,8 +11,8 @@ def check_sequence_level(config: Any) -> None:
     check_clip(config)
     if config.objective.importance_sampling_level == "token":
         raise ConfigError(
-            "objective.loss_type gspo is the ratio of whole completions, but objective.importance_sampling_level is token: "
-            "leave it out, or use loss_type grpo"
+            "objective.loss_type gspo is the ratio of whole completions, but objective.importance_sampling_level is "
+            "token: leave it out, or use loss_type grpo"
         )
 
 

@@ -12,8 +12,8 @@ from grpo.advantages import STD_EPSILON, deviation, group_advantages, register_a
 def per_reward_advantages(by_reward: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """Each reward normalised in its group, their weighted sum normalised over the batch (GDPO, arXiv 2601.05242).
 
-    A sum of rewards hides which one differed: rewards (1, 0) and (0, 1) of two kinds add up to the same. Here each kind is
-    compared by itself first. TRL: multi_objective_aggregation normalize_then_sum.
+    A sum of rewards hides which one differed: rewards (1, 0) and (0, 1) of two kinds add up to the same. Here each kind
+    is compared by itself first. TRL: multi_objective_aggregation normalize_then_sum.
     """
     weighed = {name: values for name, values in by_reward.items() if weights[name] != 0}
     summed = torch.stack([weights[name] * group_advantages(values) for name, values in weighed.items()]).sum(0)

@@ -21,8 +21,8 @@ def most_reward_per_token(rewards_PG: Tensor, lengths_PG: Tensor, size: int) -> 
 
 @register_subset("max_variance")
 def max_variance(rewards_PG: Tensor, lengths_PG: Tensor, size: int) -> Tensor:
-    """[P, size] indices: the subset of each group whose rewards vary most (PODS, arXiv 2504.13818, theorem 1: it is always
-    some of the highest and some of the lowest).
+    """[P, size] indices: the subset of each group whose rewards vary most (PODS, arXiv 2504.13818, theorem 1: it
+    is always some of the highest and some of the lowest).
 
     # rewards [[0, 1, 1, 1]], size 2: one of the highest and the lowest -> [[0, 3]]
     """

@@ -1,8 +1,8 @@
 """Rollout engines: prompts -> groups of completions. One base class, several engines that agree with each other.
 
-An engine of your own is a class that inherits from RolloutEngine, with @register_engine above it or named by its path. Its
-constructor takes the model, the tokenizer and any of the arguments in ARGUMENTS by name; further arguments with the values
-in rollout.engine_kwargs.
+An engine of your own is a class that inherits from RolloutEngine, with @register_engine above it or named by its path.
+Its constructor takes the model, the tokenizer, and any of ARGUMENTS by name; further arguments get their values from
+rollout.engine_kwargs.
 """
 
 from abc import ABC, abstractmethod
@@ -19,15 +19,17 @@ from grpo.types import Group, Prompt, SamplingPlan
 
 ARGUMENTS = ("slots", "uses_packed_attention", "cache_gib", "config", "accelerator", "weights", "longest")
 """slots: completions at a time. uses_packed_attention: the model runs with the attention of grpo/kernels/attention.py.
-cache_gib: memory for keys and values. config: the RolloutConfig. accelerator. weights: a function that iterates over the
-full weights by name (collective where they are sharded). longest: tokens of the longest prompt and completion, or None."""
+cache_gib: memory for keys and values. config: the RolloutConfig. accelerator. weights: a function that iterates over
+the full weights by name (collective where they are sharded). longest: tokens of the longest prompt and completion, or
+None."""
 
 
 class RolloutEngine(ABC):
     """Base class of rollout engines. The attributes tell the trainer what an engine can do before it is built."""
 
     has_own_weights: ClassVar[bool] = False
-    """It samples from a copy of the weights. The trainer then sends them after each step, and checks that they arrived."""
+    """It samples from a copy of the weights. The trainer then sends them after each step, and checks that they "
+    "arrived."""
     supports_staleness: ClassVar[bool] = True
     """It can sample for later steps in a thread (rollout.max_staleness)."""
     needs_packed_attention: ClassVar[bool] = False
@@ -79,7 +81,8 @@ def find_engine(name: str) -> type[RolloutEngine]:
     found = ENGINES.get(name)
     if not (isinstance(found, type) and issubclass(found, RolloutEngine)):
         raise ConfigError(
-            f"rollout.engine is '{name}', which is not a subclass of grpo.rollout.engine.RolloutEngine: let it inherit from it"
+            f"rollout.engine is '{name}', which is not a subclass of grpo.rollout.engine.RolloutEngine: let it "
+            "inherit from it"
         )
     return found
 
@@ -97,8 +100,8 @@ def check_engine(config: Config) -> None:
         )
     if engine.needs_packed_attention and config.model.attn_implementation != "grpo":
         raise ConfigError(
-            f"model.attn_implementation is {config.model.attn_implementation}, but rollout.engine {name} decodes with the "
-            f"attention called grpo: leave attn_implementation out, or set rollout.engine to transformers"
+            f"model.attn_implementation is {config.model.attn_implementation}, but rollout.engine {name} decodes "
+            f"with the attention called grpo: leave attn_implementation out, or set rollout.engine to transformers"
         )
     engine.check(config)
     ENGINES.check(name, config)
@@ -137,8 +140,8 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     found = {token for token in [*ids, tokenizer.eos_token_id] if token is not None}
     if not found:
         raise ConfigError(
-            "neither the model's generation config nor its tokenizer names an end token, so no completion could ever end: set "
-            "eos_token in tokenizer_config.json, or take a model that has one"
+            "neither the model's generation config nor its tokenizer names an end token, so no completion could ever "
+            "end: set eos_token in tokenizer_config.json, or take a model that has one"
         )
     return sorted(found)
 

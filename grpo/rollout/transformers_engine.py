@@ -1,7 +1,7 @@
 """The reference engine: model.generate on one prompt's group at a time. Slow and simple; the others must agree with it.
 
-A logits processor draws the tokens, with the counted seeds and the sampler of the other engines. generate does the caching
-and the forward passes.
+A logits processor draws the tokens, with the counted seeds and the sampler of the other engines. generate does the
+caching and the forward passes.
 """
 
 from collections.abc import Callable

@@ -26,8 +26,8 @@ T = TypeVar("T")
 CONNECTIONS = 256
 """Largest number of concurrent requests. vLLM queues them itself."""
 LIMITS = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=0)
-"""One connection per request. The server closes idle connections after a few seconds, and a request on a connection that is
-being closed would look like a dead server."""
+"""One connection per request. The server closes idle connections after a few seconds, and a request on a connection
+that is being closed would look like a dead server."""
 PARCEL_BYTES = 512 * 2**20
 """Size of the parts in which weights are sent: bounds the memory that sending takes."""
 LOOK_EVERY = 5.0
@@ -47,8 +47,9 @@ class Server:
         while not self._alive():
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"no vLLM server answers at {self.url} after {self.patience:g} s. Start one: python launch/vllm_server.py "
-                    f"--model THE_SAME_MODEL; or say where it is: --rollout.vllm_server_host, --rollout.vllm_server_port"
+                    f"no vLLM server answers at {self.url} after {self.patience:g} s. Start one: python "
+                    f"launch/vllm_server.py --model THE_SAME_MODEL; or say where it is: --rollout.vllm_server_host, "
+                    "--rollout.vllm_server_port"
                 )
             time.sleep(1.0)
 
@@ -121,8 +122,8 @@ class Server:
             )
         if response.status_code >= 500:
             raise EngineError(
-                f"vLLM at {self.url} failed ({path}: {_message(response)}). See its own output for the reason, and start it "
-                f"again"
+                f"vLLM at {self.url} failed ({path}: {_message(response)}). See its own output for the reason, and "
+                f"start it again"
             )
         if not response.is_success:
             raise EngineError(f"vLLM at {self.url} refused {path} ({response.status_code}): {_message(response)}")
@@ -271,8 +272,8 @@ def check_version(server: Server, version: str) -> None:
     found = server.get("/weight_info")["weight_version"]
     if found != version:
         raise EngineError(
-            f"the vLLM server at {server.url} holds weights '{found}', not '{version}', which this run sent last: it was "
-            f"started again meanwhile, or another run uses it. Give each run a server of its own"
+            f"the vLLM server at {server.url} holds weights '{found}', not '{version}', which this run sent last: it "
+            f"was started again meanwhile, or another run uses it. Give each run a server of its own"
         )
 
 

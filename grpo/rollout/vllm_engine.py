@@ -4,11 +4,11 @@
                 Every rank sends its own prompts (vLLM batches them all); the main rank sends the weights.
     colocate    in the trainer's process, on the trainer's device; needs vLLM in the trainer's environment
 
-Either way token ids go in, and sampled ids and their logprobs after the temperature come out; every sample's seed is counted
-from (seed, draw, sample), and after every step the weights are sent and the prefix cache is cleared.
+Either way token ids go in, and sampled ids and their logprobs after the temperature come out; every sample's seed is
+counted from (seed, draw, sample), and after every step the weights are sent and the prefix cache is cleared.
 
-A failure is raised in `generate`, on every rank at the same time, and again in every later call. So no step is interrupted
-between its samples and its update, and the trained weights can be saved.
+A failure is raised in `generate`, on every rank at the same time, and again in every later call. So no step is
+interrupted between its samples and its update, and the trained weights can be saved.
 """
 
 import itertools
@@ -85,13 +85,13 @@ class VLLMEngine(RolloutEngine):
         vllm_module()
         if processes > 1:
             raise ConfigError(
-                f"rollout.vllm_mode colocate runs in one process, {processes} were started: use --rollout.vllm_mode server, "
-                f"which any number of processes can share"
+                f"rollout.vllm_mode colocate runs in one process, {processes} were started: use --rollout.vllm_mode "
+                f"server, which any number of processes can share"
             )
         if config.model.gguf_file:
             raise ConfigError(
-                "rollout.vllm_mode colocate cannot read model.gguf_file: use --rollout.vllm_mode server with a plain folder "
-                "of the same model (launch/export.py), or rollout.engine native"
+                "rollout.vllm_mode colocate cannot read model.gguf_file: use --rollout.vllm_mode server with a plain "
+                "folder of the same model (launch/export.py), or rollout.engine native"
             )
 
     def update_weights(self, step: int) -> None:
@@ -151,8 +151,9 @@ class VLLMEngine(RolloutEngine):
             ended = bool(ids) and ids[-1] in self.end_ids
             if len(ids) != len(logprobs) or not (ended or len(ids) == plan.max_completion_length):
                 raise EngineError(
-                    f"vLLM gave {len(ids)} of {plan.max_completion_length} tokens with {len(logprobs)} logprobs, and no end "
-                    f"token ({self.end_ids}): something else stops it. Start the server with launch/vllm_server.py"
+                    f"vLLM gave {len(ids)} of {plan.max_completion_length} tokens with {len(logprobs)} logprobs, and "
+                    f"no end token ({self.end_ids}): something else stops it. Start the server with "
+                    "launch/vllm_server.py"
                 )
             text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
             completions.append(Completion(ids, logprobs, ended, text))

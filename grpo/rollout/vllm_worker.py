@@ -2,8 +2,8 @@
 
     --worker-extension-cls grpo.rollout.vllm_worker.Extension --weight-transfer-config '{"backend": "grpo"}'
 
-vLLM's own transfers work between GPUs, and need vLLM in the trainer's environment. This one goes through the same endpoints
-(init, start, update, finish), but over a process group of torch: NCCL between GPUs, gloo anywhere, and the trainer
+vLLM's own transfers work between GPUs, and need vLLM in the trainer's environment. This one goes through the same
+endpoints (init, start, update, finish), but over a process group of torch: NCCL between GPUs, gloo anywhere, and the trainer
 needs nothing but torch. It needs nothing of the trainer but this folder.
 """
 
@@ -88,7 +88,8 @@ class Extension:
 
 
 def register() -> None:
-    """Register the transfer in this process's vLLM, and make its models reloadable on a CPU. Call before a model is built."""
+    """Register the transfer in this process's vLLM, and make its models reloadable on a CPU. Call before a model is "
+    "built."""
     from vllm.distributed.weight_transfer.base import WeightTransferEngine
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.platforms import current_platform

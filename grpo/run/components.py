@@ -14,7 +14,7 @@ def check_components(config: Config) -> None:
     """Check every component that the config names, before anything is loaded.
 
     Raises:
-        ConfigError: a name that is not registered, an argument that nothing gives, or a setting that a component refuses.
+        ConfigError: an unknown name, an argument that nothing gives, or a setting that a component refuses.
     """
     objective = config.objective
     check_loss(config)

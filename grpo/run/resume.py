@@ -66,8 +66,8 @@ def check_changes(
     if forbidden:
         keys = ", ".join(change.key for change in changes if change.kind == "forbidden")
         raise ConfigError(
-            f"resume: {'; '.join(forbidden)}: the checkpoint does not fit. Set {keys} back to resume with the lora.*, model.* "
-            f"and data.* that the run was started with, or start a new run in another run_dir"
+            f"resume: {'; '.join(forbidden)}: the checkpoint does not fit. Set {keys} back to resume with the "
+            f"lora.*, model.* and data.* that the run was started with, or start a new run in another run_dir"
         )
     refused = [change for change in changes if change.kind == "needs a flag" and change.key not in allowed]
     if refused:
