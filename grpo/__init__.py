@@ -5,8 +5,8 @@ import os
 from typing import Any
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    # Iterations that an OpenMP thread spins before it sleeps, read when torch is first imported. The default of libgomp spins for
-    # milliseconds: beside other programs, a thread then waits for one that has lost its core (docs/speed.md).
+    # Iterations that an OpenMP thread spins before it sleeps, read when torch is first imported. The default of libgomp
+    # spins for milliseconds: beside other programs, a thread then waits for one that has lost its core (docs/speed.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 # Public name -> the module that defines it. `__init__.pyi` lists the same names for type checkers.
