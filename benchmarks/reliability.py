@@ -92,8 +92,8 @@ def page(results: dict[str, Any]) -> str:
         "# Reliability",
         "",
         "Tests inject the faults from outside the trainer. `python benchmarks/reliability.py` runs the tests of every "
-        "row and writes this page; `--trl` runs the same faults on TRL, where they can be run. A row's result is the "
-        "number of cases that passed (a case is a fault, or one place or form of it), and the sums of their counts.",
+        "row and generates this page. `--trl` runs the same faults on TRL, if possible. The result of a row is the "
+        "number of cases that passed, and the sums of their counts. A case is a fault, or one place or form of it.",
         "",
         f"Measured {results.get('date')} on {results.get('machine')}.",
         "",
