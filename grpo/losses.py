@@ -1,6 +1,6 @@
 """Losses: logprobs [N] -> one loss.
 
-    loss = sum over tokens n of weight_n * (correction_n * l_n + beta * kl_n) / denominator - entropy_coef * mean entropy
+    loss = sum over tokens n of weight_n * (correction_n * l_n + beta * kl_n) / denominator - entropy_coef * entropy
 
 A loss is the function l (the cost of one token) and `per`, the unit that it is averaged over. With
 

@@ -190,7 +190,7 @@ def check_arguments(
         if parameter.default is parameter.empty and parameter.name not in kwargs:
             raise ConfigError(
                 f"{label} requires the argument '{parameter.name}', but the trainer gives "
-                f"{given or ', '.join(offered)}. Rename it, or give it a default{f', or a value in {key}' if key else ''}"
+                f"{given or ', '.join(offered)}. Rename it, give it a default{f', or set it in {key}' if key else ''}"
             )
 
 

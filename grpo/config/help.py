@@ -58,7 +58,7 @@ def config_page(settings: type) -> str:
         "# Config keys",
         "",
         "Every key is a flag (`--sampling.top_p 1.0`) and a line of a YAML file. `resume` says whether a resumed run",
-        "may find it changed: freely, with `--allow_changes '[KEY]'`, or never. Generated from `grpo/config/schema.py`:",
+        "may find it changed: freely, with `--allow_changes '[KEY]'`, or never. Made from `grpo/config/schema.py`:",
         '`python -c "from grpo.config.help import *; from grpo.config.schema import *; print(config_page(Config))"`.',
     ]
     for name, keys in sections_of(settings).items():

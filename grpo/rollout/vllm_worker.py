@@ -3,8 +3,8 @@
     --worker-extension-cls grpo.rollout.vllm_worker.Extension --weight-transfer-config '{"backend": "grpo"}'
 
 vLLM's own transfers work between GPUs, and need vLLM in the trainer's environment. This one goes through the same
-endpoints (init, start, update, finish), but over a process group of torch: NCCL between GPUs, gloo anywhere, and the trainer
-needs nothing but torch. It needs nothing of the trainer but this folder.
+endpoints (init, start, update, finish), but over a process group of torch: NCCL between GPUs, gloo anywhere. The
+trainer needs nothing but torch. It needs nothing of the trainer but this folder.
 """
 
 import sys
@@ -95,8 +95,8 @@ def register() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        # vLLM packs linear weights for oneDNN and drops the originals; a head that is tied to the embeddings gets a packed
-        # copy of its own, which no reload refreshes: the update would succeed, and the old head go on sampling.
+        # vLLM packs linear weights for oneDNN and drops the originals; a head that is tied to the embeddings gets a
+        # packed copy of its own, which no reload refreshes: the update would succeed, and the old head go on sampling.
         import vllm._custom_ops
 
         vllm._custom_ops._supports_onednn = False

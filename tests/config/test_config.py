@@ -181,3 +181,15 @@ def test_help_into_a_pipe_that_closes_early_is_no_error() -> None:
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout == "run\n"
+
+
+def test_the_table_for_users_of_trl_has_the_names_of_the_schema() -> None:
+    keys, compared = keys_of(Config), 0
+    table = (LAUNCH.parent / "README.md").read_text().partition("## Coming from TRL")[2].partition("\n## ")[0]
+    for here, theirs in re.findall(r"^\| (`[^|]+) \| ([^|]+) \|", table, re.MULTILINE):
+        for name in re.findall(r"`([\w.]+)[^`]*`", here):
+            trl = keys[name].setting.trl if name in keys else None
+            if trl is not None and theirs != "the same":
+                assert re.search(rf"`{trl}\b", theirs), f"{name} is {trl} in TRL"
+                compared += 1
+    assert compared >= 10
