@@ -199,7 +199,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
         "after a resume each step appears once in the records, TensorBoard, W&B and Trackio",
         [
             "tracking/test_run_logger.py::test_resume_drops_the_rows_that_will_be_made_again",
-            "tracking/test_backends.py",
+            "tracking/test_trackers.py",
         ],
     ),
     "X1": (

@@ -20,6 +20,7 @@ _PUBLIC = {
     "register_kl": "grpo.kl",
     "register_loss": "grpo.losses",
     "register_reward": "grpo.rewards.registry",
+    "register_tracker": "grpo.tracking.tracker",
 }
 
 __all__ = list(_PUBLIC)

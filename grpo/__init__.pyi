@@ -6,4 +6,5 @@ from grpo.kl import register_kl as register_kl
 from grpo.losses import register_loss as register_loss
 from grpo.rewards.registry import register_reward as register_reward
 from grpo.rollout.engine import register_engine as register_engine
+from grpo.tracking.tracker import register_tracker as register_tracker
 from grpo.trainer import train as train

@@ -28,7 +28,8 @@ from grpo.runtime.redaction import redacted
 from grpo.tools.model_shape import tokenizer_and_shape
 from grpo.tracking.console import Display
 from grpo.tracking.model_card import model_card
-from grpo.tracking.run_logger import Tracker, choose_run_dir
+from grpo.tracking.run_dir import choose_run_dir
+from grpo.tracking.run_logger import RunLogger
 from tests.fakes import tiny_data, tiny_folder
 from tests.test_trainer import run
 
@@ -301,7 +302,7 @@ def test_hostile_text_is_shown_not_obeyed(text: str, capsys: pytest.CaptureFixtu
 
 def test_hostile_text_survives_the_files(tmp_path: Path) -> None:
     """X9, R16. And in the files it is what it was, to the character."""
-    tracker = Tracker(tmp_path, Config(tracking=TrackingConfig(report_to=[])), {}, 0)
+    tracker = RunLogger(tmp_path, Config(tracking=TrackingConfig(report_to=[])), {}, 0)
     tracker.log(1, {}, [{"step": 1, "completion": text} for text in HOSTILE])
     tracker.finish()
     rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().split("\n")[:-1]]

@@ -42,7 +42,9 @@ from grpo.runtime.precision import precision_of
 from grpo.runtime.run_lock import RunLock, check_free
 from grpo.tracking.console import Display, show_messages
 from grpo.tracking.diagnostics import Diagnostics, patience_for
-from grpo.tracking.run_logger import Tracker, check_trackers, choose_run_dir
+from grpo.tracking.run_dir import choose_run_dir
+from grpo.tracking.run_logger import RunLogger
+from grpo.tracking.tracker import check_trackers
 from grpo.types import Prompt, SamplingPlan
 
 log = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ def build_run(config: Config) -> Run:
     """
     check_components(config)
     rewards = build_rewards(config)
-    check_trackers(config.tracking.report_to)
+    check_trackers(config)
     callbacks = build_callbacks(config.callbacks)
 
     accelerator, run_dir = start_processes(config)
@@ -246,7 +248,7 @@ def lock_run(run_dir: Path) -> RunLock:
         raise StorageError(f"cannot write the run directory {run_dir}: {error}. Set another --run_dir") from error
 
 
-def start_records(config: Config, run_dir: Path, data: TrainingData, rewards: RewardSum, start: int) -> Tracker:
+def start_records(config: Config, run_dir: Path, data: TrainingData, rewards: RewardSum, start: int) -> RunLogger:
     """Write the data card, reward sources and rejected rows; start the trackers."""
     record_card(run_dir, config.data)
     sources = reward_sources(rewards.functions)
@@ -254,7 +256,7 @@ def start_records(config: Config, run_dir: Path, data: TrainingData, rewards: Re
         log.info("reward '%s' is %s (sha256 %s)", name, source["file"], source["sha256"][:12])
     derived = derived_values(config, data.size, run_dir.name)
     derived |= {"base_model": str(data.model_path), "reward_sources": sources}
-    tracker = Tracker(run_dir, config, derived, start + 1 if start else 0)
+    tracker = RunLogger(run_dir, config, derived, start + 1 if start else 0)
     if data.rejected:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in data.rejected]
         (run_dir / "rejected.jsonl").write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
@@ -293,7 +295,7 @@ def build_recorder(
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     run_dir: Path,
-    tracker: Tracker | None,
+    tracker: RunLogger | None,
     callbacks: list[Callback],
     point: ResumePoint,
 ) -> Recorder:
@@ -319,7 +321,7 @@ def build_recorder(
     )
 
 
-def build_diagnostics(config: Config, accelerator: Accelerator, tracker: Tracker | None) -> Diagnostics:
+def build_diagnostics(config: Config, accelerator: Accelerator, tracker: RunLogger | None) -> Diagnostics:
     """Return the diagnostics of this run, without the findings that it made before a resume."""
     reads_answers = {"accuracy", "countdown"} & {name for name, weight in config.rewards.items() if weight}
     return Diagnostics(

@@ -18,7 +18,7 @@ from grpo.tracking.console import Display
 from grpo.tracking.debug_dumps import dump_batches, dump_failures
 from grpo.tracking.diagnostics import Diagnostics
 from grpo.tracking.report import write_report
-from grpo.tracking.run_logger import Tracker
+from grpo.tracking.run_logger import RunLogger
 from grpo.types import Group
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Recorder:
         config: Config,
         accelerator: Accelerator,
         run_dir: Path,
-        tracker: Tracker | None,
+        tracker: RunLogger | None,
         console: Display,
         callbacks: Callbacks,
         diagnostics: Diagnostics,
@@ -103,7 +103,7 @@ class Recorder:
     def begin_shutdown(self) -> None:
         """Flush trackers after the last step."""
         if self.tracker is not None:
-            self.tracker.let_go()
+            self.tracker.begin_shutdown()
 
     def finish(self) -> None:
         """Show the table of before and after, write the report, and close the tracker."""

@@ -19,7 +19,8 @@ from grpo.tools.check_result import Check, PromptCheck
 from grpo.tools.check_rewards import check_rewards
 from grpo.tools.memory import estimate
 from grpo.tools.model_shape import tokenizer_and_shape
-from grpo.tracking.run_logger import check_trackers, choose_run_dir
+from grpo.tracking.run_dir import choose_run_dir
+from grpo.tracking.tracker import check_trackers
 
 MEASURED_ROWS = 8_000
 """Prompts tokenised for the length statistics. Of a larger file, rows at equal distances are taken."""
@@ -38,7 +39,7 @@ def check(config: Config, machine: Machine | None = None) -> Check:
     found = Check(config=flatten(to_dict(config)))
     check_components(config)
     score = RewardSum(config.rewards, config.reward_kwargs)
-    check_trackers(config.tracking.report_to)
+    check_trackers(config)
     found.run_dir = str(choose_run_dir(config, datetime.now()))
     permission = check_permission(config.data)
     if permission:

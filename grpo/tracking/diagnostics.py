@@ -1,10 +1,10 @@
-"""Diagnostics: each step's metrics and completions -> why this run does not learn, in one line with the mend, once.
+"""Diagnostics: metrics and completions of each step -> findings, the reasons why a run does not learn, each made once.
 
-    step 1 ... 20   reward/soft_format/mean 0.0, std 0.0   ->   nothing
+    steps 1 to 19   reward/soft_format/mean 0.0, std 0.0   ->   nothing
     step 20                                                ->   "reward 'soft_format' has been 0 for all 640 completions of ..."
-    step 21 ...                                            ->   nothing: it was said
+    step 21 ...                                            ->   nothing: it was reported
 
-Numbers in, sentences out: no config, no model, no file.
+Pure: no config, no model, no file.
 """
 
 import statistics
@@ -16,99 +16,140 @@ from typing import Any
 Metrics = dict[str, float]
 Rows = list[dict[str, Any]]
 
+MIN_STEPS = 3
+"""Steps after which what can only be a mistake is reported."""
 KL_RUNAWAY = 1.0
 """Nats per token. A useful run stays well below; here the model writes what the reference would never write."""
 ENTROPY_RISE = 1.0
 """Nats per token more than at the start, and at least twice as much."""
 ENTROPY_FALL = 0.02
-"""Of what it was at the start: the completions of a prompt are all but the same."""
-MIN_STEPS = 3
-"""Steps after which what can only be a mistake is said."""
+"""Share of the entropy at the start, below which the completions of a prompt are all but the same."""
+COLLAPSE_TEXTS = 0.75
+"""Different texts per different prompt. A policy that answers its prompts writes at least as many texts as prompts."""
+COLLAPSE_GROUP = 1.5
+"""Different texts of one prompt, on average. At a temperature of 1 a policy that is unsure writes more."""
+COLLAPSE_REWARD = 0.75
+"""Mean reward, from the worst (0) to the best (1) so far. Above it, few texts are what the task asks for (yes or no)."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line for a person. `name` tells findings apart, so that each is said once."""
+    """One line for the user. `name` tells findings apart, so that each is reported once."""
 
     name: str
     text: str
-    mend: str
+    suggestion: str
 
     def __str__(self) -> str:
-        return f"{self.text}: {self.mend}"
+        return f"{self.text}: {self.suggestion}"
+
+    def to_row(self) -> dict[str, str]:
+        """Return the row of findings.jsonl. Its key "mend" is older than the term `suggestion`."""
+        return {"name": self.name, "text": self.text, "mend": self.suggestion}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is kept of one step."""
+
+    number: int
+    metrics: Metrics
+    completions: int
+    rewards: dict[str, set[float]]
+    """Different values of each reward."""
+    texts: set[tuple[str, str]]
+    """Different (prompt, completion)."""
 
 
 @dataclass
 class Diagnostics:
-    """Looks at a run as it goes. `patience`: steps before a number that does not move is called stuck."""
+    """Observes a run step by step."""
 
     patience: int = 20
+    """Steps before a number that does not move is reported."""
     max_completion_length: int | None = None
     learning_rate: float | None = None
     """The config's."""
     tolerance: float = 1e-3
     """Largest mean difference between sampling and training logprobs that rounding explains."""
     has_answer: Callable[[str], bool] | None = None
-    """Whether an answer can be found in a completion; None where no reward reads one."""
+    """Returns whether an answer can be found in a completion; None if no reward reads answers."""
     said: set[str] = field(default_factory=set)
-    """Names of findings that were made before (a resumed run does not repeat them)."""
+    """Names of findings that were reported before. A resumed run does not repeat them."""
 
     def __post_init__(self) -> None:
         # Entropy is judged over more steps than a short run's patience.
-        self._metrics: deque[tuple[int, Metrics]] = deque(maxlen=max(self.patience, 2 * MIN_STEPS))
-        self._start: dict[str, list[float]] = {}
-        self._completions: deque[int] = deque(maxlen=self.patience)
-        self._scores: deque[dict[str, set[float]]] = deque(maxlen=self.patience)
-        self._ended = 0
-        self._answers = 0
-        self._seen = 0
+        self._steps: deque[_Step] = deque(maxlen=max(self.patience, 2 * MIN_STEPS))
+        self._first_rewards: list[float] = []
+        self._first_entropies: list[float] = []
+        self._last_entropies: deque[float] = deque(maxlen=MIN_STEPS)
+        self._entropies = 0
+        self._best, self._worst = -float("inf"), float("inf")
+        self._seen = self._ended = self._answers = 0
 
     def observe(self, step: int, metrics: Metrics, rows: Rows) -> list[Finding]:
-        """What this step brings to light. `rows` are its completions ("completion", "ended", "rewards"), over all ranks."""
+        """Return the findings that this step adds.
+
+        Args:
+            step: steps that are done.
+            metrics: the step's metrics.
+            rows: its completions over all ranks, with "completion", "ended", "rewards", and where known "prompt" and "reward".
+        """
         if not rows:
             return []  # an evaluation before the first step
-        self._metrics.append((step, metrics))
-        self._completions.append(len(rows))
-        self._scores.append({name: {row["rewards"][name] for row in rows} for name in rows[0]["rewards"]})
-        self._seen += len(rows)
-        self._ended += sum(bool(row["ended"]) for row in rows)
-        if self.has_answer is not None:
-            self._answers += sum(self.has_answer(row["completion"]) for row in rows)
-        for key in ("policy/entropy", "reward/mean"):
-            self._start.setdefault(key, [])
-            if key in metrics and len(self._start[key]) < MIN_STEPS:
-                self._start[key].append(metrics[key])
+        self._add(step, metrics if _is_measured(metrics) else _without_policy(metrics), rows)
         found = [
             *self._rewards(),
             *self._lengths(),
             *self._groups(),
             *self._policy(),
+            *self._entropy(),
+            *self._collapse(),
         ]
-        fresh = [finding for finding in found if finding.name not in self.said]
-        self.said |= {finding.name for finding in fresh}
-        return fresh
+        new = [finding for finding in found if finding.name not in self.said]
+        self.said |= {finding.name for finding in new}
+        return new
+
+    def _add(self, step: int, metrics: Metrics, rows: Rows) -> None:
+        rewards = {name: {row["rewards"][name] for row in rows} for name in rows[0]["rewards"]}
+        texts = {(str(row.get("prompt")), row["completion"]) for row in rows}
+        self._steps.append(_Step(step, metrics, len(rows), rewards, texts))
+        self._seen += len(rows)
+        self._ended += sum(bool(row["ended"]) for row in rows)
+        if self.has_answer is not None:
+            self._answers += sum(self.has_answer(row["completion"]) for row in rows)
+        earned = [row["reward"] for row in rows if "reward" in row]
+        self._best, self._worst = max([self._best, *earned]), min([self._worst, *earned])
+        if "reward/mean" in metrics and len(self._first_rewards) < MIN_STEPS:
+            self._first_rewards.append(metrics["reward/mean"])
+        if "policy/entropy" in metrics:
+            self._entropies += 1
+            self._last_entropies.append(metrics["policy/entropy"])
+            if len(self._first_entropies) < MIN_STEPS:
+                self._first_entropies.append(metrics["policy/entropy"])
 
     def _rewards(self) -> list[Finding]:
-        """A reward that never fires, never varies, or never applies."""
-        if len(self._scores) < self.patience:
+        """Rewards that never fire, never vary, or never apply."""
+        if len(self._steps) < self.patience:
             return []
+        recent = list(self._steps)[-self.patience :]
+        completions = sum(step.completions for step in recent)
         found = []
-        for name in self._scores[-1]:
-            known = [value for step in self._scores for value in step.get(name, ()) if value == value]
-            where = f"for all {sum(self._completions)} completions of {self._steps(self.patience)}"
+        for name in recent[-1].rewards:
+            known = [value for step in recent for value in step.rewards.get(name, ()) if value == value]
+            where = f"for all {completions} completions of {_range(recent)}"
             if not known:
                 found.append(
                     Finding(
                         f"silent:{name}",
-                        f"reward '{name}' applied to none of the completions of {self._steps(self.patience)}",
+                        f"reward '{name}' applied to none of the completions of {_range(recent)}",
                         "it returned None, or failed, each time: look into faults/ in the run directory, and at the column "
                         "that it reads",
                     )
                 )
             elif min(known) == max(known) == 0:
-                found.append(
-                    Finding(f"dead:{name}", f"reward '{name}' has been 0 {where}; it teaches nothing", _dead_mend(name))
-                )
+                text = f"reward '{name}' has been 0 {where}; it teaches nothing"
+                found.append(Finding(f"dead:{name}", text, _dead_suggestion(name)))
             elif min(known) == max(known):
                 found.append(
                     Finding(
@@ -121,20 +162,19 @@ class Diagnostics:
         return found
 
     def _lengths(self) -> list[Finding]:
-        """Completions that are cut off; a model that cannot stop; answers that cannot be found."""
+        """Completions that are cut off, a model that cannot stop, answers that cannot be found."""
         found = []
-        limit = self.max_completion_length
-        if self._all("rollout/truncated_fraction", MIN_STEPS, lambda value: value == 1):
-            count = sum(list(self._completions)[-MIN_STEPS:])
+        if steps := self._all("rollout/truncated_fraction", MIN_STEPS, lambda value: value == 1):
+            count = sum(step.completions for step in steps)
             found.append(
                 Finding(
                     "truncated",
-                    f"{count} of {count} completions of {self._steps(MIN_STEPS)} hit sampling.max_completion_length {limit} "
-                    f"without an end",
-                    "raise it, or ask for shorter answers; what was cut off can hardly earn a reward",
+                    f"{count} of {count} completions of {_range(steps)} hit sampling.max_completion_length "
+                    f"{self.max_completion_length} without an end",
+                    "raise it, or ask for shorter answers; a completion that is cut off can hardly earn a reward",
                 )
             )
-        if len(self._metrics) < self.patience:
+        if len(self._steps) < self.patience:
             return found
         if not self._ended:
             found.append(
@@ -157,72 +197,74 @@ class Diagnostics:
         return found
 
     def _groups(self) -> list[Finding]:
-        if not self._all("reward/zero_std_fraction", self.patience, lambda value: value == 1):
+        """Groups whose completions all earn the same."""
+        steps = self._all("reward/zero_std_fraction", self.patience, lambda value: value == 1)
+        if not steps:
             return []
         return [
             Finding(
                 "flat",
-                f"every group of {self._steps(self.patience)} was flat: all completions of a prompt earned the same, so "
-                f"nothing was learned",
+                f"every group of {_range(steps)} was flat: all completions of a prompt earned the same, so nothing was learned",
                 "the task is too hard (all 0), too easy (all right), or sampling too narrow: take easier or harder prompts "
                 "(curriculum.reward), a reward with more steps, more num_generations, or a temperature of 1",
             )
         ]
 
     def _policy(self) -> list[Finding]:
-        """The learning rate, the KL, the entropy, and whether sampler and trainer are the same policy."""
+        """A learning rate of 0, a sampler that differs from the trainer, a KL that runs away."""
         found = []
         if self.learning_rate == 0:
             found.append(
                 Finding("learning_rate", "optimizer.learning_rate is 0: no weight will ever change", "set it above 0")
             )
-        elif self._all("policy/learning_rate", MIN_STEPS, lambda value: value == 0):
+        elif steps := self._all("policy/learning_rate", MIN_STEPS, lambda value: value == 0):
             found.append(
                 Finding(
                     "learning_rate",
-                    f"the learning rate has been 0 in {self._steps(MIN_STEPS)}",
+                    f"the learning rate has been 0 in {_range(steps)}",
                     "a schedule that is over, or a warm-up that does not begin: look at steps, optimizer.warmup_ratio and "
                     "optimizer.lr_scheduler_type",
                 )
             )
-        if self._all("policy/sampling_logprob_difference", MIN_STEPS, lambda value: value > self.tolerance):
-            value = self._last("policy/sampling_logprob_difference", 1)[0]
+        key = "policy/sampling_logprob_difference"
+        if steps := self._all(key, MIN_STEPS, lambda value: value > self.tolerance):
             found.append(
                 Finding(
                     "sampler",
-                    f"sampler and trainer disagree by {value:.2g} nats per token on average in {self._steps(MIN_STEPS)} (rounding "
-                    f"explains {self.tolerance:g})",
+                    f"sampler and trainer disagree by {steps[-1].metrics[key]:.2g} nats per token on average in "
+                    f"{_range(steps)} (rounding explains {self.tolerance:g})",
                     "they are not the same policy: set rollout.engine native, rollout.correction truncate, or the same "
                     "precision for both",
                 )
             )
-        if self._all("policy/kl", MIN_STEPS, lambda value: value > KL_RUNAWAY):
+        if steps := self._all("policy/kl", MIN_STEPS, lambda value: value > KL_RUNAWAY):
             found.append(
                 Finding(
                     "kl",
-                    f"the KL to the reference is running away: {self._last('policy/kl', 1)[0]:.2g} nats per token",
+                    f"the KL to the reference is running away: {steps[-1].metrics['policy/kl']:.2g} nats per token",
                     "lower optimizer.learning_rate, raise objective.beta, or set objective.kl_target",
                 )
             )
-        return found + self._entropy()
+        return found
 
     def _entropy(self) -> list[Finding]:
-        start, last = self._start["policy/entropy"], self._last("policy/entropy", MIN_STEPS)
-        if len(self._metrics) < 2 * MIN_STEPS or len(start) < MIN_STEPS or len(last) < MIN_STEPS:
+        """An entropy far above or below that of the first steps."""
+        if self._entropies < 2 * MIN_STEPS:
             return []
-        before, now = statistics.fmean(start), statistics.fmean(last)
+        before, now = statistics.fmean(self._first_entropies), statistics.fmean(self._last_entropies)
         if now > 2 * before and now > before + ENTROPY_RISE:
             return [
                 Finding(
                     "entropy_rise",
-                    f"the entropy is running away: {before:.2g} -> {now:.2g} nats per token; the model comes to write at "
-                    f"random",
+                    f"the entropy is running away: {before:.2g} -> {now:.2g} nats per token; the model comes to write at random",
                     "lower optimizer.learning_rate, objective.entropy_coef, or raise objective.beta",
                 )
             ]
-        rewards = self._start["reward/mean"], self._last("reward/mean", MIN_STEPS)
-        better = all(rewards) and statistics.fmean(rewards[1]) > statistics.fmean(rewards[0])
-        if now < ENTROPY_FALL * before and not better:  # a model that has learned its task may well be certain
+        rewards = [step.metrics["reward/mean"] for step in self._last(MIN_STEPS) if "reward/mean" in step.metrics]
+        is_better = bool(self._first_rewards and rewards) and statistics.fmean(rewards) > statistics.fmean(
+            self._first_rewards
+        )
+        if now < ENTROPY_FALL * before and not is_better:  # a model that has learned its task may well be certain
             return [
                 Finding(
                     "entropy_fall",
@@ -233,26 +275,63 @@ class Diagnostics:
             ]
         return []
 
-    def _last(self, key: str, count: int) -> list[float]:
-        """The newest values of a metric, at most `count`."""
-        rows = list(self._metrics)[-count:]
-        return [metrics[key] for _, metrics in rows if key in metrics]
+    def _collapse(self) -> list[Finding]:
+        """A policy that gives the same few texts to different prompts, though better rewards are known.
 
-    def _all(self, key: str, count: int, holds: Callable[[float], bool]) -> bool:
-        values = self._last(key, count)
-        return len(values) == count and all(holds(value) for value in values)
+        Judged by the completions: where all groups are flat, the entropy is not measured.
+        """
+        steps = self._last(2 * MIN_STEPS)
+        if len(steps) < 2 * MIN_STEPS or not self._worst < self._best:
+            return []
+        answers = set().union(*(step.texts for step in steps))
+        prompts, texts = (len(set(part)) for part in zip(*answers, strict=True))
+        reward = statistics.fmean(step.metrics.get("reward/mean", self._best) for step in steps)
+        is_good = (reward - self._worst) / (self._best - self._worst) >= COLLAPSE_REWARD
+        if texts > COLLAPSE_TEXTS * prompts or len(answers) > COLLAPSE_GROUP * prompts or is_good:
+            return []
+        return [
+            Finding(
+                "collapse",
+                f"the policy has collapsed: all {sum(step.completions for step in steps)} completions of {prompts} prompts in "
+                f"{_range(steps)} are one of {texts} texts, and earn {reward:.2g} on average where {self._best:.2g} was earned",
+                "it writes what earns something for any prompt: go back to an earlier checkpoint, lower "
+                "optimizer.learning_rate, raise objective.beta or objective.entropy_coef, or lower the weight of a reward for "
+                "the form",
+            )
+        ]
 
-    def _steps(self, count: int) -> str:
-        steps = [step for step, _ in list(self._metrics)[-count:]]
-        return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+    def _last(self, count: int) -> list[_Step]:
+        return list(self._steps)[-count:]
+
+    def _all(self, key: str, count: int, holds: Callable[[float], bool]) -> list[_Step]:
+        """Return the last `count` steps that measured `key`, if it holds in all of them, otherwise []."""
+        steps = [step for step in self._steps if key in step.metrics][-count:]
+        return steps if len(steps) == count and all(holds(step.metrics[key]) for step in steps) else []
 
 
 def patience_for(steps: int) -> int:
-    """20 steps, in a short run a fifth of it, but never fewer than 5."""
+    """Return the patience for a run of `steps` steps: 20, in a short run a fifth of it, but never fewer than 5."""
     return max(5, min(20, steps // 5))
 
 
-def _dead_mend(name: str) -> str:
+def _is_measured(metrics: Metrics) -> bool:
+    """Return False for a step whose groups are all flat and without a KL: no completion went through the model, so its
+    entropy, KL and logprob difference of 0 say nothing.
+    """
+    return not (metrics.get("reward/zero_std_fraction") == 1 and metrics.get("policy/entropy") == 0)
+
+
+def _without_policy(metrics: Metrics) -> Metrics:
+    return {
+        key: value for key, value in metrics.items() if not key.startswith("policy/") or key == "policy/learning_rate"
+    }
+
+
+def _range(steps: list[_Step]) -> str:
+    return f"step {steps[0].number}" if len(steps) == 1 else f"steps {steps[0].number} to {steps[-1].number}"
+
+
+def _dead_suggestion(name: str) -> str:
     if name == "soft_format":
         return (
             "its pattern stops at line breaks, so an answer in the usual form, on several lines, never earns it: use "

@@ -20,7 +20,7 @@ from grpo.rewards.text_match import exact_match
 from grpo.rewards.workers import RewardWorkerPool
 from grpo.rollout.engine import end_token_ids
 from grpo.rollout.native_engine import NativeEngine
-from grpo.tracking.run_logger import Tracker
+from grpo.tracking.run_logger import RunLogger
 from grpo.tracking.run_reader import rows_of_step
 from grpo.trainer import train
 from grpo.types import Completion, Group, Prompt, SamplingPlan
@@ -105,7 +105,7 @@ def test_letters_come_back_as_they_were(tmp_path: Path, text: str) -> None:
     path.write_text(json.dumps({"question": "q" + text, "answer": "#### 1", "note": text}) + "\n")
     [example] = load_examples(DataConfig(path=str(path), system_prompt=None), "train", 0)
     assert example.columns["note"] == text and example.messages[-1]["content"] == "q" + text
-    tracker = Tracker(tmp_path, Config(tracking=TrackingConfig(report_to=[])), {}, 0)
+    tracker = RunLogger(tmp_path, Config(tracking=TrackingConfig(report_to=[])), {}, 0)
     row = {"step": 1, "draw": 0, "sample": 0, "prompt": "q" + text, "completion": text, "columns": example.columns}
     tracker.log(1, {}, [row])
     tracker.finish()

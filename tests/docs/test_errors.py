@@ -40,7 +40,8 @@ from grpo.tools.saved_model import resolve_base
 from grpo.tracking.diagnostics import Diagnostics
 from grpo.tracking.model_card import push
 from grpo.tracking.report import write_report
-from grpo.tracking.run_logger import choose_run_dir
+from grpo.tracking.run_dir import choose_run_dir
+from grpo.tracking.tracker import find_tracker
 from grpo.trainer import check_skipped
 from grpo.types import Completion, Group, Prompt
 from tests.tracking.test_diagnostics import observe
@@ -340,6 +341,11 @@ CASES: dict[str, Case] = {
         flags("--tracking.report_to=[mlflow]"),
         ConfigError,
         "tracking.report_to has 'mlflow', knows tensorboard, trackio, wandb",
+    ),
+    "tracker that is no tracker": Case(
+        lambda _: find_tracker("math:floor"),
+        ConfigError,
+        "tracking.report_to has 'math:floor', which is not a subclass of grpo.tracking.tracker.Tracker: let it inherit from it",
     ),
     "unknown loss": Case(
         lambda _: find_loss("gpro"),

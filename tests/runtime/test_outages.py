@@ -27,8 +27,8 @@ from grpo.policy import Policy
 from grpo.run import checkpointer
 from grpo.run.checkpoint import load_checkpoint, newest_valid, save_checkpoint
 from grpo.runtime.jsonl import LineWriter
-from grpo.tracking import background_writer as courier
-from grpo.tracking.run_logger import Tracker
+from grpo.tracking import background_writer
+from grpo.tracking.run_logger import RunLogger
 from grpo.trainer import train
 from tests.runtime.test_signals import ROOT, rows_of, same_weights
 from tests.test_trainer import arguments, run
@@ -155,11 +155,11 @@ def test_a_tracker_that_hangs_is_left_behind(
     with caplog.at_level(logging.WARNING):
         settings = TrackingConfig(report_to=["wandb"])
         assert settings.finish_timeout == 5.0  # what an outage costs a run, and that at its end only
-        tracker = Tracker(tmp_path, Config(tracking=settings), {}, 0)
+        tracker = RunLogger(tmp_path, Config(tracking=settings), {}, 0)
         began = time.monotonic()
         tracker.log(0, {"x": 1.0})
         tracker.log(1, {"x": 2.0})
-        tracker.let_go()
+        tracker.begin_shutdown()
         record_property("seconds until the end of training", round(time.monotonic() - began, 1))
         tracker.finish()
         record_property("seconds in all", round(time.monotonic() - began, 1))
@@ -175,15 +175,15 @@ def test_a_tracker_that_hangs_is_left_behind(
 
 
 def test_a_call_that_overstays_is_noticed_while_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(courier, "CALL_SECONDS", 0.0)
+    monkeypatch.setattr(background_writer, "CALL_SECONDS", 0.0)
     failures: list[tuple[str, BaseException | None]] = []
     started, never = threading.Event(), threading.Event()
-    made = courier.BackgroundWriter("x", lambda doing, error: failures.append((doing, error)))
-    made.post("start", lambda: (started.set(), never.wait()))
+    made = background_writer.BackgroundWriter("x", lambda doing, error: failures.append((doing, error)))
+    made.submit("start", lambda: (started.set(), never.wait()))
     started.wait()
-    made.post("log", lambda: None)
-    made.post("log", lambda: None)
-    assert failures == [("start", None)] and not made.alive
+    made.submit("log", lambda: None)
+    made.submit("log", lambda: None)
+    assert failures == [("start", None)] and not made.is_alive
     never.set()
 
 
@@ -196,9 +196,9 @@ def test_a_call_that_never_returns_does_not_hold_up_the_end_of_the_program() -> 
         "from grpo.runtime.command import run_main\n"
         "atexit.register(threading.Event().wait)\n"
         "def main():\n"
-        "    courier = BackgroundWriter('x', lambda doing, error: print(doing, error))\n"
-        "    courier.close(threading.Event().wait)\n"
-        "    courier.wait(0.1)\n"
+        "    writer = BackgroundWriter('x', lambda doing, error: print(doing, error))\n"
+        "    writer.close(threading.Event().wait)\n"
+        "    writer.wait(0.1)\n"
         "    print('done')\n"
         "    if FAILS: raise GrpoError('and this')\n"
         "run_main(main)\n"
@@ -313,9 +313,9 @@ def test_300_steps_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Memory, open files, threads and processes after 100 steps and after 300; a line per step."""
     me = psutil.Process()
     seen: dict[int, dict[str, int]] = {}
-    log = Tracker.log
+    log = RunLogger.log
 
-    def logged(self: Tracker, step: int, *rest: Any, **named: Any) -> None:
+    def logged(self: RunLogger, step: int, *rest: Any, **named: Any) -> None:
         log(self, step, *rest, **named)
         if step % 50 == 0:
             seen[step] = {
@@ -325,7 +325,7 @@ def test_300_steps_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                 "processes": len(me.children(recursive=True)),
             }
 
-    monkeypatch.setattr(Tracker, "log", logged)
+    monkeypatch.setattr(RunLogger, "log", logged)
     rows = run(
         tmp_path, "run", steps=300, eval_every=0, save_every=50, save_total_limit=2, prompts_per_step=1,
         **{"sampling.num_generations": 2, "sampling.max_completion_length": 4},

@@ -84,6 +84,67 @@ def test_each_finding_is_made_once(changes: dict[str, Any], name: str, step: int
     assert observe(Diagnostics(said={name}), **changes) == []  # a resumed run does not say it again
 
 
+def collapsing(
+    collapses: bool, flat_at_first: bool = False, is_right_often: bool = False
+) -> list[tuple[int, str, str]]:
+    """Findings of a run of 40 steps, 4 prompts x 4 completions: the form is learned in 8 steps. With `collapses`, from step 10
+    on every completion is one of five texts and the entropy is about 0, and 0 where all groups are flat.
+    """
+    watch, found = Diagnostics(), []
+    for step in range(1, 41):
+        collapsed, flat = collapses and step >= 10, (step % 3 == 0 and step >= 10) or (flat_at_first and step <= 2)
+        entropy = 0.0 if flat else 0.05 if step >= 10 else 2.4 - step / 4
+        seen = []
+        for draw in range(4):
+            for sample in range(4):
+                text = f"answer {(step + draw) % 5}" if collapsed else f"answer {step} {draw} {sample}"
+                is_right = ((step + draw + sample) % 7 == 0) != is_right_often
+                reward = 1.3 if is_right else 0.3
+                judged = {"accuracy": float(is_right), "format": 1.0 if step > 8 else float(sample % 2)}
+                prompt = f"question {step} {draw}"
+                seen.append({"prompt": prompt, "completion": text, "ended": True, "rewards": judged, "reward": reward})
+        metrics = SOUND | {
+            "policy/entropy": entropy,
+            "policy/kl": 0.0,
+            "policy/sampling_logprob_difference": 0.0 if flat else 1e-6,
+            "reward/zero_std_fraction": 1.0 if flat else 0.5,
+            "reward/mean": sum(row["reward"] for row in seen) / len(seen),
+        }
+        found += [(step, finding.name, finding.text) for finding in watch.observe(step, metrics, seen)]
+    return [finding for finding in found if not finding[1].startswith("constant")]
+
+
+def test_a_collapse_is_reported() -> None:
+    """The shape of a real run: the reward rose (for the form), so a fall of the entropy alone was no finding."""
+    [(step, name, text)] = collapsing(collapses=True)
+    assert (step, name) == (15, "collapse")
+    assert "96 completions of 24 prompts in steps 10 to 15 are one of 5 texts, and earn 0.4" in text
+
+
+def test_certainty_is_no_collapse() -> None:
+    """Texts as many as prompts, or few texts that earn nearly all there is (yes or no)."""
+    assert collapsing(collapses=False) == []
+    assert collapsing(collapses=True, is_right_often=True) == []
+
+
+def test_a_step_whose_groups_are_all_flat_says_nothing_about_the_policy() -> None:
+    """Nothing went through the model: its entropy of 0 is not what the run began with, and not what it has come to."""
+    assert collapsing(collapses=False, flat_at_first=True) == []
+    flat = {"policy/entropy": lambda step: 0.0 if step < 3 else 1.1, "reward/zero_std_fraction": lambda step: step < 3}
+    assert observe(Diagnostics(), **flat) == []
+    kl = {"policy/kl": lambda step: 2.0 * (step % 2), "policy/entropy": lambda step: 1.5 * (step % 2)}
+    found = observe(Diagnostics(), **kl, **{"reward/zero_std_fraction": lambda step: float(step % 2 == 0)})
+    assert [(step, finding.name) for step, finding in found] == [(5, "kl")]
+
+
+def test_findings_keep_their_serialized_keys() -> None:
+    assert Finding("kl", "it runs away", "lower it").to_row() == {
+        "name": "kl",
+        "text": "it runs away",
+        "mend": "lower it",
+    }
+
+
 def test_a_learning_rate_of_0_is_said_at_once() -> None:
     assert [(step, finding.name) for step, finding in observe(Diagnostics(learning_rate=0.0))] == [(1, "learning_rate")]
 
@@ -164,7 +225,8 @@ FAULTS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "no_end_token": (RANDOM, {}, never_ending),
     "sampler": (RANDOM, {}, wrong_logprobs),
     "kl": (RANDOM, {"optimizer.learning_rate": 0.3}, None),
-    "entropy_fall": (FALLING, {"optimizer.learning_rate": 0.3, "objective.beta": 0, "steps": 10}, None),
+    "entropy_fall": (FALLING, {"optimizer.learning_rate": 0.3, "objective.beta": 1e-9, "steps": 10}, None),
+    "collapse": (FALLING, {"optimizer.learning_rate": 0.3, "objective.beta": 0, "steps": 10}, None),
     "entropy_rise": (RANDOM, {"sampling.temperature": 0.05, "objective.beta": 0, "steps": 8}, forgetting),
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import types
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from grpo.config.schema import Config, TrackingConfig
 from grpo.errors import ConfigError, StorageError
 from grpo.runtime.messages import visible
 from grpo.tracking.console import Display
-from grpo.tracking.run_logger import Tracker, check_trackers, choose_run_dir
+from grpo.tracking.run_dir import choose_run_dir
+from grpo.tracking.run_logger import RunLogger
+from grpo.tracking.tracker import CompletionsTable, Tracker, check_trackers
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 
@@ -54,7 +57,7 @@ def test_a_folder_with_a_run_is_refused_unless_resumed(tmp_path: Path) -> None:
 
 
 def test_resume_drops_the_rows_that_will_be_made_again(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, quiet(), {}, resume_step=0)
+    tracker = RunLogger(tmp_path, quiet(), {}, resume_step=0)
     for step in range(4):
         rows_of_step = [{"step": step, "completion": "a"}, {"step": step, "completion": "b"}]
         tracker.log(step, {"reward/mean": step / 2}, rows_of_step)
@@ -63,7 +66,7 @@ def test_resume_drops_the_rows_that_will_be_made_again(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1, "rew')  # killed while writing
 
-    tracker = Tracker(tmp_path, quiet(), {}, resume_step=2)
+    tracker = RunLogger(tmp_path, quiet(), {}, resume_step=2)
     tracker.log(2, {"reward/mean": 9.0})
     tracker.finish()
     assert rows(tmp_path / "metrics.jsonl") == [
@@ -75,7 +78,7 @@ def test_resume_drops_the_rows_that_will_be_made_again(tmp_path: Path) -> None:
 
 
 def test_what_json_cannot_hold_becomes_null_or_a_number(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, quiet(), {}, resume_step=0)
+    tracker = RunLogger(tmp_path, quiet(), {}, resume_step=0)
     metrics = {"a": float("nan"), "b": torch.tensor(float("inf")), "c": torch.tensor(2.0), "d": None}
     tracker.log(0, metrics, [{"step": 0, "rewards": {"x": float("-inf")}, "at": NOW, "text": "\u2028\ud800"}])
     assert rows(tmp_path / "metrics.jsonl") == [{"step": 0, "a": None, "b": None, "c": 2.0, "d": None}]
@@ -88,13 +91,13 @@ def test_config_yaml_reloads_to_the_same_config(tmp_path: Path, name: str) -> No
     config = load_config(["--steps", "3", "--optimizer.learning_rate", "5e-6", "--rewards", '{"a.b:c": 0.5}'])
     config.tracking = TrackingConfig(report_to=[], run_name=name)
     config.run_dir = str(tmp_path)
-    Tracker(tmp_path, config, {}, resume_step=0).finish()
+    RunLogger(tmp_path, config, {}, resume_step=0).finish()
     assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
 
 
 def test_environment_names_versions_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "very-secret")
-    Tracker(tmp_path, quiet(), {}, resume_step=0).finish()
+    RunLogger(tmp_path, quiet(), {}, resume_step=0).finish()
     text = (tmp_path / "environment.json").read_text()
     assert json.loads(text)["versions"]["torch"].startswith("2.")
     assert "very-secret" not in text
@@ -103,13 +106,24 @@ def test_environment_names_versions_and_no_secret(tmp_path: Path, monkeypatch: p
 def test_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="--run_dir"):
-        Tracker(tmp_path / "file", quiet(), {}, resume_step=0)
+        RunLogger(tmp_path / "file", quiet(), {}, resume_step=0)
 
 
 def test_a_missing_library_is_named_with_its_install_command() -> None:
-    check_trackers([])
+    check_trackers(quiet())
     with pytest.raises(ConfigError, match="pip install no-such-tracker"):
-        check_trackers(["no-such-tracker"])
+        check_trackers(Config(tracking=TrackingConfig(report_to=[f"{__file__}:NotInstalled"])))
+    with pytest.raises(ConfigError, match=r"tracking.report_to has '.*:quiet', which is not a subclass of .*Tracker"):
+        check_trackers(Config(tracking=TrackingConfig(report_to=[f"{__file__}:quiet"])))
+    with pytest.raises(ConfigError, match="unknown tracker 'wanbd': did you mean 'wandb'"):
+        check_trackers(Config(tracking=TrackingConfig(report_to=["wanbd"])))
+
+
+class NotInstalled(Tracker):
+    library = "no-such-tracker"
+
+    def log(self, step: int, metrics: Mapping[str, float], table: CompletionsTable | None) -> None:
+        raise AssertionError
 
 
 class FakeWandb(types.ModuleType):
@@ -150,7 +164,7 @@ def test_a_tracker_that_raises_is_switched_off_with_one_warning(
     fake = FakeWandb(fails_at)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with caplog.at_level(logging.WARNING):
-        tracker = Tracker(tmp_path, Config(tracking=TrackingConfig(report_to=["wandb"])), {"batch_size": 64}, 0)
+        tracker = RunLogger(tmp_path, Config(tracking=TrackingConfig(report_to=["wandb"])), {"batch_size": 64}, 0)
         tracker.log(0, {"x": 1.0})
         tracker.log(1, {"x": 2.0})
         tracker.finish()
@@ -168,7 +182,7 @@ def test_without_a_key_wandb_is_offline_from_the_start(tmp_path: Path, monkeypat
     monkeypatch.delenv("WANDB_MODE", raising=False)
     fake = FakeWandb("")
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    Tracker(tmp_path, Config(tracking=TrackingConfig(report_to=["wandb"])), {}, 0).finish()
+    RunLogger(tmp_path, Config(tracking=TrackingConfig(report_to=["wandb"])), {}, 0).finish()
     assert fake.arguments["mode"] == "offline"
 
 

@@ -1,4 +1,4 @@
-"""What the trackers of others hold at the end is read back with their own formats: every number, and the completions."""
+"""What trackers hold at the end is read back with their own formats: every number, and the completions."""
 
 import json
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from grpo.config.schema import Config, TrackingConfig
-from grpo.tracking.backends import completions_table
-from grpo.tracking.run_logger import Tracker
+from grpo.tracking.run_logger import RunLogger
+from grpo.tracking.tracker import completions_table
 from tests.test_trainer import run
 
 HOSTILE = "<img src=x onerror=alert(1)> [x](javascript:alert(1)) ``` \x1b[2J"
@@ -29,11 +29,32 @@ def log_four_steps(run_dir: Path, library: str, resume: bool) -> list[dict[str, 
     """Steps 0 to 3; with `resume`, step 2 and 3 are made again, by a second process as it were. -> metrics.jsonl"""
     config = Config(tracking=TrackingConfig(report_to=[library], project="GRPO test", run_name="one"))
     for first in (0, 2) if resume else (0,):
-        tracker = Tracker(run_dir, config, {"batch_size": 8}, resume_step=first)
+        tracker = RunLogger(run_dir, config, {"batch_size": 8}, resume_step=first)
         for step in range(first, 4):
             tracker.log(step, {"reward/mean": step / 3, "memory/none": None}, rollouts(step), table=step == 1)
         tracker.finish()
     return rows(run_dir / "metrics.jsonl")
+
+
+TRACKER = """
+from grpo.tracking.tracker import Tracker, register_tracker
+
+@register_tracker("lines")
+class Lines(Tracker):
+    def log(self, step, metrics, table):
+        with open(self.run.run_dir / "lines.txt", "a") as file:
+            file.write(f"{self.run.name} {step} {metrics['reward/mean']:.2f} {len(table.rows) if table else 0}\\n")
+"""
+
+
+def test_a_tracker_of_your_own(tmp_path: Path) -> None:
+    """By file, and by its registered name once the file is imported."""
+    (tmp_path / "my_tracker.py").write_text(TRACKER)
+    for name in (f"{tmp_path}/my_tracker.py:Lines", "lines"):
+        log_four_steps(tmp_path, name, resume=False)
+        assert (tmp_path / "lines.txt").read_text() == "one 0 0.00 0\none 1 0.33 2\none 2 0.67 0\none 3 1.00 0\n"
+        for file in tmp_path.glob("*.[jt]*"):
+            file.unlink()
 
 
 def test_tables_have_a_column_for_each_reward() -> None:

@@ -1,0 +1,43 @@
+"""The environment record: versions, machine and commit of a run, for whoever wants the same numbers again."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo.runtime.device import device_names
+from grpo.runtime.redaction import redacted
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, platform, devices, commit and command line. Never an environment variable."""
+    versions: dict[str, str | None] = {}
+    for library in ("grpo-trainer", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "peft"):
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            versions[library] = None
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "devices": device_names(),
+        "git_commit": _git_commit(),
+        "argv": [redacted(word) for word in sys.argv],
+    }
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the trainer's code, with "-dirty" if files were changed since; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None

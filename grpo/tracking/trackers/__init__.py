@@ -1,0 +1,1 @@
+"""Built-in trackers, one module each, found by grpo.tracking.tracker.TRACKERS."""

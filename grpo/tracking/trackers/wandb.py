@@ -1,0 +1,57 @@
+"""Weights & Biases."""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grpo.runtime.env import load_keys
+from grpo.tracking.tracker import CompletionsTable, TrackedRun, Tracker, register_tracker
+
+log = logging.getLogger(__name__)
+
+
+@register_tracker("wandb")
+class Wandb(Tracker):
+    """Offline without WANDB_API_KEY. A resumed run continues under its id, read from the folder that W&B left in the run
+    directory. W&B ignores steps that it has already.
+    """
+
+    library = "wandb"
+    is_remote = True
+
+    def __init__(self, run: TrackedRun) -> None:
+        super().__init__(run)
+        import wandb
+
+        load_keys()
+        mode: Any = os.environ.get("WANDB_MODE")
+        if not mode:
+            # Decided before init: without a key it would ask for one, or wait for a network that is not there.
+            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+            if mode == "offline":
+                log.warning(
+                    "no WANDB_API_KEY (.env.example): W&B records offline. Later: wandb sync %s/wandb/*", run.run_dir
+                )
+        known = sorted((run.run_dir / "wandb").glob("*run-*-*"), key=lambda folder: folder.name.split("run-")[1])
+        resumed: dict[str, Any] = {}
+        if run.resume_step > 0 and known:
+            resumed = {"id": known[-1].name.rpartition("-")[2], "resume": "allow"}
+        self._table = wandb.Table
+        self._wandb_run = wandb.init(
+            project=run.project, name=run.name, config=run.settings, dir=str(run.run_dir), mode=mode, **resumed
+        )
+
+    @classmethod
+    def upload_hint(cls, run_dir: Path) -> str:
+        return f"to upload it later: wandb sync {run_dir}/wandb/*run-*"
+
+    def log(self, step: int, metrics: Mapping[str, float], table: CompletionsTable | None) -> None:
+        logged: dict[str, Any] = dict(metrics)
+        if table is not None:
+            logged["completions"] = self._table(columns=[*table.columns], data=table.rows)
+        self._wandb_run.log(logged, step=step)
+
+    def finish(self) -> None:
+        self._wandb_run.finish()
