@@ -616,6 +616,7 @@ FINDINGS: dict[str, dict[str, Any]] = {
     "kl": {"policy/kl": lambda step: 0.4 * step},
     "entropy_rise": {"policy/entropy": lambda step: 0.5 + 0.2 * step},
     "entropy_fall": {"policy/entropy": lambda step: 2.0 * 0.5**step},
+    "collapse": {"prompts": lambda step: [f"question {step}"] * 2},
     "sampler": {"policy/sampling_logprob_difference": 0.2},
     "learning_rate": {"policy/learning_rate": 0.0},
 }

@@ -45,6 +45,8 @@ def observe(watch: Diagnostics, steps: int = 40, **changes: Any) -> list[tuple[i
             given.pop("ended", True),
             given.pop("text", "<answer>4</answer>"),
         )
+        for prompt, row in zip(given.pop("prompts", []), seen, strict=False):
+            row |= {"prompt": prompt, "reward": row["rewards"]["a"]}
         found += [(step, finding) for finding in watch.observe(step, SOUND | given, seen)]
     return found
 
