@@ -154,10 +154,6 @@ class Display:
         if self.enabled:
             self._terminal.print(*(self._panel(row) for row in rows[:_COMPLETIONS]))
 
-    def say(self, text: str) -> None:
-        """Show a message."""
-        log.info("%s", text)
-
     def table(self, before: dict[str, float] | None, after: dict[str, float] | None, run_dir: Any) -> None:
         """Show the held-out evaluation before and after training, and where everything is written."""
         self.close()

@@ -293,7 +293,7 @@ class Diagnostics:
             Finding(
                 "collapse",
                 f"the policy has collapsed: all {sum(step.completions for step in steps)} completions of {prompts} prompts in "
-                f"{_range(steps)} are one of {texts} texts, and earn {reward:.2g} on average where {self._best:.2g} was earned",
+                f"{_range(steps)} are one of {texts} texts, and earn {reward:.2g} on average; the best earned {self._best:.2g}",
                 "it writes what earns something for any prompt: go back to an earlier checkpoint, lower "
                 "optimizer.learning_rate, raise objective.beta or objective.entropy_coef, or lower the weight of a reward for "
                 "the form",

@@ -27,13 +27,8 @@ PHASES = {
     "reward": "grpo.rewards.workers.RewardWorkerPool.collect",
     "backward": "grpo.policy.Policy.backward",
     "step": "grpo.policy.Policy.step",
-<<<<<<< HEAD
     "evaluation": "grpo.run.state.Run.evaluate",
     "write": "grpo.tracking.run_logger.RunLogger.log",
-=======
-    "evaluation": "grpo.trainer.held_out",
-    "write": "grpo.tracking.run_logger.RunLogger.log",
->>>>>>> b46f31a (Trackers are a registry; RunLogger, BackgroundWriter.submit; flat steps do not count, a collapse is reported)
     "save": "grpo.run.checkpoint._fingerprint",
 }
 
