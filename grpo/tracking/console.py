@@ -20,6 +20,7 @@ from rich.text import Text
 
 from grpo.runtime.command import flush_at_exit, redirect_to_devnull
 from grpo.runtime.messages import MessageHandler, attach, visible
+from grpo.tracking.metrics import METRICS
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,15 @@ _SECONDS_BETWEEN_LINES = 5.0
 _COMPLETIONS = 3
 _SPARKS = 40
 """Steps in the little curve of the reward."""
+_REWARD = METRICS["reward/mean"]
+_SECOND_LINE = (
+    "rollout/length_mean",
+    "policy/kl",
+    "policy/entropy",
+    "policy/clip_fraction",
+    "rollout/truncated_fraction",
+    "reward/zero_std_fraction",
+)
 _LONGEST = 800
 """Characters shown of a prompt or completion: a model that rambles must not flood the terminal."""
 
@@ -167,14 +177,8 @@ class Display:
 
     def _summary(self, step: int, metrics: dict[str, Any]) -> str:
         """reward 0.42, accuracy 0.31, length 118, 512 tokens/s, 0:03:12 left"""
-        parts = []
-        for name, value, style in [
-            ("reward", metrics.get("reward/mean"), ".3f"),
-            ("accuracy", self._accuracy, ".3f"),
-            ("length", metrics.get("rollout/length_mean"), ".0f"),
-        ]:
-            if value is not None:
-                parts.append(f"{name} {value:{style}}")
+        known = metrics if self._accuracy is None else metrics | {"eval/accuracy": self._accuracy}
+        parts = _shown(known, "reward/mean", "eval/accuracy", "rollout/length_mean")
         speed = metrics.get("rollout/tokens_per_second")
         if speed is not None:
             parts.append(f"{speed:.0f} tokens/s")
@@ -206,18 +210,10 @@ class Display:
         )
         if "reward/mean" in metrics:
             self._rewards = [*self._rewards, float(metrics["reward/mean"])][-_SPARKS:]
-        first = [f"reward {self._rewards[-1]:.3f} {sparkline(self._rewards)}"] if self._rewards else []
+        first = [f"{_REWARD.show(self._rewards[-1])} {sparkline(self._rewards)}"] if self._rewards else []
         if self._accuracy is not None:
-            first.append(f"accuracy {self._accuracy:.3f}")
-        second = _named(
-            metrics,
-            ("length", "rollout/length_mean", ".0f"),
-            ("KL", "policy/kl", ".4f"),
-            ("entropy", "policy/entropy", ".2f"),
-            ("clipped", "policy/clip_fraction", ".0%"),
-            ("truncated", "rollout/truncated_fraction", ".0%"),
-            ("flat", "reward/zero_std_fraction", ".0%"),
-        )
+            first += _shown({"eval/accuracy": self._accuracy}, "eval/accuracy")
+        second = _shown(metrics, *_SECOND_LINE)
         third = (
             [f"{metrics['rollout/tokens_per_second']:.0f} tokens/s"] if "rollout/tokens_per_second" in metrics else []
         )
@@ -265,9 +261,9 @@ def sparkline(values: list[float]) -> str:
     return "".join(levels[round((value - low) / (high - low) * 7) if high > low else 0] for value in values)
 
 
-def _named(metrics: dict[str, Any], *wanted: tuple[str, str, str]) -> list[str]:
-    """("KL", "policy/kl", ".4f") -> "KL 0.0012", for each metric that is there."""
-    return [f"{name} {metrics[key]:{style}}" for name, key, style in wanted if metrics.get(key) is not None]
+def _shown(metrics: dict[str, Any], *keys: str) -> list[str]:
+    """Return "KL 0.0012" for each of the keys that has a value."""
+    return [METRICS[key].show(metrics[key]) for key in keys if metrics.get(key) is not None]
 
 
 def _about(seconds: float) -> str:

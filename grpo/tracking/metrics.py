@@ -1,0 +1,160 @@
+"""Metrics: the key, unit and text of each, declared once. docs/metrics.md, the console and the curves read it.
+
+A callback's metric needs no declaration. With one, it appears under a label and with a unit:
+
+    register_metric(Metric("my/digits", "share", "characters that are digits", label="digits", style=".0%"))
+"""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Declaration of one key of metrics.jsonl, or of all keys of a form: <name> stands for any text."""
+
+    key: str
+    unit: str
+    text: str
+    label: str = ""
+    """Short name for the console."""
+    style: str = ".4g"
+    """Format of a value in the console."""
+
+    def matches(self, key: str) -> bool:
+        """Return whether the declaration is that of `key`."""
+        return re.fullmatch(re.sub(r"<\w+>", ".+", re.escape(self.key)), key) is not None
+
+    def show(self, value: float) -> str:
+        """Return "KL 0.0012"."""
+        return f"{self.label} {value:{self.style}}"
+
+
+METRICS: dict[str, Metric] = {}
+"""Declarations by key, in the order of docs/metrics.md."""
+
+
+def register_metric(metric: Metric) -> Metric:
+    """Add a declaration.
+
+    Raises:
+        ValueError: if the key has another declaration.
+    """
+    if METRICS.setdefault(metric.key, metric) != metric:
+        raise ValueError(f"metric '{metric.key}' is registered already: choose another key")
+    return metric
+
+
+def find_metric(key: str) -> Metric | None:
+    """Return the declaration of a key: the exact one before one with <name>; None if there is none."""
+    return METRICS.get(key) or next((metric for metric in METRICS.values() if metric.matches(key)), None)
+
+
+def markdown_table() -> list[str]:
+    """Return the table of docs/metrics.md, a row per declaration."""
+    rows = [f"| `{metric.key}` | {metric.unit} | {metric.text} |" for metric in METRICS.values()]
+    return ["| key | unit | meaning |", "|---|---|---|", *rows]
+
+
+_NATS = "nats per token"
+_DYNAMIC = "only with `sampling.dynamic_sampling`: "
+_CURRICULUM = "only with `curriculum.reward`: "
+_PROSE = "only with `data.extractor quoted_terms`: "
+
+for _metric in (
+    Metric(
+        "reward/mean", "reward", "weighted sum of the rewards, mean over all completions of the step", "reward", ".3f"
+    ),
+    Metric("reward/std", "reward", "its standard deviation"),
+    Metric("reward/<name>/mean", "reward", "one reward function, before its weight"),
+    Metric("reward/<name>/std", "reward", "its standard deviation"),
+    Metric(
+        "reward/<name>/errors",
+        "completions",
+        "not scored because the reward raised, crashed, or returned NaN, infinity, text, ...",
+    ),
+    Metric("reward/<name>/timeouts", "completions", "not scored before the deadline (`scoring.deadline`)"),
+    Metric(
+        "reward/zero_std_fraction", "share", "groups whose advantages are all 0: nothing to learn from", "flat", ".0%"
+    ),
+    Metric("policy/loss", "", "the objective, summed over the optimizer steps of this step"),
+    Metric("policy/kl", _NATS, "KL estimate to the reference; 0 if `objective.beta` is 0", "KL", ".4f"),
+    Metric("policy/entropy", _NATS, "entropy of the token distribution", "entropy", ".2f"),
+    Metric(
+        "policy/clip_fraction",
+        "share",
+        "tokens whose ratio was clipped; 0 with one iteration, by definition",
+        "clipped",
+        ".0%",
+    ),
+    Metric("policy/grad_norm", "", "norm of the gradient before clipping"),
+    Metric(
+        "policy/skipped_steps",
+        "optimizer steps",
+        "skipped because the loss or the gradient was not finite; after 3 in a row the run ends with code 4",
+    ),
+    Metric("policy/learning_rate", "", "learning rate of this step"),
+    Metric(
+        "policy/sampling_logprob_difference",
+        _NATS,
+        "mean absolute difference between sampling and training logprobs: rounding, or a bug",
+    ),
+    Metric("policy/beta", "", "only with `objective.kl_target`, which adapts it: weight of the KL in this step"),
+    Metric("rollout/sampling_rounds", "rounds", _DYNAMIC + "rounds of sampling in this step"),
+    Metric("rollout/groups_sampled", "groups", _DYNAMIC + "groups that were sampled"),
+    Metric("rollout/groups_trained", "groups", _DYNAMIC + "groups that were not flat"),
+    Metric(
+        "rollout/staleness",
+        "steps",
+        "only with `rollout.max_staleness`: steps of the policy since it sampled these completions",
+    ),
+    Metric("rollout/length_mean", "tokens", "completion length", "length", ".0f"),
+    Metric(
+        "rollout/truncated_fraction",
+        "share",
+        "completions cut off at `sampling.max_completion_length`",
+        "truncated",
+        ".0%",
+    ),
+    Metric(
+        "rollout/tokens_per_second",
+        "tokens per second",
+        "completion tokens over the seconds of sampling (whether training waited for it or not), over all processes",
+    ),
+    Metric("curriculum/solved", "prompts", _CURRICULUM + "set aside now because they are solved"),
+    Metric("curriculum/hopeless", "prompts", _CURRICULUM + "set aside now because no completion earns anything"),
+    Metric("curriculum/active", "prompts", _CURRICULUM + "drawn in this epoch"),
+    Metric("time/step", "seconds", "the whole step, on the main process"),
+    Metric(
+        "time/rollout",
+        "seconds",
+        "training waited for completions. With `rollout.max_staleness` it samples while it trains",
+    ),
+    Metric(
+        "time/reward",
+        "seconds",
+        "training waited for rewards, which are computed while it samples and while the reference is computed",
+    ),
+    Metric("time/reference", "seconds", "reference logprobs"),
+    Metric("time/update", "seconds", "forward, backward and optimizer steps"),
+    Metric("memory/peak_gib", "GiB", "most memory that the main process ever held (GPU memory on CUDA)"),
+    Metric("eval/accuracy", "share", "held out, greedy: right values", "accuracy", ".3f"),
+    Metric("eval/accuracy_flexible", "share", "the gold value is the last number of the answer, whatever the format"),
+    Metric("eval/accuracy_ci95", "share", "half the width of the 95 % interval of `eval/accuracy`"),
+    Metric("eval/format", "share", "held out, greedy: answers in the XML format"),
+    Metric(
+        "eval/chrf",
+        "share",
+        _PROSE + "nearness to the full answer, in characters. `eval/accuracy` is then the share of "
+        "answers that quote exactly the gold terms, `eval/format` the share that quote any",
+    ),
+    Metric("eval/token_f1", "share", _PROSE + "nearness to the full answer, in words"),
+    Metric("eval/length_mean", "tokens", "length of the held-out completions"),
+    Metric("eval/truncated_fraction", "share", "held-out completions that were cut off"),
+    Metric(
+        "gradient/<layer>",
+        "",
+        "only with `callbacks: [layer_gradient_norms]`: norm of each layer's gradient as the optimizer got it, after clipping",
+    ),
+):
+    register_metric(_metric)
