@@ -96,9 +96,8 @@ class Terminal:
             action()
         except (OSError, ValueError):  # ValueError: closed file
             self.enabled = False
-            redirect_to_devnull(
-                self._console.file
-            )  # what is left in its buffer would fail again when Python exits, with 120
+            # What is left in its buffer would fail again when Python exits, with code 120.
+            redirect_to_devnull(self._console.file)
             if self._live is not None:
                 with contextlib.suppress(OSError, ValueError):
                     self._live.stop()

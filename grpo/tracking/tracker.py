@@ -81,7 +81,7 @@ class Tracker(ABC):
         """Upload or write what is left. No step follows."""
 
 
-TRACKERS: Registry[type[Tracker]] = Registry("tracker", "tracking.report_to", "grpo.tracking.trackers")
+TRACKERS: Registry[type[Tracker]] = Registry("tracker", "grpo.tracking.trackers", key="tracking.report_to")
 register_tracker = TRACKERS.register
 
 
