@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.errors import ConfigError, NumericsError
 from grpo.models.build import build_trained_model
-from grpo.models.logprob_model import probe_batch
+from grpo.models.logprob_model import probe_batch, run_self_test
 from grpo.models.lora import save_adapter
 from grpo.models.optimizer_state import Tensors, optimizer_from_tensors, optimizer_to_tensors
 from grpo.models.optimizers import override_hyperparameters
@@ -25,7 +25,7 @@ from grpo.models.weights import bytes_on_disk, save_full_weights, save_live_mode
 from grpo.packing import PackedBatch
 from grpo.runtime.device import return_freed_memory
 from grpo.runtime.distributed import run_on_main
-from grpo.runtime.precision import precision_of
+from grpo.runtime.precision import compute_dtype, precision_of
 
 
 class Policy:
@@ -117,11 +117,12 @@ class Policy:
         return logprobs
 
     def check(self) -> None:
-        """Check that logprobs are finite and at most 0, and that the KL to a copy of the policy is 0.
+        """Check the kernels, that logprobs are finite and at most 0, and that the KL to a copy of the policy is 0.
 
         Raises:
-            NumericsError: They are not.
+            NumericsError: They are not. A kernel that is wrong is switched off instead.
         """
+        run_self_test(self.model, compute_dtype(self.accelerator))
         batch = probe_batch(self.model.config.vocab_size).to(self.device)
         with torch.no_grad():
             logprobs = self.logprobs(batch)[0]

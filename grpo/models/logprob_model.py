@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from grpo.kernels import layers
+from grpo.kernels import layers, self_test
 from grpo.kernels.attention import NAME, GroupSpan, PackedLayout, grpo_attention
 from grpo.kernels.registry import switch_off
 from grpo.logprobs import token_logprobs
@@ -118,6 +118,17 @@ def use_grpo_attention(model: PreTrainedModel) -> bool:
         distance = float((plain - described).abs().max())
         switch_off("fused_ops", f"logprobs differ by {distance:.2g} from those of the model's modules")
     return True
+
+
+def run_self_test(model: PreTrainedModel, autocast: torch.dtype | None) -> None:
+    """Switch off the kernels that do not agree with the reference at the shapes of `model` (grpo/kernels/self_test.py).
+
+    Args:
+        model: the model that is trained.
+        autocast: the dtype of mixed precision; None where it is off.
+    """
+    tolerance = 0.0 if autocast is None else PRECISIONS[autocast].hidden
+    self_test.run(describe(model), model.get_output_embeddings().weight, autocast, tolerance)
 
 
 def probe_batch(vocabulary: int) -> PackedBatch:

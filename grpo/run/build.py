@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from grpo.data.stream import PromptStream
 from grpo.data.training_data import TrainingData, training_data
 from grpo.errors import StorageError
 from grpo.experience import ExperienceCollector
-from grpo.kernels.cpu.compiler import library
 from grpo.models.strategies.registry import start_accelerator
 from grpo.policy import Policy
 from grpo.rewards.scoring import RewardSum
@@ -88,8 +86,6 @@ def build_run(config: Config) -> Run:
         lock = lock_run(run_dir)
         tracker = start_records(config, run_dir, data, rewards, point.start)
     log.info(summary_line(config, accelerator, data, held_out))
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "no" and library() is None:
-        log.info("CPU kernels could not be compiled with '%s'; using PyTorch (slower)", os.environ.get("CC") or "cc")
     recorder = build_recorder(config, policy, data.tokenizer, run_dir, tracker, callbacks, point)
     checkpointer = Checkpointer(
         run_dir,

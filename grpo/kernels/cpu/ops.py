@@ -8,6 +8,7 @@ All tensors are float32 (ids and places int64, uniforms float64), contiguous and
 """
 
 import ctypes
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from grpo.kernels.cpu.compiler import library, pointer, threads_for
 PANEL, ROWS = 16, 12
 """As in simd.h (ROWS at most): they decide the size of attention's workspace."""
 
+calls: Counter[str] = Counter()
+"""Calls of each C function in this process: the self-test asks whether a kernel was reached."""
+
 _operators = torch.library.Library("grpo", "DEF")
 
 
@@ -25,8 +29,13 @@ def _operator(schema: str):  # type: ignore[no-untyped-def]
 
     def register(implementation):  # type: ignore[no-untyped-def]
         name = implementation.__name__
+
+        def counted(*arguments):  # type: ignore[no-untyped-def]
+            calls[name] += 1
+            implementation(*arguments)
+
         _operators.define(f"{name}({schema}) -> ()")
-        _operators.impl(name, implementation, "CPU")
+        _operators.impl(name, counted, "CPU")
         torch.library.register_fake(f"grpo::{name}", lambda *_: None, lib=_operators)
         return getattr(torch.ops.grpo, name).default
 

@@ -1,0 +1,200 @@
+"""Self-test at the start of a run: every kernel against the reference, on this device, dtype and number of threads.
+
+The widths are the model's own, and there are enough tokens that every kernel takes its threaded path. Forward and backward passes are
+compared. A kernel that differs from the reference, or that was not called, is switched off with one line in the log.
+"""
+
+import functools
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grpo.kernels import layers, reference
+from grpo.kernels.attention import GroupSpan, PackedLayout
+from grpo.kernels.cpu import ops
+from grpo.kernels.cpu.compiler import library
+from grpo.kernels.description import Layer, Linear, Model
+from grpo.kernels.head import TokenLogprobs
+from grpo.kernels.registry import is_on, switch_off
+from grpo.kernels.sampling import draw_tokens
+
+log = logging.getLogger(__name__)
+
+FLOAT32_TOLERANCE = 1e-4
+"""Norm of the difference over the norm of the reference, of each result and each gradient."""
+REACHED = {
+    "decoder_layer": ("attention", "attention_backward"),
+    "token_logprobs": ("softmax",),
+    "sampling": ("draw",),
+}
+"""The C functions that a kernel must have called."""
+
+
+def run(model: Model | None, head: Tensor, autocast: torch.dtype | None = None, tolerance: float = 0.0) -> None:
+    """Compare the kernels of training and sampling with the reference, and switch off those that fail.
+
+    Args:
+        model: the description of the model that is about to be trained; None where its modules are used.
+        head: [V, H], of the output head.
+        autocast: the dtype that layers compute in, where that is not float32.
+        tolerance: of that dtype, as FLOAT32_TOLERANCE.
+    """
+    if not head.is_cpu:
+        return
+    if library() is None and autocast is None:
+        log.info("CPU kernels could not be compiled with '%s'; using PyTorch (slower)", os.environ.get("CC") or "cc")
+    if library() is None:
+        return
+    if model is not None and is_on("decoder_layer"):
+        with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            _judge("decoder_layer", lambda: _check_layer(model), FLOAT32_TOLERANCE if autocast is None else tolerance)
+    for name, check in (("token_logprobs", _check_head), ("sampling", _check_sampling)):
+        if is_on(name):
+            _judge(name, functools.partial(check, len(head)), FLOAT32_TOLERANCE)
+
+
+def _judge(name: str, check: Callable[[], float], tolerance: float) -> None:
+    """Switch kernel `name` off unless `check` gives a small distance and the C functions were called."""
+    before = Counter(ops.calls)
+    try:
+        distance = check()
+    except RuntimeError as error:
+        switch_off(name, f"the self-test failed ({str(error).splitlines()[0]})")
+        return
+    if not distance <= tolerance:  # NaN included
+        switch_off(name, f"the self-test differs from the reference by {distance:.1g}")
+        if name == "decoder_layer":
+            switch_off("attention", "it is a part of decoder_layer")
+    elif tolerance == FLOAT32_TOLERANCE and any(ops.calls[function] == before[function] for function in REACHED[name]):
+        switch_off(name, "the self-test did not reach it")
+
+
+def _check_layer(model: Model) -> float:
+    """A layer with the model's own shapes and weights on random states: values, and gradients of its input and every weight."""
+    layer = _float32(model.layers[0])
+    # More than 32,768 numbers in the narrowest tensor: threads begin there.
+    width = min(len(layer.norm), layer.key_heads * layer.head_size)
+    spans = _spans(-(-33_000 // (128 * width)))
+    tokens, generator = spans[-1].start + spans[-1].length, torch.Generator().manual_seed(0)
+    hidden, upstream = (torch.randn(tokens, len(layer.norm), generator=generator) for _ in range(2))
+    positions = torch.tensor([place for span in spans for place in _positions(span)])
+    cos, sin = (part[0] for part in model.rotary(hidden[None], positions[None]))
+    visible = _visible(spans, layer.window)
+
+    def ours(states: Tensor) -> Tensor:
+        return layers.decoder_layer(layer, states, cos, sin, PackedLayout(spans, states.device), False)
+
+    def theirs(states: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return reference.decoder_layer(layer, states, cos, sin, visible)
+
+    return _distance(ours, theirs, hidden, upstream, list(_weights(layer)))
+
+
+def _check_head(vocabulary: int) -> float:
+    """Logprobs over the model's vocabulary, and the gradients of hidden states and head."""
+    generator = torch.Generator().manual_seed(1)
+    rows = max(2, -(-33_000 // vocabulary))
+    hidden, weight = torch.randn(rows, 16, generator=generator), torch.randn(vocabulary, 16, generator=generator)
+    targets = torch.randint(vocabulary, (rows,), generator=generator)
+    upstream = torch.randn(rows, generator=generator)
+    weight.requires_grad_()
+
+    def ours(states: Tensor) -> Tensor:
+        logprobs: Tensor = TokenLogprobs.apply(states, weight, targets, 0.9, False, torch.float32, False)[0]
+        return logprobs
+
+    def theirs(states: Tensor) -> Tensor:
+        return F.log_softmax(states @ weight.T / 0.9, -1).gather(1, targets[:, None]).squeeze(1)
+
+    return _distance(ours, theirs, hidden, upstream, [weight])
+
+
+def _check_sampling(vocabulary: int) -> float:
+    """Logprobs of sampled tokens, and the places of their uniform numbers in the cumulative distribution."""
+    generator = torch.Generator().manual_seed(2)
+    rows = max(4, -(-33_000 // vocabulary))
+    logits = torch.randn(rows, vocabulary, generator=generator)
+    uniforms = torch.rand(rows, generator=generator, dtype=torch.float64)
+    tokens, logprobs = draw_tokens(logits, uniforms, 1.0)
+    probabilities = logits.double().softmax(-1)
+    upper = probabilities.cumsum(-1).gather(1, tokens[:, None])[:, 0]
+    expected = probabilities.gather(1, tokens[:, None])[:, 0]
+    outside = torch.maximum(uniforms - upper, upper - expected - uniforms).clamp(min=0)
+    return float(torch.maximum((logprobs - expected.log()).abs(), outside).max())
+
+
+def _spans(factor: int) -> list[GroupSpan]:
+    """Two groups of 128 * factor tokens together: a prompt with two completions, and one with one."""
+    first = GroupSpan(0, 24 * factor, (40 * factor, 17 * factor))
+    return [first, GroupSpan(first.length, 15 * factor, (32 * factor,))]
+
+
+def _distance(
+    ours: Callable[[Tensor], Tensor],
+    theirs: Callable[[Tensor], Tensor],
+    states: Tensor,
+    upstream: Tensor,
+    weights: list[Tensor],
+) -> float:
+    """Largest difference of values and gradients, relative to the largest number of each in the reference."""
+    results = []
+    for way in (ours, theirs):
+        leaf = states.clone().requires_grad_()
+        with torch.enable_grad():
+            made = way(leaf)
+            results.append([made.detach(), *torch.autograd.grad(made, [leaf, *weights], upstream)])
+    return max(
+        float((mine - other).norm() / other.norm().clamp(min=1e-30)) for mine, other in zip(*results, strict=True)
+    )
+
+
+def _float32(layer: Layer) -> Layer:
+    """The layer in float32, as leaves that require gradients; without its adapter."""
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.detach().float().requires_grad_()
+
+    def linear(part: Linear) -> Linear:
+        return Linear(leaf(part.weight), None if part.bias is None else leaf(part.bias))
+
+    query, key, value, out, gate, up, down = (linear(part) for part in layer.linears)
+    plain = replace(layer, query=query, key=key, value=value, out=out, gate=gate, up=up, down=down)
+    if layer.query_norm is not None and layer.key_norm is not None:
+        plain = replace(plain, query_norm=leaf(layer.query_norm), key_norm=leaf(layer.key_norm))
+    return replace(plain, norm=leaf(layer.norm), mlp_norm=leaf(layer.mlp_norm))
+
+
+def _weights(layer: Layer) -> Iterator[Tensor]:
+    for linear in layer.linears:
+        yield linear.weight
+        if linear.bias is not None:
+            yield linear.bias
+    yield from layer.norms
+
+
+def _positions(span: GroupSpan) -> Iterator[int]:
+    yield from range(span.prompt_length)
+    for length in span.completion_lengths:
+        yield from range(span.prompt_length, span.prompt_length + length)
+
+
+def _visible(spans: list[GroupSpan], window: int | None) -> Tensor:
+    """[T, T]: whether the token of the row sees that of the column, by the definition of a packed group."""
+    rows = []  # of each token: group, completion (0: the prompt) and position
+    for index, span in enumerate(spans):
+        numbers = [0] * span.prompt_length
+        for number, length in enumerate(span.completion_lengths, 1):
+            numbers += [number] * length
+        rows += [[index, number, place] for number, place in zip(numbers, _positions(span), strict=True)]
+    group, completion, place = torch.tensor(rows).T
+    same_part = (completion[:, None] == completion) | (completion == 0)
+    distance = place[:, None] - place
+    visible = (group[:, None] == group) & same_part & (distance >= 0)
+    return visible if window is None else visible & (distance < window)
