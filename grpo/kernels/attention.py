@@ -1,10 +1,10 @@
-"""Attention layouts: packed groups (training) and slots (decoding) -> attention outputs, on stock transformers models.
+"""Attention of packed groups (training) and of slots (decoding).
 
-transformers lets a model's attention be swapped by name. Ours is called "grpo". It reads how the tokens are laid out from
-the keyword `layout` that model.forward hands down to every layer, and does only the products that the layout needs:
+transformers selects a model's attention by name; ours is registered as "grpo". It reads the layout of the tokens from the keyword
+`layout` that model.forward passes on to every layer, and computes only the products that the layout needs:
 
-    layout=None             rows of a batch, causal; right padding is harmless, since no real token looks right
-    layout=PackedLayout     one row of T tokens: groups laid end to end, each prompt once, then its completions
+    layout=None             rows of a batch, causal; right padding is harmless, since no token sees what follows it
+    layout=PackedLayout     one row of T tokens: groups end to end, each prompt once, then its completions
     layout=SlotLayout       one new token per row, against that row's own part of a preallocated KV cache
 
 Shapes: query [B, H, T, D], key and value [B, K, T, D] with K key/value heads (H a multiple of K); output [B, T, H, D].
@@ -29,14 +29,14 @@ Prompt = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class SplitGroup:
-    """What the parts of a group have in common that is spread over `parts` batches. Equal only to itself."""
+    """Identity of a group that is spread over `parts` batches. Equal only to itself."""
 
     parts: int
 
 
 @dataclass(frozen=True)
 class GroupSpan:
-    """Where one group lies in the packed row:  prompt tokens, then its completions end to end.
+    """Place of one group in the packed row: prompt tokens, then its completions end to end.
 
     # prompt [5 6], completions [7 8] and [9], laid from index 10 on
     # index           10 11 12 13 14
@@ -67,13 +67,13 @@ class PackedLayout:
     elsewhere: dict[int, Iterator[Prompt]] = field(default_factory=dict)
     """By the index of a span, if its prompt is not in the row: the prompt's keys and values, layer by layer."""
     watched: dict[int, Callable[[Tensor, Tensor], Prompt | None]] = field(default_factory=dict)
-    """By the index of a span: what is told the prompt's keys and values, layer by layer, and may give the same in leaves whose
-    gradients are to be added to theirs."""
+    """By the index of a span: called with the prompt's keys and values, layer by layer. May return leaves of the same values, whose
+    gradients are added to theirs."""
     _padding: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[int, int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
     def blocks(self, span: GroupSpan) -> list[tuple[int, ...]]:
-        """The lengths of the completions that go through attention together. On a CPU each goes alone, so that nothing is
+        """Lengths of the completions that go through attention together. On a CPU each goes alone, so that nothing is
         padded; elsewhere all of a group at once, since launches cost more than padding."""
         if self.one_by_one or not span.completion_lengths:
             return [(length,) for length in span.completion_lengths]
@@ -86,7 +86,7 @@ class PackedLayout:
 
     @functools.cached_property
     def sizes(self) -> list[int]:
-        """Tokens of each prompt that is there and of each block, in the order of the row."""
+        """Tokens of each prompt in the row and of each block, in the order of the row."""
         sizes: list[int] = []
         for index, span in enumerate(self.spans):
             if index not in self.elsewhere:
@@ -96,7 +96,7 @@ class PackedLayout:
 
     @functools.cached_property
     def sequences(self) -> Sequences:
-        """For attention.c: each prompt that is in the row and each completion."""
+        """Each prompt in the row and each completion, for attention.c."""
         rows: list[list[int]] = []
         groups, elsewhere, first = [0], list[int](), 0
         behind = sum(
@@ -117,11 +117,11 @@ class PackedLayout:
         return Sequences.of(rows, groups, elsewhere)
 
     def outside(self) -> list[Tensor]:
-        """The next layer's keys and values, in turn, of the prompts that are not in the row."""
+        """Return the next layer's keys and values, in turn, of the prompts that are not in the row."""
         return [tensor for index in sorted(self.elsewhere) for tensor in next(self.elsewhere[index])]
 
     def watch(self, key: Tensor, value: Tensor) -> list[Join]:
-        """Show one layer's keys and values [1, K, T, D] to whoever watches; -> what is to be added to their gradients."""
+        """Pass one layer's keys and values [1, K, T, D] to `watched`. Returns what is to be added to their gradients."""
         joins: list[Join] = []
         for index, watcher in self.watched.items():
             first, length = self.sequences.first_tokens[index], self.spans[index].prompt_length
@@ -131,8 +131,8 @@ class PackedLayout:
         return joins
 
     def padding(self, block: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """For completions of the lengths `block`: rows [G, C] (indices into their tokens, padding points at 0) and back
-        [sum of lengths] (indices into the flattened [G * C] that undo it). Built once, used by every layer."""
+        """Return indices that pad completions of the lengths `block`: rows [G, C] (into their tokens, padding points at 0) and
+        back [sum of lengths] (into the flattened [G * C], to undo it). Built once, used by every layer."""
         if block not in self._padding:
             lengths = torch.tensor(block)
             column = torch.arange(max(block))
@@ -144,8 +144,8 @@ class PackedLayout:
         return self._padding[block]
 
     def completion_mask(self, prompt: int, width: int, repeats: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[repeats * C, P + C] additive: 0 where the c-th completion token may look, -inf where not; once for each of the
-        `repeats` query heads that share a key head. Built once, used by every layer."""
+        """Return the additive mask [repeats * C, P + C]: 0 where the c-th completion token sees a key, -inf elsewhere; once for
+        each of the `repeats` query heads that share a key head. Built once, used by every layer."""
         key = (prompt, width, repeats, window, dtype)
         if key not in self._masks:
             query = torch.arange(width, device=self.device)[:, None] + prompt
@@ -186,7 +186,7 @@ def grpo_attention(
 ) -> tuple[Tensor, None]:
     """The attention function that is registered with transformers. Returns ([B, T, H, D], None)."""
     if dropout or softcap is not None or attention_mask is not None:
-        # Not ours to guess: the start-up check compares with the stock model and falls back to it.
+        # The check at the start of a run catches this and keeps the model's own attention.
         raise NotImplementedError("grpo attention has no dropout, no softcap and no outside mask")
     if isinstance(layout, SlotLayout):
         output = _slots(query, key, value, layout, scaling, sliding_window)
@@ -220,7 +220,7 @@ def packed_attention(
     """Attention of one packed row: query [1, H, T, D], key and value [1, K, T, D] -> [1, H, T, D]."""
     if cpu_attention.is_supported(query, key, value):
         return _packed_in_c(query, key, value, layout, scaling, window)
-    # One split for all: its gradient is one concatenation, where each slice's would be as large as the row.
+    # One split: its gradient is one concatenation, while the gradient of each slice would be as large as the row.
     pieces = zip(*(tensor.split(layout.sizes, dim=2) for tensor in (query, key, value)), strict=True)
     parts = []
     repeats = query.shape[1] // key.shape[1]
@@ -249,7 +249,7 @@ def packed_attention(
 
 
 def joined(again: Tensor, before: Tensor) -> Tensor:
-    """`again`, whose gradient will take in what `before`, the same numbers, has gathered."""
+    """Return `again`, to whose gradient that of `before`, a leaf of the same numbers, will be added."""
     if again.requires_grad and before.grad is not None:  # with LoRA, nothing may be learned before the first keys
         again.register_hook(lambda gradient: gradient + before.grad)
     return again
@@ -290,7 +290,7 @@ def _slots(
 
 def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
     """query [B, H, C, D], key and value [B, K, L, D], mask [H / K * C, L] -> [B, H, C, D]. The query heads that share a key
-    head are laid end to end, as one head of as many more queries: no key or value is repeated, and the products are larger."""
+    head become one head of more queries: no key or value is repeated, and the products are larger."""
     heads, shared = key.shape[1], query.shape[1] // key.shape[1]
     joined = rearrange(query, "b (k shared) c d -> b k (shared c) d", k=heads)
     output = F.scaled_dot_product_attention(joined, key, value, attn_mask=mask, scale=scaling)
@@ -298,7 +298,7 @@ def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scal
 
 
 def _visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """Positions -> may this query look at this key? Not at the future, nor further back than the window."""
+    """Return whether each query sees each key, by their positions: not the future, nor further back than the window."""
     visible = key <= query
     if window is not None:
         visible = visible & (query - key < window)
@@ -306,5 +306,5 @@ def _visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """True -> 0, False -> -inf: what is added to the scores."""
+    """Return the mask that is added to the scores: 0 where `visible`, -inf elsewhere."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)

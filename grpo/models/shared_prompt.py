@@ -1,14 +1,14 @@
-"""Shared prompts: a batch with parts of split groups -> hidden states of its completions, each group's prompt trained only once.
+"""Shared prompts: hidden states of the completions of split groups, with each group's prompt trained only once.
 
-Learning, the batches in order. Before the first, the prompt goes through the model alone, without a graph. What completions need
-of it is kept: each layer's keys and values, and the hidden state of its last token, which predicts every completion's first.
+With a gradient, batches are computed in order. Before the first, the prompt goes through the model alone, without a graph. What its
+completions need is kept: each layer's keys and values, and the hidden state of its last token, which predicts every first token.
 
-    all but the last   have only completions in their row. They read copies of the above, and their backward passes add up what
-                       the loss wants of it
-    the last           has the prompt in its row. What the others want is added to its gradient on the way back
+    all but the last   have only completions in their row. They read copies of the above, whose gradients their backward passes
+                       accumulate
+    the last           has the prompt in its row. The accumulated gradients are added to those of the prompt
 
-That is the chain rule: the gradient of the prompt in every batch, up to rounding, for one pass with a graph and a forward pass.
-Scoring without a gradient, the batches in reverse: the last one's row already leaves behind what the others need.
+By the chain rule this is the gradient of the prompt in every batch, up to rounding, for one pass with a graph and one without.
+Without a gradient, batches are computed in reverse: the row of the last one leaves behind what the others need.
 
     # the example of packing.py split into two batches                learning: 1st     2nd
     # input_ids_T as stored, complete by itself                       5  6  7  8        5  6  9
@@ -31,18 +31,18 @@ HiddenStates = Callable[[Tensor, Tensor, PackedLayout], Tensor]
 
 
 class SharedPrompts:
-    """The prompts of the split groups that are under way."""
+    """Prompts of the split groups whose batches are being computed."""
 
     def __init__(self) -> None:
-        # Whoever scores without a gradient does so apart from training: a LoRA policy's reference has other weights.
+        # Passes with and without a gradient are kept apart: a LoRA policy's reference has other weights.
         self._open: dict[tuple[SplitGroup, bool], KeptPrompt] = {}
 
     def forget(self) -> None:
-        """The weights have changed: what is kept for a group that was left halfway is worth nothing."""
+        """Drop what is kept of groups that were left halfway: the weights have changed."""
         self._open.clear()
 
     def hidden(self, hidden_states: HiddenStates, batch: PackedBatch) -> Tensor:
-        """[N, H]: the hidden state that each completion token is predicted from."""
+        """Return the hidden state that each completion token is predicted from, [N, H]."""
         learning, layout = torch.is_grad_enabled(), batch.layout
         here_T = torch.ones(len(batch.input_ids_T), dtype=torch.bool)
         prompts = {
@@ -57,7 +57,7 @@ class SharedPrompts:
                 here_T[span.start : span.start + span.prompt_length] = False
         row = here_T.nonzero().squeeze(1).to(batch.input_ids_T.device)
         hidden_TH = hidden_states(batch.input_ids_T[row], batch.positions_T[row], layout)
-        # After the row: the last tokens of split prompts, from elsewhere, or joined with what other parts want of them.
+        # After the row: the last tokens of split prompts, from elsewhere or joined with the gradients of the other parts.
         place_T, last_tokens = here_T.cumsum(0) - 1, []
         for index, prompt in prompts.items():
             last = batch.spans[index].start + batch.spans[index].prompt_length - 1
@@ -71,7 +71,7 @@ class SharedPrompts:
         return torch.cat([hidden_TH, *last_tokens])[place_T.to(row.device)[batch.predictor_N]]
 
     def _prompt(self, hidden_states: HiddenStates, batch: PackedBatch, span: GroupSpan) -> "KeptPrompt":
-        """What is kept of the prompt of `span`, one of whose parts has now had it: empty where its row is still to come."""
+        """Return what is kept of the prompt of `span`, and count this part; empty where its row is still to come."""
         assert span.split is not None
         learning = torch.is_grad_enabled()
         prompt = self._open.pop((span.split, learning), None) or KeptPrompt(span.split.parts)
@@ -86,7 +86,7 @@ class SharedPrompts:
 
 @dataclass
 class KeptPrompt:
-    """What completions need of their prompt: [1, K, P, D] keys and values, layer by layer, and [1, H]."""
+    """Keys and values [1, K, P, D] of a prompt, layer by layer, and the hidden state [1, H] of its last token."""
 
     parts_left: int
     keys_values: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -97,7 +97,7 @@ class KeptPrompt:
         self.keys_values.append((key.detach().clone(), value.detach().clone()))
 
     def compute(self, hidden_states: HiddenStates, batch: PackedBatch, span: GroupSpan) -> None:
-        """With leaves, whose gradients are what the parts want of the prompt."""
+        """Compute the prompt alone, without a graph. What is kept are leaves, which gather the gradients of the parts."""
         ids_P, positions_P = (
             tensor[span.start : span.start + span.prompt_length] for tensor in (batch.input_ids_T, batch.positions_T)
         )
@@ -111,7 +111,6 @@ class KeptPrompt:
             tensor.requires_grad_()
 
     def rejoin(self) -> Callable[[Tensor, Tensor], Prompt]:
-        """-> what is told the same prompt's keys and values, layer by layer, as they go through the model with a graph, and gives the
-        leaves."""
+        """Return a watcher of the prompt's keys and values, layer by layer, that returns the leaves kept before."""
         kept = iter(self.keys_values)
         return lambda key, value: next(kept)

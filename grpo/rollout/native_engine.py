@@ -1,4 +1,4 @@
-"""The native engine: our own decode loop. Each unique prompt is prefilled once, and no row waits for a slower one.
+"""Native engine: a decode loop in which each unique prompt is prefilled once, and no row waits for a slower one.
 
     queue of samples -> a free slot (the prompt's keys and values are copied in) -> one token per step
                      -> finished: the last row moves into the hole, and the next sample takes the free slot
@@ -35,7 +35,7 @@ BUCKET = 128
 
 @dataclass
 class _Row:
-    """What the host knows of one slot."""
+    """One slot, as the host sees it."""
 
     prompt: int
     sample: int
@@ -49,7 +49,7 @@ class _Row:
 
 
 class _State:
-    """What the device knows of all slots."""
+    """All slots, as tensors on the device."""
 
     def __init__(self, slots: int, window: int, draws: int, device: torch.device):
         self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
@@ -81,7 +81,7 @@ class _Prefilled:
 
 
 class _Done:
-    """What is finished: completions, and groups, which are handed out as soon as they are whole."""
+    """Finished completions, and groups, which are handed out as soon as they are complete."""
 
     def __init__(self, prompts: list[Prompt], samples: int, finished: Callable[[Group], None] | None):
         self.prompts, self.samples, self.finished = prompts, samples, finished

@@ -13,9 +13,8 @@ DEVICE_TESTS = re.compile(
 )
 ALLOWED = {
     "rollout/vllm_worker.py": 2,  # asks vLLM which platform it runs on
-    "rollout/vllm_client.py": 2,  # NCCL's device, in a thread of its own
 }
-"""Lines in files that speak with another library about its device."""
+"""Lines in files that ask another library about its device."""
 
 
 def lines_of(path: Path) -> list[str]:
