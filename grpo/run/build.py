@@ -36,6 +36,7 @@ from grpo.run.components import check_components
 from grpo.run.records import Recorder
 from grpo.run.resume import check_changes
 from grpo.run.state import Run
+from grpo.runtime.device import device_kind
 from grpo.runtime.precision import precision_of
 from grpo.runtime.run_lock import RunLock, check_free
 from grpo.tracking.console import Display, show_messages
@@ -277,7 +278,7 @@ def summary_line(config: Config, accelerator: Accelerator, data: TrainingData, h
     """Return one line about the run that is about to start."""
     completions = config.prompts_per_step * config.sampling.num_generations
     count, precision = accelerator.num_processes, {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
-    processes = f"{count} process{'es' if count > 1 else ''} on {accelerator.device.type.upper()}"
+    processes = f"{count} process{'es' if count > 1 else ''} on {device_kind(accelerator.device)}"
     spread = accelerator.distributed_type.value.removeprefix("NO")
     return (
         f"{data.size or 'streamed'} training prompts, {len(held_out)} held out; {config.prompts_per_step} prompts x "

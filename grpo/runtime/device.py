@@ -24,6 +24,11 @@ def is_cpu(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def device_kind(device: torch.device) -> str:
+    """Return the kind of `device` for messages: CPU, CUDA, MPS."""
+    return device.type.upper()
+
+
 def cpu_threads(processes_here: int) -> int:
     """Return the number of threads for each process: the cores of this machine divided among its processes.
 
