@@ -39,6 +39,11 @@ def is_on(name: str) -> bool:
     return name in chosen(os.environ.get(VARIABLE, "auto")) and name not in _failed
 
 
+def check_switch() -> None:
+    """Raise ConfigError if GRPO_KERNELS cannot be read."""
+    chosen(os.environ.get(VARIABLE, "auto"))
+
+
 def switch_off(name: str, reason: str) -> None:
     """Use the reference instead of kernel `name` from now on, and say so once."""
     if name not in _failed:
@@ -51,10 +56,9 @@ def chosen(value: str) -> frozenset[str]:
     """Return the names that a value of GRPO_KERNELS allows. Raises ConfigError for anything else than in the table above."""
     base, *without = [part.strip() for part in value.split(",")]
     removed = {part.removeprefix("-") for part in without}
-    unknown = sorted(removed - KERNELS.keys())
-    if base not in ("auto", "torch") or unknown or not all(part.startswith("-") for part in without):
+    if base not in ("auto", "torch") or removed - KERNELS.keys() or not all(part.startswith("-") for part in without):
         raise ConfigError(
-            f"{VARIABLE} is '{value}': set it to auto, to torch (the reference alone), or to auto,-NAME,... with names of "
-            f"{', '.join(KERNELS)}"
+            f"{VARIABLE} is '{value}', which names no kernels: set it to auto, to torch (the reference alone), or to "
+            f"auto,-NAME,... Known: {', '.join(KERNELS)}; the names are explained in grpo/kernels/registry.py"
         )
     return frozenset(KERNELS) - removed if base == "auto" else frozenset()

@@ -4,6 +4,7 @@ from grpo.advantages import SUBSETS, check_advantage
 from grpo.config.schema import Config
 from grpo.errors import ConfigError
 from grpo.experience import estimator_of
+from grpo.kernels.registry import check_switch
 from grpo.kl import KL_ESTIMATORS
 from grpo.losses import check_loss, find_loss
 from grpo.models.optimizers import OPTIMIZERS
@@ -17,6 +18,7 @@ def check_components(config: Config) -> None:
         ConfigError: an unknown name, an argument that nothing gives, or a setting that a component refuses.
     """
     objective = config.objective
+    check_switch()
     check_loss(config)
     check_advantage(estimator_of(objective), config)
     KL_ESTIMATORS.check(objective.kl_estimator, config)

@@ -23,6 +23,7 @@ from grpo.data.card import check_permission, publishable, record_card
 from grpo.data.rendering import render_prompts
 from grpo.data.rows import load_examples
 from grpo.errors import ConfigError, GrpoError, NumericsError, OutOfMemory, RewardError, StorageError
+from grpo.kernels.registry import chosen
 from grpo.losses import find_loss
 from grpo.models.lora import load_adapter
 from grpo.models.reference import check_vocabulary
@@ -356,6 +357,11 @@ CASES: dict[str, Case] = {
         lambda _: find_engine("nativ"),
         ConfigError,
         "rollout.engine: unknown engine 'nativ': did you mean 'native'? Known: ...; or point to your own with 'package.module:name' or 'path/file.py:name'",
+    ),
+    "unknown kernel": Case(
+        lambda _: chosen("auto,-no_such"),
+        ConfigError,
+        "GRPO_KERNELS is 'auto,-no_such', which names no kernels: set it to auto, to torch (the reference alone), or to auto,-NAME,... Known: ...; the names are explained in grpo/kernels/registry.py",
     ),
     "setting that an estimator would ignore": Case(
         components("--objective.loss_type=rloo", "--objective.scale_rewards=none"),
