@@ -1,5 +1,6 @@
 """Logprobs: hidden states -> log p(token) and entropy per token, in chunks, so that [N, V] never exists at once."""
 
+import torch
 from torch import Tensor
 
 from grpo.kernels.head import TokenLogprobs, product_dtype
@@ -13,6 +14,7 @@ def token_logprobs(
     *,
     entropy_gradient: bool = False,
     accumulate_grads_inplace: bool = False,
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log p(target) and the entropy of the distribution it was drawn from, p = softmax(hidden @ head.T / temperature).
 
@@ -25,11 +27,13 @@ def token_logprobs(
         temperature: of the distribution.
         entropy_gradient: whether the entropy carries a gradient too (an entropy bonus); otherwise it is for the logs.
         accumulate_grads_inplace: the backward pass may add the head's gradient to its .grad by itself.
+        dtypes: of the products forward and backward (`grpo.kernels.head.training_dtypes`); None: `product_dtype`.
 
     Returns:
         Logprobs [N] and entropies [N], both float32 in nats. The softmax is float32, products run in `product_dtype`.
     """
     dtype = product_dtype(hidden_NH.device)
+    dtypes = dtypes or (dtype, dtype)
     return TokenLogprobs.apply(
-        hidden_NH, head_VH, targets_N, temperature, entropy_gradient, dtype, accumulate_grads_inplace
+        hidden_NH, head_VH, targets_N, temperature, entropy_gradient, dtypes, accumulate_grads_inplace
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 import grpo.kernels.cpu.compiler
-import grpo.kernels.cpu.decode_step
+import grpo.kernels.cpu.panels
 import grpo.runtime.device
 
 
@@ -23,7 +23,7 @@ def one_thread() -> Iterator[None]:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Twice: with the C functions, and as where no C compiler is."""
     if request.param == "torch":
-        for module in (grpo.kernels.cpu.compiler, grpo.kernels.cpu.decode_step):
+        for module in (grpo.kernels.cpu.compiler, grpo.kernels.cpu.panels):
             monkeypatch.setattr(module, "compiled", lambda source, **functions: None)
     elif grpo.kernels.cpu.compiler.library() is None:
         pytest.skip("there is no C compiler here")

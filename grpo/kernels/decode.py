@@ -78,6 +78,14 @@ class FusedDecoder:
         """[B, I] and a packed [O, I] -> [B, O]."""
         return onednn.linear(states, weight, bias) if weight.is_mkldnn else F.linear(states, weight, bias)
 
+    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Dtype of the cached keys and values where products are in `dtype`."""
+        return dtype
+
+    @property
+    def bias_dtype(self) -> torch.dtype:
+        return self.dtype
+
     def padded_rows(self, rows: int) -> int:
         """Rows that are best computed for `rows` rows."""
         return padded_rows(rows, self.embedding.device)
@@ -192,7 +200,7 @@ class WorkingLayer:
         for name, weight in weights.items():
             self.tensors[name] = decoder.pack(weight, self.tensors.get(name))
         for name, tensor in self._vectors(layer).items():
-            dtype = torch.float32 if name.endswith("norm") else decoder.dtype
+            dtype = torch.float32 if name.endswith("norm") else decoder.bias_dtype
             tensor = _norm_weight(tensor) if name.endswith("norm") else tensor
             self.tensors[name] = _kept(self.tensors.get(name), tensor, dtype)
 

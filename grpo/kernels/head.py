@@ -1,4 +1,5 @@
-"""The output head: hidden states -> logits, and token logprobs chunk by chunk, so that all logits never exist at once.
+"""The output head: hidden states -> logits, and token logprobs chunk by chunk, so that all logits never exist
+at once.
 
 Sampling and training both go through `head_logits`.
 """
@@ -9,22 +10,36 @@ from torch import Tensor
 
 from grpo.kernels.cpu import ops
 from grpo.kernels.cpu.compiler import c_kernel
-from grpo.kernels.layers import gradient_buffer
+from grpo.kernels.cpu.panels import Panels, has_bfloat16
+from grpo.kernels.cpu.panels import library as panels_library
+from grpo.kernels.gradients import gradient_buffer
 from grpo.kernels.registry import is_on
 
 CHUNK_BYTES = {"cpu": 16 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 256 * 2**20
-"""Float32 bytes of logits that exist at a time (and up to twice as much for what is made of them): enough rows to keep the
-device busy, no more."""
+"""Float32 bytes of logits that exist at a time (and up to twice as much for what is made of them): enough rows
+to keep the device busy, no more."""
 
 ROW_MULTIPLE = 32
-"""Rows of a product by oneDNN are rounded up to multiples of this: it compiles, and keeps, half a megabyte for each number of
-rows that it meets."""
+"""Rows of a product by oneDNN are rounded up to multiples of this: it compiles, and keeps, half a megabyte for
+each number of rows that it meets."""
+
+
+def training_dtypes(device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes that the head's products of training read, forward and backward. Under autocast on a CPU, the
+    forward pass reads 16 bits only where there is a product with a float32 result; logits are never rounded to
+    16 bits."""
+    forward = product_dtype(device)
+    if device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return forward, forward
+    narrow = torch.get_autocast_dtype("cpu")
+    exact = narrow == torch.bfloat16 and is_on("decode_step") and has_bfloat16() and panels_library() is not None
+    return narrow if exact else forward, narrow
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that the head's product reads: float32, except under autocast on CUDA, where 16-bit inputs with float32
-    sums and a float32 result are many times faster. The softmax is float32 everywhere."""
+    """The dtype that the head's product reads: float32, except under autocast on CUDA, where 16-bit inputs with
+    float32 sums and a float32 result are many times faster. The softmax is float32 everywhere."""
     if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         return torch.get_autocast_dtype("cuda")
     return torch.float32
@@ -42,6 +57,8 @@ def head_logits(hidden_NH: Tensor, head_VH: Tensor, dtype: torch.dtype = torch.f
         [N, V] float32.
     """
     with torch.autocast(hidden_NH.device.type, enabled=False):
+        if dtype == torch.bfloat16 and hidden_NH.is_cpu:
+            return Panels.of(head_VH, dtype).product(hidden_NH)
         if dtype != torch.float32:
             return torch.mm(hidden_NH.to(dtype), head_VH.to(dtype).T, out_dtype=torch.float32)
         hidden, head = hidden_NH.float(), head_VH.float()
@@ -56,9 +73,10 @@ def head_logits(hidden_NH: Tensor, head_VH: Tensor, dtype: torch.dtype = torch.f
 class TokenLogprobs(torch.autograd.Function):
     """hidden [N, H], head [V, H], targets [N] -> logprobs [N] and entropies [N], float32.
 
-    Keeps hidden, head, targets, one log-sum-exp per token, and the probabilities of the last chunk (times their sum). The
-    backward pass starts with that chunk, and forms the logits of every other one again. It follows the forward pass at once,
-    and would have a chunk in memory too: what is kept costs nothing, and a batch of one chunk is done in one pass.
+    Goes through the vocabulary in blocks. Each block of the head is read, and its gradient written, once per
+    pass, however many tokens there are. The backward pass forms the logits of each block again, except those of
+    the last, whose weights (p times their sum) are kept: the backward pass follows at once, and would have a
+    block in memory too.
 
     d logp / d logits = (onehot(target) - p) / temperature
     d H    / d logits = -p * (log p + H) / temperature
@@ -66,18 +84,27 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, hidden, head, targets, temperature, entropy_gradient, dtype, accumulate_grads_inplace
+        ctx, hidden, head, targets, temperature, entropy_gradient, dtypes, accumulate_grads_inplace
     ):
-        logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        entropies, lses = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        weight = head.to(dtype)
-        for part in _chunks(len(targets), head):
-            logits = head_logits(hidden[part], weight, dtype)
-            weights, total, lses[part], logprobs[part], entropies[part] = softmax(logits, targets[part], temperature)
-        ctx.last = (weights, total) if len(targets) and any(ctx.needs_input_grad) and not entropy_gradient else None
+        weight, blocks = _cast(head, dtypes[0]), _blocks(len(targets), head)
+        lse_BN, logprob_BN, entropy_BN = hidden.new_empty(3, len(blocks), len(targets), dtype=torch.float32)
+        for index, block in enumerate(blocks):
+            logits = head_logits(hidden, weight[block], dtypes[0])
+            own, _ = _within(targets, block)
+            weights, total, *results = softmax(logits, own, temperature)
+            lse_BN[index], logprob_BN[index], entropy_BN[index] = results
+        lses, logprobs, entropies = lse_BN[0], logprob_BN[0], entropy_BN[0]
+        if len(blocks) > 1:
+            lses = lse_BN.logsumexp(0)
+            log_share_BN = lse_BN - lses  # of each block in the sum of all
+            entropies = (log_share_BN.exp() * (entropy_BN - log_share_BN)).sum(0)
+            place = targets.div(blocks[0].stop, rounding_mode="floor")[None]
+            logprobs = (logprob_BN + log_share_BN).gather(0, place)[0]
+        keep = any(ctx.needs_input_grad) and not entropy_gradient
+        ctx.last = (weights, (lse_BN[-1] - lses).exp() / total) if keep else None
         ctx.save_for_backward(hidden, head, targets, lses, entropies)
         ctx.head = head  # itself, whatever is done to what is saved
-        ctx.temperature, ctx.entropy_gradient, ctx.dtype = temperature, entropy_gradient, dtype
+        ctx.temperature, ctx.entropy_gradient, ctx.dtypes = temperature, entropy_gradient, dtypes
         ctx.in_place = accumulate_grads_inplace
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropies)
@@ -86,37 +113,59 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropies):  # type: ignore[no-untyped-def]
         hidden, head, targets, lses, entropies = ctx.saved_tensors
-        weight = head.to(ctx.dtype)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # Accumulated in float32: chunk by chunk in bfloat16 would round every chunk's share away.
+        forward_dtype, dtype = ctx.dtypes
+        weight, narrow = _cast(head, forward_dtype), hidden.to(dtype)
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_head = buffer = gradient_buffer(ctx.head, ctx.in_place) if ctx.needs_input_grad[1] else None
         if ctx.needs_input_grad[1] and buffer is None:
             grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
+        scale = (grad_logprobs.float() / ctx.temperature)[:, None]
         kept, ctx.last = ctx.last, None
-        for part in reversed(_chunks(len(targets), head)):
-            scale = (grad_logprobs[part].float() / ctx.temperature)[:, None]
+        for block in reversed(_blocks(len(targets), head)):
             if kept is not None:
-                weights, total = kept
-                grad_logits, kept = weights.mul_(-scale / total[:, None]), None
+                weights, share = kept
+                grad_logits, kept = weights.mul_(-scale * share[:, None]), None
             else:
-                logits = _scaled(head_logits(hidden[part], weight, ctx.dtype), ctx.temperature).sub_(lses[part, None])
+                logits = _scaled(head_logits(hidden, weight[block], forward_dtype), ctx.temperature)
+                logits.sub_(lses[:, None])
                 if ctx.entropy_gradient:
-                    slope = (grad_entropies[part].float() / ctx.temperature)[:, None]
-                    factor = (logits + entropies[part, None]).mul_(slope).add_(scale)
+                    slope = (grad_entropies.float() / ctx.temperature)[:, None]
+                    factor = (logits + entropies[:, None]).mul_(slope).add_(scale)
                     grad_logits = logits.exp_().mul_(-factor)
                 else:
                     grad_logits = logits.exp_().mul_(-scale)
-            grad_logits.scatter_add_(-1, targets[part, None], scale)
-            grad_logits = grad_logits.to(ctx.dtype)
+            own, here = _within(targets, block)
+            grad_logits.scatter_add_(1, own[:, None], scale * here[:, None])
+            grad_logits = grad_logits.to(dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = (grad_logits @ weight).to(hidden.dtype)
+                _add_product(grad_hidden, grad_logits, head[block].to(dtype))
             if grad_head is not None:
-                if ctx.dtype == torch.float32:
-                    grad_head.addmm_(grad_logits.T, hidden[part].float())
-                else:
-                    grad_head += torch.mm(grad_logits.T, hidden[part].to(ctx.dtype), out_dtype=torch.float32)
+                _add_product(grad_head[block], grad_logits.T, narrow)
         made = grad_head.to(head.dtype) if grad_head is not None and buffer is None else None
+        grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
         return grad_hidden, made, None, None, None, None, None
+
+
+def _within(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Index of each target in the block, clamped to it, and whether it lies in it."""
+    own = targets - block.start
+    inside = own.clamp(0, block.stop - block.start - 1)
+    return inside, inside == own
+
+
+def _cast(head: Tensor, dtype: torch.dtype) -> Tensor:
+    """The head in the dtype of products, once for all blocks; on a CPU block by block."""
+    return head if head.is_cpu else head.to(dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left right, summed in float32 where the device has such a product of 16-bit inputs."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        total += torch.mm(left, right, out_dtype=torch.float32)
+    else:
+        total += left @ right
 
 
 def softmax(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -128,8 +177,8 @@ def softmax(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor
         temperature: divides the logits.
 
     Returns:
-        Weights [n, V] and their sums [n], with p = weight / sum; the log-sum-exp of logits / temperature, the targets'
-        logprobs and the entropies, [n] each.
+        Weights [n, V] and their sums [n], with p = weight / sum; the log-sum-exp of logits / temperature, the
+        targets' logprobs and the entropies, [n] each.
     """
     if c_kernel("token_logprobs", logits) and targets.is_contiguous():
         logprobs, entropies, total, lse = logits.new_empty(4, len(logits))
@@ -149,6 +198,8 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def _chunks(tokens: int, head: Tensor) -> list[slice]:
-    size = max(1, CHUNK_BYTES.get(head.device.type, CHUNK_BYTES_ELSEWHERE) // (4 * len(head)))
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+def _blocks(tokens: int, head: Tensor) -> list[slice]:
+    """Parts of the vocabulary, all but the last of the same size: a multiple of 64, so that products stay aligned."""
+    size = CHUNK_BYTES.get(head.device.type, CHUNK_BYTES_ELSEWHERE) // (4 * max(tokens, 1))
+    size = min(max(64, size // 64 * 64), len(head))
+    return [slice(start, min(start + size, len(head))) for start in range(0, len(head), size)]

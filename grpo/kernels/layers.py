@@ -13,8 +13,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from grpo.kernels.attention import PackedLayout, packed_attention
+from grpo.kernels.cpu import fused_layer
 from grpo.kernels.cpu.fused_ops import rms_norm, rotate, swiglu
 from grpo.kernels.description import Layer, Linear, Model
+from grpo.kernels.gradients import gradient_buffer
 from grpo.kernels.registry import is_on
 
 
@@ -60,6 +62,10 @@ def decoder_layer(
     layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, accumulate_grads_inplace: bool
 ) -> Tensor:
     """[T, hidden_size] -> [T, hidden_size]"""
+    if fused_layer.is_supported(layer, hidden, cos, sin):
+        return fused_layer.fused_layer(
+            layer, hidden, cos, sin, layout, accumulate_grads_inplace=accumulate_grads_inplace
+        )
     return composed_layer(layer, hidden, cos, sin, layout)
 
 
@@ -88,15 +94,6 @@ def linear(states: Tensor, part: Linear) -> Tensor:
         return result
     low = F.linear(states.to(part.adapter.a.dtype), part.adapter.a)
     return (result + F.linear(low, part.adapter.b) * part.adapter.scale).to(result.dtype)
-
-
-def gradient_buffer(weight: Tensor, accumulate_grads_inplace: bool) -> Tensor | None:
-    """.grad of `weight`, to add its gradient to; None where autograd is to have it."""
-    if not (accumulate_grads_inplace and weight.is_leaf and weight.requires_grad and weight.dtype == torch.float32):
-        return None
-    if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
-    return weight.grad
 
 
 class Lookup(torch.autograd.Function):

@@ -107,7 +107,9 @@ def _check_head(vocabulary: int) -> float:
     weight.requires_grad_()
 
     def ours(states: Tensor) -> Tensor:
-        logprobs: Tensor = TokenLogprobs.apply(states, weight, targets, 0.9, False, torch.float32, False)[0]
+        logprobs: Tensor = TokenLogprobs.apply(
+            states, weight, targets, 0.9, False, (torch.float32, torch.float32), False
+        )[0]
         return logprobs
 
     def theirs(states: Tensor) -> Tensor:

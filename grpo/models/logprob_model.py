@@ -6,6 +6,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from grpo.kernels import layers, self_test
 from grpo.kernels.attention import NAME, GroupSpan, PackedLayout, grpo_attention
+from grpo.kernels.head import training_dtypes
 from grpo.kernels.registry import switch_off
 from grpo.logprobs import token_logprobs
 from grpo.models.families import describe
@@ -59,6 +60,7 @@ class LogprobModel(nn.Module):
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             hidden_NH = hidden.flatten(0, 1)[predictor]
         head = self.model.get_output_embeddings()
+        dtypes = training_dtypes(hidden_NH.device)
         with torch.autocast(hidden_NH.device.type, enabled=False):  # the head in float32: see Float32Head
             return token_logprobs(
                 hidden_NH.float(),
@@ -67,6 +69,7 @@ class LogprobModel(nn.Module):
                 self.temperature,
                 entropy_gradient=self.entropy_gradient,
                 accumulate_grads_inplace=self.accumulate_grads_inplace,
+                dtypes=dtypes,
             )
 
     def hidden_states(self, ids_T: Tensor, positions_T: Tensor, layout: PackedLayout) -> Tensor:

@@ -108,12 +108,13 @@ class KernelBackbone:
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        return autocast_dtype(self.model) or torch.float32
+        return self.decoder.cache_dtype(autocast_dtype(self.model) or torch.float32)
 
     def refresh(self) -> None:
         described = describe(self.model)
+        dtype = autocast_dtype(self.model) or torch.float32
         assert described is not None, "the model had a description when its backbone was chosen"
-        self.decoder.refresh(described, self.model.get_output_embeddings().weight.detach(), self.cache_dtype)
+        self.decoder.refresh(described, self.model.get_output_embeddings().weight.detach(), dtype)
 
 
 def choose_backbone(model: PreTrainedModel) -> tuple[Backbone, int]:

@@ -108,7 +108,7 @@ def test_a_changed_header_is_another_library(tmp_path: Path, monkeypatch: pytest
     original = header.read_text()
     for text in (original, original + "\n", original):
         header.write_text(text)
-        compiler.compiled.__wrapped__(folder / "layer.c")
+        compiler.compiled.__wrapped__(folder / "kernels.c")
     assert names[0] == names[2] != names[1]
 
 

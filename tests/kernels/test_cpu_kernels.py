@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 
 import grpo.kernels.cpu.attention
 import grpo.kernels.cpu.compiler
-import grpo.kernels.cpu.decode_step
 import grpo.kernels.cpu.ops
+import grpo.kernels.cpu.panels
 from grpo.kernels.attention import GroupSpan, PackedLayout, grpo_attention
 from grpo.kernels.cpu.compiler import compiled, library
-from grpo.kernels.cpu.decode_step import CompiledDecoder, Panels
+from grpo.kernels.cpu.decode_step import CompiledDecoder
 from grpo.kernels.cpu.fused_ops import rms_norm, rotate, swiglu
+from grpo.kernels.cpu.panels import Panels
 from grpo.kernels.decode import FusedDecoder
 from grpo.kernels.head import softmax
 from grpo.kernels.kv_cache import SlotCache
@@ -269,7 +270,7 @@ def test_the_engine_takes_it_and_does_without_it(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("GRPO_KERNELS", switch)
         assert kind_of(choose_backbone(model)[0]) is kind
     monkeypatch.delenv("GRPO_KERNELS")
-    monkeypatch.setattr(grpo.kernels.cpu.decode_step, "compiled", lambda source, **functions: None)
+    monkeypatch.setattr(grpo.kernels.cpu.panels, "compiled", lambda source, **functions: None)
     assert kind_of(choose_backbone(model)[0]) is FusedDecoder
 
 
@@ -342,7 +343,7 @@ def test_no_compiler_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CC", compiler)
     compiled.cache_clear()
     assert library() is None
-    assert grpo.kernels.cpu.decode_step.library() is None
+    assert grpo.kernels.cpu.panels.library() is None
     described = describe(tiny_model())
     assert described is not None and not CompiledDecoder.is_supported(described, torch.float32)
     compiled.cache_clear()

@@ -178,7 +178,7 @@ def stopped_after_a_step(run: Ended, folder: Path) -> None:
         (["three"], {"prompts_per_step": 2, "tokens_per_batch": 40}),  # the third rank has nothing to train
         (["two", "fsdp"], LORA),
         (["two"], {"rollout.max_staleness": 1}),
-        (["two", "fsdp"], {"tokens_per_batch": 256}),  # enough rows for gemm.c
+        (["two", "fsdp"], {"tokens_per_batch": 256}),
     ],
     ids=["full", "idle rank", "lora", "sampled ahead", "large batches"],
 )

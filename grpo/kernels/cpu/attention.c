@@ -1,7 +1,8 @@
-/* Causal attention of sequences that lie end to end in one row of tokens, and of which several may share a prompt: each token looks at
-   its prompt and at what came before it in its own sequence, of that at the last `window` tokens (0 = all). query and result
-   [tokens][heads][size], key and value [tokens][key heads][size], heads that share a key head side by side. The scores of a few
-   tokens at a time are all that exists. Float32, contiguous, size a multiple of 8. */
+/* Causal attention of sequences that lie end to end in one row of tokens, and of which several may share a prompt:
+   each token looks at its prompt and at what came before it in its own sequence, of that at the last `window` tokens
+   (0 = all). query and result [tokens][heads][size], key and value [tokens][key heads][size], heads that share a key
+   head side by side. The scores of a few tokens at a time are all that exists. Float32, contiguous, size a multiple
+   of 8. */
 
 #include "simd.h"
 
@@ -10,8 +11,9 @@ typedef struct {
     float scaling;
 } Shape;
 
-/* Tokens [first, first + queries) of the row. Before them come `before` tokens of a prompt, which lies in the row from prompt_row on,
-   or, if there is such, at prompts[elsewhere] (and its gradients from prompt_row on, behind those of the row). */
+/* Tokens [first, first + queries) of the row. Before them come `before` tokens of a prompt, which lies in the row
+   from prompt_row on, or, if there is such, at prompts[elsewhere] (and its gradients from prompt_row on, behind those
+   of the row). */
 typedef struct {
     int64_t first, queries, before, prompt_row, elsewhere;
 } Sequence;
@@ -29,7 +31,8 @@ static Rows rows_of(const Shape *shape, const Sequence *it, const float *row, co
 {
     const long stride = (long)shape->key_heads * shape->size, place = (long)key_head * shape->size;
     const float *prompt = it->elsewhere < 0 ? row + it->prompt_row * stride : prompts[it->elsewhere];
-    return (Rows){prompt + place, row + it->first * stride + place, (int)it->before, (int)(it->before + it->queries), stride};
+    return (Rows){prompt + place, row + it->first * stride + place, (int)it->before, (int)(it->before + it->queries),
+            stride};
 }
 
 static inline const float *row_at(const Rows *rows, int i)
@@ -100,7 +103,7 @@ static inline int first_key(const Shape *shape, const Sequence *it, int c)
 }
 
 /* Floats that one worker wants: keys and values in `panels` layouts, and `scores` rows of scores. */
-static long room_of(const Shape *shape, int panels, int scores)
+static long workspace_size(const Shape *shape, int panels, int scores)
 {
     const long wide = up_to_panel(shape->longest);
     return panels * wide * up_to_panel(shape->size) + scores * (long)ROWS * wide;
@@ -116,7 +119,8 @@ static inline int take(int *next)
 }
 
 /* One query head of one sequence. */
-static void head_forward(const Shape *shape, const Sequence *it, int head, const float *key_rows, const float *value_columns,
+static void head_forward(const Shape *shape, const Sequence *it, int head, const float *key_rows,
+                         const float *value_columns,
                          const float *query, float *scores, float *result, float *lses)
 {
     const int size = shape->size, wide = up_to_panel((int)(it->before + it->queries)), queries = (int)it->queries;
@@ -143,21 +147,23 @@ static void head_forward(const Shape *shape, const Sequence *it, int head, const
     }
 }
 
-/* parts: key heads, or heads where there are more threads than the former can keep busy. scratch: threads * (2 * longest * size +
-   ROWS * longest) floats, longest and size rounded up to 16; lses [heads][tokens]. */
-void attention_forward(int threads, int parts, int heads, int key_heads, int size, int tokens, int window, int longest, float scaling,
+/* parts: key heads, or heads where there are more threads than the former can keep busy. scratch: threads * (2 *
+   longest * size + ROWS * longest) floats, longest and size rounded up to 16; lses [heads][tokens]. */
+void attention_forward(int threads, int parts, int heads, int key_heads, int size, int tokens, int window,
+                       int longest, float scaling,
              int count, const Sequence *sequences, const float *const *prompt_keys, const float *const *prompt_values,
              const float *query, const float *key, const float *value, float *scratch, float *result, float *lses)
 {
     const Shape shape = {heads, key_heads, size, tokens, window, longest, scaling};
-    const long packed = (long)up_to_panel(longest) * up_to_panel(size), room = room_of(&shape, 2, 1);
+    const long packed = (long)up_to_panel(longest) * up_to_panel(size), workspace = workspace_size(&shape, 2, 1);
     int next = 0;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int worker = 0; worker < threads; worker++)
         for (int task; (task = take(&next)) < count * parts;) {
             const Sequence *it = sequences + task / parts;
             const int part = task % parts, key_head = part * key_heads / parts;
-            float *key_rows = scratch + worker * room, *value_columns = key_rows + packed, *scores = value_columns + packed;
+            float *key_rows = scratch + worker * workspace, *value_columns = key_rows + packed,
+            *scores = value_columns + packed;
             const Rows keys = rows_of(&shape, it, key, prompt_keys, key_head);
             const Rows values = rows_of(&shape, it, value, prompt_values, key_head);
             by_rows(&keys, size, key_rows);
@@ -167,9 +173,10 @@ void attention_forward(int threads, int parts, int heads, int key_heads, int siz
         }
 }
 
-/* One query head of one sequence; what the keys and values get is added to grad_key and grad_value, whose rows are `grad_stride` apart,
-   the prompt's and its own. */
-static void head_backward(const Shape *shape, const Sequence *it, int head, const float *key_rows, const float *value_rows,
+/* One query head of one sequence; what the keys and values get is added to grad_key and grad_value, whose rows are
+   `grad_stride` apart, the prompt's and its own. */
+static void head_backward(const Shape *shape, const Sequence *it, int head, const float *key_rows,
+                          const float *value_rows,
                           const float *key_columns, const float *query, const float *result, const float *lses,
                           const float *gradient, float *weights, float *slopes, float *grad_query, float *grad_key,
                           float *grad_value, long grad_stride)
@@ -203,33 +210,40 @@ static void head_backward(const Shape *shape, const Sequence *it, int head, cons
         times(rows, seen, slopes, wide, key_columns, (long)wide * PANEL, size, grad_query + place, stride);
         const int first = first_key(shape, it, c), middle = last < before ? last : before;
         add_products(rows, first, middle, size, slopes, wide, query + place, stride, grad_key + prompt, grad_stride);
-        add_products(rows, first, middle, size, weights, wide, gradient + place, stride, grad_value + prompt, grad_stride);
+        add_products(rows, first, middle, size, weights, wide, gradient + place, stride, grad_value + prompt,
+                     grad_stride);
         const int start = first > before ? first : before;
         add_products(rows, start, last, size, slopes, wide, query + place, stride, grad_key + own, grad_stride);
         add_products(rows, start, last, size, weights, wide, gradient + place, stride, grad_value + own, grad_stride);
     }
 }
 
-/* groups [group_count + 1]: where the sequences begin that share one prompt. gradient and grad_query [tokens][heads][size]; grad_key and
-   grad_value [tokens, and those of prompts elsewhere][parts][size], parts as above. scratch: threads * (3 * longest * size +
-   2 * ROWS * longest). */
-void attention_backward(int threads, int parts, int heads, int key_heads, int size, int tokens, int window, int longest, float scaling,
+/* groups [group_count + 1]: where the sequences begin that share one prompt. gradient and grad_query
+   [tokens][heads][size]; grad_key and grad_value [tokens, and those of prompts elsewhere][parts][size], parts as
+   above. scratch: threads * (3 * longest * size + 2 * ROWS * longest). */
+void attention_backward(int threads, int parts, int heads, int key_heads, int size, int tokens, int window,
+                        int longest, float scaling,
               int group_count, const int64_t *groups, const Sequence *sequences, const float *const *prompt_keys,
-              const float *const *prompt_values, const float *query, const float *key, const float *value, const float *result,
-              const float *lses, const float *gradient, float *scratch, float *grad_query, float *grad_key, float *grad_value)
+              const float *const *prompt_values, const float *query, const float *key, const float *value,
+              const float *result,
+              const float *lses, const float *gradient, float *scratch, float *grad_query, float *grad_key,
+              float *grad_value)
 {
     const Shape shape = {heads, key_heads, size, tokens, window, longest, scaling};
-    const long packed = (long)up_to_panel(longest) * up_to_panel(size), room = room_of(&shape, 3, 2), stride = (long)parts * size;
+    const long packed = (long)up_to_panel(longest) * up_to_panel(size), workspace = workspace_size(&shape, 3, 2),
+                         stride = (long)parts * size;
     int next = 0;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int worker = 0; worker < threads; worker++)
         for (int task; (task = take(&next)) < group_count * parts;) {
             const Sequence *begin = sequences + groups[task / parts], *end = sequences + groups[task / parts + 1];
             const int part = task % parts, key_head = part * key_heads / parts;
-            float *key_rows = scratch + worker * room, *value_rows = key_rows + packed, *key_columns = value_rows + packed;
+            float *key_rows = scratch + worker * workspace, *value_rows = key_rows + packed,
+            *key_columns = value_rows + packed;
             float *weights = key_columns + packed, *slopes = weights + (long)ROWS * up_to_panel(longest);
             float *part_key = grad_key + (long)part * size, *part_value = grad_value + (long)part * size;
-            memset(weights, 0, sizeof(float) * 2 * ROWS * up_to_panel(longest)); /* rows that no tile has filled are multiplied with 0 */
+            /* rows that no tile has filled are multiplied with 0 */
+            memset(weights, 0, sizeof(float) * 2 * ROWS * up_to_panel(longest));
             if (begin < end && begin->elsewhere >= 0)
                 for (long i = begin->prompt_row; i < begin->prompt_row + begin->before; i++) {
                     memset(part_key + i * stride, 0, sizeof(float) * size);
@@ -247,7 +261,8 @@ void attention_backward(int threads, int parts, int heads, int key_heads, int si
                 by_rows(&values, size, value_rows);
                 by_columns(&keys, size, key_columns);
                 for (int head = heads / parts * part; head < heads / parts * (part + 1); head++)
-                    head_backward(&shape, it, head, key_rows, value_rows, key_columns, query, result, lses, gradient, weights,
+                    head_backward(&shape, it, head, key_rows, value_rows, key_columns, query, result, lses, gradient,
+                                  weights,
                                   slopes, grad_query, part_key, part_value, stride);
             }
         }

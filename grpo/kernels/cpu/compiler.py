@@ -29,7 +29,7 @@ from grpo.kernels.registry import is_on
 FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-ffp-contract=fast"]
 # What lets sums become vector code; NaN and infinity stay what they are.
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
-LAYER = Path(__file__).with_name("layer.c")
+SOURCE = Path(__file__).with_name("kernels.c")
 SECONDS = 60
 """For the compiler, which takes a few."""
 
@@ -85,11 +85,21 @@ def compiled(source: Path, **functions: str) -> ctypes.CDLL | None:
 
 
 def library() -> Any:
-    """The functions of layer.c, and with it of fused_ops.c, attention.c and gemm.c; None where they cannot be compiled."""
+    """The functions of kernels.c, which includes fused_ops.c and attention.c; None where they cannot be compiled."""
     return compiled(
-        LAYER,
+        SOURCE,
         norm="ilifpppp",
         norm_backward="ilippppppp",
+        norm_bf16="ilifpppp",
+        norm_backward_bf16="ilippppppp",
+        swiglu_rows="ilipp",
+        swiglu_rows_bf16="ilipp",
+        swiglu_rows_backward="ilippp",
+        swiglu_rows_backward_bf16="ilippp",
+        split_heads="iliiipppppp",
+        split_heads_bf16="iliiipppppp",
+        join_heads="iliiipppppp",
+        join_heads_bf16="iliiipppppp",
         swiglu="ilppp",
         swiglu_backward="ilppppp",
         rotate="iliiipppp",

@@ -1,28 +1,63 @@
-/* One decoding step of a Llama-family model in float32, for many rows at once: what FusedBackbone does, in one call.
+/* One decoding step of a Llama-family model for many rows at once: what FusedDecoder (grpo/kernels/decode.py) does,
+   in one call.
 
-   Python hands over pointers into torch tensors (compiled.py); nothing is allocated here. Weights come in panels of
-   16 outputs, [outputs / 16][inputs][16], padded with zeros: a panel is read once from memory, and stays in the nearest
-   cache while every row is multiplied with it. The sums of a row are added up in the same order whatever rows are
-   beside it and however many threads there are, so that a completion does not depend on them, to the last bit. */
+   Python passes pointers into torch tensors; nothing is allocated here. Weights are in panels of 16 outputs, padded
+   with zeros: float32 [outputs / 16][inputs][16], or bfloat16 [outputs / 16][inputs / 2][16][2]. A panel is read once
+   from memory and stays in the nearest cache while every row is multiplied with it. With bfloat16 panels, the inputs
+   of products are rounded to bfloat16; sums, norms, attention and the KV cache are float32. The sums of a row are
+   added up in the same order whatever rows are beside it and however many threads there are, so that a completion
+   does not depend on them, to the last bit. */
 
 #include "simd.h"
 
+#define MAX_HEAD_SIZE 512 /* with bfloat16 panels */
+
 typedef struct {
-    const float *norm, *qkv, *qkv_bias, *head_norm, *out, *mlp_norm, *gate, *up, *down;
+    const float *norm;
+    const void *qkv;
+    const float *qkv_bias, *head_norm;
+    const void *out;
+    const float *mlp_norm;
+    const void *gate, *up, *down;
     float *keys, *values; /* [slots][key heads][length][head size] */
 } Layer;
 
 typedef struct {
     const Layer *layers;
     const float *embedding, *norm;
-    const float *turns; /* RoPE: [position][head size / 2] complex numbers */
+    const float *rotations; /* RoPE: [position][head size / 2] complex numbers */
     float epsilon, scaling;
-    int32_t layer_count, hidden, inside, heads, key_heads, head_size, length, threads;
+    /* narrow: panels and the states they meet are bfloat16 */
+    int32_t layer_count, hidden, intermediate_size, heads, key_heads, head_size, length, threads, narrow;
 } Model;
 
+/* The first `count` states of a row as bfloat16, in the first half of the row's memory. */
+static void narrow_row(int count, float *row)
+{
+    bfloat16 *result = (bfloat16 *)row;
+    for (int start = 0; start < count; start += 64) {
+        bfloat16 part[64];
+        const int width = count - start < 64 ? count - start : 64;
+        for (int i = 0; i < width; i++)
+            part[i] = to_bfloat16(row[start + i]);
+        memcpy(result + start, part, sizeof(bfloat16) * width);
+    }
+}
+
+/* One tile of rows, `stride` floats apart, times the panel that starts at output `start` */
+static inline void multiply_tile(int narrow, int rows, int inputs, const float *states, long stride, const void *panels,
+                                 int start, float (*sums)[PANEL])
+{
+    if (narrow)
+        tile_bf16_of(rows, inputs / 2, (const uint32_t *)states, stride,
+                     (const bfloat16 *)panels + (long)start * inputs, sums);
+    else
+        tile_of(rows, inputs, states, stride, (const float *)panels + (long)start * inputs, sums);
+}
+
 /* states [rows][inputs] times all panels, shared among the threads -> result [rows][outputs], set or added to. */
-static void product(int rows, int inputs, int outputs, const float *states, const float *panels, const float *bias,
-                    float *result, int add)
+static void gemm(int narrow, int rows, int inputs, int outputs, const float *states, long stride, const void *panels,
+                 const float *bias, float *result, int add)
 {
 #pragma omp for schedule(static)
     for (int start = 0; start < outputs; start += PANEL) {
@@ -30,7 +65,7 @@ static void product(int rows, int inputs, int outputs, const float *states, cons
         float sums[ROWS][PANEL];
         for (int first = 0, count; first < rows; first += count) {
             count = tile_rows(rows, first);
-            tile_of(count, inputs, states + (long)first * inputs, inputs, panels + (long)start * inputs, sums);
+            multiply_tile(narrow, count, inputs, states + first * stride, stride, panels, start, sums);
             for (int r = 0; r < count; r++) {
                 float *target = result + (long)(first + r) * outputs + start;
                 for (int o = 0; o < width; o++)
@@ -41,8 +76,9 @@ static void product(int rows, int inputs, int outputs, const float *states, cons
 }
 
 /* silu(states times gate) * (states times up) -> result [rows][outputs] (arXiv 2002.05202) */
-static void gated_product(int rows, int inputs, int outputs, const float *states, const float *gate, const float *up,
-                          float *result)
+static void gated_gemm(int narrow, int rows, int inputs, int outputs, const float *states, const void *gate,
+                       const void *up,
+                       float *result)
 {
 #pragma omp for schedule(static)
     for (int start = 0; start < outputs; start += PANEL) {
@@ -50,12 +86,17 @@ static void gated_product(int rows, int inputs, int outputs, const float *states
         float gates[ROWS][PANEL], ups[ROWS][PANEL];
         for (int first = 0, count; first < rows; first += count) {
             count = tile_rows(rows, first);
-            tile_of(count, inputs, states + (long)first * inputs, inputs, gate + (long)start * inputs, gates);
-            tile_of(count, inputs, states + (long)first * inputs, inputs, up + (long)start * inputs, ups);
+            multiply_tile(narrow, count, inputs, states + (long)first * inputs, inputs, gate, start, gates);
+            multiply_tile(narrow, count, inputs, states + (long)first * inputs, inputs, up, start, ups);
             for (int r = 0; r < count; r++) {
                 for (int o = 0; o < PANEL; o++)
                     gates[r][o] = gates[r][o] / (1.0f + exponential(-gates[r][o])) * ups[r][o];
-                memcpy(result + (long)(first + r) * outputs + start, gates[r], sizeof(float) * width);
+                float *row = result + (long)(first + r) * outputs;
+                if (narrow)
+                    for (int o = 0; o < width; o++)
+                        ((bfloat16 *)row)[start + o] = to_bfloat16(gates[r][o]);
+                else
+                    memcpy(row + start, gates[r], sizeof(float) * width);
             }
         }
     }
@@ -73,15 +114,15 @@ static void normalize(int size, float epsilon, const float *state, const float *
 }
 
 /* RMSNorm of one query or key head, where the model has one, and RoPE (arXiv 2104.09864): in place. */
-static void place(const Model *model, const Layer *layer, int head, const float *turn, float *state)
+static void place(const Model *model, const Layer *layer, int head, const float *rotation, float *state)
 {
     int size = model->head_size;
     if (layer->head_norm)
         normalize(size, model->epsilon, state, layer->head_norm + (long)head * size, state);
     for (int i = 0; i < size; i += 2) {
         float real = state[i], imaginary = state[i + 1];
-        state[i] = real * turn[i] - imaginary * turn[i + 1];
-        state[i + 1] = real * turn[i + 1] + imaginary * turn[i];
+        state[i] = real * rotation[i] - imaginary * rotation[i + 1];
+        state[i + 1] = real * rotation[i + 1] + imaginary * rotation[i];
     }
 }
 
@@ -98,12 +139,14 @@ static inline octet sums_of(const octet *row)
 #else
     octet sums;
     for (int r = 0; r < 8; r++)
-        sums[r] = ((row[r][0] + row[r][4]) + (row[r][2] + row[r][6])) + ((row[r][1] + row[r][5]) + (row[r][3] + row[r][7]));
+        sums[r] = ((row[r][0] + row[r][4]) + (row[r][2] + row[r][6])) +
+                  ((row[r][1] + row[r][5]) + (row[r][3] + row[r][7]));
     return sums;
 #endif
 }
 
-/* `count` octets, a constant wherever this is inlined, of the weighted sum of `seen` values -> result, divided by the total */
+/* `count` octets, a constant wherever this is inlined, of the weighted sum of `seen` values -> result, divided by the
+   total */
 static inline __attribute__((always_inline)) void
 weighted(const int count, int seen, int size, const float *weights, const float *values, float total, float *result)
 {
@@ -121,7 +164,8 @@ weighted(const int count, int seen, int size, const float *weights, const float 
     }
 }
 
-/* One query head against `seen` keys and values -> result [head size]. `weights` has room for `seen` numbers, rounded up to 8. */
+/* One query head against `seen` keys and values -> result [head size]. `weights` is a workspace of `seen` floats,
+   rounded up to 8. */
 static void attend(const float *query, const float *keys, const float *values, int seen, int size, float scaling,
                    float *weights, float *result)
 {
@@ -159,24 +203,36 @@ void pack(int threads, int inputs, int outputs, const float *weight, float *pane
                     start + o < outputs ? weight[(long)(start + o) * inputs + i] : 0.0f;
 }
 
-/* Product alone, for prompts and the head. */
-void multiply(int threads, int rows, int inputs, int outputs, const float *states, const float *panels,
+/* weight [outputs][inputs], inputs even -> bfloat16 panels [outputs / 16][inputs / 2][16][2] */
+void pack_bf16(int threads, int inputs, int outputs, const float *weight, bfloat16 *panels)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int start = 0; start < outputs; start += PANEL)
+        for (int o = 0; o < PANEL; o++)
+            for (int i = 0; i < inputs; i++)
+                panels[(long)start * inputs + ((long)(i / 2) * PANEL + o) * 2 + i % 2] =
+                    start + o < outputs ? to_bfloat16(weight[(long)(start + o) * inputs + i]) : 0;
+}
+
+/* A product alone, for prompts and the head. With bfloat16 panels, states are bfloat16 [rows][inputs]. */
+void multiply(int threads, int narrow, int rows, int inputs, int outputs, const void *states, const void *panels,
               const float *bias, float *result)
 {
 #pragma omp parallel num_threads(threads)
-    product(rows, inputs, outputs, states, panels, bias, result, 0);
+    gemm(narrow, rows, inputs, outputs, states, narrow ? inputs / 2 : inputs, panels, bias, result, 0);
 }
 
 /* tokens and positions [rows] -> hidden [rows][hidden]; each row's key and value are written at its position.
-   scratch: floats, rows * (hidden + (heads + 2 key heads) * head size + heads * head size + inside), and per thread length rounded up
-   to 8 */
+   scratch: floats, rows * (hidden + (heads + 2 key heads) * head size + heads * head size + intermediate_size), and
+   per thread length rounded up to 8 */
 void step(const Model *model, int rows, const int64_t *tokens, const int64_t *positions, float *hidden, float *scratch)
 {
-    const int width = model->hidden, inside = model->inside, size = model->head_size, length = model->length;
+    const int width = model->hidden, intermediate_size = model->intermediate_size, size = model->head_size,
+    length = model->length;
     const int shared = model->heads / model->key_heads, mixed_width = (model->heads + 2 * model->key_heads) * size;
-    const int attended_width = model->heads * size;
+    const int attended_width = model->heads * size, narrow = model->narrow;
     float *normed = scratch, *mixed = normed + (long)rows * width, *attended = mixed + (long)rows * mixed_width;
-    float *gated = attended + (long)rows * attended_width, *weights = gated + (long)rows * inside;
+    float *gated = attended + (long)rows * attended_width, *weights = gated + (long)rows * intermediate_size;
 
 #pragma omp parallel num_threads(model->threads)
     {
@@ -186,35 +242,47 @@ void step(const Model *model, int rows, const int64_t *tokens, const int64_t *po
         for (int index = 0; index < model->layer_count; index++) {
             const Layer *layer = model->layers + index;
 #pragma omp for schedule(static)
-            for (int row = 0; row < rows; row++)
+            for (int row = 0; row < rows; row++) {
                 normalize(width, model->epsilon, hidden + (long)row * width, layer->norm, normed + (long)row * width);
-            product(rows, width, mixed_width, normed, layer->qkv, layer->qkv_bias, mixed, 0);
+                if (narrow)
+                    narrow_row(width, normed + (long)row * width);
+            }
+            gemm(narrow, rows, width, mixed_width, normed, width, layer->qkv, layer->qkv_bias, mixed, 0);
 #pragma omp for schedule(dynamic) collapse(2) /* rows differ in length */
             for (int row = 0; row < rows; row++)
                 for (int group = 0; group < model->key_heads; group++) {
-                    const float *turn = model->turns + positions[row] * size;
+                    const float *rotation = model->rotations + positions[row] * size;
+                    float result[MAX_HEAD_SIZE];
+                    bfloat16 *narrow_attended = (bfloat16 *)(attended + (long)row * attended_width);
                     float *queries = mixed + (long)row * mixed_width + group * shared * size;
                     float *key = mixed + (long)row * mixed_width + (model->heads + group) * size;
                     float *value = key + model->key_heads * size;
                     long cached = ((long)row * model->key_heads + group) * length;
-                    place(model, layer, model->heads + group, turn, key);
+                    place(model, layer, model->heads + group, rotation, key);
                     memcpy(layer->keys + (cached + positions[row]) * size, key, sizeof(float) * size);
                     memcpy(layer->values + (cached + positions[row]) * size, value, sizeof(float) * size);
                     for (int s = 0; s < shared; s++) {
                         int head = group * shared + s;
-                        place(model, layer, head, turn, queries + s * size);
+                        place(model, layer, head, rotation, queries + s * size);
                         attend(queries + s * size, layer->keys + cached * size, layer->values + cached * size,
                                (int)positions[row] + 1, size, model->scaling,
                                weights + (long)omp_get_thread_num() * ((length + 7) / 8 * 8),
-                               attended + (long)row * attended_width + head * size);
+                               narrow ? result : attended + (long)row * attended_width + head * size);
+                        if (narrow)
+                            for (int i = 0; i < size; i++)
+                                narrow_attended[head * size + i] = to_bfloat16(result[i]);
                     }
                 }
-            product(rows, attended_width, width, attended, layer->out, 0, hidden, 1);
+            gemm(narrow, rows, attended_width, width, attended, attended_width, layer->out, 0, hidden, 1);
 #pragma omp for schedule(static)
-            for (int row = 0; row < rows; row++)
-                normalize(width, model->epsilon, hidden + (long)row * width, layer->mlp_norm, normed + (long)row * width);
-            gated_product(rows, width, inside, normed, layer->gate, layer->up, gated);
-            product(rows, inside, width, gated, layer->down, 0, hidden, 1);
+            for (int row = 0; row < rows; row++) {
+                normalize(width, model->epsilon, hidden + (long)row * width, layer->mlp_norm,
+                          normed + (long)row * width);
+                if (narrow)
+                    narrow_row(width, normed + (long)row * width);
+            }
+            gated_gemm(narrow, rows, width, intermediate_size, normed, layer->gate, layer->up, gated);
+            gemm(narrow, rows, intermediate_size, width, gated, intermediate_size, layer->down, 0, hidden, 1);
         }
 #pragma omp for schedule(static)
         for (int row = 0; row < rows; row++)

@@ -5,44 +5,19 @@ general libraries do at a third of the rate of large ones.
 """
 
 import ctypes
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo.kernels.cpu.compiler import compiled, pointer
+from grpo.kernels.cpu.compiler import pointer
 from grpo.kernels.cpu.ops import PANEL
+from grpo.kernels.cpu.panels import Panels, has_bfloat16, library
 from grpo.kernels.decode import FusedDecoder, merged
 from grpo.kernels.description import Model
 from grpo.kernels.kv_cache import SlotCache
 from grpo.kernels.registry import is_on
-
-SOURCE = Path(__file__).with_name("decode_step.c")
-
-
-def library() -> Any:
-    """The functions of decode_step.c; None where it cannot be compiled."""
-    return compiled(SOURCE, pack="iiipp", multiply="iiiipppp", step="pipppp")
-
-
-@dataclass(frozen=True)
-class Panels:
-    """A weight [O, I] as [ceil(O / 16), I, 16], the last panel filled up with zeros."""
-
-    tensor: Tensor
-    outputs: int
-    is_mkldnn = False
-
-    @classmethod
-    def of(cls, weight: Tensor) -> "Panels":
-        weight = weight.float().contiguous()
-        outputs, inputs = weight.shape
-        panels = torch.empty(-(-outputs // PANEL), inputs, PANEL)
-        library().pack(torch.get_num_threads(), inputs, outputs, pointer(weight), pointer(panels))
-        return cls(panels, outputs)
 
 
 class _Layer(ctypes.Structure):
@@ -54,11 +29,21 @@ class _Layer(ctypes.Structure):
 
 class _Model(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("layers", "embedding", "norm", "turns")),
+        *((name, ctypes.c_void_p) for name in ("layers", "embedding", "norm", "rotations")),
         *((name, ctypes.c_float) for name in ("epsilon", "scaling")),
         *(
             (name, ctypes.c_int32)
-            for name in ("layer_count", "hidden", "inside", "heads", "key_heads", "head_size", "length", "threads")
+            for name in (
+                "layer_count",
+                "hidden",
+                "intermediate_size",
+                "heads",
+                "key_heads",
+                "head_size",
+                "length",
+                "threads",
+                "narrow",
+            )
         ),
     ]
 
@@ -79,7 +64,8 @@ class CompiledDecoder(FusedDecoder):
             FusedDecoder.is_supported(model, dtype)
             and is_on("decode_step")
             and model.embedding.is_cpu
-            and dtype == model.embedding.dtype == torch.float32
+            and model.embedding.dtype == torch.float32
+            and (dtype == torch.float32 or (dtype == torch.bfloat16 and has_bfloat16() and first.head_size <= 512))
             and first.head_size % 8 == 0
             and all(layer.rotary and all(part.bias is None for part in layer.linears[3:]) for layer in model.layers)
             and all({layer.epsilon, layer.mlp_epsilon} == {model.epsilon} for layer in model.layers)
@@ -87,11 +73,18 @@ class CompiledDecoder(FusedDecoder):
             and library() is not None
         )
 
+    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def bias_dtype(self) -> torch.dtype:
+        return torch.float32
+
     def padded_rows(self, rows: int) -> int:
         return rows
 
     def pack(self, weight: Tensor, before: Any) -> Panels:
-        return Panels.of(weight)
+        return Panels.of(weight, self.dtype)
 
     def release(self) -> None:
         self.described = None
@@ -105,27 +98,18 @@ class CompiledDecoder(FusedDecoder):
             filled = -layer.gate.weight.shape[0] % PANEL
             if filled:  # both halves in whole panels: what is filled up gives zeros, which meet zeros in `down`
                 halves = [F.pad(merged(half), (0, 0, 0, filled)) for half in (layer.gate, layer.up)]
-                working.tensors["gate_up"] = Panels.of(torch.cat(halves))
-                working.tensors["down"] = Panels.of(F.pad(merged(layer.down), (0, filled)))
+                working.tensors["gate_up"] = Panels.of(torch.cat(halves), dtype)
+                working.tensors["down"] = Panels.of(F.pad(merged(layer.down), (0, filled)), dtype)
 
     def prefill(self, ids: Tensor, cache: SlotCache) -> Tensor:
         cache.zeroed = False  # a step looks at what was written, and at nothing else
         return super().prefill(ids, cache)
 
     def logits(self, hidden_BH: Tensor) -> Tensor:
-        return self.product(hidden_BH.float(), self.head)
+        return self.product(hidden_BH.to(self.dtype), self.head)
 
-    def product(self, states: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-        states = states.contiguous()
-        result = torch.empty(*states.shape[:-1], weight.outputs)
-        library().multiply(
-            torch.get_num_threads(),
-            states.numel() // states.shape[-1],
-            states.shape[-1],
-            weight.outputs,
-            *map(pointer, (states, weight.tensor, bias, result)),
-        )
-        return result
+    def product(self, states: Tensor, weight: Panels, bias: Tensor | None = None) -> Tensor:
+        return weight.product(states, bias)
 
     def step(self, tokens_B: Tensor, positions_B: Tensor, cache: SlotCache) -> Tensor:
         rows = len(tokens_B)
@@ -133,7 +117,7 @@ class CompiledDecoder(FusedDecoder):
             self.described = (cache, *self._describe(cache))
         model = self.described[1]
         mixed = (model.heads + 2 * model.key_heads) * model.head_size
-        numbers = model.hidden + mixed + model.heads * model.head_size + model.inside
+        numbers = model.hidden + mixed + model.heads * model.head_size + model.intermediate_size
         weights = model.threads * -(-cache.length // 8) * 8
         hidden, workspace = torch.empty(rows, model.hidden), torch.empty(rows * numbers + weights)
         tensors = (tokens_B.contiguous(), positions_B.contiguous(), hidden, workspace)
@@ -141,7 +125,7 @@ class CompiledDecoder(FusedDecoder):
         return hidden
 
     def _head_weight(self, head: Tensor) -> Panels:
-        return Panels.of(head)
+        return Panels.of(head, self.dtype)
 
     def _describe(self, cache: SlotCache) -> tuple[_Model, Any]:
         """Where everything lies; the second is the array that the first points into."""
@@ -161,16 +145,17 @@ class CompiledDecoder(FusedDecoder):
             layers=ctypes.addressof(layers),
             embedding=pointer(self.embedding),
             norm=pointer(self.norm),
-            turns=pointer(self.table),
+            rotations=pointer(self.table),
             epsilon=self.model.epsilon,
             scaling=first.scaling,
             layer_count=len(self.layers),
             hidden=self.embedding.shape[1],
-            inside=first.tensors["gate_up"].outputs // 2,
+            intermediate_size=first.tensors["gate_up"].outputs // 2,
             heads=first.heads,
             key_heads=first.key_heads,
             head_size=first.head_size,
             length=cache.length,
             threads=torch.get_num_threads(),
+            narrow=self.dtype == torch.bfloat16,
         )
         return model, layers

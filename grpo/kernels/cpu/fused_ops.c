@@ -1,49 +1,22 @@
-/* What lean.py, logprobs.py and sampling.py do between products, each in one pass over memory. Float32, contiguous, nothing
-   allocated; rows are shared among `threads`. */
+/* Operations between products (grpo/kernels/cpu/ops.py), each in one pass over memory. Float32 where nothing else is
+   said, contiguous, nothing allocated; rows are shared among `threads`. */
 
 #include "simd.h"
 
-/* y = w * x / rms(x) (arXiv 1910.07467) -> also scales [rows] = 1 / rms(x) */
-void norm(int threads, long rows, int size, float epsilon, const float *hidden, const float *weight, float *scales,
-          float *result)
-{
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long row = 0; row < rows; row++) {
-        const float *x = hidden + row * size;
-        float *y = result + row * size, sum = 0.0f;
-        for (int i = 0; i < size; i++)
-            sum += x[i] * x[i];
-        float scale = 1.0f / sqrtf(sum / size + epsilon);
-        for (int i = 0; i < size; i++)
-            y[i] = x[i] * scale * weight[i];
-        scales[row] = scale;
-    }
-}
-
-/* gradient [rows, size] -> grad_hidden [rows, size], added to `beside` if that is not null, and the weight's in shares, [threads, size],
-   set to zero before. */
-void norm_backward(int threads, long rows, int size, const float *hidden, const float *weight, const float *scales,
-                   const float *gradient, const float *beside, float *grad_hidden, float *grad_weight)
-{
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int share = 0; share < threads; share++) {
-        float *dw = grad_weight + (long)share * size;
-        for (long row = rows * share / threads; row < rows * (share + 1) / threads; row++) {
-            const float *x = hidden + row * size, *g = gradient + row * size, scale = scales[row];
-            float *dx = grad_hidden + row * size, sum = 0.0f;
-            for (int i = 0; i < size; i++) {
-                sum += g[i] * weight[i] * x[i];
-                dw[i] += g[i] * x[i] * scale;
-            }
-            float correction = sum * scale * scale * scale / size;
-            for (int i = 0; i < size; i++)
-                dx[i] = g[i] * weight[i] * scale - x[i] * correction;
-            if (beside)
-                for (int i = 0; i < size; i++)
-                    dx[i] += beside[row * size + i];
-        }
-    }
-}
+#define NUMBER float
+#define NAME(function) function
+#define LOAD(x) (x)
+#define STORE(x) (x)
+#include "layer_ops.h"
+#undef NUMBER
+#undef NAME
+#undef LOAD
+#undef STORE
+#define NUMBER bfloat16
+#define NAME(function) function##_bf16
+#define LOAD(x) from_bfloat16(x)
+#define STORE(x) to_bfloat16(x)
+#include "layer_ops.h"
 
 /* silu(gate) * up (arXiv 2002.05202) */
 void swiglu(int threads, long count, const float *gate, const float *up, float *result)
@@ -65,8 +38,9 @@ void swiglu_backward(int threads, long count, const float *gate, const float *up
     }
 }
 
-/* RoPE (arXiv 2104.09864): states [tokens, heads, size], cosines and sines [tokens, size] -> result. Numbers i and i + size / 2 of
-   a head turn together, in their place if that is the result; `back` turns gradients. */
+/* RoPE (arXiv 2104.09864): states [tokens, heads, size], cosines and sines [tokens, size] -> result. Numbers i and i
+   + size / 2 of a head are rotated together, in their place if that is the result; `back`: the inverse rotation, for
+   gradients. */
 void rotate(int threads, long tokens, int heads, int size, int back, const float *states, const float *cosines,
             const float *sines, float *result)
 {
@@ -88,9 +62,10 @@ void rotate(int threads, long tokens, int heads, int size, int back, const float
     }
 }
 
-/* logits [rows, size], counted from each row's largest and divided by the temperature -> in their place, exp of them; and per
-   row the target's logprob, the entropy, the sum of the exps and the log-sum-exp of the divided logits. */
-void softmax(int threads, long rows, int size, float temperature, float *logits, const int64_t *targets, float *logprobs,
+/* logits [rows, size], counted from each row's largest and divided by the temperature -> in their place, exp of them;
+   and per row the target's logprob, the entropy, the sum of the exps and the log-sum-exp of the divided logits. */
+void softmax(int threads, long rows, int size, float temperature, float *logits, const int64_t *targets,
+             float *logprobs,
              float *entropies, float *totals, float *lses)
 {
     const float inverse = 1.0f / temperature;
@@ -121,9 +96,11 @@ void softmax(int threads, long rows, int size, float temperature, float *logits,
 
 #define BLOCK 128
 
-/* sampling.draw_tokens: one token for each row of logits [rows, size], by inverting the cumulative distribution at its uniform
-   number; the most likely one where the temperature is 0. blocks [rows, size / 128 rounded up]: room for sums. */
-void draw(int threads, long rows, int size, float temperature, const float *logits, const double *uniforms, double *blocks,
+/* sampling.draw_tokens: one token for each row of logits [rows, size], by inverting the cumulative distribution at
+   its uniform number; the most likely one where the temperature is 0. blocks [rows, size / 128 rounded up]: room for
+   sums. */
+void draw(int threads, long rows, int size, float temperature, const float *logits, const double *uniforms,
+          double *blocks,
           int64_t *tokens, float *logprobs)
 {
     const float inverse = temperature == 0.0f ? 1.0f : 1.0f / temperature;
@@ -150,7 +127,8 @@ void draw(int threads, long rows, int size, float temperature, const float *logi
             while (block < count - 1 && before + sums[block] <= threshold)
                 before += sums[block++];
             int stop = (block + 1) * BLOCK < size ? (block + 1) * BLOCK : size;
-            int last = token = block * BLOCK; /* the last that has a weight: rounding may leave a little of the threshold */
+            /* the last that has a weight: rounding may leave a little of the threshold */
+            int last = token = block * BLOCK;
             for (double seen = before; token < stop; token++) {
                 float weight = exponential((x[token] - largest) * inverse);
                 last = weight > 0.0f ? token : last;

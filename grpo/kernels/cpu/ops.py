@@ -24,7 +24,7 @@ calls: Counter[str] = Counter()
 _operators = torch.library.Library("grpo", "DEF")
 
 
-def _operator(schema: str):  # type: ignore[no-untyped-def]
+def operator(schema: str):  # type: ignore[no-untyped-def]
     """Decorate an implementation: -> the operator `grpo::NAME` of that schema, which returns nothing."""
 
     def register(implementation):  # type: ignore[no-untyped-def]
@@ -42,14 +42,14 @@ def _operator(schema: str):  # type: ignore[no-untyped-def]
     return register
 
 
-@_operator("Tensor hidden, Tensor weight, float epsilon, Tensor(a!) scale, Tensor(b!) result")
+@operator("Tensor hidden, Tensor weight, float epsilon, Tensor(a!) scale, Tensor(b!) result")
 def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, scale: Tensor, result: Tensor) -> None:
-    """result = weight * hidden * scale with scale = 1 / rms(hidden), over the last dimension; scale has one number per row."""
+    """result (float32 or bfloat16) = weight * hidden * scale with scale = 1 / rms(hidden), over the last dimension; scale has one number per row."""
     shape = (threads_for(hidden.numel()), scale.numel(), hidden.shape[-1], epsilon)
-    library().norm(*shape, *map(pointer, (hidden, weight, scale, result)))
+    _for(result, "norm")(*shape, *map(pointer, (hidden, weight, scale, result)))
 
 
-@_operator(
+@operator(
     "Tensor hidden, Tensor weight, Tensor scale, Tensor gradient, Tensor? add, Tensor(a!) grad_hidden, Tensor(b!) grad_weight"
 )
 def rms_norm_backward(
@@ -63,23 +63,63 @@ def rms_norm_backward(
 ) -> None:
     """grad_hidden = the gradient of `hidden`, plus `add`; grad_weight [threads, size] (zeros before): the parts of its sum."""
     tensors = (hidden, weight, scale, gradient, add, grad_hidden, grad_weight)
-    library().norm_backward(len(grad_weight), scale.numel(), hidden.shape[-1], *map(pointer, tensors))
+    _for(gradient, "norm_backward")(len(grad_weight), scale.numel(), hidden.shape[-1], *map(pointer, tensors))
 
 
-@_operator("Tensor gate, Tensor up, Tensor(a!) result")
+@operator("Tensor gates_ups, Tensor(a!) result")
+def swiglu_rows(gates_ups: Tensor, result: Tensor) -> None:
+    """result [T, I] = silu(gate) * up, of gates_ups [T, 2 I]. Both float32, or both bfloat16."""
+    shape = (threads_for(result.numel()), *result.shape)
+    _for(result, "swiglu_rows")(*shape, *map(pointer, (gates_ups, result)))
+
+
+@operator("Tensor gates_ups, Tensor gradient, Tensor(a!) grad_gates_ups")
+def swiglu_rows_backward(gates_ups: Tensor, gradient: Tensor, grad_gates_ups: Tensor) -> None:
+    """The gradient of gates_ups [T, 2 I] from that of the result [T, I]."""
+    tensors = (gates_ups, gradient, grad_gates_ups)
+    shape = (threads_for(gradient.numel()), *gradient.shape)
+    _for(gradient, "swiglu_rows_backward")(*shape, *map(pointer, tensors))
+
+
+@operator("Tensor mixed, Tensor? cos, Tensor? sin, Tensor(a!) query, Tensor(b!) key, Tensor(c!) value")
+def split_heads(
+    mixed: Tensor, cos: Tensor | None, sin: Tensor | None, query: Tensor, key: Tensor, value: Tensor
+) -> None:
+    """mixed [T, (H + 2 K) D], float32 or bfloat16 -> query [T, H, D], key and value [T, K, D], float32; query and key with the
+    rotary embedding of cos and sin [T, D], where these are given."""
+    shape = (threads_for(mixed.numel()), len(mixed), query.shape[1], key.shape[1], query.shape[2])
+    _for(mixed, "split_heads")(*shape, *map(pointer, (mixed, cos, sin, query, key, value)))
+
+
+@operator("Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor? cos, Tensor? sin, Tensor(a!) grad_mixed")
+def join_heads(
+    grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cos: Tensor | None, sin: Tensor | None, grad_mixed: Tensor
+) -> None:
+    """The gradient of `split_heads`."""
+    shape = (len(grad_mixed), grad_query.shape[1], grad_key.shape[1], grad_query.shape[2])
+    tensors = (grad_query, grad_key, grad_value, cos, sin, grad_mixed)
+    _for(grad_mixed, "join_heads")(threads_for(grad_mixed.numel()), *shape, *map(pointer, tensors))
+
+
+def _for(tensor: Tensor, name: str):  # type: ignore[no-untyped-def]
+    """Return the C function `name` for the dtype of `tensor`, float32 or bfloat16."""
+    return getattr(library(), f"{name}_bf16" if tensor.dtype == torch.bfloat16 else name)
+
+
+@operator("Tensor gate, Tensor up, Tensor(a!) result")
 def swiglu(gate: Tensor, up: Tensor, result: Tensor) -> None:
     """result = silu(gate) * up"""
     library().swiglu(threads_for(gate.numel()), gate.numel(), *map(pointer, (gate, up, result)))
 
 
-@_operator("Tensor gate, Tensor up, Tensor gradient, Tensor(a!) grad_gate, Tensor(b!) grad_up")
+@operator("Tensor gate, Tensor up, Tensor gradient, Tensor(a!) grad_gate, Tensor(b!) grad_up")
 def swiglu_backward(gate: Tensor, up: Tensor, gradient: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
     """Gradients of gate and up; grad_up may be the memory of `gradient`."""
     tensors = (gate, up, gradient, grad_gate, grad_up)
     library().swiglu_backward(threads_for(gate.numel()), gate.numel(), *map(pointer, tensors))
 
 
-@_operator("Tensor states, Tensor cos, Tensor sin, bool back, Tensor(a!) result")
+@operator("Tensor states, Tensor cos, Tensor sin, bool back, Tensor(a!) result")
 def rotate(states: Tensor, cos: Tensor, sin: Tensor, back: bool, result: Tensor) -> None:
     """Rotary embedding (arXiv 2104.09864) of states [..., heads, D] by cos and sin [..., D]; `back`: the inverse, which is its
     gradient. `result` may be `states`."""
@@ -88,7 +128,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor, back: bool, result: Tensor)
     library().rotate(*shape, *map(pointer, (states, cos, sin, result)))
 
 
-@_operator(
+@operator(
     "Tensor query, Tensor key, Tensor value, Tensor[] prompt_keys, Tensor[] prompt_values, Tensor sequences, int longest, int threads,"
     " int window, float scaling, Tensor(a!) workspace, Tensor(b!) result, Tensor(c!) lse"
 )
@@ -124,7 +164,7 @@ def attention(
     )
 
 
-@_operator(
+@operator(
     "Tensor query, Tensor key, Tensor value, Tensor[] prompt_keys, Tensor[] prompt_values, Tensor sequences, Tensor groups, int longest,"
     " int threads, int window, float scaling, Tensor result, Tensor lse, Tensor gradient, Tensor(a!) workspace, Tensor(b!) grad_query,"
     " Tensor(c!) grad_key, Tensor(d!) grad_value"
@@ -157,7 +197,7 @@ def attention_backward(
     library().attention_backward(*shape, *plan, *map(pointer, tensors))
 
 
-@_operator(
+@operator(
     "Tensor(a!) logits, Tensor targets, float temperature, Tensor(b!) logprobs, Tensor(c!) entropies, Tensor(d!) total, Tensor(e!) lse"
 )
 def softmax(
@@ -170,7 +210,7 @@ def softmax(
     library().softmax(threads_for(logits.numel()), rows, size, temperature, *map(pointer, tensors))
 
 
-@_operator(
+@operator(
     "Tensor logits, Tensor uniforms, float temperature, Tensor(a!) blocks, Tensor(b!) tokens, Tensor(c!) logprobs"
 )
 def draw(

@@ -1,4 +1,4 @@
-/* What fused_ops.c, attention.c, gemm.c, layer.c and rollout/decode_step.c share. */
+/* Vector types, exp, bfloat16 and the matrix tiles that fused_ops.c, attention.c and decode_step.c share. */
 
 #pragma once
 
@@ -6,10 +6,14 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 int omp_get_thread_num(void); /* without omp.h, which not every compiler brings */
 
-/* exp(x) within 2 units in the last place, without a call, so that a loop of it becomes vector code: x = n ln 2 + r, and
-   exp(r) by the polynomial of Cephes (S. Moshier, netlib.org/cephes). 0 below -87, and at most exp(88). */
+/* exp(x) within 2 units in the last place, without a call, so that a loop of it becomes vector code: x = n ln 2 + r,
+   and exp(r) by the polynomial of Cephes (S. Moshier, netlib.org/cephes). 0 below -87, and at most exp(88). */
 static inline float exponential(float exponent)
 {
     float x = exponent < -87.0f ? -87.0f : exponent > 88.0f ? 88.0f : exponent;
@@ -26,6 +30,25 @@ static inline float exponential(float exponent)
     float power;
     memcpy(&power, &bits, sizeof power);
     return exponent < -87.0f ? 0.0f : sum * power;
+}
+
+/* bfloat16: the upper half of a float32, rounded to nearest, ties to even. */
+typedef uint16_t bfloat16;
+
+static inline float from_bfloat16(bfloat16 x)
+{
+    uint32_t bits = (uint32_t)x << 16;
+    float wide;
+    memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+static inline bfloat16 to_bfloat16(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (bfloat16)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded); /* NaN stays NaN */
 }
 
 /* Eight lanes of a vector register (or of two), at any address. */
@@ -77,10 +100,11 @@ typedef float vector __attribute__((vector_size(32)));
 #endif
 #define VECTORS (PANEL * sizeof(float) / sizeof(vector))
 
-/* states [rows][inputs], each row `stride` after the one before and each input `step`, times one panel -> sums [rows][16]. `rows`
-   and `step` are constants wherever this is inlined. */
+/* states [rows][inputs], each row `stride` after the one before and each input `step`, times one panel -> sums
+   [rows][16]. `rows` and `step` are constants wherever this is inlined. */
 static inline __attribute__((always_inline)) void
-tile(const int rows, int inputs, const float *states, long stride, const long step, const float *panel, float (*sums)[PANEL])
+tile(const int rows, int inputs, const float *states, long stride, const long step, const float *panel,
+     float (*sums)[PANEL])
 {
     vector total[ROWS][VECTORS] = {0};
     for (int i = 0; i < inputs; i++) {
@@ -106,7 +130,54 @@ static void tile_of(int rows, int inputs, const float *states, long stride, cons
     }
 }
 
-/* The rows of the tile that starts at `first`: as even as can be, since a tile of few rows keeps the processor waiting. */
+/* The same of bfloat16 inputs with float32 sums, two inputs at a time: states [rows][pairs], `stride` pairs apart,
+   and a panel [pairs][16][2]. */
+static inline __attribute__((always_inline)) void
+tile_bf16(const int rows, int pairs, const uint32_t *states, long stride, const bfloat16 *panel, float (*sums)[PANEL])
+{
+#ifdef __AVX512BF16__
+    __m512 total[ROWS];
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++)
+        total[r] = _mm512_setzero_ps();
+    for (int i = 0; i < pairs; i++) {
+        const __m512bh weights = (__m512bh)_mm512_loadu_si512(panel + (long)i * 2 * PANEL);
+        __builtin_prefetch(panel + (long)(pairs + i) * 2 * PANEL, 0, 2);
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; r++)
+            total[r] = _mm512_dpbf16_ps(total[r], (__m512bh)_mm512_set1_epi32((int)states[r * stride + i]), weights);
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++)
+        _mm512_storeu_ps(sums[r], total[r]);
+#else
+    memset(sums, 0, sizeof(float) * PANEL * rows);
+    for (int i = 0; i < pairs; i++)
+        for (int r = 0; r < rows; r++) {
+            const uint32_t pair = states[r * stride + i];
+            const float even = from_bfloat16((bfloat16)pair), odd = from_bfloat16((bfloat16)(pair >> 16));
+            for (int o = 0; o < PANEL; o++) {
+                const bfloat16 *weight = panel + ((long)i * PANEL + o) * 2;
+                sums[r][o] += even * from_bfloat16(weight[0]) + odd * from_bfloat16(weight[1]);
+            }
+        }
+#endif
+}
+
+static inline void tile_bf16_of(int rows, int pairs, const uint32_t *states, long stride, const bfloat16 *panel,
+                         float (*sums)[PANEL])
+{
+#define CASE_BF16(n) case n: tile_bf16(n, pairs, states, stride, panel, sums); break;
+    switch (rows) {
+        CASE_BF16(1) CASE_BF16(2) CASE_BF16(3) CASE_BF16(4) CASE_BF16(5) CASE_BF16(6)
+#if ROWS > 6
+        CASE_BF16(7) CASE_BF16(8) CASE_BF16(9) CASE_BF16(10) CASE_BF16(11) CASE_BF16(12)
+#endif
+    }
+}
+
+/* The rows of the tile that starts at `first`: as even as can be, since a tile of few rows keeps the processor
+   waiting. */
 static int tile_rows(int rows, int first)
 {
     int left = rows - first, tiles = (left + ROWS - 1) / ROWS;

@@ -1,0 +1,246 @@
+"""A whole decoder layer of training as one autograd function: products by torch, and C between them.
+
+Products run in float32, or, under autocast, in bfloat16 on copies of the weights that exist only while they are read.
+Everything else is float32: the residual stream, norms, rotary embedding, attention, and the gradients that are added
+to .grad.
+
+Kept for the backward pass, per token: the layer's input and the middle of its residual stream in float32, and in the
+dtype of the products the joint projections, the attended states and the gates. Norms, rotations and the gated product
+are computed again. Layers with adapters or with norms of heads go through their parts (grpo/kernels/layers.py).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grpo.kernels.attention import PackedLayout
+from grpo.kernels.cpu import ops
+from grpo.kernels.cpu.attention import attend, attend_backward
+from grpo.kernels.cpu.compiler import c_kernel, threads_for
+from grpo.kernels.description import Layer
+from grpo.kernels.gradients import gradient_buffer
+
+
+def is_supported(layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Return whether `fused_layer` takes this layer here: float32 on a CPU, no adapters, and the C library."""
+    weights = [part.weight for part in layer.linears] + [
+        part.bias for part in layer.linears[:3] if part.bias is not None
+    ]
+    return (
+        not layer.has_adapter
+        and layer.query_norm is None
+        and all(part.bias is None for part in layer.linears[3:])
+        and layer.head_size % 8 == 0
+        and _product_dtype() in (torch.float32, torch.bfloat16)
+        and c_kernel("decoder_layer", hidden, cos, sin, *layer.norms, *weights)
+    )
+
+
+def _product_dtype() -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+
+
+def fused_layer(
+    layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, *, accumulate_grads_inplace: bool
+) -> Tensor:
+    """hidden [T, hidden_size], cos and sin [T, head_size] -> [T, hidden_size]; arguments as of `hidden_states`."""
+    biases = [part.bias for part in layer.linears[:3]]
+    parameters = (*layer.norms, *(part.weight for part in layer.linears), *biases)
+    outside = layout.outside()
+    result: Tensor = FusedLayer.apply(
+        hidden, cos, sin, layout, layer, _product_dtype(), accumulate_grads_inplace, *parameters, *outside
+    )
+    return result
+
+
+PARAMETERS = 12
+"""Two norms, seven weights, three biases."""
+
+
+class FusedLayer(torch.autograd.Function):
+    """hidden [T, hidden_size], the parameters of the layer, and keys and values of prompts elsewhere, [1, K, P, D] each
+    -> [T, hidden_size]"""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layout: PackedLayout,
+        layer: Layer,
+        dtype: torch.dtype,
+        accumulate_grads_inplace: bool,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        prompts = [prompt.transpose(1, 2).contiguous() for prompt in tensors[PARAMETERS:] if prompt is not None]
+        weights = [part.weight for part in layer.linears]
+        with torch.autocast("cpu", enabled=False):
+            normed, _ = _normed(hidden, layer.norm, layer.epsilon, dtype)
+            mixed = _joint_product(normed, weights[:3])
+            if layer.query.bias is not None:
+                mixed += torch.cat([part.bias for part in layer.linears[:3] if part.bias is not None])
+            query, key, value = _split(layer, mixed, cos, sin)
+            joins = layout.watch(*(part.transpose(0, 1)[None] for part in (key, value))) if layout.watched else []
+            sequences = layout.sequences
+            attended, lse = attend(query, key, value, prompts, sequences, layer.scaling, layer.window)
+            attended = attended.flatten(1).to(dtype)
+            middle = _plus_product(hidden, attended, weights[3])
+            normed, _ = _normed(middle, layer.mlp_norm, layer.mlp_epsilon, dtype)
+            gates_ups = _joint_product(normed, weights[4:6])
+            result = _plus_product(middle, _gated(gates_ups), weights[6])
+        ctx.save_for_backward(hidden, cos, sin, mixed, attended, lse, middle, gates_ups, *weights, *prompts)
+        ctx.layer, ctx.dtype, ctx.in_place = layer, dtype, accumulate_grads_inplace
+        ctx.sequences, ctx.joins = sequences, joins
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, cos, sin, mixed, attended, lse, middle, gates_ups, *others = ctx.saved_tensors
+        weights, prompts = others[:7], others[7:]
+        layer, dtype = ctx.layer, ctx.dtype
+        to = _Gradients(layer, ctx.needs_input_grad[7 : 7 + PARAMETERS], in_place=ctx.in_place)
+        with torch.autocast("cpu", enabled=False):
+            gradient = gradient.contiguous()
+            narrow = gradient.to(dtype)
+            to.add_weights((8,), narrow, _gated(gates_ups))
+            grad_gates_ups = torch.empty_like(gates_ups)
+            ops.swiglu_rows_backward(gates_ups, _joint_product_backward(narrow, weights[6:]), grad_gates_ups)
+            normed, scale = _normed(middle, layer.mlp_norm, layer.mlp_epsilon, dtype)
+            to.add_weights((6, 7), grad_gates_ups, normed)
+            grad_normed = _joint_product_backward(grad_gates_ups, weights[4:6])
+            del grad_gates_ups
+            grad_middle = to.norm_backward(1, middle, layer.mlp_norm, scale, grad_normed, gradient)
+            narrow = grad_middle.to(dtype)
+            to.add_weights((5,), narrow, attended)
+            grad_attended = _joint_product_backward(narrow, weights[3:4]).float().view(len(hidden), -1, layer.head_size)
+            query, key, value = _split(layer, mixed, cos, sin)
+            plan = (prompts, ctx.sequences, layer.scaling, layer.window)
+            result = attended.float().view_as(query)
+            *grads, outside = attend_backward(query, key, value, *plan, result, lse, grad_attended, ctx.joins)
+            grad_mixed = torch.empty_like(mixed)
+            turns = (cos, sin) if layer.rotary else (None, None)
+            ops.join_heads(*(grad.contiguous() for grad in grads), *turns, grad_mixed)
+            normed, scale = _normed(hidden, layer.norm, layer.epsilon, dtype)
+            to.add_weights((2, 3, 4), grad_mixed, normed)
+            to.add_biases((9, 10, 11), grad_mixed)
+            grad_normed = _joint_product_backward(grad_mixed, weights[:3])
+            grad_hidden = to.norm_backward(0, hidden, layer.norm, scale, grad_normed, grad_middle)
+        return grad_hidden, None, None, None, None, None, None, *to.made, *outside
+
+
+class _Gradients:
+    """The gradients of a layer's parameters, by their place in the arguments: added to .grad, or made for autograd."""
+
+    def __init__(self, layer: Layer, wanted: tuple[bool, ...], *, in_place: bool):
+        linears = layer.linears
+        self.parameters = (*layer.norms, *(part.weight for part in linears), *(part.bias for part in linears[:3]))
+        self.wanted, self.in_place = wanted, in_place
+        self.made: list[Tensor | None] = [None] * PARAMETERS
+
+    def add(self, place: int, gradient: Tensor) -> None:
+        parameter = self.parameters[place]
+        assert parameter is not None
+        buffer = gradient_buffer(parameter, self.in_place)
+        if buffer is None:
+            self.made[place] = gradient.to(parameter.dtype)
+        else:
+            buffer += gradient
+
+    def add_weights(self, places: tuple[int, ...], gradient: Tensor, states: Tensor) -> None:
+        """gradient [T, outputs of all places] and states [T, inputs]"""
+        first = 0
+        for place in places:
+            parameter = self.parameters[place]
+            assert parameter is not None
+            part = gradient[:, first : first + len(parameter)]
+            first += len(parameter)
+            if not self.wanted[place]:
+                continue
+            buffer = gradient_buffer(parameter, self.in_place)
+            if buffer is not None and part.dtype == torch.float32:
+                buffer.addmm_(part.T, states)
+            else:
+                self.add(place, part.T @ states)
+
+    def add_biases(self, places: tuple[int, ...], gradient: Tensor) -> None:
+        if any(self.wanted[place] for place in places):
+            total, first = gradient.sum(0, dtype=torch.float32), 0
+            for place in places:
+                parameter = self.parameters[place]
+                assert parameter is not None
+                if self.wanted[place]:
+                    self.add(place, total[first : first + len(parameter)])
+                first += len(parameter)
+
+    def norm_backward(
+        self, place: int, hidden: Tensor, weight: Tensor, scale: Tensor, gradient: Tensor, add: Tensor
+    ) -> Tensor:
+        """-> the gradient of `hidden`, plus `add`."""
+        grad_hidden, shares = torch.empty_like(hidden), hidden.new_zeros(threads_for(hidden.numel()), hidden.shape[-1])
+        ops.rms_norm_backward(hidden, weight, scale, gradient, add, grad_hidden, shares)
+        if self.wanted[place]:
+            self.add(place, shares.sum(0))
+        return grad_hidden
+
+
+def _normed(hidden: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """-> the normed states in `dtype`, and the scales [T]"""
+    scale, result = hidden.new_empty(len(hidden)), torch.empty_like(hidden, dtype=dtype)
+    ops.rms_norm(hidden, weight, epsilon, scale, result)
+    return result, scale
+
+
+def _split(layer: Layer, mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-> query [T, H, D], key and value [T, K, D], rotated, float32"""
+    query, key, value = (
+        mixed.new_empty(len(mixed), heads, layer.head_size, dtype=torch.float32)
+        for heads in (layer.heads, layer.key_heads, layer.key_heads)
+    )
+    ops.split_heads(mixed, *((cos, sin) if layer.rotary else (None, None)), query, key, value)
+    return query, key, value
+
+
+def _gated(gates_ups: Tensor) -> Tensor:
+    result = gates_ups.new_empty(len(gates_ups), gates_ups.shape[1] // 2)
+    ops.swiglu_rows(gates_ups, result)
+    return result
+
+
+def _joined(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """A copy of the weights in `dtype`, one below the other."""
+    joined = weights[0].new_empty(sum(map(len, weights)), weights[0].shape[1], dtype=dtype)
+    for part, weight in zip(joined.split([*map(len, weights)]), weights, strict=True):
+        part.copy_(weight)
+    return joined
+
+
+def _joint_product(states: Tensor, weights: list[Tensor]) -> Tensor:
+    """states [T, inputs] times each of the weights [outputs, inputs] -> [T, all outputs], in the dtype of states."""
+    if states.dtype != torch.float32:
+        return states @ _joined(weights, states.dtype).T
+    result = states.new_empty(len(states), sum(map(len, weights)))
+    for part, weight in zip(result.split([*map(len, weights)], 1), weights, strict=True):
+        torch.mm(states, weight.T, out=part)
+    return result
+
+
+def _joint_product_backward(gradient: Tensor, weights: list[Tensor]) -> Tensor:
+    """gradient [T, all outputs] -> that of the states [T, inputs]"""
+    if gradient.dtype != torch.float32:
+        return gradient @ _joined(weights, gradient.dtype)
+    parts = gradient.split([*map(len, weights)], 1)
+    result = parts[0] @ weights[0]
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        result.addmm_(part, weight)
+    return result
+
+
+def _plus_product(states: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
+    """states + inputs weight^T, float32"""
+    if inputs.dtype == torch.float32:
+        return torch.addmm(states, inputs, weight.T)
+    return states + inputs @ weight.to(inputs.dtype).T
