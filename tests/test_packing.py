@@ -42,7 +42,7 @@ def test_masks_and_skips() -> None:
 def test_packed_equals_one_sequence_at_a_time_in_values_and_gradients(
     family: str, one_by_one: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PackedLayout, "on_cpu", one_by_one)
+    monkeypatch.setattr(PackedLayout, "one_by_one", one_by_one)
     model = tiny_model(family, spread=2.0)
     torch.manual_seed(1)
 

@@ -54,11 +54,13 @@ class LogprobModel(nn.Module):
         if self.uses_packed_attention and any(span.split for span in batch.spans):
             hidden_NH = self.prompts.hidden(self.hidden_states, batch)
         elif self.uses_packed_attention:
-            hidden_NH = self.hidden_states(batch.input_ids_T, batch.positions_T, batch.layout)[batch.predictor_N]
+            hidden_TH = self.hidden_states(batch.input_ids_T, batch.positions_T, batch.layout)
+            # Not hidden_TH[...]: its backward pass adds with atomics, whose order depends on the load of the machine.
+            hidden_NH = hidden_TH.index_select(0, batch.predictor_N)
         else:
             ids, predictor = batch.rows()
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            hidden_NH = hidden.flatten(0, 1)[predictor]
+            hidden_NH = hidden.flatten(0, 1).index_select(0, predictor)
         head = self.model.get_output_embeddings()
         dtypes = training_dtypes(hidden_NH.device)
         with torch.autocast(hidden_NH.device.type, enabled=False):  # the head in float32: see Float32Head

@@ -68,7 +68,7 @@ class SharedPrompts:
             else:
                 last_tokens.append(prompt.last_hidden)
             place_T[last] = len(row) + len(last_tokens) - 1
-        return torch.cat([hidden_TH, *last_tokens])[place_T.to(row.device)[batch.predictor_N]]
+        return torch.cat([hidden_TH, *last_tokens]).index_select(0, place_T.to(row.device)[batch.predictor_N])
 
     def _prompt(self, hidden_states: HiddenStates, batch: PackedBatch, span: GroupSpan) -> "KeptPrompt":
         """Return what is kept of the prompt of `span`, and count this part; empty where its row is still to come."""

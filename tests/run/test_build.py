@@ -20,7 +20,7 @@ from tests.fakes import tiny_data, tiny_folder
         (['--rewards={"acuracy": 1}'], "unknown reward 'acuracy': did you mean 'accuracy'"),
         (['--rewards={"nowhere.py:f": 1}'], "there is no file .*nowhere.py"),
         (["--rollout.engine=nativ"], "unknown engine 'nativ': did you mean 'native'"),
-        (["--objective.loss_type=gpro"], "unknown objective 'gpro': did you mean 'grpo'"),
+        (["--objective.loss_type=gpro"], "unknown loss 'gpro': did you mean 'grpo'"),
         (["--resume=outputs/none/checkpoints/step-3"], "resume: there is no folder"),
         ([], "model.name '.*no-such-model' cannot be loaded|its tokenizer cannot be loaded"),
     ],

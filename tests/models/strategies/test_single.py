@@ -23,7 +23,7 @@ def policy_of(tmp_path: Path, case: str = "full") -> Policy:
 def test_a_plain_model_supports_everything(tmp_path: Path) -> None:
     strategy = policy_of(tmp_path).strategy
     assert type(strategy) is SingleProcess
-    assert strategy.supports_shared_prompts and strategy.supports_row_dependent_kernels
+    assert strategy.supports_shared_prompts and strategy.uses_kernels
     assert strategy.fused_optimizer is True
     assert strategy.holds_exact_weights and not strategy.broadcasts_checkpoint
 
