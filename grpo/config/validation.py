@@ -10,8 +10,6 @@ from grpo.config.schema import Config, LoraConfig, ModelConfig, ObjectiveConfig,
 from grpo.config.setting import keys_of
 from grpo.errors import ConfigError
 
-TRACKERS = ("tensorboard", "trackio", "wandb")
-
 
 def check_config(config: Config) -> None:
     """Raise ConfigError, with what came, what is needed and what to change."""
@@ -77,9 +75,6 @@ def check_run(config: Config) -> None:
         raise ConfigError(
             "rewards is empty (or every weight is 0): name at least one, for example --rewards.accuracy 1.0"
         )
-    for tracker in config.tracking.report_to:
-        if tracker not in TRACKERS:
-            raise ConfigError(f"tracking.report_to has '{tracker}', knows {', '.join(TRACKERS)}")
 
 
 def check_objective(config: Config) -> None:

@@ -31,7 +31,6 @@ LAUNCH = Path(__file__).parents[2] / "launch"
         (["--objective.scale_rewards", "std"], "scale_rewards"),
         (["--rewards", "{}"], "rewards is empty"),
         (["--tokens_per_batch", "10"], "tokens_per_batch is 10"),
-        (["--tracking.report_to", "[mlflow]"], "mlflow"),
         (["--optimizer.adam_beta1", "1"], "optimizer.adam_beta1 is 1.0, needs at least 0 and below 1"),
         (["--optimizer.max_grad_norm", "-1"], "optimizer.max_grad_norm is -1.0, needs to be above 0"),
         (["--optimizer.learning_rate", ".nan"], "optimizer.learning_rate is nan, needs at least 0"),

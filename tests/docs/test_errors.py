@@ -339,9 +339,9 @@ CASES: dict[str, Case] = {
         "model.reference is x, but objective.beta is 0, so no reference is ever used: set a beta or drop it",
     ),
     "unknown tracker": Case(
-        flags("--tracking.report_to=[mlflow]"),
+        lambda _: find_tracker("mlflow"),
         ConfigError,
-        "tracking.report_to has 'mlflow', knows tensorboard, trackio, wandb",
+        "tracking.report_to: unknown tracker 'mlflow': Known: ...; or point to your own with 'package.module:name' or 'path/file.py:name'",
     ),
     "tracker that is no tracker": Case(
         lambda _: find_tracker("math:floor"),
