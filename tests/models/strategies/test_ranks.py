@@ -29,7 +29,11 @@ STRATEGIES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["full", "lora"])
 @pytest.mark.parametrize(("strategy", "launcher"), STRATEGIES)
-def test_a_step_equals_that_of_one_process(tmp_path: Path, strategy: str, launcher: list[str], case: str) -> None:
+def test_a_step_equals_that_of_one_process(
+    tmp_path: Path, strategy: str, launcher: list[str], case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Not every strategy uses the kernels, which round elsewhere; AdamW's first step makes small gradients equally large.
+    monkeypatch.setenv("GRPO_KERNELS", "torch")
     folder = tiny_folder(tmp_path / "model")
     stem = tmp_path / "rank"
     program = [str(ROOT / "tests/models/strategies/rank_program.py"), str(folder), str(stem), case]
