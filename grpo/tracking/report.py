@@ -10,7 +10,8 @@ from grpo.errors import ConfigError, StorageError
 from grpo.runtime.messages import visible
 from grpo.runtime.statistics import mcnemar, wilson_interval
 from grpo.tracking.curves import CURVES, keys_of, short_name
-from grpo.tracking.run_reader import MetricsFile, Row, RunFolder, is_correct, last_step, rows_of_step, thin
+from grpo.tracking.rollout_reader import Row, is_correct, last_step, rows_of_step
+from grpo.tracking.run_reader import MetricsFile, RunFolder, thin
 
 EXAMPLES = 2
 _LONGEST = 1200

@@ -20,8 +20,8 @@ from grpo.rewards.text_match import exact_match
 from grpo.rewards.workers import RewardWorkerPool
 from grpo.rollout.engine import end_token_ids
 from grpo.rollout.native_engine import NativeEngine
+from grpo.tracking.rollout_reader import rows_of_step
 from grpo.tracking.run_logger import RunLogger
-from grpo.tracking.run_reader import rows_of_step
 from grpo.trainer import train
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 from tests.fakes import CharTokenizer, tiny_model

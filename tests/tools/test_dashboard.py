@@ -20,17 +20,8 @@ from grpo.tools.dashboard.page import _findings
 from grpo.tracking import curves
 from grpo.tracking.curves import CURVES, Curve, lines_of
 from grpo.tracking.drawing import Line, plot, readable, ticks
-from grpo.tracking.run_reader import (
-    MetricsFile,
-    RunFolder,
-    extremes,
-    find_runs,
-    last_step,
-    matching,
-    rows_of_step,
-    search,
-    thin,
-)
+from grpo.tracking.rollout_reader import last_step, matching, rows_of_step, search
+from grpo.tracking.run_reader import MetricsFile, RunFolder, extremes, find_runs, thin
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 HOSTILE = (
@@ -224,7 +215,7 @@ def test_completions_of_a_step_and_filters(tmp_path: Path) -> None:
 def test_a_search_over_steps_finds_the_newest_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr("grpo.tracking.run_reader._BLOCK", block)
+    monkeypatch.setattr("grpo.tracking.rollout_reader._BLOCK", block)
     path = write_run(tmp_path / "run", steps=30) / "rollouts.jsonl"
     with path.open("a") as file:
         file.write('{"step": 30, "draw": 30, "half a li')  # it is being written

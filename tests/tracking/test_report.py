@@ -18,16 +18,8 @@ from grpo.runtime.command import run_main
 from grpo.tools import export
 from grpo.tracking.model_card import model_card, publish, push
 from grpo.tracking.report import attribution, fenced, length_buckets, paired_items, write_report
-from grpo.tracking.run_reader import (
-    MetricsFile,
-    RunFolder,
-    find_runs,
-    groups_of,
-    last_step,
-    matching,
-    rows_of_step,
-    thin,
-)
+from grpo.tracking.rollout_reader import groups_of, last_step, matching, rows_of_step
+from grpo.tracking.run_reader import MetricsFile, RunFolder, find_runs, thin
 
 HOSTILE = "```\n<img src=x onerror=alert(1)>\n[a](javascript:1)\x1b[2J\u202e"
 

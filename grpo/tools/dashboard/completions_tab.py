@@ -6,7 +6,7 @@ from typing import Any
 from grpo.runtime.messages import visible
 from grpo.tools.dashboard.board import Board
 from grpo.tools.dashboard.feedback_form import feedback_form
-from grpo.tracking.run_reader import Row, groups_of, is_correct, matching
+from grpo.tracking.rollout_reader import Row, groups_of, is_correct, matching
 
 MAX_CARDS = 32
 MAX_ROWS = 300

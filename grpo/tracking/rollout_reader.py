@@ -1,0 +1,234 @@
+"""Rollout reader: rollouts.jsonl -> the completions of one step, or those of many steps that meet a condition.
+
+Steps only increase in the file, so `rows_of_step` finds a step by bisection. `search` reads blocks from the end of the
+file, the newest step first, until it has enough rows or its time is over.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+Row = dict[str, Any]
+Condition = Callable[[list[Row]], list[Row]]
+"""Function that returns those of the given rows that a search should find."""
+
+SEARCH_SECONDS = 2.0
+"""Time limit of a search. It returns the rows found until then."""
+_BLOCK = 1 << 20
+"""Bytes that a search reads at a time."""
+
+CORRECT = ("accuracy", "exact_match", "correctness")
+"""Rewards that tell right answers from wrong ones. The first one that a run has counts."""
+
+
+def rows_of_step(path: Path, step: int) -> list[Row]:
+    """Return the rows of one step, after a bisection of about 30 short reads."""
+    try:
+        with path.open("rb") as file:
+            file.seek(_first_at_least(file, step))
+            return list(_rows_while(file, step))
+    except OSError:
+        return []
+
+
+def search(
+    path: Path, newest: int, oldest: int, fits: Condition, most: int, seconds: float = SEARCH_SECONDS
+) -> tuple[list[Row], int]:
+    """Search rows from the end of the file, until `most` are found or `seconds` have passed.
+
+    Args:
+        path: rollouts.jsonl.
+        newest, oldest: first and last step of the search.
+        fits: condition of a row.
+
+    Returns:
+        At most `most` rows, the newest step first, and the oldest step that was searched.
+    """
+    found: list[Row] = []
+    reached, until = newest, time.monotonic() + seconds
+    try:
+        with path.open("rb") as file:
+            start, end = _first_at_least(file, oldest), _first_at_least(file, newest + 1)
+            for lines in _blocks_back(file, start, end):
+                rows = parse_rows(lines)
+                if rows:
+                    reached = int(rows[0].get("step", reached))
+                    found = fits(rows) + found
+                if len(found) >= most or time.monotonic() > until:
+                    break
+            else:
+                reached = oldest
+    except OSError:
+        return [], newest
+    found.sort(key=lambda row: -int(row.get("step", 0)))
+    return found[:most], reached
+
+
+def _blocks_back(file: BinaryIO, start: int, end: int) -> Iterator[list[bytes]]:
+    """Yield the complete lines between two offsets in blocks, the last block first."""
+    span = _BLOCK
+    while end > start:
+        begin = max(start, end - span)
+        file.seek(begin)
+        data = file.read(end - begin)
+        skipped = 0 if begin == start else data.find(b"\n") + 1
+        if begin > start and skipped in (0, len(data)):  # the line is longer than the block
+            span *= 2
+            continue
+        yield data[skipped:].split(b"\n")
+        end = begin + skipped
+
+
+def last_step(path: Path) -> int | None:
+    """Return the newest step that has a complete line; None if there is none."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            span = 1 << 16
+            while True:
+                file.seek(max(0, size - span))
+                lines = file.read(span).split(b"\n")[:-1]
+                for line in reversed(lines):
+                    step = _step_of(line)
+                    if step is not None:
+                        return step
+                if span >= size:
+                    return None
+                span *= 8
+    except OSError:
+        return None
+
+
+def _first_at_least(file: BinaryIO, step: int) -> int:
+    """Return the offset of the first line of `step` or a later step; the end of the file if there is none."""
+    low, high = 0, (size := file.seek(0, os.SEEK_END))
+    while low < high:
+        middle = (low + high) // 2
+        found = _line_after(file, middle)
+        if found is None or found[1] >= step:
+            high = middle
+        else:
+            low = max(middle + 1, found[0] + 1)
+    found = _line_after(file, low)
+    return found[0] if found is not None else size
+
+
+def _line_after(file: BinaryIO, offset: int) -> tuple[int, int] | None:
+    """Return (offset, step) of the first readable line that starts at or after `offset`; None if there is none."""
+    file.seek(max(0, offset - 1))
+    if offset:
+        file.readline()  # to the start of the next line; if a line starts at `offset`, none is skipped
+    while True:
+        start = file.tell()
+        line = file.readline()
+        if not line.endswith(b"\n"):
+            return None
+        step = _step_of(line)
+        if step is not None:
+            return start, step
+
+
+def _step_of(line: bytes) -> int | None:
+    head = line[:40].partition(b",")[0]
+    if head.startswith(b'{"step": '):
+        try:
+            return int(head.removeprefix(b'{"step": '))
+        except ValueError:
+            pass
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _rows_while(file: BinaryIO, step: int) -> Iterator[Row]:
+    for line in file:
+        found = _step_of(line)
+        if found is None or not line.endswith(b"\n"):
+            continue
+        if found != step:
+            return
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def is_correct(row: Row) -> bool | None:
+    """Return True if the answer is right by the first reward of CORRECT; None if the run has none of them."""
+    rewards = row.get("rewards")
+    if not isinstance(rewards, dict):
+        return None
+    for name in CORRECT:
+        value = rewards.get(name)
+        if value is not None:
+            return float(value) > 0
+    return None
+
+
+def matching(
+    rows: list[Row],
+    *,
+    text: str = "",
+    correct: bool | None = None,
+    lowest: float | None = None,
+    highest: float | None = None,
+) -> list[Row]:
+    """Return the rows that meet all conditions.
+
+    Args:
+        rows: rows of rollouts.jsonl.
+        text: part of the prompt or the completion, in any case.
+        correct: value of `is_correct`; None = any.
+        lowest, highest: limits of the reward; None = no limit.
+    """
+    wanted = text.casefold()
+    return [
+        row
+        for row in rows
+        if wanted in f"{row.get('prompt', '')}\n{row.get('completion', '')}".casefold()
+        and (correct is None or is_correct(row) is correct)
+        and (lowest is None or _reward(row) >= lowest)
+        and (highest is None or _reward(row) <= highest)
+    ]
+
+
+def groups_of(rows: list[Row]) -> dict[int, list[Row]]:
+    """Return the rows by their prompt's draw, in the given order."""
+    groups: dict[int, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(int(row.get("draw", 0)), []).append(row)
+    return groups
+
+
+def _reward(row: Row) -> float:
+    reward = row.get("reward")
+    return float(reward) if isinstance(reward, (int, float)) else -math.inf
+
+
+def parse_rows(lines: list[bytes]) -> list[Row]:
+    """Parse the lines that hold a JSON object. Other lines are left out."""
+    loads, rows = fast_json_loads(), []
+    for line in lines:
+        try:
+            row = loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def fast_json_loads() -> Callable[[bytes], Any]:
+    """Return orjson's loads if it is installed (gradio needs it; three times as fast), otherwise json's."""
+    try:
+        from orjson import loads
+    except ImportError:
+        return json.loads
+    return loads
