@@ -97,8 +97,8 @@ def beside_trl() -> list[str]:
         "## Speed compared with TRL",
         "",
         f"`{command}` on {machine['cores']} CPU cores, torch {versions['torch']}, TRL {versions['trl']}: the same "
-        f"model, prompts, rewards, group size and optimizer, in alternating processes. The ratio is TRL divided by ours "
-        f"(tokens per second: ours divided by TRL). Above 1, ours is better.",
+        "model, prompts, rewards, group size and optimizer, in alternating processes. The ratio is TRL divided by "
+        "ours (tokens per second: ours divided by TRL). Above 1, ours is better.",
         "",
         "| | " + " | ".join(f"TRL, {name}" for name in ratios) + " |",
         "|---" * (len(ratios) + 1) + "|",

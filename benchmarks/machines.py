@@ -171,8 +171,9 @@ def page(results: Path) -> str:
         lines += [
             f"## Profiles: {tried['machine']}",
             "",
-            "Two steps with a random model for each profile. The result shows the largest difference of a weight from a run "
-            "with one process (float32 only), and the largest mean difference between sampling and training logprobs.",
+            "Two steps with a random model for each profile. The result shows the largest difference of a weight "
+            "from a run with one process (float32 only), and the largest mean difference between sampling and "
+            "training logprobs.",
             "",
             "| profile | | result | command |",
             "|---|---|---|---|",
@@ -198,8 +199,8 @@ def page(results: Path) -> str:
             lines.append(f"| {row['case']} | " + " | ".join(map(str, cells)) + " |")
         lines += [
             "",
-            "Step times are in [scaling.md](scaling.md). The runs above return freed memory to the system at once, which "
-            "takes time.",
+            "Step times are in [scaling.md](scaling.md). The runs above return freed memory to the system at once, "
+            "which takes time.",
         ]
     if fits:
         where = list(fits["rows"][0]["gib_per_gpu"])
@@ -224,7 +225,10 @@ def outcome(row: dict[str, Any]) -> str:
 
 
 def setup(how: str) -> str:
-    """Return the processes of a run: "2 process(es) on cpu:0 (FSDP), no precision" -> "2 processes on CPU (FSDP), float32"."""
+    """Describe the processes of a run.
+
+    # 2 process(es) on cpu:0 (FSDP), no precision  ->  2 processes on CPU (FSDP), float32
+    """
     found = re.match(r"(\d+) process\S* on ([a-z]+)\S* \((\w+)\), (\w+) precision", how)
     if found is None:
         return how

@@ -1,17 +1,17 @@
-"""Benchmark: this trainer and TRL at the same work, alternating in separate processes -> one table and one JSON.
+"""Benchmark: this trainer and TRL on the same work, in alternating processes -> one table and one JSON file.
 
 python launch/benchmark.py --suite cpu-tiny [--output FILE.json] [--profile FILE.txt]
 python launch/benchmark.py --suite cpu-gsm8k --data.path train.jsonl [--output FILE.json]
 python launch/benchmark.py --suite cpu-135m --data.path train.jsonl --precision bf16 --busy 1
-python launch/benchmark.py --suite cpu-gsm8k --data.path train.jsonl --decode    milliseconds per token of our engine, by rows
-python launch/benchmark.py --readme docs/results/cpu-*.json           the table that README shows, from the JSON
+python launch/benchmark.py --suite cpu-gsm8k --data.path train.jsonl --decode    milliseconds per token of our engine
+python launch/benchmark.py --readme docs/results/cpu-*.json                      the table of README.md, from the JSON files
 
-Both get the same model folder, the same prompts in the same order, the same reward functions, group size, optimizer and
-precision, and the same completion lengths: each completion is ended at a length that was drawn beforehand (log-normal, with the
-suite's mean, the longest at the limit), because models that are not trained do not end, and runs whose lengths differ cannot be
-compared. TRL runs twice: as it comes (micro-batches of 8, gradient checkpointing on), and tuned (checkpointing off, dropout off,
-steps_per_generation equal to accumulation, so that no old-logprob pass runs). Ratios are TRL divided by ours: larger is
-better for us. Needs: pip install -e ".[benchmark]"
+Both trainers get the same model folder, prompts in the same order, reward functions, group size, optimizer and
+precision. They also get the same completion lengths. Untrained models do not end their completions, and runs with
+different lengths cannot be compared. So each completion ends at a length drawn beforehand: log-normal with the
+suite's mean, the longest at the limit. TRL runs twice: with its defaults (micro-batches of 8, gradient
+checkpointing), and tuned (no checkpointing, no dropout, steps_per_generation equal to accumulation, so that no
+old-logprob pass runs). Ratios are TRL divided by ours: above 1, ours is better. Needs: pip install -e ".[benchmark]"
 """
 
 import argparse
@@ -48,15 +48,15 @@ class Suite:
     max_completion_length: int
     mean_length: int
     steps: int
-    """Measured steps of each run; one more is done first, and not counted."""
+    """Measured steps of each run. One step before them is not measured."""
     rounds: int
     tokens_per_batch: int
-    """Ours: what goes through the model at once. About one group."""
+    """tokens_per_batch of our trainer, about one group."""
     hidden_size: int
     layers: int
     vocabulary: int
     intermediate_size: int = 0
-    """0 = a starter (a small Qwen2 with a few supervised steps); otherwise random weights in this shape."""
+    """0 = a tiny model (a small Qwen2 with a few supervised steps); otherwise random weights of this shape."""
     heads: int = 0
     key_value_heads: int = 0
     gsm8k: bool = True
@@ -64,7 +64,7 @@ class Suite:
     device: str = "cpu"
     precision: str = "no"
     trl_micro_batch: int = 8
-    """TRL tuned; by default it is 8."""
+    """Micro-batch of TRL tuned. TRL's default is 8."""
     family: str = "qwen2"
     """Architecture of the random model: qwen2 or llama."""
     warm_up_steps: int = 10
@@ -88,23 +88,24 @@ RUNNERS = ["ours", "trl_default", "trl_tuned"]
 
 
 def main() -> None:
+    """Run the benchmark, or one worker of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=SUITES)
     parser.add_argument(
         "--data.path", dest="data_path", help="GSM8K training rows (JSONL), for the gsm8k and gpu suites"
     )
     parser.add_argument("--output", help="write the JSON here")
-    parser.add_argument("--profile", help="afterwards, write here where the time of ours and of TRL tuned goes")
+    parser.add_argument("--profile", help="then write a profile of our trainer and of TRL tuned here")
     parser.add_argument("--steps", type=int, help="measured steps of each run, instead of the suite's")
     parser.add_argument("--rounds", type=int, help="runs of each trainer, instead of the suite's")
     parser.add_argument(
-        "--dry_run", action="store_true", help="the same path with a narrow model on the CPU: does it run?"
+        "--dry_run", action="store_true", help="only test that the suite runs, with a narrow model on the CPU"
     )
     parser.add_argument(
         "--precision", choices=["no", "bf16"], help="mixed precision of both trainers, instead of the suite's"
     )
     parser.add_argument(
-        "--busy", type=int, default=0, metavar="N", help="measure beside N processes that keep one core busy each"
+        "--busy", type=int, default=0, metavar="N", help="run N processes meanwhile that keep one core busy each"
     )
     parser.add_argument(
         "--runners", nargs="+", choices=RUNNERS, default=RUNNERS, help="measure only these (ours and trl_tuned, or one)"
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument(
         "--cpu_time",
         action="store_true",
-        help="CPU suites, on a machine that others use too: one thread each, and CPU seconds instead of wall-clock seconds",
+        help="CPU suites on a shared machine: one thread each, CPU seconds instead of wall-clock seconds",
     )
     parser.add_argument(
         "--readme", nargs="+", metavar="JSON", help="print the README's table of these results, and stop"
@@ -148,7 +149,7 @@ def main() -> None:
                 with busy_processes(flags.busy):
                     runs[name].append(worker(flags, suite, name, folder))
             measured.append(machine_rates(suite, one_thread=flags.cpu_time))
-        # The best of several times: a machine in a cloud has slow moments, and a limit that was measured in one is none.
+        # The best of several times, because a cloud machine is slow at times.
         rates = {name: max(rates[name] for rates in measured) for name in measured[0]}
         report = summarize(flags, suite, runs, rates)
         if flags.profile:
@@ -164,7 +165,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """Within, `count` processes compete for the cores. Each ends with this one at the latest."""
+    """Run `count` processes that compete for the cores. Each ends at the latest when this process ends."""
     loop = "import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(10000))"
     processes = [subprocess.Popen([sys.executable, "-S", "-c", loop]) for _ in range(count)]
     try:
@@ -176,13 +177,20 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 def count_cpu_time() -> None:
-    """From here on this process has one thread, and its clock stands still while others have the processor. What it waits for
-    in other processes, like our rewards, is not counted: milliseconds, on our side alone."""
+    """Limit this process to one core, and let its clock count CPU time.
+
+    Time spent waiting for other processes is then not counted. That is only our rewards, a few milliseconds.
+    """
     os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
     time.perf_counter = time.process_time
 
 
 def chosen_suite(flags: argparse.Namespace) -> Suite:
+    """Return the suite with the changes of the flags.
+
+    Raises:
+        ConfigError: for a GPU suite without a GPU.
+    """
     import torch
 
     suite = SUITES[flags.suite]
@@ -193,8 +201,8 @@ def chosen_suite(flags: argparse.Namespace) -> Suite:
         suite = replace(suite, steps=1, rounds=1, tokens_per_batch=1024, num_generations=4, trl_micro_batch=4)
     elif suite.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            f"suite {flags.suite} needs a CUDA device, and torch {torch.__version__} sees none here: run it where there is "
-            f"one, or add --dry_run to walk the same path with a narrow model on the CPU"
+            f"suite {flags.suite} needs a CUDA device, and torch {torch.__version__} sees none here: run it where "
+            "there is one, or add --dry_run to walk the same path with a narrow model on the CPU"
         )
     return replace(
         suite,
@@ -205,8 +213,11 @@ def chosen_suite(flags: argparse.Namespace) -> Suite:
 
 
 def forced_lengths(suite: Suite, step: int) -> list[int]:
-    """How long each completion of a step becomes: quantiles of a log-normal distribution, scaled to the suite's mean, cut at
-    the limit, which the longest reaches, in an order that depends on the step."""
+    """Return the length of each completion of a step.
+
+    They are quantiles of a log-normal distribution, scaled to the suite's mean and cut at the limit. The longest has
+    the limit. Their order depends on the step.
+    """
     count, limit = suite.prompts_per_step * suite.num_generations, suite.max_completion_length
     normal = statistics.NormalDist()
     shape = [math.exp(0.7 * normal.inv_cdf((index + 0.5) / count)) for index in range(count - 1)]
@@ -224,7 +235,7 @@ def forced_lengths(suite: Suite, step: int) -> list[int]:
 
 
 def make_work(suite: Suite, folder: Path, data_path: str | None) -> None:
-    """The model and the prompts that both get: model/ and rows.jsonl."""
+    """Write the model and the prompts for both trainers into `folder`: model/ and rows.jsonl."""
     from grpo.data.arithmetic import generate_problems
     from grpo.models.tiny import GSM8K_RECIPE, Recipe, make_tiny_model
 
@@ -255,7 +266,7 @@ def make_work(suite: Suite, folder: Path, data_path: str | None) -> None:
 
 
 def make_random_model(suite: Suite, folder: Path, texts: list[str]) -> None:
-    """Random weights in the shape of a real model, with a tokenizer made from the texts: nothing is downloaded."""
+    """Save random weights in the shape of a real model, and a tokenizer made from the texts, without any download."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config
 
@@ -287,12 +298,17 @@ def make_random_model(suite: Suite, folder: Path, texts: list[str]) -> None:
 
 
 def worker(flags: argparse.Namespace, suite: Suite, name: str, folder: Path, profile: bool = False) -> dict:
+    """Run one trainer in a new process. Return its result.
+
+    Raises:
+        ConfigError: if the process fails.
+    """
     words = [sys.executable, __file__, "--suite", flags.suite, "--worker", name, "--folder", str(folder)]
     words += ["--steps", str(suite.steps), "--rounds", "1", *(["--dry_run"] if flags.dry_run else [])]
     words += ["--cpu_time"] if flags.cpu_time else []
     words += ["--precision", suite.precision]
     words += ["--profile", flags.profile] if profile else []
-    # Accelerate reads these; the precision and the device are the same for both sides.
+    # Accelerate reads these variables, so that precision and device are the same for both trainers.
     environment = os.environ | {"ACCELERATE_MIXED_PRECISION": suite.precision}
     environment |= {"ACCELERATE_USE_CPU": "true"} if suite.device == "cpu" else {}
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
@@ -303,7 +319,7 @@ def worker(flags: argparse.Namespace, suite: Suite, name: str, folder: Path, pro
 
 @contextlib.contextmanager
 def profiled(suite: Suite, path: str | None, name: str) -> Iterator[None]:
-    """Append the most expensive operations of what runs inside to `path`."""
+    """Profile the code of the with block. Append its most expensive operations to `path`."""
     if path is None:
         yield
         return
@@ -320,7 +336,11 @@ def profiled(suite: Suite, path: str | None, name: str) -> Iterator[None]:
 
 
 def run_ours(suite: Suite, folder: Path, _name: str) -> dict:
-    """Our trainer, as launch/train.py runs it, with completions of forced lengths; -> {"steps": [...], "memory_gib": ...}"""
+    """Run our trainer like launch/train.py, with completions of forced lengths.
+
+    Returns:
+        {"steps": [...], "memory_gib": ..., "shape": {...}}
+    """
     from grpo.config.parser import load_config
     from grpo.rollout.engine import register_engine
     from grpo.rollout.native_engine import NativeEngine
@@ -333,13 +353,13 @@ def run_ours(suite: Suite, folder: Path, _name: str) -> dict:
 
     @register_engine("forced")
     class Forced(NativeEngine):
-        """Ends each completion of a step where the suite says so."""
+        """Native engine that ends each completion at its forced length."""
 
         def generate(self, prompts: Any, plan: Any, *args: Any, **kwargs: Any) -> Any:
             self.lengths: list[int] = []
             if (
                 len(prompts) * plan.num_generations == completions
-            ):  # else it is the few that check the engine at the start
+            ):  # otherwise it is the check of the engine at the start
                 self.lengths = forced_lengths(suite, len(prompt_tokens))
                 prompt_tokens.append(sum(len(prompt.token_ids) for prompt in prompts))
             return super().generate(prompts, plan, *args, **kwargs)
@@ -400,7 +420,14 @@ def run_ours(suite: Suite, folder: Path, _name: str) -> dict:
 
 
 def run_trl(suite: Suite, folder: Path, name: str) -> dict:
-    """TRL's GRPOTrainer with a clock around its phases."""
+    """Run TRL's GRPOTrainer with timers around its phases.
+
+    Returns:
+        {"steps": [...], "memory_gib": ...}
+
+    Raises:
+        ConfigError: if TRL is not installed.
+    """
     try:
         import trl
     except ImportError as error:
@@ -421,10 +448,10 @@ def run_trl(suite: Suite, folder: Path, name: str) -> dict:
     torch.set_num_threads(cpu_threads(1))
     clock: dict[str, float] = {}
     steps: list[dict[str, Any]] = []
-    positions = [0, 0]  # real, all
+    positions = [0, 0]  # without padding, with padding
 
     class Forced(LogitsProcessor):
-        """Ends each completion where the suite says so: its end token is impossible before, and certain then."""
+        """Logits processor for forced lengths: the end token is impossible before, and certain at the end."""
 
         def __init__(self, prompt_width: int) -> None:
             self.lengths, self.width = forced_lengths(suite, len(steps)), prompt_width
@@ -487,7 +514,7 @@ def run_trl(suite: Suite, folder: Path, name: str) -> dict:
     micro_batch = min(suite.trl_micro_batch if tuned else 8, completions)
     tokenizer = load_tokenizer(str(folder / "model"))
     with tempfile.TemporaryDirectory() as temporary:
-        model = load_model(str(folder / "model"))  # float32 and without dropout, as ours
+        model = load_model(str(folder / "model"))  # float32 and without dropout, like ours
         generate = model.generate
 
         def forced(input_ids: Any, **kwargs: Any) -> Any:
@@ -532,7 +559,7 @@ def run_trl(suite: Suite, folder: Path, name: str) -> dict:
 
 
 def loaded_memory(device: str) -> float:
-    """GiB in use now, with the model loaded; the peak is counted from here on. On CUDA, what torch has allocated."""
+    """Return the GiB in use (on CUDA, allocated by torch), and reset the peak."""
     gc.collect()
     if device == "cuda":
         import torch
@@ -545,6 +572,7 @@ def loaded_memory(device: str) -> float:
 
 
 def peak_memory(device: str) -> float:
+    """Return the peak in GiB since `loaded_memory`."""
     if device == "cuda":
         import torch
 
@@ -560,7 +588,10 @@ def _status(key: str) -> float:
 
 
 def decode_times(suite: Suite, folder: Path) -> str:
-    """Milliseconds that one token of each of 32, 16, 8, 4 rows takes, the best of three times 63 tokens, prefill excluded."""
+    """Return the milliseconds per decoding step with 32, 16, 8 and 4 rows.
+
+    Each is the best of three measurements of 63 tokens, without prefill.
+    """
     import torch
 
     from grpo.data.tokenizer import load_tokenizer
@@ -593,7 +624,7 @@ def decode_times(suite: Suite, folder: Path) -> str:
 
 
 def machine_rates(suite: Suite, one_thread: bool) -> dict[str, float]:
-    """What this machine reaches here and now: a large matrix product in the suite's precision, and copying memory."""
+    """Measure this machine: a large matrix product in the suite's precision, and a copy of memory."""
     import torch
 
     if one_thread:
@@ -623,8 +654,12 @@ def machine_rates(suite: Suite, one_thread: bool) -> dict[str, float]:
 
 
 def limits(suite: Suite, steps: list[dict], shape: dict, rates: dict[str, float]) -> dict[str, float]:
-    """The least seconds of our phases here: linear layers at the matrix rate, or, for a decoding step of few rows, weights and
-    keys and values at the rate of memory. Attention, norms and softmax count nothing, so no program reaches this."""
+    """Return a lower limit of the seconds of each of our phases on this machine.
+
+    It counts linear layers at the rate of the matrix product. In a decoding step of few rows, it counts reading
+    weights, keys and values at the rate of the copy. Attention, norms and softmax are not counted, so no program
+    reaches the limit.
+    """
     size = 2 if suite.precision == "bf16" else 4
     flops, bandwidth = rates["matrix_gflops"] * 1e9, rates["copy_gb_per_second"] * 1e9
     body, head = shape["linear_weights"], shape["head_weights"]
@@ -640,7 +675,7 @@ def limits(suite: Suite, steps: list[dict], shape: dict, rates: dict[str, float]
 
 
 def summarize(flags: argparse.Namespace, suite: Suite, runs: dict[str, list[dict]], rates: dict[str, float]) -> dict:
-    """Medians and ranges over all measured steps of all rounds, and TRL / ours."""
+    """Return the report: medians and ranges over the measured steps of all rounds, and the ratios TRL / ours."""
     from importlib.metadata import version
 
     import torch
@@ -703,10 +738,12 @@ def _processor() -> str:
 
 
 def table(report: dict) -> str:
+    """Return the report as a text table."""
     runners = [runner for runner in RUNNERS if runner in report]
     beside = f", beside {report['busy_processes']} busy processes" if report.get("busy_processes") else ""
     lines = [
-        f"{report['suite']}: precision {report['work']['precision']}, seconds {report['seconds']}{beside}, median of the steps (min - max)",
+        f"{report['suite']}: precision {report['work']['precision']}, seconds {report['seconds']}{beside}, "
+        "median of the steps (min - max)",
         f"{'':22}" + "".join(f"{runner:>26}" for runner in runners),
     ]
     for phase in PHASES:
@@ -726,8 +763,8 @@ def table(report: dict) -> str:
         lines.append(f"TRL {kind} / ours:  " + "  ".join(f"{key} {value:.2f}" for key, value in ratios.items()))
     rates = report["machine"]
     lines.append(
-        f"this machine: {rates['matrix_gflops']:.0f} GFLOP/s in a matrix product, {rates['copy_gb_per_second']:.0f} GB/s of "
-        "memory. Ours / the least that these allow:  "
+        f"this machine: {rates['matrix_gflops']:.0f} GFLOP/s in a matrix product, "
+        f"{rates['copy_gb_per_second']:.0f} GB/s of memory. Ours / the least that these allow:  "
         + "  ".join(f"{phase} {times:.2f}" for phase, times in report["times_the_least"].items())
     )
     if "dry_run" in report:
@@ -736,7 +773,7 @@ def table(report: dict) -> str:
 
 
 def readme_table(reports: list[dict]) -> str:
-    """Markdown, one row for each suite: how many times less ours needs than TRL tuned (and, in brackets, than its defaults)."""
+    """Return a Markdown table with a row for each suite: ratios to TRL tuned and, in brackets, to TRL's defaults."""
     lines = [
         "| suite | step | rollout | update | peak memory | completion tokens/s: ours, TRL tuned |",
         "|---|---|---|---|---|---|",
@@ -744,7 +781,8 @@ def readme_table(reports: list[dict]) -> str:
     for report in reports:
         tuned, default = report["ratios"]["tuned"], report["ratios"]["default"]
         work = report["work"]
-        name = f"`{report['suite']}`: {work['num_generations']} completions of at most {work['max_completion_length']} tokens"
+        completions, limit = work["num_generations"], work["max_completion_length"]
+        name = f"`{report['suite']}`: {completions} completions of at most {limit} tokens"
         cells = [f"{tuned[key]:.1f}x ({default[key]:.1f}x)" for key in ("step", "rollout", "update", "peak_memory")]
         speeds = f"{report['ours']['tokens_per_second']:.0f}, {report['trl_tuned']['tokens_per_second']:.0f}"
         lines.append(f"| {' | '.join([name, *cells, speeds])} |")

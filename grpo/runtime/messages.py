@@ -1,7 +1,7 @@
 """Messages to the user: records of the logger `grpo`, shown by one handler.
 
-Modules log with `log = logging.getLogger(__name__)`. Importing grpo installs nothing. A command (runtime/command.py) attaches
-`StderrHandler`; a training run replaces it with the console's handler (tracking/console.py).
+Modules log with `log = logging.getLogger(__name__)`. Importing grpo installs nothing. A command (runtime/command.py)
+attaches `StderrHandler`; a training run replaces it with the console's handler (tracking/console.py).
 
 INFO       shown by the main process
 WARNING    shown by every rank; with several processes, after "[rank R] "
@@ -56,7 +56,8 @@ def attach(handler: MessageHandler) -> None:
     """Show the messages of grpo with `handler`, in place of the handler that was attached before.
 
     Logging that an application has configured itself has priority. A level set on the logger `grpo` stays. Where the
-    application shows this logger, or the root logger, on the terminal, `handler` is not attached: no line appears twice.
+    application shows this logger, or the root logger, on the terminal, `handler` is not attached: no line appears
+    twice.
     """
     logger = logging.getLogger(LOGGER)
     for attached in list(logger.handlers):

@@ -1,6 +1,6 @@
-"""Background writer: calls to a tracker, made one after another in a thread of their own, so that training never waits.
+"""Background writer: makes the calls to a tracker in order, in its own thread, so that training does not wait.
 
-submit(start) -> submit(log) -> submit(log) -> ... -> close(finish) -> wait(5.0)      return at once, but for wait
+submit(start) -> submit(log) -> submit(log) -> ... -> close(finish) -> wait(5.0)      all return at once except wait
                      |
                      `- raises, or takes longer than CALL_SECONDS: the tracker is switched off, with one warning
 """
@@ -13,10 +13,10 @@ from collections.abc import Callable
 from grpo.runtime.exit import prevents_exit
 
 CALL_SECONDS = 60.0
-"""A call that takes longer is an outage: connecting to W&B takes a few seconds."""
+"""A call that takes longer counts as a failure. Connecting to W&B takes a few seconds."""
 
 THREAD = "background writer"
-"""How the names of its threads begin."""
+"""Prefix of the names of its threads."""
 
 OnFailure = Callable[[str, BaseException | None], None]
 """Called once, with the call that failed ("start", "log", "finish") and the error (None: it took too long)."""
@@ -38,7 +38,7 @@ class BackgroundWriter:
         """The call under way and when it began."""
         self._is_closing = False
         self._changed = threading.Condition()
-        # A daemon: a call that never returns must not keep the program from ending.
+        # A daemon thread, so that a call that never returns does not keep the program from ending.
         self._thread = threading.Thread(target=self._work, name=f"{THREAD} {name}", daemon=True)
         self._thread.start()
 
@@ -60,7 +60,7 @@ class BackgroundWriter:
             self._changed.notify_all()
 
     def wait(self, seconds: float) -> None:
-        """Wait until the last call is done. A call that takes longer than `seconds` from now on is an outage."""
+        """Wait until the last call is done. A call that takes longer than `seconds` from now on counts as a failure."""
         began = time.monotonic()
         while self.is_alive and self._thread.is_alive():
             self._thread.join(0.05)
@@ -95,5 +95,5 @@ class BackgroundWriter:
 
 @prevents_exit
 def has_hung_call() -> bool:
-    """Return whether some call never returned. Exit handlers of its library may wait for it, too."""
+    """Return True if a call has not returned. Exit handlers of its library may wait for it, too."""
     return any(thread.name.startswith(THREAD) for thread in threading.enumerate())

@@ -1,7 +1,7 @@
 """Console: messages, metrics and completions on the terminal. A terminal that breaks never stops training.
 
-On a terminal: four lines that follow the run, below the messages. In a log file: a plain line now and then. Processes but the
-first show their warnings only.
+On a terminal, four live lines below the messages; in a log file, one plain line every few seconds. Other processes
+than the first show only their warnings.
 """
 
 import atexit
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 5.0
 _COMPLETIONS = 3
 _SPARKS = 40
-"""Steps in the little curve of the reward."""
+"""Steps in the sparkline of the reward."""
 _REWARD = METRICS["reward/mean"]
 _SECOND_LINE = (
     "rollout/length_mean",
@@ -38,7 +38,7 @@ _SECOND_LINE = (
     "reward/zero_std_fraction",
 )
 _LONGEST = 800
-"""Characters shown of a prompt or completion: a model that rambles must not flood the terminal."""
+"""Maximum characters shown of a prompt or completion."""
 
 
 class _Console(Console):
@@ -47,13 +47,13 @@ class _Console(Console):
 
 
 class Terminal:
-    """Standard output. Where it cannot be written (a full disk, `| head`, a closed terminal), it is switched off."""
+    """Standard output. It is switched off when it cannot be written (a full disk, `| head`, a closed terminal)."""
 
     def __init__(self) -> None:
         self.enabled = True
         self._console = _Console(highlight=False)
         self._live: Live | None = None
-        atexit.register(flush_at_exit, "stdout")  # what others print meanwhile is no reason to fail
+        atexit.register(flush_at_exit, "stdout")  # other output that cannot be written must not fail the run
 
     @property
     def is_interactive(self) -> bool:
@@ -78,7 +78,7 @@ class Terminal:
             self._guarded(live.stop)
 
     def text(self, text: str) -> Text:
-        """Text that shows exactly its characters: no markup, no control, nothing that cannot be written."""
+        """Return a text that is shown literally: no markup, no control characters, only characters of the encoding."""
         encoding = self._console.encoding
         return Text(visible(text).encode(encoding, "backslashreplace").decode(encoding))
 
@@ -96,7 +96,7 @@ class Terminal:
             action()
         except (OSError, ValueError):  # ValueError: closed file
             self.enabled = False
-            # What is left in its buffer would fail again when Python exits, with code 120.
+            # The rest of its buffer would fail again when Python exits, with exit code 120.
             redirect_to_devnull(self._console.file)
             if self._live is not None:
                 with contextlib.suppress(OSError, ValueError):
@@ -126,7 +126,7 @@ class Display:
 
     Args:
         total_steps: steps of the whole run.
-        start: steps that were done before (by the run that is resumed).
+        start: steps done before by the resumed run.
         enabled: False on every process but the first, which shows no progress.
     """
 
@@ -144,7 +144,7 @@ class Display:
         return self._shown and self._terminal.enabled
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Show that `step` steps are done (1 after the first), and their last metrics."""
+        """Show the number of steps that are done (1 after the first) and the metrics of the last one."""
         accuracy = metrics.get("eval/accuracy")
         self._accuracy = self._accuracy if accuracy is None else accuracy
         if not self.enabled:
@@ -164,7 +164,7 @@ class Display:
             self._terminal.print(*(self._panel(row) for row in rows[:_COMPLETIONS]))
 
     def table(self, before: dict[str, float] | None, after: dict[str, float] | None, run_dir: Any) -> None:
-        """Show the held-out evaluation before and after training, and where everything is written."""
+        """Show the held-out evaluation before and after training, and the run directory."""
         self.close()
         if self.enabled:
             self._show_table(before or {}, after or {})
@@ -175,7 +175,7 @@ class Display:
         self._terminal.stop_live()
 
     def _summary(self, step: int, metrics: dict[str, Any]) -> str:
-        """reward 0.42, accuracy 0.31, length 118, 512 tokens/s, 0:03:12 left"""
+        """Return "reward 0.42, accuracy 0.31, length 118, 512 tokens/s, 0:03:12 left"."""
         known = metrics if self._accuracy is None else metrics | {"eval/accuracy": self._accuracy}
         parts = _shown(known, "reward/mean", "eval/accuracy", "rollout/length_mean")
         speed = metrics.get("rollout/tokens_per_second")
@@ -186,7 +186,7 @@ class Display:
         return ", ".join(parts)
 
     def _left(self, step: int) -> str:
-        """Time to the end, at the pace of this run so far, evaluations included."""
+        """Return the remaining time at the average speed of this run, evaluations included."""
         return _clock((time.monotonic() - self._began) / max(1, step - self._start) * (self._total - step))
 
     def _show_line(self, step: int, metrics: dict[str, Any]) -> None:
@@ -196,7 +196,9 @@ class Display:
             self._terminal.print(self._terminal.text(f"step {step}/{self._total}: {self._summary(step, metrics)}"))
 
     def _view(self, step: int, metrics: dict[str, Any]) -> Group:
-        """step 12/500 ━━━━╺━━━━━━━━━━━ 0:03:12 left
+        """Return the live view:
+
+        step 12/500 ━━━━╺━━━━━━━━━━━ 0:03:12 left
         reward 0.420 ▁▂▂▃▅▆▇   accuracy 0.310
         length 118   KL 0.0012   entropy 0.42   clipped 0 %   truncated 3 %   flat 12 %
         512 tokens/s   2.1 GiB   rollout 61 %   reward 2 %   reference 8 %   update 29 %
@@ -254,7 +256,7 @@ class Display:
 
 
 def sparkline(values: list[float]) -> str:
-    """0 1 3 2 -> ▁▃█▆, the least at the bottom and the most at the top; a flat line where all are the same."""
+    """Return 0 1 3 2 as ▁▃█▆, from minimum to maximum; a flat line if all values are equal."""
     low, high = min(values), max(values)
     levels = "▁▂▃▄▅▆▇█"
     return "".join(levels[round((value - low) / (high - low) * 7) if high > low else 0] for value in values)
@@ -266,7 +268,7 @@ def _shown(metrics: dict[str, Any], *keys: str) -> list[str]:
 
 
 def _about(seconds: float) -> str:
-    """45 -> 45 s; 200 -> 3 min; 8000 -> 2 h 13 min"""
+    """Format a duration: 45 -> 45 s; 200 -> 3 min; 8000 -> 2 h 13 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)

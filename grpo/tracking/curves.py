@@ -1,6 +1,6 @@
-"""Curves: what the dashboard draws, and how to read it. docs/metrics.md shows the same hints; a test holds the two together.
+"""Curves of the dashboard, each with a hint for the reader. A test compares the hints with docs/metrics.md.
 
-run directories -> the lines of each curve; what runs came to; what differs between them
+run directories -> the lines of each curve, a table of results, a table of different config keys
 """
 
 import re
@@ -13,16 +13,18 @@ from grpo.tracking.drawing import Line
 from grpo.tracking.run_reader import MetricsFile, RunFolder, extremes, thin
 
 POINTS = 300
-"""Points in one line of a curve: as many as its pixels show apart."""
+"""Points in one line of a curve, about one per pixel that can be told apart."""
 
 
 @dataclass(frozen=True)
 class Curve:
+    """One plot of the dashboard."""
+
     title: str
     keys: str
-    """Metrics whose whole name matches this pattern, each a line."""
+    """Pattern of metric keys. Each key that matches it as a whole is a line."""
     hint: str
-    """One line: what it should look like, and what to do if it does not."""
+    """One line: the expected shape, and what to do if the curve has another one."""
 
 
 CURVES = (
@@ -90,7 +92,7 @@ CURVES = (
 
 
 def lines_of(curve: Curve, runs: Sequence[RunFolder], smoothing: float = 0.0) -> list[Line]:
-    """All lines of a curve. A line is named after its run, its metric, or both: whatever tells it from the others."""
+    """Return all lines of a curve. A line is named after its run, its metric, or both, so that names differ."""
     found = [(run, key) for run in runs for key in keys_of(curve, run.metrics)]
     several_runs, several_keys = len({id(run) for run, _ in found}) > 1, len({key for _, key in found}) > 1
     lines = []
@@ -108,22 +110,25 @@ def lines_of(curve: Curve, runs: Sequence[RunFolder], smoothing: float = 0.0) ->
 
 
 def keys_of(curve: Curve, metrics: MetricsFile) -> list[str]:
+    """Return the keys of `metrics` that the curve shows."""
     return [key for key in metrics.columns if re.fullmatch(curve.keys, key)]
 
 
 def other_keys(runs: Sequence[RunFolder]) -> list[str]:
-    """Every metric of the runs that no curve shows: those of callbacks, for example."""
+    """Return the metrics of the runs that no curve shows, for example those of callbacks."""
     shown = re.compile("|".join(f"(?:{curve.keys})" for curve in CURVES))
     return sorted({key for run in runs for key in run.metrics.columns if not shown.fullmatch(key)})
 
 
 def short_name(key: str) -> str:
-    """reward/accuracy/mean -> accuracy; policy/clip_fraction -> clip_fraction"""
+    """Return a label: reward/accuracy/mean -> accuracy; policy/clip_fraction -> clip_fraction."""
     return re.sub(r"^[^/]+/|/mean$", "", key)
 
 
 def smooth(values: np.ndarray, amount: float) -> np.ndarray:
-    """Exponential moving average, started without a bias: s_t = sum of a^(t-i) x_i / sum of a^(t-i). amount = a, 0 = as it is.
+    """Exponential moving average without bias at the start: s_t = sum of a^(t-i) x_i / sum of a^(t-i).
+
+    `amount` is a; 0 returns the values unchanged.
 
     # values 1 3, amount 0.5  ->  1, (0.5 * 1 + 3) / 1.5 = 2.33
     """
@@ -138,7 +143,7 @@ def smooth(values: np.ndarray, amount: float) -> np.ndarray:
 
 
 def seconds_left(run: RunFolder) -> float | None:
-    """Steps to go times the median of the last 20 steps; None where that cannot be known."""
+    """Return the steps that are left times the median time of the last 20 steps; None if it is unknown."""
     steps, durations = run.config().get("steps"), run.metrics.arrays("time/step")[1]
     if run.finished or not isinstance(steps, int) or not len(durations):
         return None
@@ -146,7 +151,7 @@ def seconds_left(run: RunFolder) -> float | None:
 
 
 def state_of(run: RunFolder) -> str:
-    """finished, training, or stopped: nothing was written for ten steps' time, and for a minute at least."""
+    """Return "finished", "training", or "stopped" (nothing written for ten steps' time and at least a minute)."""
     if run.finished:
         return "finished"
     durations = run.metrics.arrays("time/step")[1]
@@ -155,7 +160,7 @@ def state_of(run: RunFolder) -> str:
 
 
 def comparison(runs: Sequence[RunFolder]) -> tuple[list[str], list[list[str]]]:
-    """(headings, rows): a row per run with what it came to."""
+    """Return (headings, rows) of a table with the results of each run."""
     headings = ["run", "state", "steps", "accuracy before", "accuracy after", "reward, last tenth", "tokens/s", "hours"]
     rows = []
     for run in runs:
@@ -172,7 +177,7 @@ def comparison(runs: Sequence[RunFolder]) -> tuple[list[str], list[list[str]]]:
 
 
 def differences(runs: Sequence[RunFolder]) -> tuple[list[str], list[list[str]]]:
-    """(headings, rows): the config keys whose values are not the same in all runs."""
+    """Return (headings, rows) of a table with the config keys whose values differ between the runs."""
     flat = [_flatten(run.config()) for run in runs]
     keys = list(dict.fromkeys(key for config in flat for key in config))
     rows = [[key, *(str(config.get(key, "not set")) for config in flat)] for key in keys]

@@ -1,4 +1,4 @@
-"""Faults: what went wrong in a step -> run_dir/faults/, so that it can be looked at afterwards. Training goes on."""
+"""Debug dumps: batches and completions of a failed step -> run_dir/faults/. Training goes on."""
 
 import contextlib
 import json
@@ -13,14 +13,18 @@ from grpo.rewards.scoring import Scores
 from grpo.types import Group
 
 MAX_ROWS = 16
-"""Examples per step and process: a reward that is always late must not fill the disk."""
+"""Completions stored per step and process, so that a reward that always fails does not fill the disk."""
 
 
 def dump_batches(run_dir: Path, step: int, rank: int, batches: list[PackedBatch]) -> Path:
-    """The batches of a step that was skipped because its loss or gradient was not finite.
+    """Store the batches of a step that was skipped because its loss or gradient was not finite.
 
-    -> faults/step-N-rank-R.safetensors: each tensor of grpo.packing.PackedBatch as "0.input_ids_T", "1.input_ids_T", ...;
-    "0.spans" holds a row (start, prompt length, completion lengths ..., padded with -1) for each group.
+    The file is faults/step-N-rank-R.safetensors. It has each tensor of grpo.packing.PackedBatch as "0.input_ids_T",
+    "1.input_ids_T", ... "0.spans" has a row (start, prompt length, completion lengths ..., padded with -1) for each
+    group.
+
+    Returns:
+        The path of the file.
     """
     tensors: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
@@ -31,14 +35,18 @@ def dump_batches(run_dir: Path, step: int, rank: int, batches: list[PackedBatch]
         width = max(map(len, rows), default=0)
         tensors[f"{index}.spans"] = torch.tensor([row + [-1] * (width - len(row)) for row in rows])
     path = run_dir / "faults" / f"step-{step}-rank-{rank}.safetensors"
-    with contextlib.suppress(OSError):  # a full disk is no reason to end the run here
+    with contextlib.suppress(OSError):  # a full disk must not stop training
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path)
     return path
 
 
 def dump_failures(run_dir: Path, step: int, rank: int, groups: list[Group], scores: Scores) -> list[str]:
-    """The completions that a reward could not judge -> faults/step-N-rank-R.jsonl, and a line about each reward."""
+    """Store the completions that a reward could not judge in faults/step-N-rank-R.jsonl.
+
+    Returns:
+        A message for each reward that failed.
+    """
     if not scores.failures:
         return []
     completions = [(group.prompt, completion) for group in groups for completion in group.completions]

@@ -1,7 +1,7 @@
-"""Diagnostics: metrics and completions of each step -> findings, the reasons why a run does not learn, each made once.
+"""Diagnostics: metrics and completions of each step -> findings: reasons why a run does not learn, each reported once.
 
     steps 1 to 19   reward/soft_format/mean 0.0, std 0.0   ->   nothing
-    step 20                                                ->   "reward 'soft_format' has been 0 for all 640 completions of ..."
+    step 20                                                ->   "reward 'soft_format' has been 0 for all 640 ..."
     step 21 ...                                            ->   nothing: it was reported
 
 Pure: no config, no model, no file.
@@ -17,19 +17,19 @@ Metrics = dict[str, float]
 Rows = list[dict[str, Any]]
 
 MIN_STEPS = 3
-"""Steps after which what can only be a mistake is reported."""
+"""Steps before a finding that is certainly a mistake is reported."""
 KL_RUNAWAY = 1.0
-"""Nats per token. A useful run stays well below; here the model writes what the reference would never write."""
+"""KL in nats per token. A useful run stays well below. Above it, the reference would never write such text."""
 ENTROPY_RISE = 1.0
-"""Nats per token more than at the start, and at least twice as much."""
+"""Increase over the start in nats per token. The entropy must also be more than twice that of the start."""
 ENTROPY_FALL = 0.02
-"""Share of the entropy at the start, below which the completions of a prompt are all but the same."""
+"""Share of the entropy at the start. Below it, the completions of a prompt are nearly identical."""
 COLLAPSE_TEXTS = 0.75
 """Different texts per different prompt. A policy that answers its prompts writes at least as many texts as prompts."""
 COLLAPSE_GROUP = 1.5
 """Different texts of one prompt, on average. At a temperature of 1 a policy that is unsure writes more."""
 COLLAPSE_REWARD = 0.75
-"""Mean reward, from the worst (0) to the best (1) so far. Above it, few texts are what the task asks for (yes or no)."""
+"""Mean reward, from the worst (0) to the best (1) so far. Above it, few texts may be right (a task with yes or no)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class _Step:
-    """What is kept of one step."""
+    """Data that is kept of one step."""
 
     number: int
     metrics: Metrics
@@ -93,7 +93,8 @@ class Diagnostics:
         Args:
             step: steps that are done.
             metrics: the step's metrics.
-            rows: its completions over all ranks, with "completion", "ended", "rewards", and where known "prompt" and "reward".
+            rows: its completions over all ranks, with "completion", "ended" and "rewards", and where known "prompt" and
+                "reward".
         """
         if not rows:
             return []  # an evaluation before the first step
@@ -143,8 +144,8 @@ class Diagnostics:
                     Finding(
                         f"silent:{name}",
                         f"reward '{name}' applied to none of the completions of {_range(recent)}",
-                        "it returned None, or failed, each time: look into faults/ in the run directory, and at the column "
-                        "that it reads",
+                        "it returned None, or failed, each time: look into faults/ in the run directory, and at "
+                        "the column that it reads",
                     )
                 )
             elif min(known) == max(known) == 0:
@@ -155,14 +156,14 @@ class Diagnostics:
                     Finding(
                         f"constant:{name}",
                         f"reward '{name}' has been {known[0]:g} {where}; it teaches nothing",
-                        "fine if it rewards a form that the model has learned already; otherwise it does not look at the "
-                        "completion: `python launch/check.py` shows what it gives to right and wrong answers",
+                        "fine if it rewards a form that the model has learned already; otherwise it does not look "
+                        "at the completion: `python launch/check.py` shows what it gives to right and wrong answers",
                     )
                 )
         return found
 
     def _lengths(self) -> list[Finding]:
-        """Completions that are cut off, a model that cannot stop, answers that cannot be found."""
+        """Completions that are cut off, a model that never stops, answers that cannot be found."""
         found = []
         if steps := self._all("rollout/truncated_fraction", MIN_STEPS, lambda value: value == 1):
             count = sum(step.completions for step in steps)
@@ -181,8 +182,8 @@ class Diagnostics:
                 Finding(
                     "no_end_token",
                     f"the end token was never sampled, in {self._seen} completions",
-                    "does the model know when to stop? A base model, or a tokenizer whose eos_token is not the one that "
-                    "ends the chat template's turns, never does: use the instruct model, or set its eos_token",
+                    "does the model know when to stop? A base model, or a tokenizer whose eos_token is not the one "
+                    "that ends the chat template's turns, never does: use the instruct model, or set its eos_token",
                 )
             )
         if self.has_answer is not None and not self._answers:
@@ -190,28 +191,30 @@ class Diagnostics:
                 Finding(
                     "no_answer_found",
                     f"none of {self._seen} completions holds an answer that the rewards can find",
-                    "they look for <answer>...</answer>: set data.system_prompt xml (and data.one_shot true for a small "
-                    "model), raise sampling.max_completion_length if they are cut off, or use a reward that reads your form",
+                    "they look for <answer>...</answer>: set data.system_prompt xml (and data.one_shot true for a "
+                    "small model), raise sampling.max_completion_length if they are cut off, or use a reward that "
+                    "reads your form",
                 )
             )
         return found
 
     def _groups(self) -> list[Finding]:
-        """Groups whose completions all earn the same."""
+        """Groups whose completions all get the same reward."""
         steps = self._all("reward/zero_std_fraction", self.patience, lambda value: value == 1)
         if not steps:
             return []
         return [
             Finding(
                 "flat",
-                f"every group of {_range(steps)} was flat: all completions of a prompt earned the same, so nothing was learned",
-                "the task is too hard (all 0), too easy (all right), or sampling too narrow: take easier or harder prompts "
-                "(curriculum.reward), a reward with more steps, more num_generations, or a temperature of 1",
+                f"every group of {_range(steps)} was flat: all completions of a prompt earned the same, so nothing "
+                "was learned",
+                "the task is too hard (all 0), too easy (all right), or sampling too narrow: take easier or harder "
+                "prompts (curriculum.reward), a reward with more steps, more num_generations, or a temperature of 1",
             )
         ]
 
     def _policy(self) -> list[Finding]:
-        """A learning rate of 0, a sampler that differs from the trainer, a KL that runs away."""
+        """A learning rate of 0, a sampler that differs from the trainer, a KL that is too high."""
         found = []
         if self.learning_rate == 0:
             found.append(
@@ -222,8 +225,8 @@ class Diagnostics:
                 Finding(
                     "learning_rate",
                     f"the learning rate has been 0 in {_range(steps)}",
-                    "a schedule that is over, or a warm-up that does not begin: look at steps, optimizer.warmup_ratio and "
-                    "optimizer.lr_scheduler_type",
+                    "a schedule that is over, or a warm-up that does not begin: look at steps, "
+                    "optimizer.warmup_ratio and optimizer.lr_scheduler_type",
                 )
             )
         key = "policy/sampling_logprob_difference"
@@ -256,7 +259,8 @@ class Diagnostics:
             return [
                 Finding(
                     "entropy_rise",
-                    f"the entropy is running away: {before:.2g} -> {now:.2g} nats per token; the model comes to write at random",
+                    f"the entropy is running away: {before:.2g} -> {now:.2g} nats per token; the model comes to "
+                    "write at random",
                     "lower optimizer.learning_rate, objective.entropy_coef, or raise objective.beta",
                 )
             ]
@@ -269,16 +273,16 @@ class Diagnostics:
                 Finding(
                     "entropy_fall",
                     f"the entropy has collapsed: {before:.2g} -> {now:.2g} nats per token, and the reward is no better",
-                    "the completions of a prompt are all but the same: lower optimizer.learning_rate, raise objective.beta, "
-                    "objective.epsilon_high (0.28) or objective.entropy_coef",
+                    "the completions of a prompt are all but the same: lower optimizer.learning_rate, raise "
+                    "objective.beta, objective.epsilon_high (0.28) or objective.entropy_coef",
                 )
             ]
         return []
 
     def _collapse(self) -> list[Finding]:
-        """A policy that gives the same few texts to different prompts, though better rewards are known.
+        """A policy that gives the same few texts to different prompts, though better rewards were found.
 
-        Judged by the completions: where all groups are flat, the entropy is not measured.
+        It is judged by the completions, because the entropy is not measured if all groups are flat.
         """
         steps = self._last(2 * MIN_STEPS)
         if len(steps) < 2 * MIN_STEPS or not self._worst < self._best:
@@ -292,11 +296,12 @@ class Diagnostics:
         return [
             Finding(
                 "collapse",
-                f"the policy has collapsed: all {sum(step.completions for step in steps)} completions of {prompts} prompts in "
-                f"{_range(steps)} are one of {texts} texts, and earn {reward:.2g} on average; the best earned {self._best:.2g}",
+                f"the policy has collapsed: all {sum(step.completions for step in steps)} completions of {prompts} "
+                f"prompts in {_range(steps)} are one of {texts} texts, and earn {reward:.2g} on average; the best "
+                f"earned {self._best:.2g}",
                 "it writes what earns something for any prompt: go back to an earlier checkpoint, lower "
-                "optimizer.learning_rate, raise objective.beta or objective.entropy_coef, or lower the weight of a reward for "
-                "the form",
+                "optimizer.learning_rate, raise objective.beta or objective.entropy_coef, or lower the weight of a "
+                "reward for the form",
             )
         ]
 
@@ -315,8 +320,8 @@ def patience_for(steps: int) -> int:
 
 
 def _is_measured(metrics: Metrics) -> bool:
-    """Return False for a step whose groups are all flat and without a KL: no completion went through the model, so its
-    entropy, KL and logprob difference of 0 say nothing.
+    """Return False for a step without KL whose groups are all flat: no completion went through the model, so its
+    entropy, KL and logprob difference of 0 mean nothing.
     """
     return not (metrics.get("reward/zero_std_fraction") == 1 and metrics.get("policy/entropy") == 0)
 

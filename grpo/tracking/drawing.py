@@ -1,9 +1,9 @@
-"""Drawing: lines -> HTML with an SVG in it, which a browser shows at once: a plotting library of its own takes it seconds.
+"""Drawing: lines -> HTML with an SVG. A browser shows it at once; a plotting library would take seconds.
 
-# one line, steps 1 2 3, values 0 4 2  ->  <path d="M0 980L500 20L1000 500">, labels "1 2 3" below and "0 1 2 3 4" at the left
+# one line, steps 1 2 3, values 0 4 2  ->  <path d="M0 980L500 20L1000 500">, labels "1 2 3" below, "0 1 2 3 4" at the left
 
-The SVG is stretched over its box, so text stands beside it as HTML, in shares of the box. curves.js shows the values under the
-pointer. Names come from others: they are escaped here, and set as text there.
+The SVG is stretched over its box, so labels are HTML elements, placed in per cent of the box. curves.js shows the
+values under the pointer. Names are not trusted: they are escaped here, and set as text in curves.js.
 """
 
 import json
@@ -17,11 +17,11 @@ from grpo.tracking.markup import inert
 
 PALETTE = ("#3b7dd8", "#e8833a", "#2a9d6f", "#c94f7c", "#8a63d2", "#c9a227", "#2aa5b8", "#8c8c8c")
 _SIDE = 1000
-"""The SVG's own units, across and down."""
+"""Width and height of the SVG in its own units."""
 _MARGIN = 0.02
-"""Of the height, above and below the lines."""
+"""Margin above and below the lines, as a share of the height."""
 _FEW = 12
-"""Points that are drawn as dots, too."""
+"""Lines of at most this many points also get dots."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,18 @@ class Line:
     name: str
     steps: np.ndarray
     values: np.ndarray
-    """Means over neighbours, where there are too many steps to draw."""
+    """Means over neighbouring steps if there are too many steps to draw."""
     lows: np.ndarray
     highs: np.ndarray
-    """The least and the greatest of those neighbours: no spike gets lost."""
+    """Minimum (`lows`) and maximum of those neighbours, so that spikes stay visible."""
     ends: tuple[float, float]
-    """The first and the last step of all, also of those that have been merged."""
+    """First and last step before neighbours were merged."""
     last: float
-    """The newest value, as it was logged."""
+    """Newest value as it was logged."""
 
 
 def plot(title: str, hint: str, lines: Sequence[Line]) -> str:
-    """A titled plot; without a line, an empty frame."""
+    """Return a plot with title and hint; an empty frame if there are no lines."""
     head = f"<h4>{inert(title)}</h4><p>{inert(hint)}</p>" if title else ""
     if not lines:
         return f"<section class='curve'>{head}<div class='plot nothing'>nothing yet</div></section>"
@@ -67,12 +67,13 @@ def plot(title: str, hint: str, lines: Sequence[Line]) -> str:
         f"<section class='curve'>{head}<div class='plot'><div class='area' "
         f'data-across="{inert(json.dumps(across))}" data-lines="{inert(json.dumps(under_pointer))}">'
         f"<svg viewBox='0 0 {_SIDE} {_SIDE}' preserveAspectRatio='none' role='img' aria-label=\"{inert(title)}\">"
-        f"<path class='grid' d='{grid}'/>{paths}</svg>{''.join(labels)}</div></div><div class='legend'>{legend}</div></section>"
+        f"<path class='grid' d='{grid}'/>{paths}</svg>{''.join(labels)}</div></div><div class='legend'>{legend}</div>"
+        "</section>"
     )
 
 
 def ticks(low: float, high: float, *, whole: bool = False, most: int = 6) -> list[tuple[float, str]]:
-    """Round numbers from `low` to `high`, at most about `most`, with their labels. `whole` = of steps.
+    """Return about `most` round numbers from `low` to `high` with their labels. `whole` = integers, for steps.
 
     # 0.571 0.612  ->  0.58 0.59 0.60 0.61;   1 85000, whole  ->  20,000 40,000 60,000 80,000
     """
@@ -90,7 +91,7 @@ def ticks(low: float, high: float, *, whole: bool = False, most: int = 6) -> lis
 
 
 def readable(value: float) -> str:
-    """A number in four digits or so: 1,234, 0.1234, 1.23e-07."""
+    """Format a number with about four digits: 1,234, 0.1234, 1.23e-07."""
     if value == 0 or 1e-4 <= abs(value) < 1000:
         return f"{value:.4g}"
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.2e}"
@@ -111,17 +112,17 @@ def _paths(line: Line, color: str, across: tuple[float, float], up: tuple[float,
 
 
 def _share(value, within: tuple[float, float], margin: float = 0.0):  # type: ignore[no-untyped-def]
-    """Where `value` lies between the two ends, 0 to 1; in the middle where they are one. A number or an array of them."""
+    """Return the position of a number or an array within the limits, 0 to 1; the middle if both limits are equal."""
     low, high = within
     inside = (value - low) / (high - low) if high > low else value * 0 + 0.5
     return margin + (1 - 2 * margin) * inside
 
 
 def _down(value, up: tuple[float, float]):  # type: ignore[no-untyped-def]
-    """`_share` of the height in the SVG's units, whose 0 is at the top."""
+    """Return the y coordinate in units of the SVG, with 0 at the top."""
     return (1 - _share(value, up, _MARGIN)) * _SIDE
 
 
 def _short(values: np.ndarray) -> list[float]:
-    """In five digits: what is read off a plot."""
+    """Round values to five digits."""
     return [float(f"{value:.5g}") if value % 1 else int(value) for value in values.tolist()]

@@ -1,4 +1,4 @@
-"""The environment record: versions, machine and commit of a run, for whoever wants the same numbers again."""
+"""The environment record: versions, machine and commit of a run, to repeat its numbers."""
 
 import importlib.metadata
 import os

@@ -1,4 +1,4 @@
-"""Metrics: the key, unit and text of each, declared once. docs/metrics.md, the console and the curves read it.
+"""Metrics: key, unit and text of each, declared once. Used by docs/metrics.md and the console.
 
 A callback's metric needs no declaration. With one, it appears under a label and with a unit:
 
@@ -154,7 +154,8 @@ for _metric in (
     Metric(
         "gradient/<layer>",
         "",
-        "only with `callbacks: [layer_gradient_norms]`: norm of each layer's gradient as the optimizer got it, after clipping",
+        "only with `callbacks: [layer_gradient_norms]`: norm of each layer's gradient as the optimizer got it, "
+        "after clipping",
     ),
 ):
     register_metric(_metric)

@@ -1,6 +1,7 @@
-"""Model card: a run directory -> the README.md of its published model, with the real config, data, evaluation and licence.
+"""Model card: a run directory -> the README.md of its published model, with config, data, evaluation and licence.
 
-Also the upload itself, which the data's card must permit (grpo/data/card.py). Every number is read from the run; what nobody stated, the card says is not stated.
+All numbers are read from the run. Missing facts appear as "not stated". The upload is here too; the data card must
+permit it (grpo/data/card.py).
 """
 
 import re
@@ -22,8 +23,17 @@ HELD_OUT = {"eval/accuracy": "accuracy", "eval/accuracy_flexible": "flexible acc
 def model_card(
     run_dir: Path, *, licence: str | None = None, data_card: dict[str, Any] | None = None, step: int | None = None
 ) -> ModelCard:
-    """The card of a run's model, or of its checkpoint at `step`. `licence`: an identifier of the hub (apache-2.0, cc-by-4.0, ...). `data_card`: what is
-    known about the data (source, licence, permission, ...); None = what the run recorded."""
+    """Return the card of a run's model, or of its checkpoint at `step`.
+
+    Args:
+        run_dir: the run directory.
+        licence: the hub's identifier of the licence (apache-2.0, cc-by-4.0, ...).
+        data_card: facts about the data (source, licence, permission, ...); None = the card that the run recorded.
+        step: step of the checkpoint; None = the final model.
+
+    Raises:
+        ConfigError: for a folder that is not a run directory.
+    """
     run = RunFolder(run_dir)
     config = run.config()
     if not config or not run.metrics.refresh():
@@ -52,9 +62,17 @@ def publish(
     private: bool = True,
     **hub: str | None,
 ) -> str:
-    """Writes the card of the run's model into `folder` and uploads it; -> its address. `hub`: token, endpoint, as for push.
+    """Write the card of the run's model into `folder` and upload the folder.
 
-    Raises ConfigError where the data's card does not permit it, before anything is sent; StorageError as push does.
+    Args:
+        hub: `token` and `endpoint` of `push`.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ConfigError: if the data card does not permit it, before anything is sent.
+        StorageError: if the upload fails.
     """
     model_card(run_dir, licence=licence, data_card=publishable(run_dir), step=step).save(folder / "README.md")
     return push(folder, repo_id, private=private, **hub)
@@ -63,24 +81,29 @@ def publish(
 def push(
     folder: Path, repo_id: str, *, token: str | None = None, endpoint: str | None = None, private: bool = True
 ) -> str:
-    """Uploads a model folder; -> its address. The token comes from HF_TOKEN where none is given, never from a config.
+    """Upload a model folder. Without `token`, the token is HF_TOKEN. It is never read from a config.
 
-    Raises StorageError, with the command that tries again, for whatever the network or the hub answers.
+    Returns:
+        The address of the repository.
+
+    Raises:
+        StorageError: for any error of the network or the hub, with the command that tries again.
     """
     api = HfApi(endpoint=endpoint, token=token)
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Model trained with GRPO")
-    except Exception as error:  # the hub raises dozens of kinds; to the person they are one: it is not there
+    except Exception as error:  # the hub raises many types; all mean that the upload failed
         again = f"hf upload {repo_id} {folder}{' --private' if private else ''}"
         raise StorageError(
-            f"cannot push {folder} to {repo_id}: {type(error).__name__}: {error}. The folder is complete; try again with: {again}"
+            f"cannot push {folder} to {repo_id}: {type(error).__name__}: {error}. The folder is complete; try again "
+            f"with: {again}"
         ) from error
     return str(address)
 
 
 def _series(run: RunFolder, key: str, step: int | None) -> tuple[list[int], list[float]]:
-    """A key's steps and values, up to the step that the card is about."""
+    """Return steps and values of a key, up to `step`."""
     steps, values = run.metrics.series(key)
     kept = [index for index, at in enumerate(steps) if step is None or at <= step]
     return [steps[index] for index in kept], [values[index] for index in kept]
@@ -130,8 +153,8 @@ def _body(
         [
             f"# {_one_line(run.name)}",
             "",
-            f"Trained from {_one_line(_without_places(str(config['model']['name'])))} with Group Relative Policy Optimization "
-            f"(arXiv 2402.03300), {max(run.metrics.steps) if step is None else step} steps.",
+            f"Trained from {_one_line(_without_places(str(config['model']['name'])))} with Group Relative Policy "
+            f"Optimization (arXiv 2402.03300), {max(run.metrics.steps) if step is None else step} steps.",
             "",
             f"Licence: {licence or 'not stated: ask before you use it'}.",
             "",
@@ -167,12 +190,12 @@ def _fenced_whole(text: str) -> list[str]:
 
 
 def _one_line(text: str) -> str:
-    """Text that Markdown and YAML show as it is: no markup, no HTML, one line."""
+    """Escape Markdown and HTML in a text, and shorten it to one line."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", visible(text).replace("\n", " "))[:300]
 
 
 def _without_places(value: Any) -> Any:
-    """Absolute paths -> their last part: where somebody keeps their files is nobody's business."""
+    """Replace absolute paths by their last part, for privacy."""
     if isinstance(value, dict):
         return {_without_places(key): _without_places(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -181,5 +204,5 @@ def _without_places(value: Any) -> Any:
 
 
 def _hub_id(name: str) -> str | None:
-    """A base model that is on the hub; a local folder's path is nobody's business."""
+    """Return the name of a base model on the hub; None for a local folder, whose path is private."""
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None

@@ -1,5 +1,7 @@
-"""Report: a run directory -> report.md and PNG curves in it: before and after, curves, where the reward came from, length
-against correctness, the best and the worst completions. Reads files only, so it works on anybody's run.
+"""Report: a run directory -> report.md and PNG curves in it.
+
+Sections: held-out evaluation, curves, findings, parts of the reward, length against correctness, times, and the best
+and worst completions. It only reads files, so it works on any run.
 """
 
 import re
@@ -16,13 +18,18 @@ from grpo.tracking.run_reader import MetricsFile, RunFolder, thin
 EXAMPLES = 2
 _LONGEST = 1200
 _ROLLOUT_STEPS = 5
-"""Steps at each end of the run whose completions are read."""
+"""First and last steps of the run whose completions are read."""
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes report.md, report_curves.png and (where there are completions) report_lengths.png. -> report.md.
+    """Write report.md, report_curves.png and, if the run has completions, report_lengths.png.
 
-    Raises ConfigError for a folder that is no run, StorageError where it cannot be written.
+    Returns:
+        The path of report.md.
+
+    Raises:
+        ConfigError: for a folder that is not a run directory.
+        StorageError: if a file cannot be written.
     """
     run = RunFolder(run_dir)
     if not run.metrics.refresh() or not run.metrics.steps:
@@ -40,8 +47,12 @@ def write_report(run_dir: Path) -> Path:
 
 
 def attribution(metrics: MetricsFile, weights: dict[str, float]) -> list[tuple[str, float, float, float]]:
-    """Each reward's (name, early mean, late mean, part of the change of the total): early and late are the first and last
-    tenth of the steps. Parts are weight x change, so they add up to the change of the weighted sum."""
+    """Return each reward's part of the change of the total reward.
+
+    Returns:
+        (name, early mean, late mean, part) for each reward. Early and late are the first and the last tenth of the
+        steps. A part is weight x change, so the parts add up to the change of the weighted sum.
+    """
     rows = []
     for name, weight in weights.items():
         values = metrics.series(f"reward/{name}/mean")[1]
@@ -53,9 +64,12 @@ def attribution(metrics: MetricsFile, weights: dict[str, float]) -> list[tuple[s
 
 
 def length_buckets(rows: list[Row], buckets: int = 5) -> list[tuple[int, int, int, int]]:
-    """(shortest, longest, right, count) of completions in order of length, in up to `buckets` parts of about equal count.
+    """Divide completions by length into up to `buckets` parts of about equal count.
 
-    Completions of one length stay together: which of them came first means nothing.
+    Completions of one length are in one part.
+
+    Returns:
+        (shortest, longest, right, count) for each part.
     """
     lengths: dict[int, list[bool]] = {}
     for row in rows:
@@ -75,6 +89,7 @@ def length_buckets(rows: list[Row], buckets: int = 5) -> list[tuple[int, int, in
 
 
 def draw_curves(metrics: MetricsFile, path: Path) -> None:
+    """Draw every curve that has values into one PNG file."""
     from matplotlib.figure import Figure
 
     panels = [(curve.title, keys_of(curve, metrics)) for curve in CURVES]
@@ -92,13 +107,13 @@ def draw_curves(metrics: MetricsFile, path: Path) -> None:
         if len(keys) > 1:
             axes.legend(fontsize=7)
         axes.tick_params(labelsize=7)
-    # Fixed margins: matplotlib's automatic layouts draw everything twice, and every run ends with this.
+    # Fixed margins: matplotlib's automatic layouts would draw everything twice.
     figure.subplots_adjust(left=0.05, right=0.99, bottom=0.12 / lines, top=1 - 0.16 / lines, hspace=0.35, wspace=0.18)
     figure.savefig(path, dpi=80)
 
 
 def draw_lengths(first: list[Row], last: list[Row], path: Path) -> None:
-    """Histograms of completion lengths, right and wrong apart, at the start and at the end."""
+    """Draw histograms of completion lengths of the first and last steps, right and wrong ones in different colors."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 2.8))
@@ -119,12 +134,12 @@ def draw_lengths(first: list[Row], last: list[Row], path: Path) -> None:
 
 
 def _plain_label(key: str) -> str:
-    """A key as matplotlib shows it literally: a dollar sign would start a formula."""
+    """Escape a key for matplotlib, where a dollar sign starts a formula."""
     return visible(short_name(key)).replace("$", r"\$")
 
 
 def _rollouts(run: RunFolder) -> tuple[list[Row], list[Row]]:
-    """Completions of the first and of the last steps; the two never overlap."""
+    """Return the completions of the first and of the last steps, which never overlap."""
     path = run.path / "rollouts.jsonl"
     last = last_step(path)
     if last is None:
@@ -175,14 +190,18 @@ def _before_and_after(metrics: MetricsFile) -> list[str]:
 
 
 def _finding_lines(found: list[Row]) -> list[str]:
-    """What the run said about itself while it ran (grpo/tracking/diagnostics.py)."""
+    """Return the section with the findings of the diagnostics (grpo/tracking/diagnostics.py)."""
     items = [f"- Step {row['step']}: {_inline(row['text'])}: {_inline(row['mend'])}." for row in found]
     return ["## What may keep it from learning", "", *items, ""] if items else []
 
 
 def paired_items(run: RunFolder) -> tuple[int, int, int, int, int] | None:
-    """(first step, last step, items, right at the first only, right at the last only) of the held-out items; None where
-    the run has no two evaluations of the same ones."""
+    """Compare the first and the last evaluation item by item.
+
+    Returns:
+        (first step, last step, items, items right only at the first, items right only at the last); None if the run
+        does not have two evaluations of the same items.
+    """
     path = run.path / "evaluations.jsonl"
     steps, _ = run.metrics.series("eval/accuracy")
     if len(steps) < 2:
@@ -209,8 +228,8 @@ def _paired_lines(run: RunFolder) -> list[str]:
         verdict = "the gain is established" if gained > lost else "the loss is established"
     return [
         "",
-        f"Paired, the same {items} items at step {before} and at step {after}: {gained} gained, {lost} lost; McNemar's exact "
-        f"test p = {p:.2g}, so {verdict} (p < 0.05). Item by item: `evaluations.jsonl`.",
+        f"Paired, the same {items} items at step {before} and at step {after}: {gained} gained, {lost} lost; "
+        f"McNemar's exact test p = {p:.2g}, so {verdict} (p < 0.05). Item by item: `evaluations.jsonl`.",
     ]
 
 
@@ -280,7 +299,7 @@ def _table(heading: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def fenced(text: str) -> list[str]:
-    """Text as a Markdown code block that it cannot end: the fence is longer than any run of backticks inside."""
+    """Return a text as a Markdown code block, with a fence longer than any run of backticks in the text."""
     text = visible(text if len(text) <= _LONGEST else text[:_LONGEST] + "...")
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
@@ -288,11 +307,11 @@ def fenced(text: str) -> list[str]:
 
 
 def _code(name: str) -> str:
-    """A name as code in one line of a table."""
+    """Format a name as code in a table cell."""
     return "`" + re.sub(r"[`|\n]", " ", visible(name)) + "`"
 
 
 def _inline(value: Any) -> str:
-    """Text that Markdown shows as it is: no markup, no HTML, one line."""
+    """Escape Markdown and HTML in a text, and shorten it to one line."""
     text = visible(str(value)).replace("\n", " ")[:200]
     return re.sub(r"([\\`*_{}\[\]<>|#!$~&])", r"\\\1", text)

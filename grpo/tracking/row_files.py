@@ -1,4 +1,4 @@
-"""Files of JSON rows with a "step": values that JSON can hold, and the removal of rows that a resumed run makes again."""
+"""Files of JSON rows with a "step": conversion of values to JSON, removal of rows that a resumed run writes again."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def _step_of(line: str) -> float:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is never seen half written."""
+    """Write a file atomically: readers see the old or the new text."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -4,10 +4,10 @@
     run_dir/environment.json    versions, machine, git commit, command line; never an environment variable
     run_dir/metrics.jsonl       {"step": 7, "reward/mean": 0.4, ...}, a line per step
     run_dir/rollouts.jsonl      {"step": 7, "prompt": ..., "completion": ..., ...}, a line per completion
-    run_dir/evaluations.jsonl   {"step": 0, "question": ..., "completion": ..., "accuracy": 1.0, ...}, a line per held-out item
+    run_dir/evaluations.jsonl   {"step": 0, "question": ..., "completion": ..., ...}, a line per held-out item
     run_dir/findings.jsonl      {"step": 20, "name": "dead:soft_format", "text": ..., "mend": ...}, a line per finding
 
-The files are the interface: reports and dashboards read them. A tracker that fails is switched off, and training goes on.
+Reports and dashboards read these files only. A tracker that fails is switched off, and training goes on.
 Only the main process has a RunLogger.
 """
 
@@ -39,10 +39,10 @@ class RunLogger:
     """Writes one run.
 
     Args:
-        run_dir: the run directory. It is made if it does not exist.
+        run_dir: the run directory, created if it does not exist.
         config: the resolved config.
-        derived: values that follow from config and data together (batch_size, num_train_epochs, ...), for the trackers.
-        resume_step: step that comes next, 0 for a new run. Rows of it and of later steps are removed.
+        derived: values computed from config and data (batch_size, num_train_epochs, ...), for the trackers.
+        resume_step: next step, 0 for a new run. Rows of it and of later steps are removed.
 
     Raises:
         StorageError: if the run directory cannot be written.
@@ -79,19 +79,19 @@ class RunLogger:
 
         Args:
             step: steps that are done.
-            metrics: numbers by key; None values are left out of the trackers.
+            metrics: numbers by key. Trackers do not get None values.
             rows: completions, each with its "step".
-            table: show the completions in the trackers, too.
+            table: log the completions to the trackers, too.
         """
         self._write(ROLLOUTS, rows)
         self._write(METRICS, [{"step": step, **metrics}])
         numbers = {key: float(value) for key, value in metrics.items() if value is not None}
         completions = completions_table(plain(list(rows))) if table and rows else None
-        for name, writer in self._writers.items():  # by name: the start of a tracker may still be under way
+        for name, writer in self._writers.items():  # by name, because the tracker may still be starting
             writer.submit("log", partial(self._log_to, name, step, numbers, completions))
 
     def log_evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Write one held-out evaluation item by item, as a paired test needs it."""
+        """Write one held-out evaluation, a row per item, for paired tests."""
         self._write(EVALUATIONS, [{"step": step, **row} for row in rows])
 
     def log_finding(self, step: int, finding: Finding) -> None:
@@ -99,7 +99,7 @@ class RunLogger:
         self._write(FINDINGS, [{"step": step, **finding.to_row()}])
 
     def findings_made(self) -> set[str]:
-        """Return the names of the findings that are written already."""
+        """Return the names of the findings in the file."""
         text = (self.run_dir / FINDINGS).read_text(encoding="utf-8")
         return {json.loads(line)["name"] for line in text.splitlines()}
 
@@ -109,7 +109,7 @@ class RunLogger:
             return
         self._is_ending = True
         for file in self._files.values():
-            file.add([])  # what a full disk held up, so that the report has it
+            file.add([])  # write rows that a full disk held back, so that the report has them
         for name, writer in self._writers.items():
             writer.close(partial(self._finish, name))
 
@@ -117,7 +117,7 @@ class RunLogger:
         """Close everything. Idempotent.
 
         Raises:
-            StorageError: if a row could not be written until now.
+            StorageError: if a row still cannot be written.
         """
         self.begin_shutdown()
         writers, self._writers = self._writers, {}
@@ -150,7 +150,9 @@ class RunLogger:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that starts like a number: the config reader takes 5e-6 as a number, plain YAML does not."""
+    """YAML dumper that quotes texts which start like a number: the config reader takes 5e-6 as a number, YAML does
+    not.
+    """
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

@@ -1,10 +1,10 @@
-"""Trackers: metrics and completions of each step -> W&B, TensorBoard, trackio, or a tracker of your own.
+"""Trackers: metrics and completions of each step -> W&B, TensorBoard, trackio, or your own tracker.
 
     @register_tracker("mine")                   # or --tracking.report_to '[my_tracker.py:Mine]'
     class Mine(Tracker):
         def log(self, step, metrics, table): ...
 
-The run logger (grpo/tracking/run_logger.py) calls them in a thread of their own, and switches off the one that fails.
+The run logger (grpo/tracking/run_logger.py) calls each tracker in its own thread, and switches off one that fails.
 """
 
 import importlib.metadata
@@ -46,7 +46,7 @@ class CompletionsTable:
 
 
 class Tracker(ABC):
-    """A tracker outside the run directory. Each method may raise: the tracker is then switched off and training goes on."""
+    """A tracker outside the run directory. If a method raises, the tracker is switched off and training goes on."""
 
     library: ClassVar[str | None] = None
     """Name of the distribution that the tracker needs."""
@@ -61,11 +61,12 @@ class Tracker(ABC):
         """Raise ConfigError, before any weight loads, for a config that this tracker cannot serve."""
         if cls.library is None:
             return
-        try:  # not find_spec: the folder wandb/ that W&B leaves behind would pass for the library
+        try:  # not find_spec: it would take a folder wandb/ of W&B's records for the library
             importlib.metadata.version(cls.library)
         except importlib.metadata.PackageNotFoundError as error:
             raise ConfigError(
-                f"tracking.report_to has '{cls.library}', which is not installed: pip install {cls.library}, or leave it out"
+                f"tracking.report_to has '{cls.library}', which is not installed: pip install {cls.library}, or "
+                "leave it out"
             ) from error
 
     @classmethod
@@ -77,8 +78,8 @@ class Tracker(ABC):
     def log(self, step: int, metrics: Mapping[str, float], table: CompletionsTable | None) -> None:
         """Log one step. `table` is given now and then."""
 
-    def finish(self) -> None:  # noqa: B027  (a tracker that has nothing to finish leaves it as it is)
-        """Upload or write what is left. No step follows."""
+    def finish(self) -> None:  # noqa: B027  (optional to override)
+        """Upload or write the remaining data after the last step."""
 
 
 TRACKERS: Registry[type[Tracker]] = Registry("tracker", "grpo.tracking.trackers", key="tracking.report_to")
@@ -89,12 +90,13 @@ def find_tracker(name: str) -> type[Tracker]:
     """Return the class of a registered name, package.module:Class or path/file.py:Class.
 
     Raises:
-        ConfigError: for an unknown name, and for what is no subclass of Tracker.
+        ConfigError: for an unknown name, or a class that is not a subclass of Tracker.
     """
     kind = TRACKERS.get(name)
     if not (isinstance(kind, type) and issubclass(kind, Tracker)):
         raise ConfigError(
-            f"tracking.report_to has '{name}', which is not a subclass of grpo.tracking.tracker.Tracker: let it inherit from it"
+            f"tracking.report_to has '{name}', which is not a subclass of grpo.tracking.tracker.Tracker: let it "
+            "inherit from it"
         )
     return kind
 
@@ -106,7 +108,7 @@ def check_trackers(config: Config) -> None:
 
 
 def completions_table(rollouts: list[dict[str, Any]]) -> CompletionsTable:
-    """Rows of rollouts.jsonl as a table with a column for each reward; at most MAX_ROWS of them."""
+    """Return rows of rollouts.jsonl as a table of at most MAX_ROWS rows, with a column for each reward."""
     rewards = list(rollouts[0].get("rewards") or {}) if rollouts else []
     keys = ["step", "draw", "sample", "reward", "advantage", "length", "ended", "prompt", "completion"]
     rows = [

@@ -18,7 +18,7 @@ class TensorBoard(Tracker):
         super().__init__(run)
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step hides what was drawn after the checkpoint that the run resumes from.
+        # purge_step hides the values after the checkpoint that the run resumes from.
         folder = str(run.run_dir / "tensorboard")
         self._writer: Any = SummaryWriter(folder, purge_step=run.resume_step or None, flush_secs=10)
 

@@ -10,8 +10,9 @@ from grpo.tracking.tracker import CompletionsTable, TrackedRun, Tracker, registe
 
 @register_tracker("trackio")
 class Trackio(Tracker):
-    """A database in ~/.cache/huggingface/trackio (or TRACKIO_DIR); `trackio show` opens it. It cannot replace steps, so a
-    resumed run leaves out those that it has.
+    """A database in ~/.cache/huggingface/trackio (or TRACKIO_DIR). `trackio show` opens it.
+
+    It cannot replace steps, so a resumed run leaves out the steps that it has.
     """
 
     library = "trackio"
@@ -29,7 +30,7 @@ class Trackio(Tracker):
             return
         logged: dict[str, Any] = dict(metrics)
         if table is not None:
-            # Its pages read cells as Markdown and HTML: a completion must be neither.
+            # Its pages render cells as Markdown and HTML, so completions are escaped.
             rows = [
                 [html.escape(visible(cell)) if isinstance(cell, str) else cell for cell in row] for row in table.rows
             ]

@@ -14,8 +14,10 @@ log = logging.getLogger(__name__)
 
 @register_tracker("wandb")
 class Wandb(Tracker):
-    """Offline without WANDB_API_KEY. A resumed run continues under its id, read from the folder that W&B left in the run
-    directory. W&B ignores steps that it has already.
+    """W&B, offline without WANDB_API_KEY.
+
+    A resumed run continues under its id, read from W&B's folder in the run directory. W&B ignores steps that it
+    already has.
     """
 
     library = "wandb"
@@ -28,7 +30,7 @@ class Wandb(Tracker):
         load_keys()
         mode: Any = os.environ.get("WANDB_MODE")
         if not mode:
-            # Decided before init: without a key it would ask for one, or wait for a network that is not there.
+            # Decided before init, which without a key would ask for one or wait for the network.
             mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
             if mode == "offline":
                 log.warning(
