@@ -7,7 +7,7 @@ python benchmarks/comparison.py --count    count this project's lines, keys and 
 import ast
 from typing import Any
 
-from shared import DOCS, RESULTS, ROOT, read_json, script_parser, write_json
+from shared import DOCS, RESULTS, ROOT, markdown, read_json, script_parser, write_json
 
 from grpo.runtime.command import run_main
 
@@ -84,7 +84,7 @@ def page() -> str:
         "The speed of the other projects was not measured, because they need a GPU. This project was not measured on a "
         "GPU either.",
     ]
-    return "\n".join(lines) + "\n"
+    return markdown(lines)
 
 
 def beside_trl() -> list[str]:

@@ -25,6 +25,7 @@ from shared import (
     RESULTS,
     ROOT,
     launch_training,
+    markdown,
     read_json,
     script_parser,
     write_additions,
@@ -212,7 +213,7 @@ def page(results: Path) -> str:
                 + " | ".join(str(row["gib_per_gpu"][name]) for name in where)
                 + " |"
             )
-    return "\n".join(lines) + "\n"
+    return markdown(lines)
 
 
 def outcome(row: dict[str, Any]) -> str:

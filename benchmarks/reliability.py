@@ -18,7 +18,7 @@ from typing import Any
 
 from reliability_rows import NOT_HERE, ROWS
 from reliability_trl import OURS, TRL_FAULTS, run_fault
-from shared import DOCS, RESULTS, ROOT, read_json, script_parser, write_json
+from shared import DOCS, RESULTS, ROOT, markdown, read_json, script_parser, write_json
 
 from grpo.errors import ConfigError, GrpoError
 from grpo.runtime.command import run_main
@@ -111,10 +111,10 @@ def page(results: dict[str, Any]) -> str:
     lines += ["", *(f"- {name}: {why}." for name, why in NOT_HERE.items()), "", "## The same faults on TRL", ""]
     trl = results["trl"]
     if not trl:
-        return "\n".join([*lines, "Not measured.", ""])
+        return markdown([*lines, "Not measured."])
     lines += [f"TRL {trl['version']}, a tiny random model on the CPU.", "", "| fault | TRL | ours |", "|---|---|---|"]
     lines += [f"| {fault} | {trl[name]} | {OURS[name]} |" for name, fault in TRL_FAULTS.items()]
-    return "\n".join([*lines, ""])
+    return markdown(lines)
 
 
 def _combined(figure: str, values: list[str]) -> str:

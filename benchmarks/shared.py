@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import subprocess
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,16 @@ def write_json(path: str | Path, report: Any) -> None:
     """Write a report, and the folder it lies in."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def markdown(lines: list[str]) -> str:
+    """Join the lines of a page. Paragraphs and list items are wrapped at 118 columns, tables and headings are not."""
+    wrapped: list[str] = []
+    for line in lines:
+        indent = "  " if line.startswith("- ") else ""
+        wrap = textwrap.TextWrapper(118, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        wrapped += [line] if line.startswith(("|", "#")) or not line else wrap.wrap(line)
+    return "\n".join(wrapped) + "\n"
 
 
 def character_tokenizer(characters: str) -> Any:

@@ -57,8 +57,9 @@ def config_page(settings: type) -> str:
     lines = [
         "# Config keys",
         "",
-        "Every key is a flag (`--sampling.top_p 1.0`) and a line of a YAML file. `resume` says whether a resumed run",
-        "may find it changed: freely, with `--allow_changes '[KEY]'`, or never. Made from `grpo/config/schema.py`:",
+        "Every key is a flag (`--sampling.top_p 1.0`) and a line of a YAML file. `resume` says whether the key may",
+        "change when a run is resumed: freely, with `--allow_changes '[KEY]'`, or never. Generated from",
+        "`grpo/config/schema.py` by",
         '`python -c "from grpo.config.help import *; from grpo.config.schema import *; print(config_page(Config))"`.',
     ]
     for name, keys in sections_of(settings).items():
@@ -66,8 +67,10 @@ def config_page(settings: type) -> str:
         for key in keys:
             limits = f", {key.setting.range}" if key.setting.range else ""
             trl = f", TRL's `{key.setting.trl}`" if key.setting.trl else ""
-            lines += ["", f"**`{key.name}`** (default `{_value(key)}`{limits}{trl}; resume: {key.setting.resume})  "]
-            lines += textwrap.wrap(key.text, 119, break_on_hyphens=False, break_long_words=False)
+            head = f"**`{key.name}`** (default `{_value(key)}`{limits}{trl}; resume: {key.setting.resume})"
+            *first, last = textwrap.wrap(head, 118, break_on_hyphens=False, break_long_words=False)
+            lines += ["", *first, f"{last}  "]  # two spaces: a line break
+            lines += textwrap.wrap(key.text, 118, break_on_hyphens=False, break_long_words=False)
     return "\n".join(lines)
 
 
@@ -78,7 +81,7 @@ def sections_of(settings: type) -> dict[str, list[Key]]:
 
 
 def _value(key: Key) -> str:
-    """The default, as one would type it."""
+    """Return the default as it is typed in a flag."""
     value = key.default
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 

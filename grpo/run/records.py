@@ -24,7 +24,7 @@ from grpo.types import Group
 log = logging.getLogger(__name__)
 
 TABLES, SAMPLES = 20, 5
-"""How often in a run completions go to the trackers, and to the console."""
+"""Times in a run that completions are shown in the trackers, and in the console."""
 
 
 class Recorder:

@@ -41,7 +41,7 @@ class Run:
     beta: float
     """The KL coefficient now: objective.beta, unless kl_target adapts it."""
     lock: RunLock | None = None
-    """Of the run directory; the main process holds it."""
+    """Lock of the run directory, on the main process."""
     evaluation_error: EngineError | None = None
     """Reason why the last evaluation is missing."""
 

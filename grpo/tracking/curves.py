@@ -31,62 +31,62 @@ CURVES = (
     Curve(
         "Reward",
         "reward/mean",
-        "Should rise, noisily. Flat from the start: every group scores alike, so read the completions.",
+        "Should rise, with noise. Flat from the start: all groups score alike, so read the completions.",
     ),
     Curve(
         "Each reward",
         "reward/.+/mean",
-        "Before weights. Format rises first, being right later; one that stays at 0 teaches nothing.",
+        "Before weights. Format rewards rise first, correctness later. A reward that stays at 0 has no effect.",
     ),
     Curve(
         "Held-out accuracy",
         "eval/accuracy",
-        "The one that counts. If the reward rises and this does not, the reward is being gamed.",
+        "The main result. If the reward rises and this does not, the model exploits the reward.",
     ),
     Curve(
         "KL to the reference",
         "policy/kl",
-        "How far the policy has moved. A slow rise is learning; a jump: lower the learning rate or raise beta.",
+        "Distance from the reference. A slow rise is normal. At a jump, lower the learning rate or raise beta.",
     ),
     Curve(
         "Entropy",
         "policy/entropy",
-        "How unsure the model is, per token. Near 0, completions are all alike and nothing is left to compare.",
+        "Uncertainty in nats per token. Near 0, all completions of a prompt are alike and nothing is learned.",
     ),
     Curve(
         "Completion length",
         "rollout/length_mean",
-        "Tokens. Growing with accuracy: it found that thinking pays. Growing alone: it rambles.",
+        "Tokens. Growing with accuracy: longer reasoning helps. Growing alone: the added text has no use.",
     ),
     Curve(
         "Clipped, truncated, flat",
         "policy/clip_fraction|rollout/truncated_fraction|reward/zero_std_fraction",
-        "Shares that teach less. Many truncated: raise max_completion_length. Many flat: too easy or too hard.",
+        "Shares that slow learning. Many truncated: raise max_completion_length. Many flat: too easy or too hard.",
     ),
     Curve(
         "Gradient norm",
         "policy/grad_norm",
-        "Before clipping. Steady is good; a spike beside a jump of KL is a step that went too far.",
+        "Before clipping. Should be steady. A spike together with a jump of the KL: the step was too large.",
     ),
     Curve(
         "Learning rate",
         "policy/learning_rate",
-        "What the schedule gave each step. It should end where you expect it to.",
+        "Learning rate of each step, from the schedule.",
     ),
     Curve(
         "Tokens per second",
         "rollout/tokens_per_second",
-        "Speed of sampling. It falls when completions get longer, or when somebody else uses the machine.",
+        "Speed of sampling. It falls if completions get longer, or if other programs use the machine.",
     ),
     Curve(
         "Memory",
         "memory/peak_gib",
-        "GiB, the most so far. Still rising after the first steps: longer completions, or a leak.",
+        "Peak so far, in GiB. A rise after the first steps: longer completions, or a leak.",
     ),
     Curve(
         "Seconds per phase",
         "time/(rollout|reward|reference|update)",
-        "Sampling should take most of it. A long reward phase: a slow reward function.",
+        "Sampling should take most of the time. A long reward phase: a slow reward function.",
     ),
 )
 

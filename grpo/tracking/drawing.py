@@ -1,6 +1,6 @@
 """Drawing: lines -> HTML with an SVG. A browser shows it at once; a plotting library would take seconds.
 
-# one line, steps 1 2 3, values 0 4 2  ->  <path d="M0 980L500 20L1000 500">, labels "1 2 3" below, "0 1 2 3 4" at the left
+# one line, steps 1 2 3, values 0 4 2  ->  <path d="M0 980L500 20L1000 500">, labels "1 2 3" (x) and "0 1 2 3 4" (y)
 
 The SVG is stretched over its box, so labels are HTML elements, placed in per cent of the box. curves.js shows the
 values under the pointer. Names are not trusted: they are escaped here, and set as text in curves.js.

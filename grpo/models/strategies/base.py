@@ -57,9 +57,9 @@ class ModelSize:
     trained: int
     largest_weight: int
     largest_unit: int
-    """Of the largest part that is gathered at once: a layer, or the embedding."""
+    """Weights of the largest part that is gathered at once: a layer, or the embedding."""
     loaded_bytes: int
-    """Of the weights as they are loaded, without adapter."""
+    """Bytes of the weights as they are loaded, without adapter."""
     adapter_bytes: int
 
 
@@ -72,7 +72,7 @@ class StateMemory:
     gradients: float
     optimizer: float
     released: float
-    """Of `gradients`: freed while the engine samples."""
+    """Part of `gradients` that is freed while the engine samples."""
     gathered: float = 0.0
     """Weights that are whole only while their layer computes."""
     start: float | None = None
