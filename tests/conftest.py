@@ -1,6 +1,6 @@
-"""One thread for every run that a test starts in its own process: on models this small, threads wait more than they work.
+"""One thread for every run that a test starts in a new process, because threads slow down models this small.
 
-For the whole session, since runs are compared to the last bit, and the number of threads changes that bit.
+It holds for the whole session: runs are compared to the bit, and the number of threads changes the last bits.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(params=["compiled", "torch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Twice: with the C functions, and as where no C compiler is."""
+    """Run the test twice: with the C functions, and as on a machine without a C compiler."""
     if request.param == "torch":
         for module in (grpo.kernels.cpu.compiler, grpo.kernels.cpu.panels):
             monkeypatch.setattr(module, "compiled", lambda source, **functions: None)

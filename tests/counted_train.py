@@ -1,5 +1,7 @@
-"""launch/train.py that writes down every collective of our own: COLLECTIVES/rank-R.jsonl, one line for each, with the step it was in.
-(What DDP exchanges of gradients does not go through Python, and is not in it.)"""
+"""launch/train.py that records every collective of this package, with its step, in COLLECTIVES/rank-R.jsonl.
+
+DDP's exchange of gradients does not go through Python and is not recorded.
+"""
 
 import json
 import os

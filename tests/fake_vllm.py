@@ -1,5 +1,5 @@
-"""A stand-in for a vLLM server: the same endpoints over real HTTP, weights over the same process group, tokens from our native
-engine. For what must be tested without vLLM: errors of the protocol, and what a run does when its server dies."""
+"""A stand-in for a vLLM server: the same endpoints over HTTP, weights over the same process group, tokens
+from our native engine. It tests errors of the protocol, and a run whose server dies."""
 
 import json
 import threading
@@ -19,8 +19,10 @@ from tests.fakes import CharTokenizer
 
 
 class FakeVLLM:
-    """`with FakeVLLM(model_folder) as server: server.url`. `fails` maps paths to what they do instead of answering: an int is
-    a status, "drop" closes the connection, "hang" never answers."""
+    """Server for `with FakeVLLM(model_folder) as server: server.url`.
+
+    `fails` maps paths to faults: an int is a status, "drop" closes the connection, "hang" never answers.
+    """
 
     def __init__(self, folder: Path | None = None, room: int = 4096):
         self.fails: dict[str, Any] = {}

@@ -44,7 +44,7 @@ FAMILIES = {
 
 
 def tiny_model(family: str = "qwen2", seed: int = 0, spread: float = 4.0, **changes: object) -> PreTrainedModel:
-    """A random model, spread out so that its distributions are far from uniform, with our attention switched on."""
+    """A random model with packed attention, whose distributions are far from uniform."""
     torch.manual_seed(seed)
     config = FAMILIES[family](**(SHAPE | changes))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()

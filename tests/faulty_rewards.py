@@ -1,4 +1,4 @@
-"""Rewards that misbehave where a completion says so, for tests of the runner: {"hang", "spin", "die", "raise", ...}."""
+"""Rewards that fail as the completion requests, for tests of the workers: {"hang", "spin", "die", "raise", ...}."""
 
 import math
 import os

@@ -1,5 +1,9 @@
-"""launch/train.py with a fault put in from outside: FAULT="nan:RANK:CALL[:COUNT]" makes the loss of COUNT optimizer steps of one rank
-NaN, from step CALL on; "loop:RANK:CALL" lets that rank never come back from there. Each rank writes what every optimizer step did to its weights and moments into FAULT_LOG/rank-R.jsonl."""
+"""launch/train.py with an injected fault.
+
+FAULT="nan:RANK:CALL[:COUNT]" makes the loss of COUNT optimizer steps of one rank NaN, from step CALL on.
+FAULT="loop:RANK:CALL" makes that rank loop forever there. Each rank logs in FAULT_LOG/rank-R.jsonl how every
+optimizer step changed its weights and moments.
+"""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""A transformers folder -> a GGUF file, as llama.cpp's converter would write it: for tests, Qwen2 and byte-level BPE only."""
+"""A transformers folder -> a GGUF file like that of llama.cpp's converter. Qwen2 and byte-level BPE only."""
 
 import json
 from pathlib import Path

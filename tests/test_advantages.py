@@ -124,7 +124,7 @@ groups = st.integers(2, 6).flatmap(
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(rewards=groups, shift=st.integers(-5, 5), scale=st.floats(1, 4), seed=st.integers(0, 99))
 def test_what_holds_for_every_estimator(name: str, rewards: list, shift: int, scale: float, seed: int) -> None:
-    """Shifting all rewards changes nothing; scaling them only scales; the order of completions is theirs alone."""
+    """Invariance to shifts of the rewards, equivariance to scaling and to the order of completions."""
     estimate = ADVANTAGES.get(name)
     rewards_PG = torch.tensor(rewards, dtype=torch.float64)
     plain = estimate(rewards_PG)

@@ -54,8 +54,9 @@ def test_the_entropy_has_a_gradient_where_it_is_asked_for(monkeypatch, temperatu
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux's /proc")
 def test_all_logits_at_once_never_exist() -> None:
-    """A loss and its gradients at a real vocabulary: 512 x 152k float32 logits would be 311 MB, and several times that with
-    their softmax and gradient."""
+    """A loss and its gradients at a real vocabulary: 512 x 152k float32 logits would be 311 MB, and several times
+    that with their softmax and gradient.
+    """
     vocabulary, tokens, size = 152_000, 512, 16
     torch.manual_seed(0)
     hidden, head = torch.randn(tokens, size, requires_grad=True), torch.randn(vocabulary, size, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Every variant by hand, its gradients against enumeration, and what must hold for all of them."""
+"""Every variant by hand, its gradients by enumeration, and common properties."""
 
 import math
 from collections.abc import Callable
@@ -59,7 +59,8 @@ def forget(name: str) -> None:
 
 def test_clip_by_hand() -> None:
     # ratios 1.5 and 0.5, epsilon 0.2
-    # A = +1: -min(1.5, 1.2) = -1.2 and -min(0.5, 0.8) = -0.5;  A = -1: -min(-1.5, -1.2) = 1.5 and -min(-0.5, -0.8) = 0.8
+    # A = +1: -min(1.5, 1.2) = -1.2 and -min(0.5, 0.8) = -0.5;  A = -1: -min(-1.5, -1.2) = 1.5 and -min(-0.5, -0.8) =
+    # 0.8
     batch = batch_of([1.0, -1.0], [2, 2])
     logprobs = torch.log(torch.tensor([1.5, 0.5, 1.5, 0.5])).requires_grad_()
     got = loss_of("dapo", batch, logprobs, torch.zeros(4))
@@ -76,7 +77,8 @@ def test_epsilon_high_opens_the_upper_clip_only() -> None:
 
 
 def test_delta_bounds_what_the_clip_leaves_open() -> None:
-    # A = -1, ratio 9: -min(-9, -1.2) = 9 and a gradient of 9; with delta 4: 4 and none. A = +1 is clipped at 1.2 already.
+    # A = -1, ratio 9: -min(-9, -1.2) = 9 and a gradient of 9; with delta 4: 4 and none. A = +1 is clipped at 1.2
+    # already.
     batch = batch_of([-1.0, 1.0], [1, 1])
     logprobs = torch.log(torch.tensor([9.0, 9.0])).requires_grad_()
     assert math.isclose(loss_of("dapo", batch, logprobs, torch.zeros(2)).loss.item(), (9 - 1.2) / 2, rel_tol=1e-6)
@@ -116,7 +118,8 @@ def test_every_variant_has_a_value_by_hand() -> None:
     assert {name for name, _ in mark.args[1]} == set(VARIANTS)
 
 
-# On-policy every variant is REINFORCE: d loss / d logp = -A * weight / denominator. (sapo: sigmoid'(0) * 4 / tau * tau = 1.)
+# On-policy every variant is REINFORCE: d loss / d logp = -A * weight / denominator. (sapo: sigmoid'(0) * 4 / tau *
+# tau = 1.)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_on_policy_every_gradient_is_the_policy_gradient(name: str) -> None:
     lengths = torch.tensor([1.0, 3.0, 3.0, 3.0])
@@ -319,14 +322,14 @@ def test_a_masked_completion_changes_nothing(name: str) -> None:
     assert logprobs.grad[5:].tolist() == [0, 0]
 
 
-# --- Gradients against enumeration: a policy over 4 tokens, every outcome weighted by its probability ------------------
+# --- Gradients by enumeration: a policy over 4 tokens, every outcome weighted by its probability ----------------
 
 LOGITS = torch.tensor([0.3, -0.8, 1.1, 0.0], dtype=torch.float64)
 REFERENCE = torch.log_softmax(torch.tensor([-0.2, 0.5, 0.4, -1.0], dtype=torch.float64), 0)
 
 
 def expected_gradient(of_token: Callable[[Tensor], Tensor]) -> Tensor:
-    """sum over tokens v of p(v) * d of_token(log p(v)) / d logits, with p(v) itself held fixed: what sampling averages."""
+    """Return the expected gradient: sum over tokens v of p(v) * d of_token(log p(v)) / d logits, p(v) fixed."""
     logits = LOGITS.clone().requires_grad_()
     logprobs = torch.log_softmax(logits, 0)
     (logprobs.detach().exp() * of_token(logprobs)).sum().backward()
@@ -380,7 +383,7 @@ def test_what_each_kl_estimator_really_descends(estimator: str, corrected: bool,
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_mean_gradient_is_that_of_the_expected_reward(name: str) -> None:
-    """One-token completions, the advantage of token v is r(v): the mean of the loss's gradient is minus that of sum p * r."""
+    """One-token completions with advantage r(v) of token v: the mean gradient is minus that of sum p * r."""
     rewards = torch.tensor([1.0, -0.5, 0.25, 2.0], dtype=torch.float64)
     logits = LOGITS.clone().requires_grad_()
     torch.softmax(logits, 0).mul(rewards).sum().backward()

@@ -1,4 +1,4 @@
-"""Prose, end to end: 300 rows of an invented language, from a file to a held-out gain that a paired test establishes."""
+"""Prose end to end: 300 rows of an invented language, from a file to a significant held-out gain."""
 
 import json
 from pathlib import Path

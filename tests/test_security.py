@@ -1,5 +1,7 @@
-"""Security: what a model writes, data sets, checkpoints and model folders cannot run code, take secrets along, or leave the run
-directory. SECURITY.md says who is trusted with what."""
+"""Security: completions, datasets, checkpoints and model folders cannot run code, read secrets or leave the run
+directory.
+
+SECURITY.md lists who is trusted."""
 
 import json
 import logging
@@ -102,7 +104,7 @@ def test_a_pickle_in_place_of_any_file_is_not_loaded(tmp_path: Path, record_prop
 
 
 def test_a_pickle_in_place_of_any_file_of_a_lora_run_is_not_loaded(tmp_path: Path, record_property: Any) -> None:
-    """X2. Its checkpoint, and everything in final/ and adapter/, one file at a time; and a pickled adapter beside them."""
+    """X2. Each file of its checkpoint, final/ and adapter/ in turn, and a pickled adapter beside them."""
     touched = tmp_path / "touched"
     bomb = pickle.dumps(Bomb(touched))
     run(tmp_path, "run", steps=1, eval_every=0, **{"lora.r": 2, "lora.target_modules": "[q_proj]"})
@@ -368,8 +370,9 @@ def pins(text: str) -> dict[str, str]:
 
 
 def test_the_lock_holds_what_is_required_with_hashes() -> None:
-    """X14. requirements.lock has every line of requirements.txt at its version, and a sha256 for every file of every package;
-    nothing comes from an address."""
+    """X14. requirements.lock has every line of requirements.txt at its version, and a sha256 for every file of every
+    package; nothing comes from an address.
+    """
     text = (ROOT / "requirements.lock").read_text()
     wanted, locked = pins((ROOT / "requirements.txt").read_text()), pins(text)
     assert len(wanted) >= 18 and {name: locked.get(name) for name in wanted} == wanted

@@ -1,4 +1,4 @@
-"""The whole loop on a tiny model: what is written, exact resume, and learning itself."""
+"""The training loop on a tiny model: its files, exact resume, and learning."""
 
 import json
 from pathlib import Path

@@ -150,9 +150,7 @@ class RunLogger:
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML dumper that quotes texts which start like a number: the config reader takes 5e-6 as a number, YAML does
-    not.
-    """
+    """YAML dumper that quotes texts which start like a number: 5e-6 is a number only for the config reader."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

@@ -102,7 +102,7 @@ def find_tracker(name: str) -> type[Tracker]:
 
 
 def check_trackers(config: Config) -> None:
-    """Raise ConfigError for a tracker of tracking.report_to that is unknown, not installed or does not fit the config."""
+    """Raise ConfigError if a tracker of tracking.report_to is unknown, not installed or does not fit the config."""
     for name in config.tracking.report_to:
         find_tracker(name).check(config)
 

@@ -1,4 +1,4 @@
-"""docs/machines.md equals the stored results; every profile was tried both ways; memory estimates are near the peaks."""
+"""docs/machines.md equals the stored results; every profile was run full and with LoRA; memory estimates are close."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The same work through TRL's GRPOTrainer and ours: equal numbers; where they differ on purpose, the right ones."""
+"""Parity with TRL's GRPOTrainer: equal numbers, and the correct ones for intended differences."""
 
 import copy
 import math
@@ -56,19 +56,20 @@ def test_five_adamw_steps_end_with_equal_weights() -> None:
     row = compare(Case("dapo", {"beta": 0.3}, steps=5, optimizer="adamw"))
     assert row["clipped"] > 0  # it went off-policy on the way
     # AdamW divides each gradient by its own size, so the smallest ones, which are mostly rounding, may move a weight by
-    # anything up to a step: what all weights moved is compared, and no weight may be off by a hundredth of a step of 1e-3.
+    # anything up to a step: what all weights moved is compared, and no weight may be off by a hundredth of a step of
+    # 1e-3.
     assert row["moved"] <= 1e-5
     assert row["weights"] <= 1e-5  # 1.1e-6 was seen
 
 
-# --- Where we differ on purpose -----------------------------------------------------------------------------------------
+# --- Intended differences ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "sapo", "dr_grpo", "luspo"])
 def test_a_masked_completion_dilutes_trls_mean_and_not_ours(loss_type: str, folder: Path) -> None:
-    """Masked completions are left out of the loss: then the mean is over those that are left, as DAPO's own loss counts
-    only their tokens. TRL's per-completion means keep the masked ones in the denominator, so its step shrinks with how
-    many were cut off. Right is the gradient of the completions that count, whoever else was sampled."""
+    """Masked completions are excluded from the loss and from its denominator, as in DAPO's token mean. TRL's means per
+    completion keep them in the denominator, so its step shrinks with the number of truncated completions. The expected
+    gradient is that of the remaining completions alone."""
     case = Case(loss_type, {"beta": 0.3, "mask_truncated_completions": True}, steps=1)
     ours, theirs = run_ours(case, folder), run_trl(case, folder)
     factor = masked_factor(loss_type)
@@ -90,7 +91,7 @@ def test_cispo_without_a_cap_scales_every_gradient_of_trl_down(folder: Path) -> 
 
 def test_bnpo_of_trl_depends_on_micro_batches_and_ours_does_not(folder: Path) -> None:
     """TRL's bnpo divides by the tokens of a micro-batch: accumulating gradients over two of them is another objective.
-    Ours divides by the tokens of the whole mini-batch, however it is cut."""
+    Ours divides by the tokens of the whole mini-batch, for any micro-batches."""
 
     def gradient(outcome: Outcome) -> dict:
         return outcome.gradients[0]
@@ -103,8 +104,9 @@ def test_bnpo_of_trl_depends_on_micro_batches_and_ours_does_not(folder: Path) ->
 
 
 def test_rewards_that_are_all_equal_teach_trl_rounding_noise_and_us_nothing(folder: Path) -> None:
-    """Six completions that all earn 0.3: there is nothing to compare. In float32 the mean of six times 0.3 is not 0.3; TRL
-    divides what is left by 1e-4 and steps on it. Ours are exactly 0, and no step is taken."""
+    """Six completions with the same reward 0.3. In float32 the mean of six times 0.3 is not 0.3. TRL divides the
+    rounding error by 1e-4 and takes a step. Our advantages are exactly 0, and no step is taken.
+    """
     case = Case("dapo", {"beta": 0.0}, steps=1, shape=(2, 6), flat=0.3)
     assert total_norm(run_trl(case, folder).gradients[0]) > 1e-5
     ours = run_ours(case, folder)
@@ -112,8 +114,10 @@ def test_rewards_that_are_all_equal_teach_trl_rounding_noise_and_us_nothing(fold
 
 
 def test_trls_share_of_flat_groups_is_blind_where_rewards_are_scaled_by_the_batch(folder: Path) -> None:
-    """One prompt earns 0 with all completions, the other 1: every group is flat. TRL looks at the batch's deviation and
-    reports none; reward/zero_std_fraction looks at each group (grpo/run/step_metrics.py counts rows of advantages that are 0)."""
+    """All completions of one prompt get reward 0, those of the other 1, so every group is flat. TRL uses the
+    deviation of the batch and reports none. reward/zero_std_fraction counts groups whose advantages are 0
+    (grpo/run/step_metrics.py).
+    """
     from grpo.advantages import group_advantages
 
     case = Case("dapo", {"beta": 0.3, "scale_rewards": "batch"}, steps=1, shape=(2, 6), flat=0.5, contrast=0.5)
@@ -122,11 +126,11 @@ def test_trls_share_of_flat_groups_is_blind_where_rewards_are_scaled_by_the_batc
     assert (group_advantages(rewards_PG, scale="batch") == 0).all()
 
 
-# --- Rounding, told from a difference -------------------------------------------------------------------------------------
+# --- Rounding or a real difference -----------------------------------------------------------------------------
 
 
 def exact_sapo(folder: Path, steps: int) -> list[float]:
-    """The losses of SAPO with KL and the overlong filter in float64: written out again, one completion at a time."""
+    """The losses of SAPO with KL and the overlong filter in float64, computed one completion at a time."""
     from transformers import AutoModelForCausalLM
 
     case = Case("sapo", {"beta": 0.3, "mask_truncated_completions": True})
@@ -169,8 +173,9 @@ def exact_sapo(folder: Path, steps: int) -> list[float]:
 
 
 def test_the_largest_difference_of_a_loss_is_rounding(folder: Path) -> None:
-    """sapo, beta 0.3, masked: two losses of 0.0513 differ by 1.5e-6, which is 3e-5 of them. Its terms of about 2.3 in size
-    cancel; in float64 the loss lies between the two, as near to each as float32 allows for such terms."""
+    """sapo, beta 0.3, masked: two losses of 0.0513 differ by 1.5e-6, which is 3e-5 of them. Its terms of about 2.3 in
+    size cancel; in float64 the loss lies between the two, as near to each as float32 allows for such terms.
+    """
     case = Case("sapo", {"beta": 0.3, "mask_truncated_completions": True}, factor=masked_factor("sapo"))
     ours, theirs = run_ours(case, folder).losses, run_trl(case, folder).losses
     for mine, other, exact in zip(ours, theirs, exact_sapo(folder, 2), strict=True):

@@ -1,4 +1,4 @@
-"""Curriculum through a whole run: what was set aside when it stopped is set aside when it goes on."""
+"""Curriculum in a whole run: prompts that were set aside stay so after a resume."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Data: rows from files to examples, with every error naming its file and line; and the real GSM8K, where there."""
+"""Data: rows from files to examples, errors with file and line, and the real GSM8K if it is available."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Bad rows, repeated questions, letters beyond ASCII, odd tokenizers, odd lengths: named, counted, or survived."""
+"""Bad rows, repeated questions, letters beyond ASCII, odd tokenizers and odd lengths are reported or handled."""
 
 import json
 import unicodedata
@@ -50,7 +50,7 @@ CORPUS["latin-1"] = (CORPUS["latin-1"], ":2", "not UTF-8")  # type: ignore[assig
 
 @pytest.mark.parametrize("name", CORPUS)
 def test_a_bad_row_is_named_or_left_out(tmp_path: Path, name: str) -> None:
-    """R14. `data.bad_rows error` stops at the file and line; `skip` uses the others and says which it left out."""
+    """R14. `data.bad_rows error` stops at file and line; `skip` uses the other rows and reports rejected ones."""
     bad_line, where, says = CORPUS[name]
     path = tmp_path / "a.jsonl"
     path.write_bytes(
@@ -68,7 +68,7 @@ def test_a_bad_row_is_named_or_left_out(tmp_path: Path, name: str) -> None:
 
 
 def test_a_run_writes_down_the_rows_that_it_left_out(tmp_path: Path) -> None:
-    """R14. bad_rows error: not one weight is loaded. skip: the run goes on without them, and rejected.jsonl says which."""
+    """R14. bad_rows error: no weight is loaded. skip: the run uses the other rows, and rejected.jsonl lists them."""
     flags = arguments(tmp_path, "run", steps=1, eval_every=0, save_every=0)
     data = tmp_path / "data.jsonl"
     bad = tmp_path / "bad.jsonl"
@@ -82,7 +82,7 @@ def test_a_run_writes_down_the_rows_that_it_left_out(tmp_path: Path) -> None:
 
 
 def test_repeated_and_leaked_questions_are_counted() -> None:
-    """R15. Spaces and the encoding of accents make no other question."""
+    """R15. Spaces and the encoding of accents do not change a question."""
     train = [
         Prompt(0, "café  one", (1,)),
         Prompt(1, [{"role": "user", "content": "cafe\u0301 one "}], (1,)),
@@ -139,7 +139,7 @@ def test_both_sides_are_compared_in_nfc() -> None:
 
 @pytest.mark.parametrize("length", [3, 4, 5])
 def test_the_limit_counts_the_chat_template(length: int) -> None:
-    """R13. "ab" is 2 tokens, and 4 with its template: at the limit it stays, one below it is left out whole, never cut."""
+    """R13. "ab" is 2 tokens, and 4 with its template: kept at the limit, left out one token below it, never cut."""
 
     class Templated:
         chat_template, bos_token_id = "x", None
@@ -165,7 +165,7 @@ def test_end_tokens() -> None:
 
 
 def test_the_end_token_is_trained_where_it_is_the_padding_too() -> None:
-    """R18. Lengths are recorded, not found by looking for padding: the first end token stays in the completion."""
+    """R18. Lengths are recorded, not derived from padding: the first end token stays in the completion."""
     tokenizer = CharTokenizer()
     tokenizer.pad_token_id = tokenizer.eos_token_id
     engine = NativeEngine(tiny_model(), tokenizer, slots=4, uses_packed_attention=True)  # type: ignore[arg-type]
@@ -175,7 +175,7 @@ def test_the_end_token_is_trained_where_it_is_the_padding_too() -> None:
 
 
 def shaped(monkeypatch: pytest.MonkeyPatch, ids: list[int], ended: bool, text: str) -> None:
-    """Every completion is this one."""
+    """An engine that always returns the same completion."""
     generate = NativeEngine.generate
 
     def replaced(self: NativeEngine, *arguments: Any, **named: Any) -> list[Group]:
@@ -200,7 +200,7 @@ def shaped(monkeypatch: pytest.MonkeyPatch, ids: list[int], ended: bool, text: s
 def test_odd_lengths_are_finite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ids: list[int], ended: bool, truncated: float, mask: bool
 ) -> None:
-    """R12. All cut off, all ended at once, one token each; also where the cut ones are masked, so that nothing is left."""
+    """R12. All truncated, all ended at once, one token each. Also with truncated ones masked, so that none is left."""
     monkeypatch.setattr("grpo.run.build.check_agreement", lambda *arguments: 0.0)  # it would notice the made-up ones
     shaped(monkeypatch, ids, ended, "")
     rows = run(tmp_path, "run", steps=2, eval_every=0, save_every=0, **{"objective.mask_truncated_completions": mask})

@@ -1,4 +1,4 @@
-"""The invented language: its letters, its split, and that a row is what an archive's row is."""
+"""The invented language: its letters, its split, and rows in the format of an archive."""
 
 import json
 import unicodedata

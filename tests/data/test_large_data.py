@@ -1,4 +1,4 @@
-"""Mapped, streamed and measured prompts: each equals the plain list, and goes on exactly where it was stopped."""
+"""Mapped, streamed and measured prompts: each equals the plain list, and resumes at the exact position."""
 
 import json
 from pathlib import Path
@@ -156,7 +156,7 @@ def names(prompts: list[Prompt]) -> list[int]:
 
 
 def results(prompts: list[Prompt], *earned: float) -> list[tuple[int, float]]:
-    """What each prompt earned, by its name."""
+    """Return the reward of each prompt by its name."""
     return [(prompt.draw, earned[prompt.token_ids[0]]) for prompt in prompts]
 
 

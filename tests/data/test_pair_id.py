@@ -1,4 +1,4 @@
-"""What names a row goes with it, untouched: from the file to rewards, rollouts, evaluation, feedback and the next version."""
+"""pair_id stays unchanged from the file to rewards, rollouts, evaluation, feedback and the next data version."""
 
 import json
 import unicodedata

@@ -37,7 +37,7 @@ CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "
 
 
 def make_tokenizer(chat_template: str | None) -> Any:
-    """Whole words; texts start with <bos> and end with <eos>, as some real tokenizers have it."""
+    """A tokenizer of whole words that adds <bos> and <eos> to a text, as some real tokenizers do."""
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(

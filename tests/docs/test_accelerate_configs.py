@@ -1,4 +1,4 @@
-"""Every accelerate_configs/*.yaml is read by accelerate as it was meant."""
+"""Every accelerate_configs/*.yaml is read by accelerate with the intended meaning."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_accelerate_reads_it_and_its_comment_says_how_to_launch_it(path: Path) -
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_no_is_a_word_not_false(path: Path) -> None:
-    """Bare NO is `false` in YAML; only quoted is it the word accelerate looks for."""
+    """Unquoted NO is `false` in YAML, so it must be quoted for accelerate."""
     config = read(path)
 
     assert isinstance(config.mixed_precision, str)

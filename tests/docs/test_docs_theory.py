@@ -1,4 +1,4 @@
-"""docs/theory.md: what it names exists, what it claims holds, and every paper that is cited anywhere is in the list."""
+"""docs/theory.md: its names exist, its claims hold, and every paper cited anywhere is in the list."""
 
 import ast
 import json

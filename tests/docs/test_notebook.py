@@ -21,7 +21,7 @@ def test_it_is_valid_small_and_holds_no_output() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_it_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, without keys: it trains the starter, draws, chats, evaluates, and trains with its own reward and data."""
+    """On a CPU without keys: train the tiny model, plot, chat, evaluate, and train with a custom reward and data."""
     from nbclient import NotebookClient
 
     monkeypatch.setenv("WALKTHROUGH_DIR", str(tmp_path))

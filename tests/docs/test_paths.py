@@ -1,4 +1,4 @@
-"""Every module name and every path in code, tests, docs and settings leads somewhere."""
+"""Every module name and every path in code, tests, docs and settings exists."""
 
 import importlib
 import importlib.util

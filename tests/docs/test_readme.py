@@ -1,4 +1,4 @@
-"""README is what a user pastes: every bash block runs, every file that it or a page for beginners names is there."""
+"""README: every bash block runs, and every file named in it or in a page for beginners exists."""
 
 import os
 import re
@@ -43,7 +43,7 @@ def test_every_key_in_the_tables_is_there() -> None:
 
 
 def shortened(block: str) -> str:
-    """The block as a test has time for it: what is installed stays, training takes two steps, the tests are only collected."""
+    """Return a short form of the block: nothing is installed, two training steps, tests are only collected."""
     lines = []
     for line in block.splitlines():
         line = re.sub(r"pip install (-r \S+|-e \S+) && ", "", line)
@@ -57,7 +57,7 @@ def shortened(block: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_bash_block_runs(tmp_path: Path) -> None:
-    """In one folder, in the order of the page, as somebody who follows it would."""
+    """Run all blocks in one folder, in the order of the page."""
     for name in ("launch", "accelerate_configs", "requirements.txt", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     for code in re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):

@@ -1,4 +1,4 @@
-"""The C functions against the same in torch, number by number; and a machine without a compiler."""
+"""The C functions compared with torch, number by number; and a machine without a compiler."""
 
 import copy
 import os
@@ -70,7 +70,7 @@ def test_norm_and_swiglu_equal_torch_in_values_and_gradients(
 def test_attention_equals_torch_in_values_and_gradients(
     monkeypatch: pytest.MonkeyPatch, threads: int, window: int | None, heads: int, key_heads: int, size: int
 ) -> None:
-    """Four groups in a row; the prompts of the second and the last lie elsewhere, and what was gathered for that of the third is added."""
+    """Four groups. The second and the last have prompts elsewhere. Gathered gradients of the third are added."""
     spans = [GroupSpan(0, 5, (7, 1, 33)), GroupSpan(46, 9, (4, 6)), GroupSpan(56, 3, (2,)), GroupSpan(61, 4, (3, 11))]
     tokens = 46 + 10 + 5 + 14
 
@@ -127,7 +127,7 @@ def test_a_rotation_equals_torch_in_values_and_gradients(
 
 @pytest.mark.parametrize("way", ["compiled", "torch"], indirect=True)
 def test_gradients_are_added_where_they_belong_and_autograd_gives_the_same(way: str) -> None:
-    """A model with a tied head and a padding token, twice: gradients added in place over two backward passes, and by autograd."""
+    """Two passes of a model with tied head and padding token: gradients added in place equal those of autograd."""
     plain = tiny_model("qwen2", tie_word_embeddings=True)
     plain.get_input_embeddings().padding_idx = 3
     twin = copy.deepcopy(plain)

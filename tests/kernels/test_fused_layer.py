@@ -1,4 +1,4 @@
-"""The fused decoder layer, the blocks of the head, and products with bfloat16 panels: against the reference in torch."""
+"""The fused decoder layer, the blocks of the head and products with bfloat16 panels equal the reference in torch."""
 
 import contextlib
 

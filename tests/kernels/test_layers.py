@@ -1,4 +1,4 @@
-"""Layers computed from a description: the logprobs and gradients of the model's modules, and the model itself untouched."""
+"""Layers computed from a description: logprobs and gradients equal those of the modules; the model is unchanged."""
 
 import copy
 
@@ -18,14 +18,14 @@ from tests.fakes import group, tiny_model
 
 
 def long_batch(vocabulary: int = 40) -> PackedBatch:
-    """Two groups of more than 64 tokens together, which is where C begins."""
+    """Two groups of more than 64 tokens together, the minimum for C."""
     torch.manual_seed(3)
     ids = [torch.randint(2, vocabulary, (length,)).tolist() for length in (9, 40, 22, 6, 31)]
     return pack([group(0, ids[0], ids[1:3]), group(1, ids[3], ids[4:])], torch.ones(2, 2), max_tokens=1000)[0]
 
 
 def spread(model: PreTrainedModel) -> PreTrainedModel:
-    """Norms and biases away from 1 and 0, which would hide one that is left out."""
+    """Set norms and biases to values other than 1 and 0, so that a missing one is detected."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name or "lora" in name:

@@ -1,4 +1,4 @@
-"""The gather of the hidden states that predict completions: its backward pass does not depend on the load of the machine."""
+"""The gather of the hidden states that predict completions: the backward pass is deterministic."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Mixed precision, chosen by the accelerate config alone: bf16, and the loss scale of fp16 as far as a CPU computes it."""
+"""Mixed precision, selected by the accelerate config: bf16, and the loss scale of fp16 as far as a CPU computes it."""
 
 import json
 from collections.abc import Iterator
@@ -176,7 +176,7 @@ def settings(tmp_path: Path, run: str, **changes: object) -> list[str]:
 def test_a_bf16_run_logs_how_far_sampling_and_training_are_apart(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What `accelerate launch` hands down is this variable, and nothing else changes."""
+    """`accelerate launch` sets only this variable."""
     tiny_data(tmp_path / "data.jsonl")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     run = train(load_config(settings(tmp_path, "run")))
@@ -196,7 +196,7 @@ def test_fp16_on_a_cpu_is_refused_with_what_to_change(monkeypatch: pytest.Monkey
 
 
 def fp16(scale: float) -> Accelerator:
-    """What accelerate sets up for fp16 on a GPU; it refuses to on a CPU, though torch can."""
+    """The setup of accelerate for fp16 on a GPU, which accelerate rejects on a CPU."""
     accelerator = Accelerator(cpu=True)
     accelerator.state._mixed_precision = "fp16"
     accelerator.native_amp = True

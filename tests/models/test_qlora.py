@@ -1,4 +1,4 @@
-"""QLoRA for real: a 4-bit base under a float32 adapter, on the CPU that bitsandbytes also knows."""
+"""QLoRA: a 4-bit base under a float32 adapter, on the CPU that bitsandbytes also knows."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_the_base_stays_in_4_bits_and_what_is_sampled_is_what_learns(folder: Pat
 
 
 def test_a_layer_by_hand(folder: Path) -> None:
-    """What is sampled from is the dequantized base plus B A times alpha / r; and 4 bits round by a few per cent."""
+    """Sampling uses the dequantized base plus B A times alpha / r; 4 bits change weights by a few per cent."""
     from bitsandbytes.functional import dequantize_4bit
 
     policy = lora_policy(folder, ["q_proj"], load_in_4bit=True)

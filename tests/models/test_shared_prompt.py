@@ -1,4 +1,4 @@
-"""Shared prompts: a split group with its prompt computed once is the group in one batch, and the group with its prompt repeated."""
+"""Shared prompts: a split group with one computed prompt equals the unsplit group, and repeated prompts."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,8 +23,9 @@ from tests.fakes import group, tiny_folder, tiny_model
 from tests.test_trainer import arguments
 
 LENGTHS = [(6, [4, 9, 1, 7, 3]), (2, [3, 2]), (7, [5, 8, 2, 9, 9])]
-"""Prompt and completion lengths. In rows of 24 tokens, the first group is split in two; the second goes whole beside the rest of
-it, and the first part of the third."""
+"""Prompt and completion lengths. In rows of 24 tokens, the first group is split in two; the second goes whole beside
+the rest of it, and the first part of the third.
+"""
 NARROW = 24
 TOKENS = sum(prompt + sum(lengths) for prompt, lengths in LENGTHS)
 
@@ -72,7 +73,7 @@ def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance:
 
 
 def tokens_seen(model: nn.Module) -> list[int]:
-    """Filled with the number of tokens of every pass through the layers, as it happens."""
+    """Return a list that collects the number of tokens of every pass through the layers."""
     seen: list[int] = []
     model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -122,7 +123,7 @@ def test_the_same_logprobs_and_gradients_as_in_one_batch_and_as_with_the_prompt_
 
 
 def test_a_window_hides_the_start_of_the_prompt() -> None:
-    """That the windows above are not wider than the sequences: without them the numbers are others."""
+    """Check that the windows above are narrower than the sequences: without them the numbers differ."""
     scorers = [
         LogprobModel(tiny_model(spread=2.0, **changes), uses_packed_attention=True, temperature=1.0)
         for changes in ({}, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1})
@@ -286,8 +287,8 @@ def test_a_run_learns_the_same(tmp_path: Path, beta: float, monkeypatch: pytest.
     narrow = weights("narrow", 24)
     assert len(rejoined) >= 2 * 2  # a group in each iteration of each step, at the least
     for key in wide:
-        # AdamW divides rounding by rounding where a gradient is all but 0: what is added to all keys of a sequence hardly changes what
-        # they attend to, and a token that is seen once hardly changes the loss.
+        # AdamW divides rounding by rounding where a gradient is all but 0: what is added to all keys of a sequence
+        # hardly changes what they attend to, and a token that is seen once hardly changes the loss.
         close = 1e-4 if key.endswith(("k_proj.bias", "embed_tokens.weight")) else 1e-5
         assert torch.allclose(wide[key], narrow[key], atol=close)
         assert torch.allclose(checkpointed[key], narrow[key], atol=close)

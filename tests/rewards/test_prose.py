@@ -1,4 +1,4 @@
-"""Rewards for prose: by hand, and what each resists."""
+"""Rewards for prose: values by hand, and attempts to exploit them."""
 
 import unicodedata
 

@@ -1,4 +1,4 @@
-"""Rewards in processes of their own: what fails is masked and counted, what hangs is killed, nothing else is touched."""
+"""Rewards in worker processes: failures are masked and counted, hanging calls are killed, the rest is unchanged."""
 
 import dataclasses
 import itertools
@@ -308,7 +308,7 @@ def test_no_reward_vector_makes_a_non_finite_advantage(record_property: Any) -> 
 def test_groups_that_are_offered_early_get_the_same_scores_and_are_judged_once(
     pools: list[RewardWorkerPool], tmp_path: Any
 ) -> None:
-    """`each` judges one by one, and may begin early; `relative` compares the completions of a step, and must not."""
+    """`each` scores single completions and may start early; `relative` compares completions and may not."""
     calls = tmp_path / "calls"
     (tmp_path / "mine.py").write_text(
         "from grpo.rewards.registry import one_by_one\n"

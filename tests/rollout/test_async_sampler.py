@@ -1,4 +1,4 @@
-"""Sampling ahead, and scoring and the reference meanwhile: what is learned from, when, and that nothing else changes."""
+"""Asynchronous sampling and scoring: the order of batches, and equality with the synchronous loop."""
 
 import contextlib
 import json
@@ -92,7 +92,7 @@ def test_it_still_learns_what_is_rewarded(tmp_path: Path) -> None:
 def test_the_reference_before_the_rewards_and_scores_before_the_last_completion_change_no_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plain way: every completion, then every score, then the reference, then the update."""
+    """The synchronous order: all completions, all scores, the reference, the update."""
     (tmp_path / "each.py").write_text(
         "from grpo.rewards.registry import one_by_one\n"
         "@one_by_one(5.0)\n"

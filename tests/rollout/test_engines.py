@@ -11,7 +11,7 @@ from tests.fakes import FAMILIES, CharTokenizer, tiny_model
 pytestmark = pytest.mark.usefixtures("way")
 
 ONCE_IN_1000 = [10.8, 13.8, 16.3, 18.5, 20.5, 22.5, 24.3, 26.1, 27.9, 29.6, 31.3]
-"""What chi-square with 1, 2, ... degrees of freedom exceeds by chance once in a thousand times."""
+"""Values of chi-square with 1, 2, ... degrees of freedom that are exceeded with probability 0.001."""
 
 
 def prompts() -> list[Prompt]:

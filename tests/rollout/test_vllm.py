@@ -1,7 +1,8 @@
-"""Real vLLM, on a CPU: pytest -m vllm tests/rollout/test_vllm.py, in the environment that .ci/vllm_environment.sh makes.
+"""Real vLLM on a CPU: pytest -m vllm tests/rollout/test_vllm.py, in the environment of .ci/vllm_environment.sh.
 
-One server for all tests, started as a user would, with weights that are not the model's (--load-format dummy): whatever it gets
-right came from the trainer. The model's head is tied to its embeddings, the case that vLLM's CPU build gets wrong by itself.
+All tests use one server, started as by a user, with dummy weights (--load-format dummy), so that correct results
+prove the weight updates. The model's head is tied to its embeddings, which vLLM's CPU build does not update without
+our fix.
 """
 
 import json
@@ -207,7 +208,7 @@ def test_two_processes_sample_the_same(folder: Path, server: Running) -> None:
 
 
 def test_a_server_that_is_killed(folder: Path, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Last: it takes the server with it."""
+    """The last test, because it kills the server."""
     original, calls = ExperienceCollector.sample, []
 
     def sample(*args: object) -> object:
@@ -230,7 +231,7 @@ def test_a_server_that_is_killed(folder: Path, server: Running, monkeypatch: pyt
 
 
 def colocated(folder: Path, name: str, code: str) -> subprocess.CompletedProcess:
-    """In a process of its own: vLLM keeps what it takes of a process."""
+    """In a new process, because vLLM changes its process permanently."""
     flags = arguments(folder, name, **COMMON | {"rollout.vllm_mode": "colocate"})
     program = f"from grpo.cli import main, run_main\n{code}\nrun_main(lambda: main(['train', *{flags!r}]))\n"
     return subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
@@ -243,7 +244,7 @@ def test_a_run_with_vllm_in_the_same_process(folder: Path) -> None:
 
 
 def test_a_vllm_that_forgets_the_tied_head_is_found_out(folder: Path) -> None:
-    """vLLM's CPU build as it is: an update of this model succeeds, and its head stays as it was."""
+    """vLLM's CPU build without our fix: an update of this model succeeds, but its head does not change."""
     done = colocated(
         folder, "stock", "import grpo.rollout.vllm_worker\ngrpo.rollout.vllm_worker.register = lambda: None"
     )

@@ -1,4 +1,4 @@
-"""The vLLM engine without vLLM: a stand-in speaks its protocol (tests/fake_vllm.py). The real one is in tests/rollout/test_vllm.py."""
+"""The vLLM engine with a stand-in for the server (tests/fake_vllm.py). Real vLLM: tests/rollout/test_vllm.py."""
 
 import json
 import subprocess
@@ -102,7 +102,7 @@ def test_weights_travel_in_parcels(fake: FakeVLLM, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_refused_update_does_not_hold_the_program_up(fake: FakeVLLM) -> None:
-    """The server answers with an error, and its worker, alive, takes no part: the broadcast would wait for it."""
+    """The server answers with an error and its worker does not join, so the broadcast would wait forever."""
     fake.fails["/update_weights"] = 500
     program = f"""
 import sys, torch
@@ -172,7 +172,7 @@ def settings(server: FakeVLLM) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run whose server lived on, "whole", with its model and data beside it."""
+    """Run a training whose server stays alive. Return its folder "whole", with model and data beside it."""
     folder = tmp_path_factory.mktemp("vllm")
     arguments(folder, "none")  # makes model and data
     with FakeVLLM(folder / "model") as server:

@@ -1,4 +1,4 @@
-"""Mistakes are told before any weight loads: `model.name` is a folder that does not exist, and nobody gets as far."""
+"""Config errors are raised before any weight loads: `model.name` does not exist, and no test reaches it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Checkpoints come back to the bit, are whole or not there, and a damaged one is named and passed over."""
+"""Checkpoints: restored to the bit, written atomically; damaged ones are reported and skipped."""
 
 import json
 import os
@@ -193,7 +193,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(
 
 
 def test_a_file_size_limit_is_a_storage_error(tmp_path: Path) -> None:
-    """The real thing, not a patched function: the operating system refuses the write."""
+    """The operating system refuses the write; no function is patched."""
     resource = pytest.importorskip("resource")
     good = save(tmp_path, 1)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -211,7 +211,7 @@ def test_a_file_size_limit_is_a_storage_error(tmp_path: Path) -> None:
 
 
 def test_killed_at_any_moment_of_a_save(tmp_path: Path) -> None:
-    """The process dies before its n-th call into the operating system: a valid checkpoint is always there."""
+    """The process dies before its n-th system call: a valid checkpoint always exists."""
     program = (
         "import os, sys, torch\n"
         "from pathlib import Path\n"

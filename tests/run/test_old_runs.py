@@ -1,4 +1,4 @@
-"""Checkpoints of the first version of the trainer are resumed: the remaining steps are those of the uninterrupted run."""
+"""Checkpoints of the first version of the trainer resume with the same steps as the uninterrupted run."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Resume: exact at every step, and honest about what changed in between."""
+"""Resume: exact at every step; changes of config and code are reported."""
 
 import hashlib
 import json
@@ -81,7 +81,7 @@ def resume(folder: Path, name: str, stop: int = 2, **changes: Any) -> list[dict[
 
 
 def test_a_checkpoint_without_progress_goes_on_exactly(folder: Path) -> None:
-    """As runs wrote them before they counted their draws."""
+    """Records of runs from before draws were counted."""
     stopped_at(folder, "old", 2)
     edit_state(folder / "old" / "checkpoints" / "step-2", lambda state: state.pop("progress"))
     run(folder, "old", **COSINE, eval_every=0, resume="auto")
@@ -196,7 +196,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
 
 
 def test_classes_of_settings() -> None:
-    """Every key of the config has a class; a new one is not free by accident."""
+    """Every config key declares its resume class."""
     classes = {kind: [] for kind in ("free", "needs a flag", "forbidden")}
     for key in flatten(to_dict(Config())):
         classes[class_of(key)].append(key)

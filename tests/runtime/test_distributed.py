@@ -162,8 +162,7 @@ def same_run(one: Ended, other: Ended) -> None:
 
 
 def stopped_after_a_step(run: Ended, folder: Path) -> None:
-    """Copy the run as if it was killed before its second checkpoint. Records of later steps stay, as after a kill between
-    the record of a step and its checkpoint."""
+    """Copy the run as if it was killed before its second checkpoint, after the records of that step."""
     shutil.copytree(run.folder, folder)
     for later in (2, 3):
         shutil.rmtree(folder / "checkpoints" / f"step-{later}")
@@ -183,8 +182,9 @@ def stopped_after_a_step(run: Ended, folder: Path) -> None:
     ids=["full", "idle rank", "lora", "sampled ahead", "large batches"],
 )
 def test_any_number_of_processes_does_the_same(runs: Runs, cases: list[str], changes: dict[str, object]) -> None:
-    """Uneven lengths, 5 prompts on 2 ranks (2 on 3), uneven micro-batches: same groups, rewards, advantages, metrics and
-    weights. Evaluation counts each of 11 items once."""
+    """Uneven lengths, 5 prompts on 2 ranks (2 on 3), uneven micro-batches: same groups, rewards, advantages, metrics
+    and weights. Evaluation counts each of 11 items once.
+    """
     one, *others = runs("one", *cases, **changes)
     assert one.code == 0, one.stderr
     start = load_file(runs.place / "model" / "model.safetensors")
@@ -211,7 +211,7 @@ def test_fsdp_computes_in_bfloat16_what_ddp_does(
 
 @pytest.mark.slow
 def test_two_machines_do_the_same(runs: Runs) -> None:
-    """multi_node_fsdp2.yaml with one launcher per machine, both on this one, which meet at an address and a port."""
+    """multi_node_fsdp2.yaml with two launchers on this machine, which connect at an address and a port."""
     [one] = runs("one")
     assert one.code == 0, one.stderr
     with socket.socket() as free:
@@ -234,7 +234,7 @@ def test_two_machines_do_the_same(runs: Runs) -> None:
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
 def test_zero_does_the_same_and_resumes(runs: Runs, stage: int, changes: dict[str, object]) -> None:
-    """DeepSpeed over gloo on two CPU ranks; a run resumed from the checkpoint of its first step ends in the same weights."""
+    """DeepSpeed over gloo on two CPU ranks; a run resumed after its first step ends in the same weights."""
     one, sharded = runs("one", f"zero{stage}", **changes)
     assert one.code == 0, one.stderr
     same_run(one, sharded)
@@ -301,8 +301,9 @@ def test_a_sharded_run_resumes_exactly_and_alone(runs: Runs) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
 def test_weights_that_stay_in_the_machines_memory_learn_the_same(runs: Runs, changes: dict[str, object]) -> None:
-    """fsdp_offload_params, FSDP2's shards, gradients and moments on the CPU: same as one process, and a run resumed from
-    its first checkpoint ends in the same weights to the bit."""
+    """fsdp_offload_params, FSDP2's shards, gradients and moments on the CPU: same as one process, and a run resumed
+    from its first checkpoint ends in the same weights to the bit.
+    """
     one, offloaded = runs("one", "offloaded", **changes)
     assert one.code == 0, one.stderr
     same_run(one, offloaded)
@@ -351,8 +352,9 @@ def test_a_checkpoint_that_the_main_process_cannot_read_is_refused_by_all(runs: 
 
 @pytest.mark.slow
 def test_one_collective_per_log_not_one_per_metric(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
-    """Two gloo ranks: four rewards, eight more metrics than one, need the same collectives in every step, and one of them
-    carries all sums of the log."""
+    """Two gloo ranks: four rewards, eight more metrics than one, need the same collectives in every step, and one of
+    them carries all sums of the log.
+    """
     tiny_folder(tmp_path / "model")
     tiny_data(tmp_path / "data.jsonl")
     four = {f"{tmp_path}/lengths.py:{name}": 1.0 for name in "abcd"}

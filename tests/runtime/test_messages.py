@@ -1,4 +1,4 @@
-"""Messages of the logger `grpo`: who shows them, once, on which stream, and what they never hold."""
+"""Messages of the logger `grpo`: ranks, streams, no repetition, no secrets."""
 
 import io
 import logging

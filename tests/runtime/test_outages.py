@@ -1,4 +1,4 @@
-"""What fails around a run costs the run nothing: a full disk, a tracker that hangs, a terminal that is gone, a long night."""
+"""Faults in the environment of a run: a full disk, a hanging tracker, a closed terminal, a long run."""
 
 import contextlib
 import logging
@@ -38,7 +38,7 @@ resource = pytest.importorskip("resource")
 
 @contextlib.contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """The operating system refuses every byte of a file beyond `size`: a full disk, for one process."""
+    """Limit the size of files of this process, which simulates a full disk."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
@@ -230,7 +230,7 @@ def test_without_a_network_none_is_asked_for(tmp_path: Path, monkeypatch: pytest
 def test_too_little_room_is_said_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is foreseen is what is written; a disk that holds one checkpoint only is warned about, a smaller one refused."""
+    """Estimated size equals written size. Space for one checkpoint only: a warning. Less: an error."""
     for name, lora in (("full", {}), ("lora", {"lora.r": 2, "lora.target_modules": "[q_proj]"})):
         sizes: list[tuple[int, int]] = []
         foreseen = Policy.bytes_on_disk

@@ -174,8 +174,8 @@ def raised_at(folder: Path) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["stopped", "endless loop"])
 def test_a_rank_that_hangs_ends_the_job(tmp_path: Path, record_property: Any, how: str) -> None:
-    """Rank 1 is stopped (SIGSTOP), or never comes back from its second backward pass. The other one gives up after
-    rank_timeout, and ends it: the launcher would wait 30 s more for it to heed a SIGTERM."""
+    """Rank 1 is stopped (SIGSTOP) or hangs in its second backward pass. The other rank kills it after rank_timeout; the
+    launcher would wait 30 s more after SIGTERM."""
     script = "launch/train.py" if how == "stopped" else "tests/faulty_train.py"
     fault = {"FAULT": "loop:1:2", "FAULT_LOG": str(tmp_path)}
     process = start(tmp_path, "run", CPU_2, script, fault, eval_every=0, rank_timeout=15)

@@ -1,4 +1,4 @@
-"""A signal at any phase, to one process or all: saved within a step, the exit code says which, and the run goes on exactly."""
+"""Signals in each phase, to one process or all: a checkpoint within a step, the exit code, and an exact resume."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def test_a_signal_before_the_first_step(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def write_gate(folder: Path) -> None:
-    """A reward that waits for folder/open before it goes on from the second step, and says so in folder/waiting-RANK."""
+    """Write a reward that waits for folder/open in the second step, and creates folder/waiting-RANK meanwhile."""
     (folder / "gate.py").write_text(
         "import os, pathlib, time\n"
         "here = pathlib.Path(__file__).parent\n"

@@ -1,4 +1,4 @@
-"""What a person sees in a terminal (a real pseudo-terminal), in a log file, and when memory runs out."""
+"""Output in a terminal (a real pseudo-terminal), in a log file, and when memory runs out."""
 
 import os
 import subprocess
@@ -110,17 +110,19 @@ def test_what_is_out_of_memory_and_what_is_not() -> None:
         ("from grpo.tracking.console import Display; Display(1); print('left in the buffer')", 0),
         ("print('the result of a command that is no training')", 120),
         (
-            "import warnings; from grpo.runtime.command import run_main; run_main(lambda: warnings.warn('nobody reads this'))",
+            "import warnings; from grpo.runtime.command import run_main; run_main(lambda: warnings.warn('nobody "
+            "reads this'))",
             0,
         ),
         (
-            "import warnings; from grpo.errors import *; from grpo.runtime.command import run_main; run_main(lambda: exec('raise ConfigError'))",
+            "import warnings; from grpo.errors import *; from grpo.runtime.command import run_main; "
+            "run_main(lambda: exec('raise ConfigError'))",
             2,
         ),
     ],
 )
 def test_what_a_full_disk_does_not_take_changes_no_exit_code(program: str, code: int) -> None:
-    """Python ends with 120 where standard output or error cannot be written at exit: a run that is saved has not failed."""
+    """A saved run exits with 0, although Python would exit with 120 if standard output cannot be written."""
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=full, env=buffered)

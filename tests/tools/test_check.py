@@ -84,14 +84,16 @@ def test_bad_rows_streams_and_permission_are_looked_at_as_train_does(flags: list
         file.write('{"question": "no mark", "answer": "5"}\n')
     found = check(load_config([*flags, "--data.bad_rows=skip"]))
     assert found.data == (
-        "data: 13 rows, 12 used, 1 left out (rejected.jsonl); extractor hash found 12 of 13 answers (92.3%), the first is '1'"
+        "data: 13 rows, 12 used, 1 left out (rejected.jsonl); extractor hash found 12 of 13 answers (92.3%), the "
+        "first is '1'"
     )
     assert found.rejected[0]["place"] == f"{tmp_path / 'data.jsonl'}:13"
     (tmp_path / "data_card.yaml").write_text("source: here\nlicence: mit\npermission: unknown\n")
     streamed = check(load_config([*flags, "--data.bad_rows=skip", "--data.streaming=true"]))
     assert "only the first 12 rows were read" in streamed.data and "epochs" not in streamed.batch
     assert streamed.warnings == [
-        f"data card {tmp_path / 'data_card.yaml'}: permission is unknown. Ask before you publish a model that was trained on it"
+        f"data card {tmp_path / 'data_card.yaml'}: permission is unknown. Ask before you publish a model that was "
+        "trained on it"
     ]
     (tmp_path / "data_card.yaml").write_text("source: here\nlicence: mit\npermission: prohibited\n")
     with pytest.raises(ConfigError, match="permission is prohibited"):

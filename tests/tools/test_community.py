@@ -1,4 +1,4 @@
-"""The whole cycle on an invented language: right corrections are promoted, wrong ones are not, withdrawn ones vanish."""
+"""The feedback cycle on an invented language: right corrections promoted, wrong ones rejected, withdrawals."""
 
 import json
 from pathlib import Path

@@ -46,7 +46,8 @@ from grpo.tools.community.feedback import new_feedback
 from grpo.tools.community.feedback_file import append_feedback
 path, writer, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 for number in range(count):
-    append_feedback(path, new_feedback("accept", prompt=f"q {number}", completion="ẖ" * (number % 50), reviewer=writer, consent=True))
+    texts = {"prompt": f"q {number}", "completion": "ẖ" * (number % 50)}
+    append_feedback(path, new_feedback("accept", **texts, reviewer=writer, consent=True))
     if number == 0:
         print("started", flush=True)
 """

@@ -1,4 +1,4 @@
-"""The run says why it does not learn: each finding is provoked here, said once, and named."""
+"""Diagnostics: each finding is caused by a test, and reported once under its name."""
 
 import dataclasses
 import itertools
@@ -59,13 +59,18 @@ def test_a_sound_run_says_nothing() -> None:
 @pytest.mark.parametrize(
     ("changes", "name", "step", "says"),
     [
-        ({"rewards": [{"a": 0.0, "b": 1.0}, {"a": 0.0, "b": 2.0}]}, "dead:a", 20, "reward 'a' has been 0 for all 40 completions of steps 1 to 20; it teaches nothing: it never fires"),
-        ({"rewards": [{"soft_format": 0.0}] * 2}, "dead:soft_format", 20, "reward 'soft_format' has been 0 .* stops at line breaks.* use xml_format"),
+        ({"rewards": [{"a": 0.0, "b": 1.0}, {"a": 0.0, "b": 2.0}]}, "dead:a", 20,
+         "reward 'a' has been 0 for all 40 completions of steps 1 to 20; it teaches nothing: it never fires"),
+        ({"rewards": [{"soft_format": 0.0}] * 2}, "dead:soft_format", 20,
+         "reward 'soft_format' has been 0 .* stops at line breaks.* use xml_format"),
         ({"rewards": [{"a": 0.5}] * 2}, "constant:a", 20, "reward 'a' has been 0.5 for all 40 completions"),
-        ({"rewards": [{"a": math.nan}] * 2}, "silent:a", 20, "reward 'a' applied to none of the completions of steps 1 to 20"),
-        ({"rollout/truncated_fraction": 1.0}, "truncated", 3, "6 of 6 completions of steps 1 to 3 hit sampling.max_completion_length 200 .*raise it"),
+        ({"rewards": [{"a": math.nan}] * 2}, "silent:a", 20,
+         "reward 'a' applied to none of the completions of steps 1 to 20"),
+        ({"rollout/truncated_fraction": 1.0}, "truncated", 3,
+         "6 of 6 completions of steps 1 to 3 hit sampling.max_completion_length 200 .*raise it"),
         ({"ended": False}, "no_end_token", 20, "the end token was never sampled, in 40 completions.*eos_token"),
-        ({"text": "It is 4."}, "no_answer_found", 20, "none of 40 completions holds an answer .*data.system_prompt xml"),
+        ({"text": "It is 4."}, "no_answer_found", 20,
+         "none of 40 completions holds an answer .*data.system_prompt xml"),
         ({"reward/zero_std_fraction": 1.0}, "flat", 20, "every group of steps 1 to 20 was flat.*too hard.*too easy"),
         ({"policy/learning_rate": 0.0}, "learning_rate", 3, "learning rate has been 0 in steps 1 to 3"),
         ({"policy/sampling_logprob_difference": 0.2}, "sampler", 3, "disagree by 0.2 nats.*rollout.engine native"),
@@ -89,8 +94,8 @@ def test_each_finding_is_made_once(changes: dict[str, Any], name: str, step: int
 def collapsing(
     collapses: bool, flat_at_first: bool = False, is_right_often: bool = False
 ) -> list[tuple[int, str, str]]:
-    """Findings of a run of 40 steps, 4 prompts x 4 completions: the form is learned in 8 steps. With `collapses`, from step 10
-    on every completion is one of five texts and the entropy is about 0, and 0 where all groups are flat.
+    """Findings of a run of 40 steps, 4 prompts x 4 completions: the form is learned in 8 steps. With `collapses`,
+    from step 10 on every completion is one of five texts and the entropy is about 0, and 0 where all groups are flat.
     """
     watch, found = Diagnostics(), []
     for step in range(1, 41):
@@ -130,7 +135,7 @@ def test_certainty_is_no_collapse() -> None:
 
 
 def test_a_step_whose_groups_are_all_flat_says_nothing_about_the_policy() -> None:
-    """Nothing went through the model: its entropy of 0 is not what the run began with, and not what it has come to."""
+    """No completion went through the model, so its entropy of 0 counts neither as first nor as last entropy."""
     assert collapsing(collapses=False, flat_at_first=True) == []
     flat = {"policy/entropy": lambda step: 0.0 if step < 3 else 1.1, "reward/zero_std_fraction": lambda step: step < 3}
     assert observe(Diagnostics(), **flat) == []
@@ -165,7 +170,7 @@ def findings(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_with_the_classic_dead_reward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The reward that many a run has trained with, unseen. In the file, in the terminal, in the report; and not twice."""
+    """The common reward soft_format: reported once, in the file, in the terminal and in the report."""
     rewards = {"soft_format": 1.0, f"{tmp_path}/count_a.py:count_a": 1.0}
     settings = {"rewards": json.dumps(rewards), "steps": 5, "eval_every": 0, "save_every": 5, "tracking.report": "true"}
     run(tmp_path, "run", **settings)

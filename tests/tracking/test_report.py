@@ -294,7 +294,7 @@ def export_command(tmp_path: Path, hub: str, monkeypatch: pytest.MonkeyPatch, *f
 def test_a_push_that_fails_loses_nothing(
     tmp_path: Path, hub: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refused: str
 ) -> None:
-    """At each of its calls: exit code 3 and the command that tries again; the folder is complete, and uploading it works later."""
+    """A failure at each call: exit code 3, the command to try again, and a complete folder to upload later."""
     run, main = export_command(tmp_path, hub, monkeypatch)
     monkeypatch.setattr(Hub, "refuses", refused)
     with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""What trackers hold at the end is read back with their own formats: every number, and the completions."""
+"""Trackers: their files hold every number and the completions, read in their own formats."""
 
 import json
 from collections.abc import Iterator
