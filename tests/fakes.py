@@ -68,13 +68,13 @@ class CharTokenizer:
 
 
 def group(draw: int, prompt: list[int], completions: list[list[int]], ended: bool = True) -> Group:
-    """A group from plain ids, with sampling logprobs of -1 for every token."""
+    """Return a group made of token ids, with sampling logprobs of -1."""
     made = [Completion(ids, [-1.0] * len(ids), ended, "") for ids in completions]
     return Group(Prompt(draw, "text", tuple(prompt)), made)
 
 
 def tiny_folder(path: Path, seed: int = 0, **changes: object) -> Path:
-    """A model folder as `model.name` takes it: a tiny random Qwen2 with a tokenizer of single characters."""
+    """Save a model folder for `model.name`: a tiny random Qwen2 with a tokenizer of single characters."""
     characters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + list("0123456789 +=?")
     vocabulary = {"<end>": 0, "<pad>": 1} | {character: 2 + i for i, character in enumerate(characters)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
@@ -89,7 +89,7 @@ def tiny_folder(path: Path, seed: int = 0, **changes: object) -> Path:
 
 
 def tiny_data(path: Path, rows: int = 12) -> Path:
-    """A JSONL file of sums, GSM8K's format."""
+    """Write a JSONL file of sums in the format of GSM8K."""
     lines = [
         json.dumps({"question": f"{a}+{a + 1}=", "answer": f"sum\n#### {2 * a + 1}", "pair_id": a}) for a in range(rows)
     ]

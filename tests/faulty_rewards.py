@@ -18,7 +18,7 @@ VALUES = {
 
 
 def faulty(completions: list[Any], **columns: Any) -> list[Any]:
-    """A completion's length, unless the completion asks for something else."""
+    """Return the length of each completion, or fail as it requests."""
     return [_one(text) for text in completions]
 
 
@@ -45,7 +45,7 @@ def short(completions: list[Any], **columns: Any) -> list[float]:
 
 
 def relative(completions: list[Any], **columns: Any) -> list[float]:
-    """Compares completions with each other: a completion alone would always get 1."""
+    """Compare completions with each other. A completion scored alone would always get 1."""
     if "raise" in completions:
         raise ValueError("cannot read it")
     return [len(text) / sum(len(other) for other in completions) for text in completions]
@@ -61,7 +61,7 @@ def chatty(completions: list[Any], **columns: Any) -> list[float]:
 
 
 def code_points(completions: list[str], note: list[str], **_: Any) -> list[float]:
-    """A number that another letter, another order or another normal form would change."""
+    """Return a number that depends on letters, their order and their normal form."""
     return [
         float(sum(place * ord(letter) for place, letter in enumerate(text + column, 1)) % 65_521)
         for text, column in zip(completions, note, strict=True)

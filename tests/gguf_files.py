@@ -29,7 +29,7 @@ OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_
 
 
 def chat_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with ChatML, as Qwen2 has it, of about 330 tokens."""
+    """Return a byte-level BPE tokenizer with ChatML like that of Qwen2, with about 330 tokens."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -49,7 +49,7 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_gguf(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, quantized: bool) -> Path:
-    """`quantized`: matrices in Q8_0 (8 bits and a scale for each 32), else everything in float32."""
+    """Write the file. `quantized`: matrices in Q8_0 (8 bits and a scale for each 32), otherwise all in float32."""
     import gguf
 
     config = model.config

@@ -22,7 +22,7 @@ from grpo.runtime.device import return_freed_memory
 
 
 class Peak:
-    """The most bytes that this process held within, above those before; mapped files only count with `files`."""
+    """Measure the peak memory of the block in bytes, above that before it. Mapped files count only with `files`."""
 
     def __init__(self, *, files: bool = False) -> None:
         self.files = files

@@ -35,7 +35,7 @@ def available() -> bool:
 
 
 def killed_before(action: Callable[[], object], point: int) -> tuple[bool, list[str]]:
-    """-> (whether it was killed, the calls up to there). It is not, if `action` makes fewer than `point` such calls."""
+    """Return (True if it was killed, number of calls). It is not killed if `action` makes fewer than `point` calls."""
     child = os.fork()
     if child == 0:
         code = 1

@@ -147,7 +147,7 @@ def test_what_holds_for_every_estimator(name: str, rewards: list, shift: int, sc
     )
 )
 def test_any_reward_vector_gives_finite_advantages(rows: list[list[float]]) -> None:
-    """Every float64 there is, NaN, infinities and 1e308 among them."""
+    """All float64 values, also NaN, infinities and 1e308."""
     for scale in ("group", "batch", "none"):
         advantages = group_advantages(torch.tensor(rows, dtype=torch.float64), scale=scale)
         assert bool(torch.isfinite(advantages.float()).all()), (scale, advantages)

@@ -63,7 +63,7 @@ def test_all_logits_at_once_never_exist() -> None:
     targets = torch.randint(0, vocabulary, (tokens,))
 
     def peak(loss: Callable[[], torch.Tensor]) -> float:
-        """MB above what was resident before."""
+        """Return the peak of resident memory in MB above the value before."""
         hidden.grad = head.grad = None
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")

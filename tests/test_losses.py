@@ -45,7 +45,7 @@ def loss_of(
     counts: Counts | None = None,
     **changes: object,
 ) -> LossOutput:
-    """The loss of one batch, which is the whole mini-batch unless `counts` says otherwise."""
+    """Return the loss of one batch, which is the whole mini-batch unless `counts` is given."""
     old = logprobs.detach() if old is None else old
     chosen = vars(replace(ObjectiveConfig(), **changes))
     counts = counts or Counts(float(len(batch.tokens_N)), float(len(batch.lengths_S)), 10)
@@ -402,7 +402,7 @@ def test_the_mean_gradient_is_that_of_the_expected_reward(name: str) -> None:
 @pytest.mark.parametrize("ratio", [0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 3.9, 4.1])
 @pytest.mark.parametrize("delta", [None, 4.0])
 def test_every_clip_branch(advantage: float, ratio: float, delta: float | None) -> None:
-    """The gradient by finite differences of the formula, written out again."""
+    """Return the gradient by finite differences of an independent formula."""
 
     def formula(r: float) -> float:
         return -min(min(r, delta or r) * advantage, min(max(r, 0.8), 1.2) * advantage)

@@ -39,7 +39,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Bomb:
-    """A pickle of it makes a file when it is loaded."""
+    """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, target: Path):
         self.target = target
@@ -53,7 +53,7 @@ def sources() -> list[Path]:
 
 
 def test_code_of_a_model_folder_is_not_run(tmp_path: Path) -> None:
-    """X1. A folder that brings its own modelling code: an error that says so, and the code has not run."""
+    """X1. A model folder with its own code: an error that names the cause, and the code does not run."""
     folder, touched = tiny_folder(tmp_path / "model"), tmp_path / "touched"
     config = json.loads((folder / "config.json").read_text())
     auto = {"AutoConfig": "modeling_x.XConfig", "AutoModelForCausalLM": "modeling_x.X"}
@@ -77,7 +77,7 @@ def test_code_of_a_model_folder_is_not_run(tmp_path: Path) -> None:
 
 
 def test_a_pickle_in_place_of_any_file_is_not_loaded(tmp_path: Path, record_property: Any) -> None:
-    """X2. In each file of a checkpoint, and as a model's weights."""
+    """X2. A pickle in place of each file of a checkpoint, and of a model's weights."""
     touched = tmp_path / "touched"
     bomb = pickle.dumps(Bomb(touched))
     run(tmp_path, "run", steps=1, eval_every=0)
@@ -136,7 +136,7 @@ def test_a_pickle_in_place_of_any_file_of_a_lora_run_is_not_loaded(tmp_path: Pat
 
 
 def load_everything(folder: Path) -> int:
-    """Whatever the commands load of a run. -> how many of four loads worked."""
+    """Load everything that commands load from a run. Return how many of four loads worked."""
     loads = [
         lambda: load_checkpoint(folder / "checkpoints" / "step-1"),
         lambda: load_model(str(folder / "final")),
@@ -172,7 +172,7 @@ def test_what_no_source_file_may_hold(banned: str) -> None:
 
 
 def test_each_load_by_transformers_refuses_remote_code() -> None:
-    """X1. The policy, its reference, its tokenizer, and its shape; an adapter brings no code."""
+    """X1. Policy, reference, tokenizer and shape. An adapter has no code."""
     texts = {path: path.read_text() for path in sources() if path.is_relative_to(ROOT / "grpo")}
     calls = [
         text[found.start() : found.start() + 500].split("\n    except", 1)[0]
@@ -191,7 +191,7 @@ CANARIES = {
 
 
 class RecordingWandb:
-    """Keeps everything that it is given."""
+    """A tracker that keeps all its arguments."""
 
     def __init__(self) -> None:
         self.given: list[Any] = []
@@ -212,7 +212,7 @@ class RecordingWandb:
 def test_secrets_are_found_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], record_property: Any
 ) -> None:
-    """X7. Secrets in the environment and in .env: not in the run directory, not in what W&B gets, not on the screen."""
+    """X7. Secrets in the environment and in .env: not in the run directory, not in W&B, not in the output."""
     for name, value in CANARIES.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -265,7 +265,7 @@ def test_an_error_does_not_tell_a_secret(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_secrets_are_not_settings(tmp_path: Path) -> None:
-    """X7. Neither a flag nor a key, and the error does not repeat the value."""
+    """X7. Secrets are neither flags nor keys, and the error does not repeat the value."""
     (tmp_path / "a.yaml").write_text("hub_token: hf_CANARYaBcDeFgHiJkLmNoP\n")
     for arguments in (
         ["--hub_token", "CANARY123"],
@@ -293,7 +293,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=repr)
 def test_hostile_text_is_shown_not_obeyed(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """X9. In the terminal: as its characters, control and direction marks as codes."""
+    """X9. Hostile text in the terminal is shown literally, control and direction marks as codes."""
     display = Display(3)
     display.completions([{"step": 1, "prompt": text, "completion": text, "reward": 1.0}])
     logging.getLogger("grpo").warning("%s", text)
@@ -303,7 +303,7 @@ def test_hostile_text_is_shown_not_obeyed(text: str, capsys: pytest.CaptureFixtu
 
 
 def test_hostile_text_survives_the_files(tmp_path: Path) -> None:
-    """X9, R16. And in the files it is what it was, to the character."""
+    """X9, R16. Hostile text in the files is unchanged."""
     tracker = RunLogger(tmp_path, Config(tracking=TrackingConfig(report_to=[])), {}, 0)
     tracker.log(1, {}, [{"step": 1, "completion": text} for text in HOSTILE])
     tracker.finish()

@@ -1,4 +1,4 @@
-"""Waiting of OpenMP threads: set before torch loads the runtime, unless the user has set it."""
+"""Wait policy of OpenMP threads: set before torch loads the runtime, unless the user has set it."""
 
 import os
 import subprocess

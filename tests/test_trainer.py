@@ -176,7 +176,7 @@ def test_dynamic_sampling_learns_from_full_batches_and_stops_at_its_cap(tmp_path
 
 
 def test_flat_groups_move_nothing_not_even_by_weight_decay(tmp_path: Path) -> None:
-    """R11. Nothing was learned, so nothing changes: no decay, no momentum."""
+    """R11. Flat groups change nothing: no decay, no momentum."""
     (tmp_path / "always.py").write_text("def always(completions, **columns):\n    return [1.0] * len(completions)\n")
     changes = {"objective.beta": 0, "optimizer.weight_decay": 0.1, "rewards": f'{{"{tmp_path}/always.py:always": 1.0}}'}
     rows = run(tmp_path, "flat", steps=2, eval_every=0, **changes)
@@ -218,7 +218,7 @@ def test_every_variant_trains(tmp_path: Path, extra: dict) -> None:
 
 
 def test_kl_in_the_reward_is_taken_off_before_comparing(tmp_path: Path) -> None:
-    """At step 1 the policy is the reference: no KL, the same advantages. Later the estimate per token is logged."""
+    """At step 1 the policy equals the reference: KL 0, the same advantages. Later the estimate is logged per token."""
     wide = {"steps": 3, "eval_every": 0, "prompts_per_step": 8}
     plain = run(tmp_path, "plain", **wide, **{"objective.beta": 0})
     inside = run(tmp_path, "inside", **wide, **{"objective.beta": 0.5, "objective.kl_in_reward": True})

@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def apart(ours: dict, theirs: dict, factor: float = 1.0) -> float:
-    """|ours * factor - theirs| / |theirs| over all parameters."""
+    """Return |ours * factor - theirs| / |theirs| over all parameters."""
     return total_norm({name: ours[name] * factor - theirs[name] for name in theirs}) / total_norm(theirs)
 
 

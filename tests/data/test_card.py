@@ -1,4 +1,4 @@
-"""Data cards: granted, unknown, prohibited; and what the model card shows."""
+"""Data cards: granted, unknown and prohibited permission, and their part of the model card."""
 
 import json
 from pathlib import Path
@@ -99,7 +99,7 @@ def test_a_card_that_says_nothing(tmp_path: Path, text: str, message: str) -> No
 
 
 def test_a_run_records_its_card_and_the_model_card_shows_it(tmp_path: Path) -> None:
-    """From the command's flags to the published text; a card cannot carry markup into it."""
+    """From the flags to the published text. Markup in a card is escaped."""
     rows = [{"question": f"say {word}", "answer": f"`{word}`", "pair_id": word} for word in ("aa", "bb", "cc")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "rows.jsonl.card.yaml").write_text(

@@ -100,7 +100,7 @@ LETTERS = ["îâûôê ṯ ẖ ’ \u00a0", "čšžŋ", "🦜👩‍👩‍👧"
 
 @pytest.mark.parametrize("text", LETTERS, ids=repr)
 def test_letters_come_back_as_they_were(tmp_path: Path, text: str) -> None:
-    """R16. From the file through the reader into the columns, and through the rollouts file to the dashboard."""
+    """R16. From the file to the columns, to rollouts.jsonl and to the dashboard."""
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"question": "q" + text, "answer": "#### 1", "note": text}) + "\n")
     [example] = load_examples(DataConfig(path=str(path), system_prompt=None), "train", 0)
@@ -113,7 +113,7 @@ def test_letters_come_back_as_they_were(tmp_path: Path, text: str) -> None:
 
 
 def test_rewards_in_other_processes_see_the_letters_as_they_are() -> None:
-    """R16. The completion and its columns, code point by code point."""
+    """R16. Completion and columns are compared by code points."""
     runner = RewardWorkerPool({"tests.faulty_rewards:code_points": 1.0})
     try:
         groups = [
@@ -154,7 +154,7 @@ def test_the_limit_counts_the_chat_template(length: int) -> None:
 
 
 def test_end_tokens() -> None:
-    """R18. A list of them, one that is also the padding token, none at all."""
+    """R18. Several end tokens, one that is also the padding token, and none."""
     model, tokenizer = tiny_model(), CharTokenizer()
     model.generation_config = GenerationConfig(eos_token_id=[7, 3])
     assert end_token_ids(model, tokenizer) == [0, 3, 7]  # type: ignore[arg-type]

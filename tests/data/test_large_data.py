@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {"name": "question_answer", "extractor": "quoted_term
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """60 rows, of which two are faulty."""
+    """Write 60 rows, of which two are invalid."""
     monkeypatch.setenv("GRPO_CACHE", str(tmp_path / "cache"))
     lines = [json.dumps(row, ensure_ascii=False) for row in generate_rows(58)]
     lines.insert(7, '{"question": "cut off')

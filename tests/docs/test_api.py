@@ -31,7 +31,7 @@ def run_examples(folder: Path, *examples: str) -> None:
 
 
 def test_the_examples_run_on_a_tiny_random_model(tmp_path: Path) -> None:
-    """The whole script on a model that needs no warm-up."""
+    """Run the whole script with a model that needs no warm-up."""
     tiny_folder(tmp_path / "model")
     changes = [
         f"config.model.name = {str(tmp_path / 'model')!r}",

@@ -18,7 +18,7 @@ ARXIV = re.compile(r"arXiv[\s:]+(\d{4}\.\d{5})")
 
 
 def names_in(path: Path) -> set[str]:
-    """Functions and classes at the top of a file."""
+    """Return the names of functions and classes at the top level of a file."""
     body = ast.parse(path.read_text(encoding="utf-8")).body
     return {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
@@ -55,7 +55,7 @@ def test_every_citation_is_in_the_list_and_none_is_there_for_nothing() -> None:
 
 
 def expected_pull(p: float, count: int, scale: str) -> float:
-    """Mean over all groups of `count` completions, each right with probability p, of the gradient with respect to p.
+    """Return the mean gradient with respect to p over all groups of `count` completions, right with probability p.
 
     A completion is one token; d log p(right) / dp = 1 / p, d log p(wrong) / dp = -1 / (1 - p).
     """

@@ -41,7 +41,7 @@ def texts() -> dict[str, str]:
 
 
 def resolve(name: str) -> Any:
-    """Import the longest module that `name` begins with, and look the rest up as attributes."""
+    """Import the longest module prefix of `name`, and look up the rest as attributes."""
     parts = name.split(".")
     for count in range(len(parts), 0, -1):
         module = ".".join(parts[:count])

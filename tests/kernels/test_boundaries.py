@@ -18,7 +18,7 @@ ALLOWED = {
 
 
 def lines_of(path: Path) -> list[str]:
-    """The code of a file: no docstrings, no comments."""
+    """Return the code of a file without docstrings and comments."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

@@ -186,7 +186,7 @@ def fused_backbone(model: PreTrainedModel) -> KernelBackbone:
 
 
 def decoded(backbone: Backbone, rows: int, steps: int = 3) -> Tensor:
-    """Hidden states of a prefill of `rows` prompts, of a few steps, and the logits of the last."""
+    """Return hidden states of a prefill of `rows` prompts and of a few steps, and the last logits."""
     ids = torch.arange(rows * 5).reshape(rows, 5) % 40
     cache = SlotCache(rows, 5 + steps, backbone.cache_dtype)
     with torch.no_grad():

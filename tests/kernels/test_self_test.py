@@ -1,4 +1,4 @@
-"""The self-test at the start: right kernels stay on, wrong or unused ones are switched off, and the run goes on."""
+"""The self-test at the start: correct kernels stay enabled, wrong or unused ones are disabled, the run continues."""
 
 import logging
 import time
@@ -46,7 +46,7 @@ def test_wrong_kernels_are_switched_off(
     layer, softmax, draw = layers.decoder_layer, head.softmax, self_test.draw_tokens
 
     def backward_off(*arguments: object) -> Tensor:
-        """The right values, and gradients that are a thousandth too large."""
+        """Return correct values, and gradients that are 0.1 % too large."""
         made = layer(*arguments)  # type: ignore[arg-type]
         if made.requires_grad:
             made.register_hook(lambda gradient: gradient * 1.001)

@@ -8,7 +8,7 @@ from tests.fakes import group, tiny_model
 
 
 def test_gradients_are_equal_to_the_bit_each_time() -> None:
-    """Many completions share the last token of their prompt, and two threads work on enough numbers to be used."""
+    """Many completions share the last token of their prompt, with enough numbers for two threads."""
     model = tiny_model("llama", hidden_size=256, head_dim=64)
     batch = pack([group(0, [5] * 9, [[7 + index % 9] * 9 for index in range(48)])], torch.ones(1, 48), max_tokens=9999)[
         0

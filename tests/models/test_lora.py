@@ -1,4 +1,4 @@
-"""LoRA: the reference without adapter, the working copy, which never changes the base, and saved folders."""
+"""LoRA: the reference without adapter, a working copy that never changes the base, and saved folders."""
 
 import json
 from pathlib import Path
@@ -147,7 +147,7 @@ def test_4bit_without_bitsandbytes_is_refused(folder: Path, monkeypatch: pytest.
 
 
 def lora_run(place: Path, folder: Path, name: str, steps: int, **more: object) -> dict[str, torch.Tensor]:
-    """A short run in place/name; -> its last checkpoint's weights."""
+    """Train briefly in place/name. Return the weights of the last checkpoint."""
     tiny_data(place / "data.jsonl")
     settings = {
         "model.name": folder,

@@ -1,4 +1,4 @@
-"""Optimizers by name: AdamW by hand, one of a user's own, and hyperparameters that the config overrides."""
+"""Optimizers by name: AdamW by hand, a user's own optimizer, and hyperparameters overridden by the config."""
 
 from pathlib import Path
 

@@ -84,9 +84,9 @@ def of_wrong_sign(
 
 
 def test_a_model_kept_in_bf16_takes_our_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed attention is no farther from float32 than the model's own, though both round differently in eight layers.
+    """Packed attention is as close to float32 as the model's own, with different rounding in eight layers.
 
-    An implementation that is wrong is still detected.
+    A wrong implementation is detected.
     """
     shape = {"hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2}
     folder = str(tiny_folder(tmp_path / "deep", **shape))
@@ -121,7 +121,7 @@ def test_bf16_computes_the_layers_in_bf16_and_the_head_in_float32(folder: Path) 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_sampler_and_scorer_use_the_same_rounded_weights(folder: Path, lora: bool) -> None:
-    """The engine reads linear weights in bfloat16, which is what autocast makes of the masters at each call."""
+    """The engine reads linear weights in bfloat16, equal to the masters cast by autocast."""
     policy = policy_of(folder, Accelerator(cpu=True, mixed_precision="bf16"), lora, rate=0.01)
     policy.check()  # the reference is in the same precision: KL 0 before the first step
     for _ in range(3):

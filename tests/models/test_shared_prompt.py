@@ -54,7 +54,7 @@ def batches_of(max_tokens: int, share: bool = False) -> list[PackedBatch]:
 
 
 def learned(logprob_model: nn.Module, batches: list[PackedBatch]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logprobs of all batches, and the gradient of sum of advantage * logprob^2 over them by parameter."""
+    """Return logprobs of all batches, and the gradient of the sum of advantage * logprob^2 by parameter."""
     logprobs = []
     for batch in batches:
         logprobs_N = logprob_model(batch)[0]
@@ -245,7 +245,7 @@ def test_the_reference_computes_the_prompt_once(tmp_path: Path) -> None:
 
 
 def test_under_autocast(tmp_path: Path) -> None:
-    """In bfloat16 sums come in another order: as near to float32 as with the prompt repeated."""
+    """In bfloat16 the order of sums differs; the result is as close to float32 as with repeated prompts."""
     folder, narrow = tiny_folder(tmp_path / "model"), batches_of(NARROW)
     exact = accumulated(policy_of(folder), narrow)
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -138,7 +138,7 @@ def test_stale_completions_are_corrected_unless_the_config_says_otherwise(tmp_pa
 
 
 class FakeEngine:
-    """An engine whose completions follow from the prompt."""
+    """An engine whose completions depend on the prompt only."""
 
     def __init__(self, generate: Callable[[list[Prompt]], list[Group]]) -> None:
         self._generate = generate

@@ -107,7 +107,7 @@ def test_the_cache_keeps_to_its_budget() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampled_frequencies_follow_the_model(family: str) -> None:
-    """First and second tokens of many completions, against the probabilities that the plain model gives them."""
+    """First and second tokens of many completions are distributed like the model's probabilities."""
     model, count = tiny_model(family, vocab_size=12, spread=2.0), 4000
     prompt = prompts()[0]
     prompt = Prompt(0, "text", tuple(token % 12 for token in prompt.token_ids))

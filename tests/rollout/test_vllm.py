@@ -49,7 +49,7 @@ PATIENCE = 600
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With "model" and "data.jsonl". vLLM's attention on a CPU wants heads of 32 or more."""
+    """Return a folder with "model" and "data.jsonl". vLLM's attention on a CPU needs heads of 32 or more."""
     folder = tmp_path_factory.mktemp("vllm")
     arguments(folder, "none")
     return tiny_folder(folder / "model", hidden_size=128, head_dim=32, tie_word_embeddings=True).parent
@@ -72,7 +72,7 @@ class Running:
         )
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """The server and its workers, which share a process group of their own."""
+        """Start the server and its workers in their own process group."""
         if self.process.poll() is None or number == signal.SIGKILL:
             try:
                 os.killpg(self.process.pid, number)

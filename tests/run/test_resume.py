@@ -32,7 +32,7 @@ def stopped_at(folder: Path, name: str, stop: int) -> None:
 
 
 def checkpoints_equal(one: Path, other: Path, step: int = STEPS) -> bool:
-    """Weights, moments, schedule, sampler position, to the last bit."""
+    """Weights, moments, schedule and sampler position are equal to the bit."""
     first, second = (folder / "checkpoints" / f"step-{step}" for folder in (one, other))
     files = sorted(path.name for path in first.glob("*.safetensors"))
     assert files == sorted(path.name for path in second.glob("*.safetensors"))
@@ -163,7 +163,7 @@ def test_a_changed_reward_file_is_warned_about(folder: Path, capsys: pytest.Capt
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
     folder: Path, capsys: pytest.CaptureFixture[str], record_property: Any
 ) -> None:
-    """Each file of a real run's checkpoint, cut short or with one bit flipped."""
+    """Each file of a checkpoint, truncated or with one flipped bit."""
     names = sorted(path.name for path in (folder / "whole/checkpoints/step-3").iterdir())
     assert names == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
     from grpo.run.checkpoint import newest_valid

@@ -27,7 +27,7 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 @dataclass(frozen=True)
 class Ended:
-    """A run that has ended: its folder, exit code and output."""
+    """Folder, exit code and output of a finished run."""
 
     folder: Path
     code: int
@@ -48,7 +48,7 @@ class Ended:
         return [json.loads(line) for line in (self.folder / f"{name}.jsonl").read_text().splitlines()]
 
     def equals(self, other: "Ended", tolerance: float = 0.0) -> bool:
-        """The weights that the two ended with."""
+        """Return the final weights of the two runs."""
         mine, theirs = self.weights, other.weights
         return mine.keys() == theirs.keys() and all(
             torch.allclose(mine[key], theirs[key], rtol=0, atol=tolerance) for key in theirs
@@ -56,7 +56,7 @@ class Ended:
 
 
 def launch(place: Path, run: str, launcher: list[str], script: str = "launch/train.py", **changes: object) -> Ended:
-    """A run in place/run, of the model and the data that are in `place`."""
+    """Train in place/run with the model and the data in `place`."""
     settings = {
         "model.name": place / "model",
         "data.path": place / "data.jsonl",
@@ -134,7 +134,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ThreadPoolExecutor]:
-    """Two launches at a time: the imports of one keep a single core busy for seconds."""
+    """Run two launches at a time, because the imports of one use a single core for seconds."""
     with ThreadPoolExecutor(2) as pool:
         yield pool
 
@@ -199,7 +199,7 @@ def test_any_number_of_processes_does_the_same(runs: Runs, cases: list[str], cha
 def test_fsdp_computes_in_bfloat16_what_ddp_does(
     runs: Runs, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Float32 masters, head, logprobs and sums over ranks, and bfloat16 under autocast, with and without shards.
+    """Float32 masters, head, logprobs and sums over ranks, bfloat16 in autocast, with and without shards.
 
     Both run the model's own modules: kernels round bfloat16 in other places, and FSDP2 does not use them.
     """

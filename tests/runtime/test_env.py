@@ -44,7 +44,7 @@ def test_the_nearer_file_wins_and_other_variables_stay_out(tmp_path: Path, monke
 
 
 def test_an_installed_package_has_no_source_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wheel lies in site-packages, whose .env belongs to nobody."""
+    """An installed wheel does not read a .env in site-packages."""
     file = tmp_path / "site-packages" / "grpo" / "runtime" / "env.py"
     file.parent.mkdir(parents=True)
     monkeypatch.setattr(keys, "__file__", str(file))

@@ -19,7 +19,7 @@ log = logging.getLogger("grpo.somewhere")
 
 @pytest.fixture(autouse=True)
 def unchanged() -> Iterator[None]:
-    """The logger as it was before the test."""
+    """Restore the logger after the test."""
     logger = logging.getLogger("grpo")
     before = logger.handlers[:], logger.level, logger.propagate
     logger.handlers[:] = [handler for handler in logger.handlers if not isinstance(handler, MessageHandler)]

@@ -74,7 +74,7 @@ def test_lines_that_never_found_room_are_an_error_at_the_end(tmp_path: Path) -> 
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, full: set[int]) -> None:
-    """No checkpoint of these steps has room."""
+    """Make the checkpoints of these steps fail for lack of space."""
     save = checkpointer.save_checkpoint
 
     def limited(run_dir: Path, step: int, *rest: Any) -> Path:
@@ -188,7 +188,7 @@ def test_a_call_that_overstays_is_noticed_while_the_run_goes_on(monkeypatch: pyt
 
 
 def test_a_call_that_never_returns_does_not_hold_up_the_end_of_the_program() -> None:
-    """Real W&B, with a server that is silent, waits 90 s more when the interpreter ends."""
+    """Real W&B with a silent server would wait 90 s at the exit of the interpreter."""
     program = (
         "import atexit, threading\n"
         "from grpo.tracking.background_writer import BackgroundWriter\n"
@@ -210,7 +210,7 @@ def test_a_call_that_never_returns_does_not_hold_up_the_end_of_the_program() -> 
 
 
 def test_without_a_network_none_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training, evaluation and resume on a local model and a local file: not one connection is tried."""
+    """Training, evaluation and resume with a local model and file open no connection."""
     tried: list[Any] = []
     connect = socket.socket.connect
 
@@ -291,7 +291,7 @@ def command(shell: str, folder: Path, name: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_without_a_terminal_the_weights_are_the_same(tmp_path: Path, record_property: Any) -> None:
-    """Standard output and error on a full disk; closed; a pipe that is closed after a line; an ASCII locale."""
+    """Standard output and error: on a full disk, closed, a pipe closed after one line, an ASCII locale."""
     run(tmp_path, "normal", steps=2, eval_every=0)
     shells = {
         "full": "{} > /dev/full 2> /dev/full",
@@ -310,7 +310,7 @@ def test_without_a_terminal_the_weights_are_the_same(tmp_path: Path, record_prop
 
 @pytest.mark.slow
 def test_300_steps_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any) -> None:
-    """Memory, open files, threads and processes after 100 steps and after 300; a line per step."""
+    """Memory, open files, threads and processes are equal after 100 and 300 steps, with a line per step."""
     me = psutil.Process()
     seen: dict[int, dict[str, int]] = {}
     log = RunLogger.log

@@ -1,4 +1,4 @@
-"""A fault on one of two processes: both react in the same way, and the first line of the output is the cause."""
+"""Faults on one of two processes: both react in the same way, and the first line of the output is the cause."""
 
 import json
 import os
@@ -49,7 +49,7 @@ SETTINGS = {"steps": 4, "eval_every": 0, "optimizer.lr_scheduler_type": "cosine"
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of "whole", an uninterrupted run of two ranks, with its model, data and gated reward beside it."""
+    """Train "whole", an uninterrupted run of two ranks. Return its folder; model, data and reward lie beside it."""
     folder = tmp_path_factory.mktemp("ranks")
     write_gate(folder)
     whole = launch(folder, "whole", **gated(folder))
@@ -58,14 +58,14 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def gated(folder: Path) -> dict[str, Any]:
-    """SETTINGS with the reward of folder/gate.py, its gate open."""
+    """Return SETTINGS with the reward of folder/gate.py and an open gate."""
     (folder / "open").touch()
     return SETTINGS | {"rewards": json.dumps({f"{folder}/gate.py:gate": 1.0})}
 
 
 @pytest.mark.slow
 def test_resume_on_two_ranks_and_on_another_number_of_them(whole_run: Path, tmp_path: Path) -> None:
-    """Two ranks resumed as two: equal to the bit. Two as one, one as two: the same prompts and samples in each step."""
+    """Two ranks resumed as two are equal to the bit. Two as one and one as two: the same prompts and samples."""
     settings = gated(whole_run)
     stopped_at(whole_run, "two", 2)
     stopped_at(whole_run, "one", 2)
@@ -86,7 +86,7 @@ def test_resume_on_two_ranks_and_on_another_number_of_them(whole_run: Path, tmp_
 
 @pytest.mark.slow
 def test_resume_on_two_ranks_with_lora_and_two_iterations(tmp_path: Path) -> None:
-    """Stopped after the first step, and before the last one."""
+    """Stop after the first step, and before the last one."""
     settings = {
         "steps": 4,
         "optimizer.lr_scheduler_type": "cosine",
@@ -167,7 +167,7 @@ def test_a_rank_that_fails_ends_the_job_with_its_own_words_first(tmp_path: Path,
 
 
 def raised_at(folder: Path) -> float:
-    """When the reward raised last; -> seconds since 1970."""
+    """Return the time when the reward raised last, in seconds since 1970."""
     return (folder / "raised").stat().st_mtime
 
 
@@ -200,7 +200,7 @@ def test_a_rank_that_hangs_ends_the_job(tmp_path: Path, record_property: Any, ho
 
 @pytest.mark.slow
 def test_nan_on_one_rank_changes_nothing_on_any(tmp_path: Path, record_property: Any) -> None:
-    """Weights and moments, bit for bit, on both ranks; the run goes on."""
+    """Weights and moments are unchanged to the bit on both ranks, and the run continues."""
     environment = {"FAULT": "nan:1:2", "FAULT_LOG": str(tmp_path)}
     result = launch(tmp_path, "run", "tests/faulty_train.py", environment, eval_every=0)
     assert result.returncode == 0, result.stderr
@@ -221,7 +221,7 @@ def test_nan_on_one_rank_changes_nothing_on_any(tmp_path: Path, record_property:
 def test_three_skipped_steps_in_a_row_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any, where: str
 ) -> None:
-    """Exit code 4, with weights and moments as they were before the first of them; two in a row are survived."""
+    """Exit code 4 with the weights and moments from before the first one. Two in a row do not end the run."""
     bad = {1, 2, 4, 5, 6}  # optimizer steps
     prints: list[tuple[str, str]] = []
     backward, step = Policy.backward, Policy.step

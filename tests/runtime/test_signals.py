@@ -64,7 +64,7 @@ SETTINGS = {"steps": 3, "eval_every": 1, "prompts_per_step": 2, "optimizer.lr_sc
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing interrupted, "whole", with its model and data beside it."""
+    """Train "whole", an uninterrupted run. Return its folder, with model and data beside it."""
     folder = tmp_path_factory.mktemp("signals")
     run(folder, "whole", **SETTINGS)
     return folder
@@ -136,7 +136,7 @@ def start(
     environment: dict[str, str] | None = None,
     **changes: object,
 ) -> subprocess.Popen:
-    """A training run in a process of its own, whose reward waits for a file before it goes on from the second step."""
+    """Start a training run in a new process, whose reward waits for a file in the second step."""
     write_gate(tmp_path)
     rewards = {"rewards": json.dumps({f"{tmp_path}/gate.py:gate": 1.0})}
     flags = arguments(tmp_path, name, **(rewards | changes))

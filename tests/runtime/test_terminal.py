@@ -71,7 +71,7 @@ def test_a_live_view_in_a_real_terminal() -> None:
 
 
 def test_out_of_memory_says_what_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real allocator's refusal, in the middle of a real run."""
+    """A real allocation error in a run."""
     monkeypatch.setattr(grpo.trainer, "importance_correction", lambda *_, **__: torch.empty(1 << 50))
     settings = {"eval_every": 0, "rollout.slots": 64, "scoring.workers": 0}
     with pytest.raises(OutOfMemory) as caught:

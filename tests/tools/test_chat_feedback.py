@@ -1,4 +1,4 @@
-"""Judgements asked for in the chat become feedback records."""
+"""Judgements given in the chat become feedback records."""
 
 from collections.abc import Callable
 

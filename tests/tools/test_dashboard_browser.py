@@ -47,7 +47,7 @@ def browser() -> Iterator[Any]:
 
 
 class Visit:
-    """One visitor, with the errors of the page."""
+    """A browser page that collects its errors."""
 
     def __init__(self, browser: Any, address: str, colors: str = "light") -> None:
         self.page = browser.new_page(color_scheme=colors, viewport={"width": 1400, "height": 1000})

@@ -1,4 +1,4 @@
-"""Commands on a saved model: evaluate, beside its base, and chat."""
+"""Commands on a saved model and its base: evaluate and chat."""
 
 import json
 import shutil

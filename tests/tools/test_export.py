@@ -74,7 +74,7 @@ def test_a_gguf_is_the_model_and_the_tokenizer_that_it_was_made_of(
 
 
 def test_round_trip_gguf_to_policy_to_gguf(tmp_path: Path) -> None:
-    """A GGUF base is trained. gguf-ready, converted as Ollama does, has the logits of the trained policy."""
+    """Train a GGUF base. gguf-ready, converted like Ollama does, has the logits of the trained policy."""
     base = tmp_path / "base"
     base.mkdir()
     start, tokenizer = chat_model(), chat_tokenizer()

@@ -36,7 +36,7 @@ def rows(rewards: list[dict[str, float]], ended: bool = True, text: str = "<answ
 
 
 def observe(watch: Diagnostics, steps: int = 40, **changes: Any) -> list[tuple[int, Finding]]:
-    """All findings of a run whose steps are sound but for `changes`; a callable gets the step."""
+    """Return all findings of a run without faults except `changes`. A callable gets the step."""
     found = []
     for step in range(1, steps + 1):
         given = {key: value(step) if callable(value) else value for key, value in changes.items()}
@@ -122,14 +122,14 @@ def collapsing(
 
 
 def test_a_collapse_is_reported() -> None:
-    """The shape of a real run: the reward rose (for the form), so a fall of the entropy alone was no finding."""
+    """A real case: the reward for the form rose, so a fall of the entropy alone was not a finding."""
     [(step, name, text)] = collapsing(collapses=True)
     assert (step, name) == (15, "collapse")
     assert "96 completions of 24 prompts in steps 10 to 15 are one of 5 texts, and earn 0.4" in text
 
 
 def test_certainty_is_no_collapse() -> None:
-    """Texts as many as prompts, or few texts that earn nearly all there is (yes or no)."""
+    """As many texts as prompts, or few texts with nearly the best reward (yes or no)."""
     assert collapsing(collapses=False) == []
     assert collapsing(collapses=True, is_right_often=True) == []
 
@@ -184,7 +184,7 @@ def test_a_run_with_the_classic_dead_reward(tmp_path: Path, capsys: pytest.Captu
 
 
 def wrong_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine says that it drew each token with a logprob that is 0.2 off; the check at the start is asleep."""
+    """The engine reports logprobs that are 0.2 too large; the check at the start is disabled."""
     generate = NativeEngine.generate
 
     def shifted(self: NativeEngine, *arguments: Any, finished: Any = None, **named: Any) -> list[Group]:
@@ -207,7 +207,7 @@ def wrong_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forgetting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the fourth optimizer step on, all letters are as likely as any other."""
+    """From the fourth optimizer step on, all letters are equally likely."""
     step, steps = Policy.step, itertools.count(1)
 
     def blurred(self: Policy, usable: bool = True) -> float:
@@ -242,7 +242,7 @@ FAULTS: dict[str, tuple[str, dict[str, Any], Any]] = {
 def test_a_run_says_what_is_wrong_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any, name: str
 ) -> None:
-    """Provoked in a real run: by its reward, its settings, or its engine."""
+    """Findings of real runs, caused by the reward, the settings or the engine."""
     values, settings, harm = FAULTS[name]
     (tmp_path / "mine.py").write_text(
         f"calls = 0\ndef mine(completions, **_):\n    global calls\n    calls += 1\n    return {values}\n"
@@ -257,7 +257,7 @@ def test_a_run_says_what_is_wrong_with_it(
 
 
 def test_a_run_that_cannot_learn_says_so(tmp_path: Path, record_property: Any) -> None:
-    """No end in sight, no answer, nothing to compare, and a learning rate of 0: each by its own name."""
+    """No end, no answer, flat groups and a learning rate of 0 are separate findings."""
     run(
         tmp_path,
         "run",

@@ -1,4 +1,4 @@
-"""Run directories read back: columns, one step of many, the report, the model card."""
+"""Readers of run directories: columns, one step of many, the report, the model card."""
 
 import json
 import threading
@@ -41,7 +41,7 @@ def rollout(step: int, draw: int, sample: int, right: int, length: int, text: st
 
 
 def write_run(folder: Path, steps: int = 20, groups: int = 2) -> Path:
-    """A run as the tracker writes it: accuracy rises from 0 to 1, long completions are right."""
+    """Write a run directory: accuracy rises from 0 to 1, long completions are right."""
     folder.mkdir()
     metrics = [{"step": 0, "eval/accuracy": 0.25, "eval/accuracy_ci95": 0.1, "eval/format": 1.0}]
     rollouts = []
@@ -238,7 +238,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a stand-in of the hub, which keeps its commits."""
+    """Return the address of a stand-in for the hub, which stores its commits."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     Hub.commits.clear()
     server = HTTPServer(("127.0.0.1", 0), Hub)
@@ -249,7 +249,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def trained_on_a_file(folder: Path, permission: str | None) -> Path:
-    """A run on a file of one's own, with or without a data card."""
+    """Write a run on a local file, with or without a data card."""
     run = write_run(folder / "run")
     (folder / "mine.jsonl").write_text("")
     if permission is not None:
@@ -280,7 +280,7 @@ def test_publish_to_a_stand_in_of_the_hub(tmp_path: Path, hub: str) -> None:
 
 
 def export_command(tmp_path: Path, hub: str, monkeypatch: pytest.MonkeyPatch, *flags: str) -> tuple[Path, Callable]:
-    """A finished run on permitted data, and the export command, about to push it to the stand-in of the hub."""
+    """Return a finished run on permitted data, and the export command that pushes it to the stand-in."""
     run = trained_on_a_file(tmp_path, "granted")
     (run / "final").mkdir()
     (run / "final" / "model.safetensors").write_text("weights")

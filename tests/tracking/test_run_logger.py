@@ -1,4 +1,4 @@
-"""The run directory holds each step once, and neither a tracker nor a terminal that fails stops a run."""
+"""The run directory has each step once. A tracker or terminal that fails does not stop a run."""
 
 import io
 import json
@@ -127,7 +127,7 @@ class NotInstalled(Tracker):
 
 
 class FakeWandb(types.ModuleType):
-    """wandb's interface; raises where it is told to."""
+    """wandb's interface. It raises in the given call."""
 
     def __init__(self, fails_at: str) -> None:
         super().__init__("wandb")

@@ -26,7 +26,7 @@ def rollouts(step: int) -> list[dict[str, Any]]:
 
 
 def log_four_steps(run_dir: Path, library: str, resume: bool) -> list[dict[str, Any]]:
-    """Steps 0 to 3; with `resume`, step 2 and 3 are made again, by a second process as it were. -> metrics.jsonl"""
+    """Log steps 0 to 3; with `resume`, log steps 2 and 3 again. Return the rows of metrics.jsonl."""
     config = Config(tracking=TrackingConfig(report_to=[library], project="GRPO test", run_name="one"))
     for first in (0, 2) if resume else (0,):
         tracker = RunLogger(run_dir, config, {"batch_size": 8}, resume_step=first)
@@ -48,7 +48,7 @@ class Lines(Tracker):
 
 
 def test_a_tracker_of_your_own(tmp_path: Path) -> None:
-    """By file, and by its registered name once the file is imported."""
+    """Load it by file, and by its registered name after the file is imported."""
     (tmp_path / "my_tracker.py").write_text(TRACKER)
     for name in (f"{tmp_path}/my_tracker.py:Lines", "lines"):
         log_four_steps(tmp_path, name, resume=False)

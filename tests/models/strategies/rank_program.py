@@ -24,14 +24,14 @@ RANKS = 2
 
 
 def batch_of(rank: int) -> PackedBatch:
-    """The probe batch with other tokens for each rank."""
+    """Return the probe batch with different tokens on each rank."""
     batch = probe_batch(VOCABULARY)
     ids, tokens = ((part + 5 * rank) % VOCABULARY for part in (batch.input_ids_T, batch.tokens_N))
     return replace(batch, input_ids_T=ids, tokens_N=tokens)
 
 
 def tiny_policy(accelerator: Accelerator, folder: str, case: str) -> Policy:
-    """A policy with a schedule of 10 steps; the adapter of the case "lora" is initialized alike on every rank."""
+    """Return a policy with a schedule of 10 steps. An adapter has the same initial weights on every rank."""
     torch.manual_seed(0)
     parts = (ModelConfig(), ObjectiveConfig(), OptimizerConfig(learning_rate=0.01, weight_decay=0.1))
     lora = LoraConfig(r=4) if case == "lora" else None
@@ -39,7 +39,7 @@ def tiny_policy(accelerator: Accelerator, folder: str, case: str) -> Policy:
 
 
 def learn(policy: Policy, ranks: list[int]) -> float:
-    """One optimizer step on two passes over the batch of each of `ranks`; -> the gradient norm."""
+    """Take one optimizer step on two passes over the batch of each of `ranks`. Return the gradient norm."""
     passes = [rank for rank in ranks for _ in range(2)]
     for index, rank in enumerate(passes):
         with policy.accumulate(sync=index == len(passes) - 1):
@@ -49,7 +49,7 @@ def learn(policy: Policy, ranks: list[int]) -> float:
 
 
 def full_weights(policy: Policy) -> dict[str, Tensor]:
-    """Copies of all weights, merged, by plain name. Collective."""
+    """Return copies of all merged weights by plain name. Collective."""
     weights = policy.strategy.full_weights(policy.model)
     return {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in weights}
 

@@ -1,4 +1,4 @@
-"""The choice of a strategy; and a new one, which is one class and one entry."""
+"""Selection of a strategy, and registration of a new one."""
 
 from pathlib import Path
 from types import SimpleNamespace
