@@ -24,7 +24,7 @@ from tests.sharded_load import Peak
 
 
 def made(accelerator: Accelerator, folder: str, lora: LoraConfig | None) -> Policy:
-    """Return a policy with a synced reference (with LoRA: the other model of the config)."""
+    """Return a policy with a synced reference: the model of the config, because LoRA needs another model for it."""
     torch.manual_seed(0)
     config = ModelConfig(reference=folder, sync_ref_model=True, ref_model_sync_steps=1)
     parts = (config, ObjectiveConfig(), OptimizerConfig(learning_rate=0.01))

@@ -156,7 +156,7 @@ def names(prompts: list[Prompt]) -> list[int]:
 
 
 def results(prompts: list[Prompt], *earned: float) -> list[tuple[int, float]]:
-    """Return the reward of each prompt by its name."""
+    """Return (draw, reward) of each prompt."""
     return [(prompt.draw, earned[prompt.token_ids[0]]) for prompt in prompts]
 
 

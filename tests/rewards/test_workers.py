@@ -292,7 +292,7 @@ def test_math_verify(answer: str, gold: str, value: float) -> None:
 
 
 def test_no_reward_vector_makes_a_non_finite_advantage(record_property: Any) -> None:
-    """Return all pairs of extreme values, and random vectors of them."""
+    """All pairs of extreme values, and random vectors of them."""
     extremes = [0.0, -0.0, 1.0, 1e-300, 1e6, -1e6, 1e30, 1e200, 1e308, -1.7e308, math.inf, -math.inf, math.nan]
     rows = [[a, b, a] for a, b in itertools.product(extremes, repeat=2)]
     generator = random.Random(0)

@@ -72,7 +72,7 @@ class Running:
         )
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """Start the server and its workers in their own process group."""
+        """Send a signal to the process group of the server and its workers, and wait until the server ends."""
         if self.process.poll() is None or number == signal.SIGKILL:
             try:
                 os.killpg(self.process.pid, number)
