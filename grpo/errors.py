@@ -1,7 +1,7 @@
 """Errors: one class per exit code, so that a script around the trainer knows what went wrong.
 
-0 done · 2 config or data · 3 storage · 4 numerics · 5 reward function · 6 out of memory · 7 rollout engine (saved first)
-· 130/143 stopped by a signal (saved first).
+0 done · 2 config or data · 3 storage · 4 numerics · 5 reward function · 6 out of memory
+7 rollout engine (saved first) · 130/143 stopped by a signal (saved first).
 """
 
 import signal

@@ -170,7 +170,7 @@ class ExperienceCollector:
         return replace(scores, rewards_PG=scores.rewards_PG + penalty_PG, by_name=by_reward)
 
     def _pack(self, groups: list[Group], advantages_PG: Tensor | None = None) -> Packed:
-        """Pack the groups on the device. With advantages, completions that cannot contribute a gradient are left out."""
+        """Pack the groups on the device. With advantages, completions that have no gradient are left out."""
         objective, policy = self.config.objective, self.policy
         batches = pack(
             groups,
@@ -188,7 +188,7 @@ class ExperienceCollector:
         return replace(packed, references=self.policy.reference_logprobs(packed.batches))
 
     def _completion_kl(self, packed: Packed, rewards_PG: Tensor, sums: Sums) -> Tensor:
-        """Return the KL estimate [P, G] of each completion: the sum over its tokens. The rewards [P, G] give the shape."""
+        """Return the KL estimate [P, G] of each completion, summed over its tokens. `rewards_PG` gives the shape."""
         kl = torch.zeros(rewards_PG.numel(), dtype=torch.float64)
         references = packed.references or []
         for batch, reference_N in zip(packed.batches[: packed.real], references[: packed.real], strict=True):

@@ -165,7 +165,7 @@ def check_skipped(run: Run, step: int) -> None:
     """Raise NumericsError after too many skipped optimizer steps in a row."""
     if run.policy.skipped_in_a_row >= MAX_SKIPPED:
         raise NumericsError(
-            f"{run.policy.skipped_in_a_row} optimizer steps in a row (the last one in step {step}) had a loss or gradient "
-            f"that is not finite; the weights are as they were before. Their batches are in {run.run_dir / 'faults'}: "
-            f"lower optimizer.learning_rate, or resume from an older checkpoint"
+            f"{run.policy.skipped_in_a_row} optimizer steps in a row (the last one in step {step}) had a loss or "
+            "gradient that is not finite; the weights are as they were before. Their batches are in "
+            f"{run.run_dir / 'faults'}: lower optimizer.learning_rate, or resume from an older checkpoint"
         )

@@ -3,8 +3,8 @@
     W x  ->  W x + (lora_alpha / r) * B (A x)          (Hu et al., arXiv 2106.09685)    B starts at 0
 
 With the adapter disabled the model is exactly the initial one, so the reference policy takes no memory. Training never
-merges in place, so that merging cannot change the base weights: engines sample from a working copy (weights.py). This is
-the only file that imports peft.
+merges in place, so that merging cannot change the base weights: engines sample from a working copy (weights.py). This
+is the only file that imports peft.
 """
 
 import contextlib

@@ -1,4 +1,6 @@
-"""Backbones: token ids -> last hidden states and logits, for decoding. A fast one is used only if it equals the modules.
+"""Backbones: token ids -> last hidden states and logits, for decoding.
+
+A fast backbone is used only if it equals the modules.
 
 ModuleBackbone     the model's own modules, whatever they are, with our attention
 KernelBackbone     a decoder of grpo/kernels, on working weights that it takes from the model's description

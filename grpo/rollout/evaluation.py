@@ -133,7 +133,7 @@ def summarize(rows: list[dict], samples: int) -> dict[str, float]:
 
 
 def is_correct_in_any_format(text: str, gold: object) -> bool:
-    """Flexible scoring: the last number of the answer block, or of the text, is the gold value; a gold text is the block.
+    """Flexible scoring: the last number of the answer block or of the text is the gold value; a gold text is the block.
 
     Compared with the strict accuracy it separates errors of calculation from errors of format.
     """

@@ -42,7 +42,7 @@ def check_agreement(engine: RolloutEngine, policy: Policy, temperature: float, a
 
 
 def difference(engine: RolloutEngine, policy: Policy, temperature: float, length: int = 5) -> float:
-    """Return the mean absolute difference, in nats, for a synthetic prompt of `length` tokens. Collective where sharded."""
+    """Return the mean absolute difference in nats for a synthetic prompt of `length` tokens. Collective if sharded."""
     vocabulary = policy.model.config.vocab_size
     probe = probe_batch(vocabulary).input_ids_T[:5].tolist()
     prompt_ids = tuple(probe + [(5 * i + 2) % vocabulary for i in range(length - len(probe))])
@@ -81,9 +81,10 @@ def verify_weight_sync(engine: RolloutEngine, policy: Policy, config: Config) ->
         policy.refresh_sampler()
     if not found <= allowed:
         raise NumericsError(
-            f"rollout.engine {config.rollout.engine} did not take over all new weights: after an update with changed ones, its "
-            f"logprobs differ from the trainer's by {found:.2g} on average (rounding explains {allowed:g}). "
-            f"With vLLM: start the server with launch/vllm_server.py, or see docs/vllm.md for what is known to fail"
+            f"rollout.engine {config.rollout.engine} did not take over all new weights: after an update with changed "
+            f"ones, its logprobs differ from the trainer's by {found:.2g} on average (rounding explains "
+            f"{allowed:g}). With vLLM: start the server with launch/vllm_server.py, or see docs/vllm.md for what is "
+            "known to fail"
         )
     engine.update_weights(0)
     found = difference(engine, policy, config.sampling.temperature, LONG_PROMPT)
@@ -112,7 +113,7 @@ def check_difference(engine: RolloutEngine, policy: Policy, config: RolloutConfi
     allowed = config.max_logprob_difference or tolerance_for(policy)
     if not found <= allowed:
         raise NumericsError(
-            f"policy/sampling_logprob_difference is {found:.2g} in step {step} (rounding explains {allowed:g}): rollout.engine "
-            f"{config.engine} sampled with other weights than the trainer's. The weights here are sound; see "
-            f"docs/vllm.md, or set rollout.max_logprob_difference"
+            f"policy/sampling_logprob_difference is {found:.2g} in step {step} (rounding explains {allowed:g}): "
+            f"rollout.engine {config.engine} sampled with other weights than the trainer's. The weights here are "
+            "sound; see docs/vllm.md, or set rollout.max_logprob_difference"
         )

@@ -160,8 +160,10 @@ def _check_added(before: dict[str, float], after: dict[str, Any]) -> None:
 
 @register_callback("layer_gradient_norms")
 class LayerGradientNorms(Callback):
-    """gradient/<layer>: norm of each layer's gradient as the optimizer got it, so after clipping; the mean over the step's
-    optimizer steps. A step that was skipped has none."""
+    """Metric gradient/<layer>: norm of each layer's gradient after clipping, mean over the optimizer steps of a step.
+
+    A skipped step has no value.
+    """
 
     def on_train_begin(self, state: State) -> None:
         if not state.strategy.exposes_gradients:

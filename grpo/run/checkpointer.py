@@ -125,7 +125,11 @@ class Checkpointer:
 
 
 def find_checkpoint(config: Config, run_dir: Path) -> Path | None:
-    """Return the checkpoint that `resume` names; None for a new run. Raises ConfigError for a folder that is not there."""
+    """Return the checkpoint that `resume` names; None for a new run.
+
+    Raises:
+        ConfigError: for a folder that does not exist.
+    """
     if config.resume is None:
         return None
     if config.resume != "auto":

@@ -97,7 +97,7 @@ class Run:
         )
 
     def save_on_engine_error(self, error: EngineError) -> EngineError:
-        """Save the last complete step, which a failed engine cannot have touched. Collective: engines fail on all ranks.
+        """Save the last complete step, which a failed engine cannot change. Collective: engines fail on all ranks.
 
         Returns:
             The error with how to resume.

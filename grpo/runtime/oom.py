@@ -61,8 +61,8 @@ def memory_edits(config: Config, phase: str) -> list[str]:
         else None,
         "checkpointing": None
         if config.model.gradient_checkpointing
-        else "--model.gradient_checkpointing true (now false): stores one layer's activations instead of all, for about "
-        "a third more compute; the gradient stays the same",
+        else "--model.gradient_checkpointing true (now false): stores one layer's activations instead of all, for "
+        "about a third more compute; the gradient stays the same",
         "slots": f"--rollout.slots {slots} (now {config.rollout.slots}): fewer completions decoded at once; the same "
         "completions"
         if slots < config.rollout.slots

@@ -17,7 +17,7 @@ ECHO_SECONDS = 1.0
 
 
 class Signals:
-    """Signal handlers of a run (`with Signals() as signals`). `received` is the number of the first signal, 0 before."""
+    """Signal handlers of a run (`with Signals() as signals`). `received` is the first signal's number, 0 before."""
 
     def __init__(self) -> None:
         self.received = 0

@@ -43,7 +43,7 @@ class Zero2(Strategy):
     shards_gradients = True
     casts_weights = True
     exposes_gradients = False
-    # ZeRO-3 gathers a weight while its own module runs, and both stages sum gradients in the order in which they arrive.
+    # ZeRO-3 gathers a weight while its own module runs. Both stages sum gradients in the order in which they arrive.
     uses_kernels = False
 
     # Launch
