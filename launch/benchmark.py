@@ -4,7 +4,7 @@ python launch/benchmark.py --suite cpu-tiny [--output FILE.json] [--profile FILE
 python launch/benchmark.py --suite cpu-gsm8k --data.path train.jsonl [--output FILE.json]
 python launch/benchmark.py --suite cpu-135m --data.path train.jsonl --precision bf16 --busy 1
 python launch/benchmark.py --suite cpu-gsm8k --data.path train.jsonl --decode    milliseconds per token of our engine
-python launch/benchmark.py --readme docs/results/cpu-*.json                      the table of README.md, from the JSON files
+python launch/benchmark.py --readme docs/results/cpu-*.json                      the table of README.md
 
 Both trainers get the same model folder, prompts in the same order, reward functions, group size, optimizer and
 precision. They also get the same completion lengths. Untrained models do not end their completions, and runs with
