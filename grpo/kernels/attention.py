@@ -193,7 +193,7 @@ class SlotLayout:
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor:
-        """Return the additive float32 mask [B, 1, 1, L]: 0 for the row's cached tokens in the window, -inf elsewhere."""
+        """Return the additive float32 mask [B, 1, 1, L]: 0 for cached tokens in the window, -inf elsewhere."""
         if window not in self._masks:
             query = self.lengths_B[:, None] - 1
             key = torch.arange(self.longest, device=self.lengths_B.device)[None, :]

@@ -42,7 +42,7 @@ class SlotCache:
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
 
     def aim(self, positions_B: Tensor, longest: int) -> None:
-        """Set the positions of the next step: row b writes at positions_B[b] and reads the first `longest` positions."""
+        """Set the positions of the next step: row b writes at positions_B[b] and reads the first `longest` ones."""
         self.active, self.longest, self.places = len(positions_B), longest, positions_B
         self._flat: dict[int, Tensor] = {}
 

@@ -82,7 +82,7 @@ def _judge(name: str, check: Callable[[], float], tolerance: float) -> None:
 
 
 def _check_layer(model: Model) -> float:
-    """Return the relative error of a layer on random states: of the result, and of the gradients of input and weights."""
+    """Return the relative error of a layer on random states: of the result and of all gradients."""
     layer = _float32(model.layers[0])
     # More than 32,768 numbers in the narrowest tensor: from there on, kernels use threads (compiler.threads_for).
     width = min(len(layer.norm), layer.key_heads * layer.head_size)

@@ -1,4 +1,4 @@
-"""Decoding steps in C, one call per token, for CPUs. Weights are float32 or, under autocast, bfloat16.
+"""Decoding steps in C, one call per token, for CPUs. Products read float32 or bfloat16 weights.
 
 In PyTorch, a decoding step of a small model takes about three hundred operations of a few microseconds each. General
 libraries compute products of a few rows at about a third of the rate of large ones.
