@@ -1,4 +1,4 @@
-"""Logprobs: hidden states -> log p(token) and entropy per token, in chunks, so that [N, V] never exists at once."""
+"""Token logprobs: hidden states -> log p(token) and entropy per token. Logits [N, V] never exist as a whole."""
 
 import torch
 from torch import Tensor
@@ -16,21 +16,23 @@ def token_logprobs(
     accumulate_grads_inplace: bool = False,
     dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """log p(target) and the entropy of the distribution it was drawn from, p = softmax(hidden @ head.T / temperature).
+    """Return log p(target) and the entropy of p = softmax(hidden @ head.T / temperature), for each token.
 
     Gradients flow to hidden states and head through the logprobs.
 
     Args:
-        hidden_NH: [N, H], any float dtype: row n predicts target n.
+        hidden_NH: [N, H], any float dtype. Row n predicts target n.
         head_VH: [V, H], any float dtype.
         targets_N: [N] token ids.
-        temperature: of the distribution.
-        entropy_gradient: whether the entropy carries a gradient too (an entropy bonus); otherwise it is for the logs.
-        accumulate_grads_inplace: the backward pass may add the head's gradient to its .grad by itself.
-        dtypes: of the products forward and backward (`grpo.kernels.head.training_dtypes`); None: `product_dtype`.
+        temperature: divides the logits.
+        entropy_gradient: the entropies carry a gradient too, for an entropy bonus. Otherwise they are for logging
+            only.
+        accumulate_grads_inplace: the backward pass may add the head's gradient directly to its `.grad`.
+        dtypes: dtypes of the products' inputs, forward and backward (`grpo.kernels.head.training_dtypes`). None:
+            `product_dtype` for both.
 
     Returns:
-        Logprobs [N] and entropies [N], both float32 in nats. The softmax is float32, products run in `product_dtype`.
+        Logprobs [N] and entropies [N], both float32, in nats. The softmax is float32.
     """
     dtype = product_dtype(hidden_NH.device)
     dtypes = dtypes or (dtype, dtype)

@@ -1,1 +1,1 @@
-"""Kernels: the only device-specific arithmetic. The contract is in README.md."""
+"""Kernels: the only device-specific arithmetic of the trainer. README.md has the contract."""

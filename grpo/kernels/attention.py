@@ -1,13 +1,14 @@
 """Attention of packed groups (training) and of slots (decoding).
 
-transformers selects a model's attention by name; ours is registered as "grpo". It reads the layout of the tokens from the keyword
-`layout` that model.forward passes on to every layer, and computes only the products that the layout needs:
+transformers selects a model's attention by name. This one is registered as "grpo". It reads the layout of the tokens
+from the keyword argument `layout`, which model.forward passes on to every layer, and computes only the products that
+the layout needs:
 
-    layout=None             rows of a batch, causal; right padding is harmless, since no token sees what follows it
+    layout=None             rows of a batch, causal. Right padding has no effect: no token attends to later ones
     layout=PackedLayout     one row of T tokens: groups end to end, each prompt once, then its completions
-    layout=SlotLayout       one new token per row, against that row's own part of a preallocated KV cache
+    layout=SlotLayout       one new token per row, against that row's part of a preallocated KV cache
 
-Shapes: query [B, H, T, D], key and value [B, K, T, D] with K key/value heads (H a multiple of K); output [B, T, H, D].
+Shapes: query [B, H, T, D], key and value [B, K, T, D] with K key/value heads (H a multiple of K). Output [B, T, H, D].
 """
 
 import functools
@@ -29,16 +30,16 @@ Prompt = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class SplitGroup:
-    """Identity of a group that is spread over `parts` batches. Equal only to itself."""
+    """Identity of a group that is split over `parts` batches. Equal only to itself."""
 
     parts: int
 
 
 @dataclass(frozen=True)
 class GroupSpan:
-    """Place of one group in the packed row: prompt tokens, then its completions end to end.
+    """Location of one group in the packed row: prompt tokens, then its completions end to end.
 
-    # prompt [5 6], completions [7 8] and [9], laid from index 10 on
+    # prompt [5 6], completions [7 8] and [9], from index 10 on
     # index           10 11 12 13 14
     # input_ids        5  6  7  8  9
     # positions        0  1  2  3  2
@@ -49,44 +50,51 @@ class GroupSpan:
     prompt_length: int
     completion_lengths: tuple[int, ...]
     split: SplitGroup | None = None
-    """Set where other batches hold more completions of this group, and share its prompt (grpo/models/shared_prompt.py)."""
+    """Set if other batches hold more completions of this group and share its prompt (grpo/models/shared_prompt.py)."""
     last: bool = True
-    """Of its parts."""
+    """This is the last part of a split group."""
 
     @property
     def length(self) -> int:
+        """Number of tokens of the prompt and all completions."""
         return self.prompt_length + sum(self.completion_lengths)
 
 
 @dataclass
 class PackedLayout:
-    """One packed row. Attention inside a group only: prompts causal; a completion sees its prompt and itself."""
+    """Layout of one packed row.
+
+    Attention stays inside a group: prompts are causal, and a completion attends to its prompt and itself.
+    """
 
     spans: list[GroupSpan]
     device: torch.device
     elsewhere: dict[int, Iterator[Prompt]] = field(default_factory=dict)
-    """By the index of a span, if its prompt is not in the row: the prompt's keys and values, layer by layer."""
+    """Span index -> keys and values of its prompt, layer by layer, if the prompt is not in the row."""
     watched: dict[int, Callable[[Tensor, Tensor], Prompt | None]] = field(default_factory=dict)
-    """By the index of a span: called with the prompt's keys and values, layer by layer. May return leaves of the same values, whose
-    gradients are added to theirs."""
+    """Span index -> function that is called with the keys and values of its prompt, layer by layer. It may return
+    leaves of the same values. Their gradients are then added to those of the keys and values in the row."""
     _padding: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[int, int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
     def blocks(self, span: GroupSpan) -> list[tuple[int, ...]]:
-        """Lengths of the completions that go through attention together. On a CPU each goes alone, so that nothing is
-        padded; elsewhere all of a group at once, since launches cost more than padding."""
+        """Return the lengths of the completions of a span, grouped by attention call.
+
+        On a CPU each completion has its own call, so that nothing is padded. Elsewhere all completions of a group
+        share one, since launches cost more than padding.
+        """
         if self.one_by_one or not span.completion_lengths:
             return [(length,) for length in span.completion_lengths]
         return [span.completion_lengths]
 
     @functools.cached_property
     def one_by_one(self) -> bool:
-        """Each completion goes through attention alone."""
+        """True if each completion has its own attention call."""
         return self.device.type == "cpu"
 
     @functools.cached_property
     def sizes(self) -> list[int]:
-        """Tokens of each prompt in the row and of each block, in the order of the row."""
+        """Number of tokens of each prompt in the row and of each block, in the order of the row."""
         sizes: list[int] = []
         for index, span in enumerate(self.spans):
             if index not in self.elsewhere:
@@ -96,7 +104,7 @@ class PackedLayout:
 
     @functools.cached_property
     def sequences(self) -> Sequences:
-        """Each prompt in the row and each completion, for attention.c."""
+        """Prompts in the row and completions, in the form that attention.c reads."""
         rows: list[list[int]] = []
         groups, elsewhere, first = [0], list[int](), 0
         behind = sum(
@@ -121,7 +129,11 @@ class PackedLayout:
         return [tensor for index in sorted(self.elsewhere) for tensor in next(self.elsewhere[index])]
 
     def watch(self, key: Tensor, value: Tensor) -> list[Join]:
-        """Pass one layer's keys and values [1, K, T, D] to `watched`. Returns what is to be added to their gradients."""
+        """Pass one layer's keys and values [1, K, T, D] to the functions in `watched`.
+
+        Returns:
+            The leaves whose gradients are to be added to those of the keys and values.
+        """
         joins: list[Join] = []
         for index, watcher in self.watched.items():
             first, length = self.sequences.first_tokens[index], self.spans[index].prompt_length
@@ -131,8 +143,17 @@ class PackedLayout:
         return joins
 
     def padding(self, block: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return indices that pad completions of the lengths `block`: rows [G, C] (into their tokens, padding points at 0) and
-        back [sum of lengths] (into the flattened [G * C], to undo it). Built once, used by every layer."""
+        """Return the indices that pad the completions of a block to one width C, and those that undo it.
+
+        Built once, used by every layer.
+
+        Args:
+            block: lengths of the G completions.
+
+        Returns:
+            rows: [G, C] indices into the tokens of the block. Padding points at token 0.
+            back: [sum of lengths] indices into the flattened [G * C].
+        """
         if block not in self._padding:
             lengths = torch.tensor(block)
             column = torch.arange(max(block))
@@ -144,8 +165,17 @@ class PackedLayout:
         return self._padding[block]
 
     def completion_mask(self, prompt: int, width: int, repeats: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Return the additive mask [repeats * C, P + C]: 0 where the c-th completion token sees a key, -inf elsewhere; once for
-        each of the `repeats` query heads that share a key head. Built once, used by every layer."""
+        """Return the additive mask [repeats * C, P + C]: 0 where a completion token attends to a key, -inf elsewhere.
+
+        Built once, used by every layer.
+
+        Args:
+            prompt: P, tokens of the prompt.
+            width: C, tokens of the padded completion.
+            repeats: query heads that share a key head. The mask is repeated for each.
+            window: tokens that a query attends to, itself included. None: all before it.
+            dtype: dtype of the mask.
+        """
         key = (prompt, width, repeats, window, dtype)
         if key not in self._masks:
             query = torch.arange(width, device=self.device)[:, None] + prompt
@@ -156,14 +186,14 @@ class PackedLayout:
 
 @dataclass
 class SlotLayout:
-    """One decoding step: row b holds lengths_B[b] cached tokens, the newest one included."""
+    """Layout of one decoding step: row b has lengths_B[b] cached tokens, including the newest."""
 
     lengths_B: Tensor
     longest: int
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor:
-        """[B, 1, 1, L] additive float mask: 0 for the row's own cached tokens, -inf beyond them."""
+        """Return the additive float32 mask [B, 1, 1, L]: 0 for cached tokens in the window, -inf elsewhere."""
         if window not in self._masks:
             query = self.lengths_B[:, None] - 1
             key = torch.arange(self.longest, device=self.lengths_B.device)[None, :]
@@ -184,9 +214,16 @@ def grpo_attention(
     layout: PackedLayout | SlotLayout | None = None,
     **unused: object,
 ) -> tuple[Tensor, None]:
-    """The attention function that is registered with transformers. Returns ([B, T, H, D], None)."""
+    """Attention function that is registered with transformers.
+
+    Returns:
+        The attended states [B, T, H, D], and None in place of attention weights.
+
+    Raises:
+        NotImplementedError: the model needs dropout, a softcap or a mask of its own.
+    """
     if dropout or softcap is not None or attention_mask is not None:
-        # The check at the start of a run catches this and keeps the model's own attention.
+        # `use_grpo_attention` catches this and keeps the model's own attention.
         raise NotImplementedError("grpo attention has no dropout, no softcap and no outside mask")
     if isinstance(layout, SlotLayout):
         output = _slots(query, key, value, layout, scaling, sliding_window)
@@ -198,6 +235,7 @@ def grpo_attention(
 
 
 def _rows(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    """Causal attention of the rows of a batch: query [B, H, T, D], key and value [B, K, T, D] -> [B, H, T, D]."""
     if cpu_attention.is_supported(query, key, value):
         count, length = query.shape[0], query.shape[2]
         rows = [[row * length, length, 0, 0, -1] for row in range(count)]
@@ -220,7 +258,7 @@ def packed_attention(
     """Attention of one packed row: query [1, H, T, D], key and value [1, K, T, D] -> [1, H, T, D]."""
     if cpu_attention.is_supported(query, key, value):
         return _packed_in_c(query, key, value, layout, scaling, window)
-    # One split: its gradient is one concatenation, while the gradient of each slice would be as large as the row.
+    # One split: its backward pass is one concatenation. The gradient of each slice would be as large as the row.
     pieces = zip(*(tensor.split(layout.sizes, dim=2) for tensor in (query, key, value)), strict=True)
     parts = []
     repeats = query.shape[1] // key.shape[1]
@@ -249,8 +287,8 @@ def packed_attention(
 
 
 def joined(again: Tensor, before: Tensor) -> Tensor:
-    """Return `again`, to whose gradient that of `before`, a leaf of the same numbers, will be added."""
-    if again.requires_grad and before.grad is not None:  # with LoRA, nothing may be learned before the first keys
+    """Return `again`. The gradient of `before`, a leaf of the same values, will be added to its gradient."""
+    if again.requires_grad and before.grad is not None:  # with LoRA, no trained weight may precede the first keys
         again.register_hook(lambda gradient: gradient + before.grad)
     return again
 
@@ -258,20 +296,21 @@ def joined(again: Tensor, before: Tensor) -> Tensor:
 def _packed_in_c(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: int | None
 ) -> Tensor:
+    """`packed_attention` by attention.c."""
     outside, joins = layout.outside(), layout.watch(key, value)
     attended: Tensor = PackedAttention.apply(query, key, value, layout.sequences, scaling, window, joins, *outside)
     return attended
 
 
 def _padded(tensor: Tensor, layout: PackedLayout, block: tuple[int, ...]) -> Tensor:
-    """[1, K, tokens, D] -> [G, K, C, D]"""
+    """Tokens of a block to padded completions: [1, K, tokens, D] -> [G, K, C, D]."""
     if len(block) == 1:
         return tensor
     return tensor[0][:, layout.padding(block)[0]].transpose(0, 1)
 
 
 def _unpadded(tensor: Tensor, layout: PackedLayout, block: tuple[int, ...]) -> Tensor:
-    """[G, H, C, D] -> [1, H, tokens, D]"""
+    """Padded completions to tokens of a block: [G, H, C, D] -> [1, H, tokens, D]."""
     if len(block) == 1:
         return tensor
     return rearrange(tensor, "g h c d -> 1 h (g c) d")[:, :, layout.padding(block)[1]]
@@ -280,8 +319,8 @@ def _unpadded(tensor: Tensor, layout: PackedLayout, block: tuple[int, ...]) -> T
 def _slots(
     query: Tensor, key: Tensor, value: Tensor, layout: SlotLayout, scaling: float | None, window: int | None
 ) -> Tensor:
-    # With one query token per row, the query heads that share a key head can stand in for a query length: no key or
-    # value is repeated.
+    """Attention of one new token per row: query [B, H, 1, D], keys and values [B, K, L, D] -> [B, H, 1, D]."""
+    # The query heads that share a key head take the place of query tokens, so no key or value is repeated.
     grouped = rearrange(query, "b (k shared) 1 d -> b k shared d", k=key.shape[1])
     mask = layout.mask(window).to(query.dtype)
     output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
@@ -289,8 +328,20 @@ def _slots(
 
 
 def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
-    """query [B, H, C, D], key and value [B, K, L, D], mask [H / K * C, L] -> [B, H, C, D]. The query heads that share a key
-    head become one head of more queries: no key or value is repeated, and the products are larger."""
+    """Masked attention that repeats no key or value.
+
+    The query heads that share a key head become one head with more queries, which also makes the products larger.
+
+    Args:
+        query: [B, H, C, D].
+        key: [B, K, L, D].
+        value: [B, K, L, D].
+        mask: [H / K * C, L].
+        scaling: factor of the scores. None: 1 / sqrt(D).
+
+    Returns:
+        [B, H, C, D]
+    """
     heads, shared = key.shape[1], query.shape[1] // key.shape[1]
     joined = rearrange(query, "b (k shared) c d -> b k (shared c) d", k=heads)
     output = F.scaled_dot_product_attention(joined, key, value, attn_mask=mask, scale=scaling)
@@ -298,7 +349,7 @@ def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scal
 
 
 def _visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """Return whether each query sees each key, by their positions: not the future, nor further back than the window."""
+    """Return a bool mask by positions: a query attends to keys up to its own position, within the window."""
     visible = key <= query
     if window is not None:
         visible = visible & (query - key < window)
@@ -306,5 +357,5 @@ def _visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the mask that is added to the scores: 0 where `visible`, -inf elsewhere."""
+    """Return the mask that is added to scores: 0 where `visible`, -inf elsewhere."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)

@@ -1,7 +1,8 @@
-"""Decoding from a model's description: a few large operations per layer, on working weights in the dtype of the run.
+"""Decoding from a model's description: a few large operations per layer, on copies of the weights in the dtype of the
+run.
 
-One token costs a fraction of the modules' bookkeeping. The residual stream and the norms stay in float32, as they do when the
-modules run under autocast. grpo/kernels/cpu/decode_step.py does a whole step in C.
+This avoids most of the overhead of the modules at each token. The residual stream and the norms stay in float32, as in
+the modules under autocast. grpo/kernels/cpu/decode_step.py computes a whole step in C.
 """
 
 import functools
@@ -21,29 +22,30 @@ from grpo.kernels.registry import is_on
 
 @dataclass(frozen=True)
 class Schedule:
-    """How an engine drives decoding on a device."""
+    """Settings of the decode loop for a device."""
 
     check_every: int
-    """Steps between two looks of the host at the sampled tokens. A finished row then samples a few tokens too many, which are
-    dropped, but the device never waits."""
+    """Steps between two reads of the sampled tokens by the host. A finished row samples a few extra tokens, which
+    are dropped, but the device never waits."""
     captures_graphs: bool
-    """Steps are replayed from CUDA graphs: memory is kept, and shapes are rounded up to few."""
+    """Replay steps from CUDA graphs. Memory is then kept between calls, and shapes are rounded up to few values."""
 
 
 def schedule_for(device: torch.device) -> Schedule:
-    """The schedule for `device`."""
+    """Return the schedule for `device`."""
     return Schedule(1 if device.type == "cpu" else 16, device.type == "cuda" and is_on("cuda_graphs"))
 
 
 def padded_rows(rows: int, device: torch.device) -> int:
-    """Rows that are best computed for `rows` rows of plain modules."""
+    """Return the number of rows to compute for `rows` rows in a model's modules."""
     return onednn.padded_rows(rows) if device.type == "cpu" else rows
 
 
 class FusedDecoder:
     """Prefill and decoding steps in PyTorch, on every device.
 
-    `refresh` copies the weights of a description; what it copied into stays where it is, since captured graphs read it.
+    `refresh` copies the weights of a description. Where possible it reuses the memory of the last copy, which captured
+    graphs read.
     """
 
     def __init__(self) -> None:
@@ -55,11 +57,17 @@ class FusedDecoder:
 
     @staticmethod
     def is_supported(model: Model, dtype: torch.dtype) -> bool:
-        """Return whether every layer is one that `step` computes, with products in `dtype`: those without a window."""
+        """Return whether `step` can compute every layer with products in `dtype`: no layer may have a window."""
         return is_on("fused_decode") and all(layer.window is None for layer in model.layers)
 
     def refresh(self, model: Model, head: Tensor, dtype: torch.dtype) -> None:
-        """Take over the weights of `model` and of the output head [V, H]; products are in `dtype`."""
+        """Copy the weights of a model.
+
+        Args:
+            model: description of the model.
+            head: [V, H], weight of the output head.
+            dtype: dtype of the products.
+        """
         self.dtype, self.model = dtype, model
         self.layers = self.layers or [WorkingLayer() for _ in model.layers]
         for working, layer in zip(self.layers, model.layers, strict=True):
@@ -69,41 +77,53 @@ class FusedDecoder:
         self.head = self._head_weight(head.detach())
 
     def pack(self, weight: Tensor, before: Any) -> Any:
-        """A weight of a layer in the layout of `product`, in the memory of `before` where that is possible."""
+        """Return a layer's weight in the layout that `product` reads, in the memory of `before` where possible."""
         if onednn.is_supported(weight.device, self.dtype):
             return onednn.packed(weight)
         return _kept(before, weight, self.dtype)
 
     def product(self, states: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-        """[B, I] and a packed [O, I] -> [B, O]."""
+        """Multiply states [B, I] by a packed weight [O, I] -> [B, O]."""
         return onednn.linear(states, weight, bias) if weight.is_mkldnn else F.linear(states, weight, bias)
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Dtype of the cached keys and values where products are in `dtype`."""
+        """Return the dtype of cached keys and values if products are in `dtype`."""
         return dtype
 
     @property
     def bias_dtype(self) -> torch.dtype:
+        """Dtype of biases."""
         return self.dtype
 
     def padded_rows(self, rows: int) -> int:
-        """Rows that are best computed for `rows` rows."""
+        """Return the number of rows to compute for `rows` rows."""
         return padded_rows(rows, self.embedding.device)
 
     def logits(self, hidden_BH: Tensor) -> Tensor:
-        """hidden [B, H] -> float32 logits [B, V]"""
+        """Return the logits [B, V], float32, of hidden states [B, H]."""
         if self.head.is_mkldnn:
             return self.product(hidden_BH.float(), self.head)
         return head_logits(hidden_BH, self.head, product_dtype(hidden_BH.device))
 
     def release(self) -> None:
-        """Free what can be freed until the next refresh. On CUDA the working weights stay: captured graphs read them."""
+        """Free memory until the next refresh.
+
+        On CUDA the copied weights stay, since captured graphs read them.
+        """
         if self.embedding.device.type != "cuda":
             self.layers.clear()
             self.head = torch.empty(0)
 
     def prefill(self, ids: Tensor, cache: SlotCache) -> Tensor:
-        """ids [prompts, tokens], right-padded -> hidden [prompts, tokens, H]; keys and values in cache.prompt."""
+        """Compute prompts and keep their keys and values in cache.prompt.
+
+        Args:
+            ids: [prompts, tokens], right-padded.
+            cache: receives the keys and values.
+
+        Returns:
+            Hidden states [prompts, tokens, H].
+        """
         prompts, tokens = ids.shape
         cache.prompt = []
         self._rotary(cache.length, ids.device)
@@ -120,14 +140,23 @@ class FusedDecoder:
         return self._forward(ids.flatten(), positions, attend).unflatten(0, (prompts, tokens))
 
     def step(self, tokens_B: Tensor, positions_B: Tensor, cache: SlotCache) -> Tensor:
-        """One new token for each active row -> hidden [B, H]. cache.aim was called before."""
+        """Compute one new token for each active row. Call `cache.aim` first.
+
+        Args:
+            tokens_B: [B] token ids.
+            positions_B: [B] their positions.
+            cache: receives the keys and values of the new tokens.
+
+        Returns:
+            Hidden states [B, H].
+        """
         place = torch.arange(cache.longest, device=positions_B.device)
         unseen = (place > positions_B[:, None])[:, None, None]
         mask = torch.zeros(unseen.shape, dtype=self.dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)
 
         def attend(layer: "WorkingLayer", index: int, mixed: Tensor) -> Tensor:
             keys, values = cache.write_joint(index, mixed[:, layer.heads :])
-            # The query heads that share a key head stand in for a query length: no key or value is repeated.
+            # The query heads that share a key head take the place of query tokens, so no key or value is repeated.
             query = mixed[:, : layer.heads].unflatten(1, (layer.key_heads, -1))
             if query.is_cpu:
                 return _attend_on_cpu(query, keys, values, mask, layer.scaling).flatten(1, 2)
@@ -137,7 +166,11 @@ class FusedDecoder:
         return self._forward(tokens_B, positions_B, attend)
 
     def _forward(self, ids_T: Tensor, positions_T: Tensor, attend) -> Tensor:  # type: ignore[no-untyped-def]
-        """ids [T] -> hidden [T, H]. attend(layer, its index, queries, keys and values [T, H + 2K, D]) -> [T, H, D]"""
+        """Run all layers and the final norm: ids [T] -> hidden [T, H].
+
+        `attend(layer, index, mixed)` maps queries, keys and values [T, H + 2 K, D] of a layer to attended states [T,
+        H, D].
+        """
         assert self.table is not None
         with torch.autocast(ids_T.device.type, enabled=False):
             rotation = self.table[positions_T][:, None]  # [T, 1, D / 2]
@@ -160,14 +193,15 @@ class FusedDecoder:
             return _norm(hidden, self.norm, self.model.epsilon)
 
     def _head_weight(self, head: Tensor) -> Any:
-        dtype = product_dtype(head.device)  # float32 on a CPU, whatever the other products are in
+        """Return the head in the layout and dtype that `logits` reads."""
+        dtype = product_dtype(head.device)  # float32 on a CPU, for any dtype of the other products
         if onednn.is_supported(head.device, dtype):
             return onednn.packed(head)
-        # Cast once here, not at every token.
+        # Cast once here instead of at every token.
         return head if dtype == head.dtype else _kept(self.head, head, dtype)
 
     def _rotary(self, length: int, device: torch.device) -> None:
-        """Rotary embedding (arXiv 2104.09864) as complex numbers [length, D / 2], for every position."""
+        """Compute the rotary embedding (arXiv 2104.09864) of every position as complex numbers [length, D / 2]."""
         if self.table is None or len(self.table) < length or self.table.device != device:
             positions = torch.arange(length, device=device)[None]
             with torch.autocast(device.type, enabled=False):
@@ -176,7 +210,7 @@ class FusedDecoder:
 
 
 class WorkingLayer:
-    """The working weights of one decoder layer: the products that read the same input are one."""
+    """Copied weights of one decoder layer. Weights that multiply the same input are joined."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Any] = {}
@@ -185,7 +219,7 @@ class WorkingLayer:
         self.rotary = True
 
     def refresh(self, layer: Layer, decoder: FusedDecoder) -> None:
-        """Copy the weights of `layer`, adapters merged, as `decoder` packs them."""
+        """Copy the weights of `layer`, with adapters merged, in the layout of `decoder`."""
         for name in ("heads", "key_heads", "head_size", "scaling", "epsilon", "mlp_epsilon", "head_epsilon", "rotary"):
             setattr(self, name, getattr(layer, name))
         size = layer.head_size
@@ -205,7 +239,7 @@ class WorkingLayer:
             self.tensors[name] = _kept(self.tensors.get(name), tensor, dtype)
 
     def _vectors(self, layer: Layer) -> dict[str, Tensor]:
-        """Norms and biases."""
+        """Return the norms and biases by name."""
         size, vectors = layer.head_size, {"norm": layer.norm.detach(), "mlp_norm": layer.mlp_norm.detach()}
         if layer.query_norm is not None and layer.key_norm is not None:
             norms = (_interleaved(norm.detach(), size) for norm in (layer.query_norm, layer.key_norm))
@@ -222,7 +256,7 @@ class WorkingLayer:
 
 
 def merged(linear: Linear) -> Tensor:
-    """The weight, with the adapter's share added."""
+    """Return the weight of a linear layer with its adapter merged."""
     weight = linear.weight.detach()
     if linear.adapter is None:
         return weight
@@ -230,7 +264,7 @@ def merged(linear: Linear) -> Tensor:
 
 
 def _kept(before: Any, fresh: Tensor, dtype: torch.dtype) -> Tensor:
-    """`fresh` in `dtype`, in the memory of last time where there is any: a captured graph keeps reading it."""
+    """Return `fresh` in `dtype`, copied into the memory of `before` if that fits, since captured graphs read it."""
     if before is None or before.shape != fresh.shape or before.dtype != dtype or before.is_mkldnn:
         return fresh.to(dtype, copy=True)
     kept: Tensor = before.copy_(fresh)
@@ -238,26 +272,29 @@ def _kept(before: Any, fresh: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _interleaved(rows: Tensor, head_size: int) -> Tensor:
-    """Rows of each head in the order 0, D/2, 1, D/2 + 1, ...: the two that are rotated together lie side by side, as the real
-    and the imaginary part of one number, so that it is one product. Dot products of queries and keys stay what they are."""
+    """Reorder the rows of each head to 0, D/2, 1, D/2 + 1, ...
+
+    The two dimensions that are rotated together become the real and imaginary part of one complex number, so that the
+    rotation is one complex product. Dot products of queries and keys do not change.
+    """
     return rows.unflatten(0, (-1, 2, head_size // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """RMSNorm over the last dimension, in float32; `weight` may have one row for each head."""
+    """RMSNorm over the last dimension, in float32. `weight` may have one row per head."""
     if not hidden.is_cpu:
         fused = weight if weight.ndim == 1 else None
         normed = F.rms_norm(hidden, hidden.shape[-1:], fused, epsilon)
         return normed if fused is not None else normed * weight
-    # On a CPU, F.rms_norm is eight small operations; this is the same in four, since
-    # sqrt(|h|^2 / size + epsilon) = hypot(|h|, sqrt(size * epsilon)) / sqrt(size), whose last factor is in the weight.
+    # On a CPU, F.rms_norm is eight small operations. This is the same in four:
+    # sqrt(|h|^2 / size + epsilon) = hypot(|h|, sqrt(size * epsilon)) / sqrt(size). `_norm_weight` has the last factor.
     size = hidden.shape[-1]
     length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
     return (hidden / torch.hypot(length, _constant((size * epsilon) ** 0.5))).mul_(weight)
 
 
 def _norm_weight(weight: Tensor) -> Tensor:
-    """A norm's weight as `_norm` wants it."""
+    """Return a norm's weight as `_norm` reads it: on a CPU, float32 times sqrt(size)."""
     weight = weight.detach()
     return weight.float() * weight.shape[-1] ** 0.5 if weight.is_cpu else weight
 
@@ -268,8 +305,18 @@ def _constant(value: float) -> Tensor:
 
 
 def _attend_on_cpu(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """query [B, K, S, D], keys and values [B, K, L, D], mask [B, 1, 1, L] -> [B, K, S, D]: two batched products, which beat
-    the CPU's fused attention at a query length of a few."""
+    """Attention by two batched products, which are faster than the CPU's fused attention for a few queries.
+
+    Args:
+        query: [B, K, S, D], where S query heads share a key head.
+        keys: [B, K, L, D].
+        values: [B, K, L, D].
+        mask: [B, 1, 1, L], added to the scores.
+        scaling: factor of the scores.
+
+    Returns:
+        [B, K, S, D]
+    """
     rows, heads, shared, _ = query.shape
     scores = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)).unflatten(0, (rows, heads))
     weights = scores.mul_(scaling).add_(mask).softmax(-1).flatten(0, 1)
@@ -277,4 +324,5 @@ def _attend_on_cpu(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sc
 
 
 def _repeat(tensor: Tensor, heads: int) -> Tensor:
+    """Repeat the K key heads of [B, K, T, D] to `heads` heads."""
     return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], dim=1)

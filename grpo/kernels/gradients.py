@@ -1,11 +1,14 @@
-"""Gradients that are added to .grad in place."""
+"""Gradients that are added to `.grad` in place."""
 
 import torch
 from torch import Tensor
 
 
 def gradient_buffer(weight: Tensor, accumulate_grads_inplace: bool) -> Tensor | None:
-    """.grad of `weight`, to add its gradient to; None where autograd is to have it."""
+    """Return `.grad` of `weight` if its gradient may be added there in place. None: return the gradient to autograd.
+
+    Requires a float32 leaf that requires gradients. A missing `.grad` is created as zeros.
+    """
     if not (accumulate_grads_inplace and weight.is_leaf and weight.requires_grad and weight.dtype == torch.float32):
         return None
     if weight.grad is None:

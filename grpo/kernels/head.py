@@ -1,7 +1,6 @@
-"""The output head: hidden states -> logits, and token logprobs chunk by chunk, so that all logits never exist
-at once.
+"""Output head: hidden states -> logits, and token logprobs in blocks of the vocabulary.
 
-Sampling and training both go through `head_logits`.
+All logits [N, V] never exist at once. Sampling and training both compute logits with `head_logits`.
 """
 
 import torch
@@ -17,18 +16,19 @@ from grpo.kernels.registry import is_on
 
 CHUNK_BYTES = {"cpu": 16 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 256 * 2**20
-"""Float32 bytes of logits that exist at a time (and up to twice as much for what is made of them): enough rows
-to keep the device busy, no more."""
+"""Maximum float32 bytes of logits that exist at a time, by device. Temporaries take up to twice as much."""
 
 ROW_MULTIPLE = 32
-"""Rows of a product by oneDNN are rounded up to multiples of this: it compiles, and keeps, half a megabyte for
-each number of rows that it meets."""
+"""oneDNN products round their rows up to a multiple of this: oneDNN compiles and keeps half a megabyte of code for
+each number of rows."""
 
 
 def training_dtypes(device: torch.device) -> tuple[torch.dtype, torch.dtype]:
-    """Dtypes that the head's products of training read, forward and backward. Under autocast on a CPU, the
-    forward pass reads 16 bits only where there is a product with a float32 result; logits are never rounded to
-    16 bits."""
+    """Return the dtypes that the head's products read in training: forward and backward.
+
+    Logits are never rounded to 16 bits. Under autocast on a CPU, the forward product therefore reads bfloat16 only if
+    C has a product with a float32 result (grpo/kernels/cpu/panels.py).
+    """
     forward = product_dtype(device)
     if device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return forward, forward
@@ -38,20 +38,22 @@ def training_dtypes(device: torch.device) -> tuple[torch.dtype, torch.dtype]:
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that the head's product reads: float32, except under autocast on CUDA, where 16-bit inputs with
-    float32 sums and a float32 result are many times faster. The softmax is float32 everywhere."""
+    """Return the dtype that the head's product reads: float32, except under autocast on CUDA.
+
+    There, 16-bit inputs with float32 sums and a float32 result are many times faster. The softmax is always float32.
+    """
     if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         return torch.get_autocast_dtype("cuda")
     return torch.float32
 
 
 def head_logits(hidden_NH: Tensor, head_VH: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Logits of the output head.
+    """Return the logits of the output head.
 
     Args:
         hidden_NH: [N, H], any float dtype.
         head_VH: [V, H], any float dtype.
-        dtype: of the product's inputs (`product_dtype`). Sums are float32.
+        dtype: dtype of the product's inputs (`product_dtype`). Sums are float32.
 
     Returns:
         [N, V] float32.
@@ -63,7 +65,7 @@ def head_logits(hidden_NH: Tensor, head_VH: Tensor, dtype: torch.dtype = torch.f
             return torch.mm(hidden_NH.to(dtype), head_VH.to(dtype).T, out_dtype=torch.float32)
         hidden, head = hidden_NH.float(), head_VH.float()
         if hidden.is_cpu and is_on("onednn") and torch.backends.mkldnn.is_available():
-            rows = len(hidden)  # for a product this wide, up to twice as fast as MKL
+            rows = len(hidden)  # oneDNN: up to twice as fast as MKL for a product this wide
             if rows > ROW_MULTIPLE:
                 hidden = F.pad(hidden, (0, 0, 0, -rows % ROW_MULTIPLE))
             return torch.ops.mkldnn._linear_pointwise(hidden, head, None, "none", [], "")[:rows]
@@ -71,12 +73,12 @@ def head_logits(hidden_NH: Tensor, head_VH: Tensor, dtype: torch.dtype = torch.f
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """hidden [N, H], head [V, H], targets [N] -> logprobs [N] and entropies [N], float32.
+    """Token logprobs: hidden [N, H], head [V, H], targets [N] -> logprobs [N] and entropies [N], float32, in nats.
 
-    Goes through the vocabulary in blocks. Each block of the head is read, and its gradient written, once per
-    pass, however many tokens there are. The backward pass forms the logits of each block again, except those of
-    the last, whose weights (p times their sum) are kept: the backward pass follows at once, and would have a
-    block in memory too.
+    The vocabulary is processed in blocks. Each pass reads each block of the head once, and writes its gradient once,
+    for any number of tokens. The backward pass recomputes the logits of every block but the last. The last block's
+    softmax weights (p times their sum) are kept, unless the entropies carry a gradient. This does not raise the peak:
+    the backward pass follows at once, and needs the memory of one block anyway.
 
     d logp / d logits = (onehot(target) - p) / temperature
     d H    / d logits = -p * (log p + H) / temperature
@@ -96,14 +98,14 @@ class TokenLogprobs(torch.autograd.Function):
         lses, logprobs, entropies = lse_BN[0], logprob_BN[0], entropy_BN[0]
         if len(blocks) > 1:
             lses = lse_BN.logsumexp(0)
-            log_share_BN = lse_BN - lses  # of each block in the sum of all
+            log_share_BN = lse_BN - lses  # log of each block's share of the total sum
             entropies = (log_share_BN.exp() * (entropy_BN - log_share_BN)).sum(0)
             place = targets.div(blocks[0].stop, rounding_mode="floor")[None]
             logprobs = (logprob_BN + log_share_BN).gather(0, place)[0]
         keep = any(ctx.needs_input_grad) and not entropy_gradient
         ctx.last = (weights, (lse_BN[-1] - lses).exp() / total) if keep else None
         ctx.save_for_backward(hidden, head, targets, lses, entropies)
-        ctx.head = head  # itself, whatever is done to what is saved
+        ctx.head = head  # the parameter itself: saved-tensor hooks may replace `head` by a copy
         ctx.temperature, ctx.entropy_gradient, ctx.dtypes = temperature, entropy_gradient, dtypes
         ctx.in_place = accumulate_grads_inplace
         if not entropy_gradient:
@@ -147,19 +149,19 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def _within(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-    """Index of each target in the block, clamped to it, and whether it lies in it."""
+    """Return the index of each target in the block, clamped to its range, and whether the target is in the block."""
     own = targets - block.start
-    inside = own.clamp(0, block.stop - block.start - 1)
-    return inside, inside == own
+    clamped = own.clamp(0, block.stop - block.start - 1)
+    return clamped, clamped == own
 
 
 def _cast(head: Tensor, dtype: torch.dtype) -> Tensor:
-    """The head in the dtype of products, once for all blocks; on a CPU block by block."""
+    """Return the head in the dtype of the products. On a CPU it stays as it is: each block is cast when it is read."""
     return head if head.is_cpu else head.to(dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left right, summed in float32 where the device has such a product of 16-bit inputs."""
+    """Add left @ right to `total`. On CUDA, a product of 16-bit inputs is summed and returned in float32."""
     if left.dtype == torch.float32:
         total.addmm_(left, right)
     elif left.is_cuda:
@@ -169,7 +171,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def softmax(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Softmax of a chunk of logits and what is read off it, in the fewest passes over [n, V].
+    """Softmax of a block of logits, with logprobs and entropies, in as few passes over [n, V] as possible.
 
     Args:
         logits: [n, V] float32, overwritten.
@@ -177,8 +179,8 @@ def softmax(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor
         temperature: divides the logits.
 
     Returns:
-        Weights [n, V] and their sums [n], with p = weight / sum; the log-sum-exp of logits / temperature, the
-        targets' logprobs and the entropies, [n] each.
+        Weights [n, V] and their sums [n], with p = weight / sum; then, [n] each, the log-sum-exp of logits /
+            temperature, the logprobs of the targets, and the entropies.
     """
     if c_kernel("token_logprobs", logits) and targets.is_contiguous():
         logprobs, entropies, total, lse = logits.new_empty(4, len(logits))
@@ -199,7 +201,10 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _blocks(tokens: int, head: Tensor) -> list[slice]:
-    """Parts of the vocabulary, all but the last of the same size: a multiple of 64, so that products stay aligned."""
+    """Split the vocabulary into blocks of at most CHUNK_BYTES of logits.
+
+    All blocks but the last have the same size, a multiple of 64, so that products stay aligned.
+    """
     size = CHUNK_BYTES.get(head.device.type, CHUNK_BYTES_ELSEWHERE) // (4 * max(tokens, 1))
     size = min(max(64, size // 64 * 64), len(head))
     return [slice(start, min(start + size, len(head))) for start in range(0, len(head), size)]

@@ -1,6 +1,7 @@
-"""KV cache of decoding: a fixed number of slots, allocated once, each row at its own position.
+"""KV cache for decoding: a fixed number of slots, allocated once, each row at its own position.
 
-keys[layer], values[layer]    [slots, K, length, D] in one dtype; the two halves of one tensor, so that one copy writes both
+keys[layer], values[layer]    [slots, K, length, D] in one dtype. Both are halves of one tensor, so that one copy
+writes both
 """
 
 from functools import partial
@@ -10,10 +11,10 @@ from torch import Tensor
 
 
 class SlotCache:
-    """Keys and values of all slots. Rows 0 .. B-1 are the active ones: the engine keeps them together.
+    """Keys and values of all slots. Rows 0 .. B-1 are active: the engine keeps them contiguous.
 
-    It also stands in for a transformers Cache (`update`), for models that decode through their own modules. While
-    `prefilling`, nothing is stored: what the layers computed is collected in `prompt`.
+    Models that decode with their own modules use it as a transformers Cache (`update`). While `prefilling` is set,
+    nothing is stored: the keys and values that the layers compute are collected in `prompt`.
     """
 
     def __init__(self, slots: int, length: int, dtype: torch.dtype = torch.float32):
@@ -22,29 +23,34 @@ class SlotCache:
         self.values: list[Tensor] = []
         self._joint: list[Tensor] = []
         self.prompt: list[tuple[Tensor, Tensor]] = []
-        """What the last prefill computed: per layer, keys and values [prompts, K, tokens, D]."""
+        """Result of the last prefill: keys and values [prompts, K, tokens, D] per layer."""
         self.prefilling = False
         self.zeroed = True
-        """Whether positions that were never written are zeros: attention that masks them must not meet a NaN there."""
+        """Allocate zeros, since masked attention must not read a NaN at positions that were never written."""
         self.places = torch.empty(0, dtype=torch.long)
-        """[B] where each active row's next token goes: its position."""
+        """[B] position at which the next token of each active row is written."""
         self.active = self.longest = 0
 
     @property
     def numbers(self) -> int:
+        """Number of elements of all keys and values."""
         return sum(tensor.numel() for tensor in (*self.keys, *self.values))
 
     @property
     def bytes(self) -> int:
+        """Size of all keys and values in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
 
     def aim(self, positions_B: Tensor, longest: int) -> None:
-        """The next step writes row b's token at positions_B[b], and looks at the first `longest` positions."""
+        """Set the positions of the next step: row b writes at positions_B[b] and reads the first `longest` ones."""
         self.active, self.longest, self.places = len(positions_B), longest, positions_B
         self._flat: dict[int, Tensor] = {}
 
     def collect(self, key: Tensor, value: Tensor) -> None:
-        """One layer's prompt keys and values, [prompts, K, tokens, D]; the slots are allocated at the first sight of them."""
+        """Collect one layer's keys and values of prompts, [prompts, K, tokens, D].
+
+        The first call for a layer allocates its slots.
+        """
         layer = len(self.prompt)
         self.prompt.append((key, value))
         if layer == len(self.keys):
@@ -53,15 +59,19 @@ class SlotCache:
             if value.shape == key.shape:
                 self._joint.append(new((2, *shape)))
                 keys, values = self._joint[layer]
-            else:  # heads whose values have a size of their own
+            else:  # values have another head size than keys
                 keys, values = new(shape), new((*shape[:3], value.shape[3]))
             self.keys.append(keys)
             self.values.append(values)
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """One new token per active row, [B, K, D] -> what to attend to: keys and values [B, K, longest, D]."""
+        """Write one new token per active row, [B, K, D].
+
+        Returns:
+            The keys and values to attend to, [B, K, longest, D] each.
+        """
         heads = key.shape[1]
-        if heads not in self._flat:  # one copy of contiguous pieces per layer, instead of scattered writes
+        if heads not in self._flat:  # one copy of contiguous pieces per layer
             rows = torch.arange(self.active * heads, device=key.device).view(self.active, heads)
             self._flat[heads] = (rows * self.length + self.places[:, None]).flatten()
         for cache, new in ((self.keys[layer], key), (self.values[layer], value)):
@@ -69,7 +79,7 @@ class SlotCache:
         return self._seen(layer)
 
     def write_joint(self, layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of keys and values side by side, [B, 2 K, D], in one copy."""
+        """Same as `write` for keys and values side by side, [B, 2 K, D], in one copy."""
         joint = self._joint[layer]
         heads = joint.shape[2]
         if -heads not in self._flat:
@@ -90,15 +100,15 @@ class SlotCache:
             self.values[layer][first_slot : first_slot + samples, :, : value.shape[1]] = value
 
     def move(self, targets: list[int], sources: list[int], used: int) -> None:
-        """Copy rows `sources` over rows `targets`, the first `used` positions."""
+        """Copy the first `used` positions of rows `sources` to rows `targets`."""
         for tensor in (*self.keys, *self.values):
             for target, source in zip(targets, sources, strict=True):
                 tensor[target, :, :used] = tensor[source, :, :used]
 
-    # What transformers' attention layers call.
+    # Interface of a transformers Cache, called by attention layers.
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """key, value [B, K, T, D] -> the keys and values to attend to, [B, K, L, D]."""
+        """Store key and value [B, K, T, D] and return the keys and values to attend to, [B, K, L, D]."""
         if self.prefilling:
             self.collect(key, value)
             return key, value

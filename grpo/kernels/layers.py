@@ -1,7 +1,7 @@
-"""Training's way through a described model: token ids of one packed row -> last hidden states.
+"""Layers of training, from a model's description: token ids of one packed row -> last hidden states.
 
-Each layer goes through the fastest path that takes it: one autograd function of grpo/kernels/cpu, or else its parts one by one, with
-the packed attention of grpo/kernels/attention.py. The modules of the model are not called.
+A layer runs as one autograd function (grpo/kernels/cpu/fused_layer.py) if that function supports it. Otherwise it runs
+operation by operation, with the packed attention of grpo/kernels/attention.py. The model's modules are not called.
 """
 
 from typing import Any
@@ -21,7 +21,10 @@ from grpo.kernels.registry import is_on
 
 
 def is_supported(model: Model) -> bool:
-    """Return whether `hidden_states` is the way for this model: on a CPU, where calls and passes over memory are what costs."""
+    """Return whether `hidden_states` should compute this model: on a CPU, with kernel `fused_ops` switched on.
+
+    On a CPU, calls and passes over memory take a large part of the time. On other devices the modules run.
+    """
     return model.embedding.is_cpu and is_on("fused_ops")
 
 
@@ -33,16 +36,16 @@ def hidden_states(
     *,
     accumulate_grads_inplace: bool = False,
 ) -> Tensor:
-    """Last hidden states of one packed row.
+    """Return the last hidden states of one packed row.
 
     Args:
-        model: its description.
+        model: description of the model.
         ids_T: [T] token ids.
         positions_T: [T] positions for the rotary embedding.
-        layout: which tokens see which.
-        accumulate_grads_inplace: the backward pass may add gradients to .grad of the weights by itself, instead of making each of
-            them, as large as its weight, for autograd to add and drop. Only for weights of this process alone: what exchanges
-            gradients (DDP, FSDP) waits for autograd.
+        layout: the groups in the row, which determine the tokens that each token attends to.
+        accumulate_grads_inplace: the backward pass may add gradients directly to `.grad` of the weights. Otherwise it
+            allocates a gradient of the size of each weight, which autograd adds and frees. Only for weights that no
+            other process shares: DDP and FSDP exchange gradients through autograd.
 
     Returns:
         [T, hidden_size]
@@ -61,7 +64,7 @@ def hidden_states(
 def decoder_layer(
     layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, accumulate_grads_inplace: bool
 ) -> Tensor:
-    """[T, hidden_size] -> [T, hidden_size]"""
+    """Compute one layer by the fastest path that supports it: [T, hidden_size] -> [T, hidden_size]."""
     if fused_layer.is_supported(layer, hidden, cos, sin):
         return fused_layer.fused_layer(
             layer, hidden, cos, sin, layout, accumulate_grads_inplace=accumulate_grads_inplace
@@ -70,7 +73,10 @@ def decoder_layer(
 
 
 def composed_layer(layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout) -> Tensor:
-    """A layer part by part: in every dtype, with and without C."""
+    """Compute one layer operation by operation: [T, hidden_size] -> [T, hidden_size].
+
+    Supports every dtype and does not need the C library.
+    """
     normed = rms_norm(hidden, layer.norm, layer.epsilon)
     query, key, value = (
         linear(normed, part).unflatten(-1, (-1, layer.head_size)) for part in (layer.query, layer.key, layer.value)
@@ -88,7 +94,7 @@ def composed_layer(layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor, layou
 
 
 def linear(states: Tensor, part: Linear) -> Tensor:
-    """[T, inputs] -> [T, outputs], with the adapter's share as peft computes it."""
+    """Linear layer [T, inputs] -> [T, outputs], with the adapter's term in the dtypes that peft uses."""
     result = F.linear(states, part.weight, part.bias)
     if part.adapter is None:
         return result
@@ -97,8 +103,10 @@ def linear(states: Tensor, part: Linear) -> Tensor:
 
 
 class Lookup(torch.autograd.Function):
-    """ids [T] and weight [V, H] -> [T, H]. The ids are often few beside the vocabulary: in place, only their rows of the gradient
-    are touched."""
+    """Embedding lookup: ids [T] and weight [V, H] -> [T, H].
+
+    T is often small compared with V. If the gradient is added in place, only the rows of these ids are written.
+    """
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]

@@ -1,6 +1,6 @@
-"""Reference: a decoder layer in plain operations of PyTorch, with autograd's own gradients.
+"""Reference: a decoder layer in plain PyTorch operations, with the gradients of autograd.
 
-The self-test (grpo/kernels/self_test.py) judges every other path by it, so it uses none of the kernels.
+The self-test (grpo/kernels/self_test.py) compares other paths with it, so it uses none of the kernels.
 """
 
 import torch
@@ -11,13 +11,15 @@ from grpo.kernels.description import Layer, Linear
 
 
 def decoder_layer(layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> Tensor:
-    """Hidden states after one layer.
+    """Return the hidden states after one decoder layer.
 
     Args:
-        layer: its description.
+        layer: description of the layer.
         hidden: [T, hidden_size].
-        cos: [T, head_size], as `sin`.
-        visible: [T, T] bool: whether the token of the row sees that of the column. The layer's window is applied here.
+        cos: [T, head_size], cosines of the rotary embedding at each token's position.
+        sin: [T, head_size], likewise.
+        visible: [T, T] bool, True where the token of the row attends to the token of the column. The layer's window
+            must already be applied.
 
     Returns:
         [T, hidden_size]
@@ -41,12 +43,12 @@ def decoder_layer(layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor, visibl
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """weight * hidden / rms(hidden), over the last dimension."""
+    """RMSNorm over the last dimension: weight * hidden / rms(hidden)."""
     return weight * (hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + epsilon))
 
 
 def linear(states: Tensor, part: Linear) -> Tensor:
-    """[T, inputs] -> [T, outputs], with the adapter's share."""
+    """Linear layer [T, inputs] -> [T, outputs], with the adapter's term."""
     result = states @ part.weight.T
     if part.bias is not None:
         result = result + part.bias
@@ -56,6 +58,6 @@ def linear(states: Tensor, part: Linear) -> Tensor:
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of [T, heads, D]: dimensions i and i + D / 2 are a pair."""
+    """Rotary embedding of states [T, heads, D]. Dimensions i and i + D / 2 form a pair."""
     first, second = states.chunk(2, dim=-1)
     return states * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]

@@ -1,11 +1,11 @@
 """Kernels by name, and the switch GRPO_KERNELS.
 
     GRPO_KERNELS=auto            every kernel that this machine can run (the default)
-    GRPO_KERNELS=torch           none of them: the reference in torch
-    GRPO_KERNELS=auto,-NAME,...  all but these, for measuring what each brings
+    GRPO_KERNELS=torch           none of them: the reference in PyTorch
+    GRPO_KERNELS=auto,-NAME,...  all but those named, to measure the effect of each
 
-A kernel that fails to build, to be captured or to agree with the reference is switched off with one line in the log, and the
-run goes on with the reference.
+A kernel that fails or differs from the reference at the start of a run, or whose CUDA graph cannot be captured, is
+switched off with one line in the log. The run continues with the reference.
 """
 
 import functools
@@ -28,24 +28,28 @@ KERNELS = {
     "fused_decode": "all devices, torch: a decoding step in a few large operations per layer",
     "cuda_graphs": "cuda: decoding steps replayed from captured graphs",
 }
-"""Name -> backend and purpose."""
+"""Name -> device, implementation and purpose."""
 
 _failed: dict[str, str] = {}
-"""Kernels that were switched off in this process, and why."""
+"""Name -> reason, of the kernels that were switched off in this process."""
 
 
 def is_on(name: str) -> bool:
-    """Return whether kernel `name` may be used. Raises ConfigError if GRPO_KERNELS cannot be read."""
+    """Return whether kernel `name` may be used.
+
+    Raises:
+        ConfigError: GRPO_KERNELS is invalid.
+    """
     return name in chosen(os.environ.get(VARIABLE, "auto")) and name not in _failed
 
 
 def check_switch() -> None:
-    """Raise ConfigError if GRPO_KERNELS cannot be read."""
+    """Raise ConfigError if GRPO_KERNELS is invalid."""
     chosen(os.environ.get(VARIABLE, "auto"))
 
 
 def switch_off(name: str, reason: str) -> None:
-    """Use the reference instead of kernel `name` from now on, and say so once."""
+    """Use the reference instead of kernel `name` from now on. The reason is logged once per kernel."""
     if name not in _failed:
         _failed[name] = reason
         log.info(f"kernel {name} is off: {reason}; using the reference in PyTorch (slower)")
@@ -53,7 +57,11 @@ def switch_off(name: str, reason: str) -> None:
 
 @functools.cache
 def chosen(value: str) -> frozenset[str]:
-    """Return the names that a value of GRPO_KERNELS allows. Raises ConfigError for anything else than in the table above."""
+    """Return the names of the kernels that `value`, a value of GRPO_KERNELS, allows.
+
+    Raises:
+        ConfigError: it has another form, or names an unknown kernel.
+    """
     base, *without = [part.strip() for part in value.split(",")]
     removed = {part.removeprefix("-") for part in without}
     if base not in ("auto", "torch") or removed - KERNELS.keys() or not all(part.startswith("-") for part in without):

@@ -1,4 +1,4 @@
-"""Sampling: logits [B, V] and a uniform number for each row -> tokens [B] and their logprobs [B]."""
+"""Sampling: logits [B, V] and one uniform number per row -> tokens [B] and their logprobs [B]."""
 
 import functools
 
@@ -13,18 +13,20 @@ BLOCK = 128
 
 
 def draw_tokens(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token per row from softmax(logits / temperature), by inverting the cumulative distribution.
+    """Draw one token per row from softmax(logits / temperature) by inverting the cumulative distribution.
 
-    The inversion has two levels: first the block of BLOCK tokens, then the token in it. So no cumulative sum runs over
-    the whole vocabulary, which is slow, and in float32 also wrong in its last digits; the short ones are float64.
+    The inversion has two levels: first the block of BLOCK tokens, then the token in the block. A cumulative sum over
+    the whole vocabulary would be slow, and in float32 its last digits would be wrong. The short cumulative sums are
+    float64.
 
     Args:
         logits_BV: [B, V], any float dtype.
-        uniform_B: [B] float64 in [0, 1): where each row's distribution is inverted.
-        temperature: 0 takes the most likely token.
+        uniform_B: [B] float64 in [0, 1), the point at which each row's distribution is inverted.
+        temperature: divides the logits. 0 takes the most likely token.
 
     Returns:
-        Tokens [B] int64, and logprobs [B] float32 under the distribution drawn from (temperature 0: the unscaled softmax).
+        Tokens [B] int64, and their logprobs [B] float32 under the distribution drawn from (temperature 0: the unscaled
+            softmax).
     """
     if c_kernel("sampling", logits_BV) and is_readable(uniform_B, dtype=torch.float64):
         (rows, size), tokens = logits_BV.shape, torch.empty(len(logits_BV), dtype=torch.long)
@@ -45,8 +47,8 @@ def draw_tokens(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tup
         sums = sums.double()
         block, rest = _invert(sums, uniform_B.double() * sums.sum(-1))
         index = block[:, None] * BLOCK + _block_places(logits.device)
-        inside = weights.gather(-1, index.clamp(max=logits.shape[-1] - 1)).double()
-        tokens = block * BLOCK + _invert(inside.masked_fill_(index >= logits.shape[-1], 0.0), rest)[0]
+        in_block = weights.gather(-1, index.clamp(max=logits.shape[-1] - 1)).double()
+        tokens = block * BLOCK + _invert(in_block.masked_fill_(index >= logits.shape[-1], 0.0), rest)[0]
     return tokens, weights.gather(-1, tokens[:, None]).squeeze(-1).log()
 
 
@@ -56,10 +58,14 @@ def _block_places(device: torch.device) -> Tensor:
 
 
 def _invert(weights: Tensor, threshold_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Invert the cumulative sums of [B, K] float64 weights at a threshold [B].
+    """Invert the cumulative sums of weights [B, K] (float64) at thresholds [B].
 
-    Returns the first index [B] whose cumulative sum exceeds the threshold, and what of the threshold is left inside it [B]. An
-    index of weight 0 is never taken: a threshold at or beyond the total (rounding) is pulled below it.
+    An index of weight 0 is never returned: a threshold at or beyond the total, which rounding can cause, is lowered to
+    just below it.
+
+    Returns:
+        The first index [B] whose cumulative sum exceeds the threshold, and the threshold minus the sum before that
+            index [B].
     """
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1]

@@ -1,7 +1,8 @@
-"""Self-test at the start of a run: every kernel against the reference, on this device, dtype and number of threads.
+"""Self-test at the start of a run: C kernels against the reference, on this CPU, dtype and number of threads.
 
-The widths are the model's own, and there are enough tokens that every kernel takes its threaded path. Forward and backward passes are
-compared. A kernel that differs from the reference, or that was not called, is switched off with one line in the log.
+The widths are those of the model, and there are enough tokens for every kernel to use its threads. Forward and
+backward passes are compared. A kernel that fails, differs from the reference or was not called is switched off with
+one line in the log.
 """
 
 import functools
@@ -27,23 +28,25 @@ from grpo.kernels.sampling import draw_tokens
 log = logging.getLogger(__name__)
 
 FLOAT32_TOLERANCE = 1e-4
-"""Norm of the difference over the norm of the reference, of each result and each gradient."""
+"""Maximum relative error: norm of the difference over norm of the reference, for each result and each gradient."""
 REACHED = {
     "decoder_layer": ("attention", "attention_backward"),
     "token_logprobs": ("softmax",),
     "sampling": ("draw",),
 }
-"""The C functions that a kernel must have called."""
+"""C functions that the check of each kernel must call."""
 
 
 def run(model: Model | None, head: Tensor, autocast: torch.dtype | None = None, tolerance: float = 0.0) -> None:
     """Compare the kernels of training and sampling with the reference, and switch off those that fail.
 
+    Does nothing on devices other than a CPU, or without the C library.
+
     Args:
-        model: the description of the model that is about to be trained; None where its modules are used.
-        head: [V, H], of the output head.
-        autocast: the dtype that layers compute in, where that is not float32.
-        tolerance: of that dtype, as FLOAT32_TOLERANCE.
+        model: description of the model to be trained. None if its modules are used.
+        head: [V, H], weight of the output head.
+        autocast: dtype of autocast in the layers. None: float32.
+        tolerance: maximum relative error of a layer under autocast, instead of FLOAT32_TOLERANCE.
     """
     if not head.is_cpu:
         return
@@ -60,7 +63,10 @@ def run(model: Model | None, head: Tensor, autocast: torch.dtype | None = None, 
 
 
 def _judge(name: str, check: Callable[[], float], tolerance: float) -> None:
-    """Switch kernel `name` off unless `check` gives a small distance and the C functions were called."""
+    """Switch off kernel `name` if `check` raises or returns more than `tolerance`.
+
+    At the tolerance of float32, it is also switched off if `check` did not call the C functions of the kernel.
+    """
     before = Counter(ops.calls)
     try:
         distance = check()
@@ -76,9 +82,9 @@ def _judge(name: str, check: Callable[[], float], tolerance: float) -> None:
 
 
 def _check_layer(model: Model) -> float:
-    """A layer with the model's own shapes and weights on random states: values, and gradients of its input and every weight."""
+    """Return the relative error of a layer on random states: of the result and of all gradients."""
     layer = _float32(model.layers[0])
-    # More than 32,768 numbers in the narrowest tensor: threads begin there.
+    # More than 32,768 numbers in the narrowest tensor: from there on, kernels use threads (compiler.threads_for).
     width = min(len(layer.norm), layer.key_heads * layer.head_size)
     spans = _spans(-(-33_000 // (128 * width)))
     tokens, generator = spans[-1].start + spans[-1].length, torch.Generator().manual_seed(0)
@@ -98,7 +104,7 @@ def _check_layer(model: Model) -> float:
 
 
 def _check_head(vocabulary: int) -> float:
-    """Logprobs over the model's vocabulary, and the gradients of hidden states and head."""
+    """Return the relative error of logprobs over the vocabulary, and of the gradients of hidden states and head."""
     generator = torch.Generator().manual_seed(1)
     rows = max(2, -(-33_000 // vocabulary))
     hidden, weight = torch.randn(rows, 16, generator=generator), torch.randn(vocabulary, 16, generator=generator)
@@ -119,7 +125,9 @@ def _check_head(vocabulary: int) -> float:
 
 
 def _check_sampling(vocabulary: int) -> float:
-    """Logprobs of sampled tokens, and the places of their uniform numbers in the cumulative distribution."""
+    """Return the maximum error of sampled tokens: of their logprobs, and of their places in the cumulative
+    distribution.
+    """
     generator = torch.Generator().manual_seed(2)
     rows = max(4, -(-33_000 // vocabulary))
     logits = torch.randn(rows, vocabulary, generator=generator)
@@ -133,7 +141,7 @@ def _check_sampling(vocabulary: int) -> float:
 
 
 def _spans(factor: int) -> list[GroupSpan]:
-    """Two groups of 128 * factor tokens together: a prompt with two completions, and one with one."""
+    """Return two groups of 128 * factor tokens in total: a prompt with two completions, and a prompt with one."""
     first = GroupSpan(0, 24 * factor, (40 * factor, 17 * factor))
     return [first, GroupSpan(first.length, 15 * factor, (32 * factor,))]
 
@@ -145,7 +153,10 @@ def _distance(
     upstream: Tensor,
     weights: list[Tensor],
 ) -> float:
-    """Largest difference of values and gradients, relative to the largest number of each in the reference."""
+    """Return the maximum relative error of the result and of each gradient.
+
+    A relative error is the norm of the difference over the norm of the reference.
+    """
     results = []
     for way in (ours, theirs):
         leaf = states.clone().requires_grad_()
@@ -158,7 +169,7 @@ def _distance(
 
 
 def _float32(layer: Layer) -> Layer:
-    """The layer in float32, as leaves that require gradients; without its adapter."""
+    """Return the layer in float32 and without its adapter, with weights that are leaves and require gradients."""
 
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().float().requires_grad_()
@@ -167,10 +178,10 @@ def _float32(layer: Layer) -> Layer:
         return Linear(leaf(part.weight), None if part.bias is None else leaf(part.bias))
 
     query, key, value, out, gate, up, down = (linear(part) for part in layer.linears)
-    plain = replace(layer, query=query, key=key, value=value, out=out, gate=gate, up=up, down=down)
+    converted = replace(layer, query=query, key=key, value=value, out=out, gate=gate, up=up, down=down)
     if layer.query_norm is not None and layer.key_norm is not None:
-        plain = replace(plain, query_norm=leaf(layer.query_norm), key_norm=leaf(layer.key_norm))
-    return replace(plain, norm=leaf(layer.norm), mlp_norm=leaf(layer.mlp_norm))
+        converted = replace(converted, query_norm=leaf(layer.query_norm), key_norm=leaf(layer.key_norm))
+    return replace(converted, norm=leaf(layer.norm), mlp_norm=leaf(layer.mlp_norm))
 
 
 def _weights(layer: Layer) -> Iterator[Tensor]:
@@ -188,8 +199,10 @@ def _positions(span: GroupSpan) -> Iterator[int]:
 
 
 def _visible(spans: list[GroupSpan], window: int | None) -> Tensor:
-    """[T, T]: whether the token of the row sees that of the column, by the definition of a packed group."""
-    rows = []  # of each token: group, completion (0: the prompt) and position
+    """Return [T, T] bool: whether the token of the row attends to that of the column, by the definition of a packed
+    group.
+    """
+    rows = []  # for each token: group, completion (0: the prompt) and position
     for index, span in enumerate(spans):
         numbers = [0] * span.prompt_length
         for number, length in enumerate(span.completion_lengths, 1):

@@ -1,7 +1,7 @@
-"""Model families: a model of transformers -> its description (grpo/kernels/description.py), by which fused paths compute.
+"""Model families: a transformers model -> its description (grpo/kernels/description.py), which kernels read.
 
-One entry for each family whose layers are those of Llama, with what it adds to them. The start-up check compares the result
-with the model's own modules, so an entry that is wrong costs speed and no exactness.
+There is one entry for each family whose layers are those of Llama, with its differences. The start-up check compares
+the result with the model's own modules, so a wrong entry makes a run slower but not wrong.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,14 +18,14 @@ from grpo.models.lora import ADAPTER_NAME
 
 @dataclass(frozen=True)
 class Family:
-    """Peculiarities of a family's layers."""
+    """Differences of a family's layers from those of Llama."""
 
     window: Callable[[Any], int | None] = lambda attention: None
-    """The sliding window of an attention module."""
+    """Return the sliding window of an attention module."""
     norms_heads: bool = False
     """Queries and keys go through an RMSNorm of each head."""
     rotary: Callable[[Any], bool] = lambda attention: True
-    """Whether an attention module has a rotary embedding."""
+    """Return whether an attention module has a rotary embedding."""
 
 
 def _own_window(attention: Any) -> int | None:
@@ -39,17 +39,18 @@ FAMILIES = {
     "qwen3": Family(window=_own_window, norms_heads=True),
     "smollm3": Family(window=_own_window, rotary=lambda attention: bool(attention.use_rope)),
 }
-"""By `model_type` of the config."""
+"""`model_type` of the config -> family."""
 
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose frequencies do not depend on the length seen so far."""
+"""Rotary embeddings whose frequencies do not depend on the sequence length."""
 
 
 def describe(model: PreTrainedModel) -> Model | None:
-    """Return the description of `model`; None where its modules must be used.
+    """Return the description of `model`. None if its modules must be called.
 
-    That is: an unknown family, one that does not come from transformers, weights that are sharded or quantized, hooks on a module
-    that would not be called, an activation other than SiLU, or a layer that is not what its family says.
+    That is the case for an unknown family, a model class from outside transformers, weights that are sharded or
+    quantized, hooks on a module that would not be called, an activation other than SiLU, or a layer that differs from
+    its family.
     """
     family = FAMILIES.get(model.config.model_type)
     base: Any = model.base_model
@@ -78,13 +79,13 @@ def describe(model: PreTrainedModel) -> Model | None:
 
 
 def rope_is_fixed(model: PreTrainedModel) -> bool:
-    """Return whether one table of cosines and sines by position serves all lengths."""
+    """Return whether one table of cosines and sines by position is valid for all lengths."""
     rope = getattr(model.config, "rope_parameters", None) or {}
     return rope.get("rope_type", "default") in FIXED_ROPE_TYPES
 
 
 class _NotDescribed(Exception):
-    """The module is not what a description can say."""
+    """The module cannot be expressed in a description."""
 
 
 def _layer(layer: Any, family: Family) -> Layer:
@@ -132,10 +133,10 @@ def _linear(module: Any) -> Linear:
     if type(base) is not nn.Linear or not hasattr(module, "lora_A"):
         raise _NotDescribed
     _check_modules([base, module.lora_A, module.lora_B])
-    plain = Linear(_weight(base.weight), _bias(base))
+    frozen = Linear(_weight(base.weight), _bias(base))
     if module.disable_adapters:
-        return plain
-    # The adapters that grpo/models/lora.py makes: one, without dropout, bias or variant, never merged.
+        return frozen
+    # Only the adapters of grpo/models/lora.py: one, without dropout, bias or variant, not merged.
     variant = getattr(module, "lora_variant", {})
     if module.merged or module.active_adapters != [ADAPTER_NAME] or ADAPTER_NAME in variant:
         raise _NotDescribed
@@ -144,7 +145,7 @@ def _linear(module: Any) -> Linear:
     if low.bias is not None or high.bias is not None or not isinstance(module.lora_dropout[ADAPTER_NAME], nn.Identity):
         raise _NotDescribed
     scale = float(module.scaling[ADAPTER_NAME])
-    return Linear(plain.weight, plain.bias, Adapter(_weight(low.weight), _weight(high.weight), scale))
+    return Linear(frozen.weight, frozen.bias, Adapter(_weight(low.weight), _weight(high.weight), scale))
 
 
 def _bias(module: nn.Linear) -> Tensor | None:
@@ -152,16 +153,16 @@ def _bias(module: nn.Linear) -> Tensor | None:
 
 
 def _weight(parameter: Tensor) -> Tensor:
-    """`parameter`, where it is an ordinary tensor of this process."""
+    """Return `parameter` if it is an ordinary tensor of this process. Raise _NotDescribed otherwise."""
     if type(parameter) not in (Tensor, nn.Parameter) and not isinstance(parameter, torch._subclasses.FakeTensor):
         raise _NotDescribed
-    if hasattr(parameter, "ds_id"):  # ZeRO-3 gathers it while its own module is called
+    if hasattr(parameter, "ds_id"):  # ZeRO-3 gathers it only while its module is called
         raise _NotDescribed
     return parameter
 
 
 def _check_modules(modules: list[Any]) -> None:
-    """Raise where calling the modules would do more than their own forward."""
+    """Raise _NotDescribed if calling one of the modules would do more than its own forward pass."""
     for module in modules:
         if any(_hooks(module)) or "forward" in module.__dict__:
             raise _NotDescribed
@@ -169,5 +170,5 @@ def _check_modules(modules: list[Any]) -> None:
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
     for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
-        # What transformers registers with gradient checkpointing is for the reentrant kind, which is not used here.
+        # transformers registers this hook for reentrant gradient checkpointing, which is not used here.
         yield from (hook for hook in hooks.values() if getattr(hook, "__name__", "") != "make_inputs_require_grads")

@@ -1,4 +1,7 @@
-"""LogprobModel: a model and a packed batch -> logprobs and entropies; and the probe that finds which attention gives them."""
+"""LogprobModel: a model and a packed batch -> logprobs and entropies.
+
+`use_grpo_attention` selects the attention by a probe, and `run_self_test` checks the kernels.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +22,9 @@ AttentionInterface.register(NAME, grpo_attention)
 
 
 class LogprobModel(nn.Module):
-    """A causal LM whose forward pass is what training needs: packed batch -> logprobs [N] and entropies [N].
+    """A causal LM with the forward pass of training: packed batch -> logprobs [N] and entropies [N], in nats.
 
-    It is a module of its own, because wrappers (DDP, FSDP, autocast) only see what goes through `forward`.
+    It is a module because wrappers (DDP, FSDP, autocast) only apply to `forward`.
     """
 
     def __init__(
@@ -35,27 +38,28 @@ class LogprobModel(nn.Module):
     ):
         """
         Args:
-            model: a causal LM, which stays as it is.
-            uses_packed_attention: the model's attention is ours (`use_grpo_attention`).
-            temperature: of the distribution whose logprobs these are.
-            entropy_gradient: whether the entropies carry a gradient.
-            uses_kernels: whether layers may be computed from their description instead of by their modules; False where
-                a wrapper relies on the modules being called (DeepSpeed).
+            model: a causal LM, which is not changed.
+            uses_packed_attention: the model uses the attention of grpo/kernels (`use_grpo_attention`).
+            temperature: divides the logits.
+            entropy_gradient: the entropies carry a gradient.
+            uses_kernels: layers may be computed from the model's description instead of by its modules. False if a
+                wrapper needs the modules to be called (DeepSpeed).
         """
         super().__init__()
         self.model, self.uses_packed_attention, self.temperature = model, uses_packed_attention, temperature
         self.entropy_gradient, self.uses_kernels = entropy_gradient, uses_kernels
         self.accumulate_grads_inplace = False
-        """Backward passes may add to .grad by themselves: set where no wrapper exchanges gradients (grpo/policy.py)."""
+        """Backward passes may add directly to `.grad`. Set if no wrapper exchanges gradients (grpo/policy.py)."""
         self.prompts = SharedPrompts()
         self._no_split_modules = model._no_split_modules  # the layers that FSDP shards one by one
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Return logprobs [N] and entropies [N], float32, of the completion tokens of `batch`."""
         if self.uses_packed_attention and any(span.split for span in batch.spans):
             hidden_NH = self.prompts.hidden(self.hidden_states, batch)
         elif self.uses_packed_attention:
             hidden_TH = self.hidden_states(batch.input_ids_T, batch.positions_T, batch.layout)
-            # Not hidden_TH[...]: its backward pass adds with atomics, whose order depends on the load of the machine.
+            # Not hidden_TH[...]: its backward pass adds atomically, in an order that depends on the machine's load.
             hidden_NH = hidden_TH.index_select(0, batch.predictor_N)
         else:
             ids, predictor = batch.rows()
@@ -75,7 +79,7 @@ class LogprobModel(nn.Module):
             )
 
     def hidden_states(self, ids_T: Tensor, positions_T: Tensor, layout: PackedLayout) -> Tensor:
-        """Last hidden states [T, H] of one packed row: by kernels that read the model's description, or else by its modules."""
+        """Return the last hidden states [T, H] of one packed row, from the model's description or its modules."""
         described = describe(self.model) if self.uses_kernels else None
         if described is not None and layers.is_supported(described):
             return layers.hidden_states(
@@ -91,16 +95,17 @@ class LogprobModel(nn.Module):
 
 
 def use_grpo_attention(model: PreTrainedModel) -> bool:
-    """Switch to our attention if it gives the same logprobs as the model's own on a probe; else leave the model as it is.
+    """Switch the model to the attention of grpo/kernels if a probe gives the same logprobs as the model's own
+    attention.
 
-    The probe is two groups with prompts and completions of different lengths. It is computed by the modules with their own
-    attention, by the modules with ours, and from the model's description where kernels read that. A description that does not
-    give the same logprobs is not used.
+    The probe is two groups with prompts and completions of different lengths. It runs through the modules with their
+    own attention, through the modules with the new one, and through kernels that read the model's description. If the
+    last differ, the description is not used. If the second differ, the model keeps its own attention.
 
     Returns:
-        Whether it was switched.
+        True if the attention was switched.
     """
-    # Weights of 16 bits round differently: a bfloat16 model's own attention is as far from float32 as ours is.
+    # 16-bit weights round differently: in bfloat16, both attentions differ equally from float32.
     tolerance = PRECISIONS[model.dtype].logprob
     batch = probe_batch(model.config.vocab_size).to(next(model.parameters()).device)
 
@@ -126,18 +131,19 @@ def use_grpo_attention(model: PreTrainedModel) -> bool:
 
 
 def run_self_test(model: PreTrainedModel, autocast: torch.dtype | None) -> None:
-    """Switch off the kernels that do not agree with the reference at the shapes of `model` (grpo/kernels/self_test.py).
+    """Switch off the kernels that do not agree with the reference at the shapes of `model`
+    (grpo/kernels/self_test.py).
 
     Args:
         model: the model that is trained.
-        autocast: the dtype of mixed precision; None where it is off.
+        autocast: dtype of mixed precision. None if it is off.
     """
     tolerance = 0.0 if autocast is None else PRECISIONS[autocast].hidden
     self_test.run(describe(model), model.get_output_embeddings().weight, autocast, tolerance)
 
 
 def probe_batch(vocabulary: int) -> PackedBatch:
-    """A small made-up batch: two groups, prompts of 5 and 3 tokens, completions of 4, 2 and 3."""
+    """Return a small synthetic batch: two groups, with prompts of 5 and 3 tokens and completions of 4, 2 and 3."""
     ids: list[int] = []
     positions: list[int] = []
     predictor: list[int] = []

@@ -1,16 +1,18 @@
-"""Shared prompts: hidden states of the completions of split groups, with each group's prompt trained only once.
+"""Shared prompts: hidden states for the completions of split groups, with each group's prompt trained only once.
 
-With a gradient, batches are computed in order. Before the first, the prompt goes through the model alone, without a graph. What its
-completions need is kept: each layer's keys and values, and the hidden state of its last token, which predicts every first token.
+With gradients, the batches of a group are computed in order. Before the first one, the prompt goes through the model
+alone, without a graph. The values that its completions need are kept: each layer's keys and values, and the hidden
+state of its last token, which predicts every first token.
 
-    all but the last   have only completions in their row. They read copies of the above, whose gradients their backward passes
-                       accumulate
+    all but the last   have only completions in their row. They read copies of the kept values. Their backward passes
+                       accumulate the gradients of these copies
     the last           has the prompt in its row. The accumulated gradients are added to those of the prompt
 
-By the chain rule this is the gradient of the prompt in every batch, up to rounding, for one pass with a graph and one without.
-Without a gradient, batches are computed in reverse: the row of the last one leaves behind what the others need.
+By the chain rule the sum equals the gradient of computing the prompt in every batch, up to rounding. It costs one pass
+with a graph and one without. Without gradients, batches are computed in reverse order: the row of the last one
+provides the values that the others need.
 
-    # the example of packing.py split into two batches                learning: 1st     2nd
+    # the example of packing.py split into two batches        with gradients: 1st     2nd
     # input_ids_T as stored, complete by itself                       5  6  7  8        5  6  9
     # row that goes through the model                                 7  8              5  6  9
     # positions in it                                                 2  3              0  1  2
@@ -34,15 +36,20 @@ class SharedPrompts:
     """Prompts of the split groups whose batches are being computed."""
 
     def __init__(self) -> None:
-        # Passes with and without a gradient are kept apart: a LoRA policy's reference has other weights.
+        # Separate for passes with and without gradients: the reference of a LoRA policy has other weights.
         self._open: dict[tuple[SplitGroup, bool], KeptPrompt] = {}
 
     def forget(self) -> None:
-        """Drop what is kept of groups that were left halfway: the weights have changed."""
+        """Drop the prompts of groups that were not completed. Required after the weights have changed."""
         self._open.clear()
 
     def hidden(self, hidden_states: HiddenStates, batch: PackedBatch) -> Tensor:
-        """Return the hidden state that each completion token is predicted from, [N, H]."""
+        """Return the hidden states [N, H] that predict the completion tokens of `batch`.
+
+        Args:
+            hidden_states: computes the last hidden states of one packed row.
+            batch: a packed batch with parts of split groups.
+        """
         learning, layout = torch.is_grad_enabled(), batch.layout
         here_T = torch.ones(len(batch.input_ids_T), dtype=torch.bool)
         prompts = {
@@ -57,7 +64,7 @@ class SharedPrompts:
                 here_T[span.start : span.start + span.prompt_length] = False
         row = here_T.nonzero().squeeze(1).to(batch.input_ids_T.device)
         hidden_TH = hidden_states(batch.input_ids_T[row], batch.positions_T[row], layout)
-        # After the row: the last tokens of split prompts, from elsewhere or joined with the gradients of the other parts.
+        # Appended to the row: last tokens of split prompts, kept or joined with the gradients of the other parts.
         place_T, last_tokens = here_T.cumsum(0) - 1, []
         for index, prompt in prompts.items():
             last = batch.spans[index].start + batch.spans[index].prompt_length - 1
@@ -71,7 +78,7 @@ class SharedPrompts:
         return torch.cat([hidden_TH, *last_tokens]).index_select(0, place_T.to(row.device)[batch.predictor_N])
 
     def _prompt(self, hidden_states: HiddenStates, batch: PackedBatch, span: GroupSpan) -> "KeptPrompt":
-        """Return what is kept of the prompt of `span`, and count this part; empty where its row is still to come."""
+        """Return the kept values of the prompt of `span`, and count this part. Empty if its row is still to come."""
         assert span.split is not None
         learning = torch.is_grad_enabled()
         prompt = self._open.pop((span.split, learning), None) or KeptPrompt(span.split.parts)
@@ -93,24 +100,27 @@ class KeptPrompt:
     last_hidden: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def keep(self, key: Tensor, value: Tensor) -> None:
-        # A copy: a slice would hold on to the whole row.
+        """Append copies of one layer's keys and values."""
+        # Copies: a slice would keep the memory of the whole row alive.
         self.keys_values.append((key.detach().clone(), value.detach().clone()))
 
     def compute(self, hidden_states: HiddenStates, batch: PackedBatch, span: GroupSpan) -> None:
-        """Compute the prompt alone, without a graph. What is kept are leaves, which gather the gradients of the parts."""
+        """Compute the prompt alone, without a graph. The kept values are leaves that accumulate the gradients of the
+        parts.
+        """
         ids_P, positions_P = (
             tensor[span.start : span.start + span.prompt_length] for tensor in (batch.input_ids_T, batch.positions_T)
         )
         alone = replace(span, start=0, completion_lengths=())
         layout = PackedLayout([alone], ids_P.device, watched={0: self.keep})
         kind = ids_P.device.type
-        # Autocast would keep the weights that it casts here, and use them, without a gradient, for the row as well.
+        # Autocast would cache the weights that it casts here without gradients, and use them for the row as well.
         with torch.no_grad(), torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
             self.last_hidden = hidden_states(ids_P, positions_P, layout)[-1:].clone()
         for tensor in (self.last_hidden, *(tensor for pair in self.keys_values for tensor in pair)):
             tensor.requires_grad_()
 
     def rejoin(self) -> Callable[[Tensor, Tensor], Prompt]:
-        """Return a watcher of the prompt's keys and values, layer by layer, that returns the leaves kept before."""
+        """Return a function for `PackedLayout.watched` that returns the kept leaves, layer by layer."""
         kept = iter(self.keys_values)
         return lambda key, value: next(kept)

@@ -1,4 +1,4 @@
-"""Losses with the clip of PPO, but another ratio, average or choice of completions: GSPO, LUSPO, GFPO."""
+"""Losses with the clip of PPO but another ratio, average or choice of completions: GSPO, LUSPO, GFPO."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from grpo.losses import check_clip, clipped, clipped_by_ppo, register_loss
 
 
 def check_sequence_level(config: Any) -> None:
-    """Raise ConfigError for the ratio of tokens with GSPO, which is defined by the ratio of whole completions."""
+    """Raise ConfigError for token ratios with GSPO, which is defined by the ratio of whole completions."""
     check_clip(config)
     if config.objective.importance_sampling_level == "token":
         raise ConfigError(
@@ -20,7 +20,7 @@ def check_sequence_level(config: Any) -> None:
 register_loss(
     "gspo", per="sequence", clips=clipped_by_ppo, check=check_sequence_level, importance_sampling_level="sequence"
 )(clipped)
-# LUSPO (arXiv 2602.05261): the same without the division by the completion's length.
+# LUSPO (arXiv 2602.05261): as GSPO, without division by the completion's length.
 register_loss(
     "luspo", per="sequence_sum", clips=clipped_by_ppo, check=check_clip, importance_sampling_level="sequence"
 )(clipped)

@@ -12,7 +12,7 @@ from grpo.losses import register_loss
 def reinforce(advantages: Tensor, logprobs: Tensor) -> Tensor:
     """-A * logp                      (REINFORCE; RLOO, arXiv 2402.14740; REINFORCE++, arXiv 2501.03262).
 
-    Summed over a completion it is -A * log p(completion), whose gradient RLOO averages.
+    Summed over a completion, this is -A * log p(completion). RLOO averages the gradient of that over completions.
     """
     return -advantages * logprobs
 
@@ -23,7 +23,8 @@ def leave_one_out_advantages(rewards_PG: Tensor) -> Tensor:
 
     # rewards [[1, 0, 0, 1]]: 1 - 1/3 = 2/3 and 0 - 2/3 -> [[2/3, -2/3, -2/3, 2/3]]
 
-    The same as (r_i - mean(r)) * n / (n - 1): its own reward is not in its baseline, so the gradient is unbiased.
+    This equals (r_i - mean(r)) * n / (n - 1). A completion's own reward is not in its baseline, so the gradient is
+    unbiased.
     """
     rewards = finite_rewards(rewards_PG)
     known = (~rewards.isnan()).sum(1, keepdim=True)
@@ -34,7 +35,7 @@ def leave_one_out_advantages(rewards_PG: Tensor) -> Tensor:
 def whole_batch_advantages(rewards_PG: Tensor) -> Tensor:
     """A_i = (r_i - mean(r)) / (std(r) + 1e-4), both over the whole batch (REINFORCE++, arXiv 2501.03262).
 
-    Prompts compete with each other: a flat group of an easy prompt has a positive advantage.
+    Prompts are compared with each other: a group of an easy prompt with equal rewards has a positive advantage.
     """
     flat = finite_rewards(rewards_PG).reshape(1, -1)
     return (center(flat) / (deviation(flat) + STD_EPSILON)).reshape(rewards_PG.shape)
@@ -42,8 +43,10 @@ def whole_batch_advantages(rewards_PG: Tensor) -> Tensor:
 
 @register_advantage("reinforce_plus_plus_baseline")
 def whitened_advantages(rewards_PG: Tensor) -> Tensor:
-    """A_i = c_i / (std(c) + 1e-4) with c_i = r_i - mean of its group, std over the whole batch (REINFORCE++-baseline,
-    arXiv 2501.03262). Unlike scale="batch", the spread between prompts is not part of the std.
+    """A_i = c_i / (std(c) + 1e-4), with c_i = r_i - mean of its group and std over the whole batch.
+
+    This is REINFORCE++-baseline (arXiv 2501.03262). Unlike with scale="batch", the spread between prompts is not part
+    of the std.
     """
     rewards = finite_rewards(rewards_PG)
     centered = center(rewards)

@@ -1,4 +1,4 @@
-"""Losses that fade out where PPO clips: SAPO and VESPO."""
+"""Losses whose gradient decays smoothly where PPO clips: SAPO and VESPO."""
 
 import math
 
@@ -11,7 +11,7 @@ from grpo.losses import register_loss
 
 @register_loss("sapo", per="sequence")
 def sapo(ratio: Tensor, advantages: Tensor, *, sapo_temperature_pos: float, sapo_temperature_neg: float) -> Tensor:
-    """-sigmoid(tau * (ratio - 1)) * 4 / tau * A, tau by the sign of A      (SAPO, arXiv 2511.20347)."""
+    """-sigmoid(tau * (ratio - 1)) * 4 / tau * A, with tau by the sign of A      (SAPO, arXiv 2511.20347)."""
     tau = torch.where(advantages > 0, sapo_temperature_pos, sapo_temperature_neg)
     return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages
 
@@ -29,7 +29,7 @@ def vespo(
 ) -> Tensor:
     """-phi(w).detach() * A * logp, log phi = lambda + k * log w - lambda * w      (VESPO, arXiv 2602.10693).
 
-    w is the ratio of the whole completion. The weight is 1 at w = 1 and fades on both sides.
+    w is the ratio of the whole completion. The weight phi is 1 at w = 1 and decays on both sides.
     """
     log_w = sequence_log_ratio.detach().clamp(math.log(1e-8), MAX_LOG_RATIO)
     k = torch.where(advantages >= 0, vespo_k_pos, vespo_k_neg)

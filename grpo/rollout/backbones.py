@@ -1,9 +1,9 @@
-"""Backbones: token ids -> last hidden states and logits, for decoding.
+"""Backbones for decoding: token ids -> last hidden states and logits.
 
-A fast backbone is used only if it equals the modules.
+ModuleBackbone     the model's own modules, with the attention of grpo/kernels
+KernelBackbone     a decoder of grpo/kernels, on copies of the weights in the model's description
 
-ModuleBackbone     the model's own modules, whatever they are, with our attention
-KernelBackbone     a decoder of grpo/kernels, on working weights that it takes from the model's description
+A KernelBackbone is used only if it gives the same hidden states as the modules.
 """
 
 import logging
@@ -28,40 +28,59 @@ log = logging.getLogger(__name__)
 
 
 class Backbone(Protocol):
+    """Interface of the engine to a model. H: hidden size, V: vocabulary."""
+
     model: PreTrainedModel
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """Dtype of the keys and values that a step reads, in the precision of the moment."""
+        """Dtype of the cached keys and values, under the autocast of the caller."""
         ...
 
     def refresh(self) -> None:
-        """Take over the weights that the model has now."""
+        """Read the current weights of the model."""
         ...
 
     def prefill(self, ids: Tensor, cache: SlotCache) -> Tensor:
-        """ids [prompts, tokens], right-padded -> hidden [prompts, tokens, H]; keys and values in cache.prompt."""
+        """Compute prompts and keep their keys and values in cache.prompt.
+
+        Args:
+            ids: [prompts, tokens], right-padded.
+            cache: receives the keys and values.
+
+        Returns:
+            Hidden states [prompts, tokens, H].
+        """
         ...
 
     def step(self, tokens_B: Tensor, positions_B: Tensor, cache: SlotCache) -> Tensor:
-        """One new token for each active row -> hidden [B, H]. cache.aim was called before."""
+        """Compute one new token for each active row. Call `cache.aim` first.
+
+        Args:
+            tokens_B: [B] token ids.
+            positions_B: [B] their positions.
+            cache: receives the keys and values of the new tokens.
+
+        Returns:
+            Hidden states [B, H].
+        """
         ...
 
     def padded_rows(self, rows: int) -> int:
-        """As how many rows `rows` are best decoded."""
+        """Return the number of rows to compute for `rows` rows."""
         ...
 
     def logits(self, hidden_BH: Tensor) -> Tensor:
-        """hidden [B, H] -> float32 logits [B, V]"""
+        """Return the logits [B, V], float32, of hidden states [B, H]."""
         ...
 
     def release(self) -> None:
-        """Free what memory can be freed until the next refresh."""
+        """Free memory that is not needed until the next refresh."""
         ...
 
 
 class ModuleBackbone:
-    """Through the model's modules, on the live weights."""
+    """Backbone that calls the model's modules, on the live weights."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -101,7 +120,7 @@ class ModuleBackbone:
 
 
 class KernelBackbone:
-    """Through a decoder of grpo/kernels, on copies of the weights that `refresh` makes."""
+    """Backbone that uses a decoder of grpo/kernels, on copies of the weights that `refresh` makes."""
 
     def __init__(self, model: PreTrainedModel, decoder: FusedDecoder):
         self.model, self.decoder = model, decoder
@@ -120,15 +139,15 @@ class KernelBackbone:
 
 
 def choose_backbone(model: PreTrainedModel) -> tuple[Backbone, int]:
-    """Choose the fastest backbone for `model` that gives the same hidden states as its modules on a probe.
+    """Return the fastest backbone that gives the same hidden states as the model's modules on a probe.
 
     Returns:
-        The backbone, and the numbers that the cache holds for one position of one completion.
+        The backbone, and the number of elements that the cache holds per position of one completion.
     """
     modules = ModuleBackbone(model)
     expected, numbers = _probe(modules)
     described = describe(model) if rope_is_fixed(model) else None
-    # 16-bit products round where the two differ; a layer that is not what it should be is off by much more.
+    # 16-bit products round differently in the two; a wrong layer causes a much larger difference.
     dtype = linear_dtype(model)
     tolerance = PRECISIONS[dtype].hidden
     for name, kind in (("decode_step", CompiledDecoder), ("fused_decode", FusedDecoder)):
@@ -137,7 +156,7 @@ def choose_backbone(model: PreTrainedModel) -> tuple[Backbone, int]:
         backbone = KernelBackbone(model, kind())
         try:
             hidden, _ = _probe(backbone)
-        except RuntimeError as error:  # an operation that this device does not have
+        except RuntimeError as error:  # an operation that this device lacks
             switch_off(name, f"it failed on this device ({str(error).splitlines()[0]})")
             continue
         backbone.release()
@@ -152,11 +171,11 @@ def choose_backbone(model: PreTrainedModel) -> tuple[Backbone, int]:
 
 @torch.no_grad()
 def _probe(backbone: Backbone) -> tuple[Tensor, int]:
-    """The hidden states of a prefill and one step, and the numbers in the cache per position."""
+    """Return the hidden states of a prefill and one step, and the number of cached elements per position."""
     model = backbone.model
     ids = torch.arange(3, 3 + 12, device=device_of(model)).reshape(2, 6) % model.config.vocab_size
     dtype = linear_dtype(model)
-    # Working weights in 16 bits are made for autocast, which is on in every later call, too.
+    # 16-bit weights belong to mixed precision, so autocast is on here as in every later call.
     with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
         cache = SlotCache(2, 8, backbone.cache_dtype)
         backbone.refresh()
@@ -170,12 +189,12 @@ def _probe(backbone: Backbone) -> tuple[Tensor, int]:
 
 
 def autocast_dtype(model: PreTrainedModel) -> torch.dtype | None:
-    """The dtype of autocast where it is on, on the device of `model`; else None."""
+    """Return the dtype of autocast on the device of `model`. None if autocast is off."""
     kind = device_of(model).type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def linear_dtype(model: PreTrainedModel) -> torch.dtype:
-    """Dtype of the weights that the linear layers multiply with, the head aside."""
+    """Return the weight dtype of the first linear layer that is not the output head. float32 if there is none."""
     head = model.get_output_embeddings()
     return next((m.weight.dtype for m in model.modules() if isinstance(m, nn.Linear) and m is not head), torch.float32)

@@ -1,8 +1,8 @@
-"""Rollout engines: prompts -> groups of completions. One base class, several engines that agree with each other.
+"""Rollout engines: prompts -> groups of completions. Base class, registry and checks.
 
-An engine of your own is a class that inherits from RolloutEngine, with @register_engine above it or named by its path.
-Its constructor takes the model, the tokenizer, and any of ARGUMENTS by name; further arguments get their values from
-rollout.engine_kwargs.
+A custom engine is a class that inherits from RolloutEngine. It is registered with @register_engine or named by its
+path. Its constructor takes the model, the tokenizer, and any of ARGUMENTS by name. Further arguments get their values
+from rollout.engine_kwargs.
 """
 
 from abc import ABC, abstractmethod
@@ -18,54 +18,63 @@ from grpo.registry import Registry, call_with_supported_args, check_arguments
 from grpo.types import Group, Prompt, SamplingPlan
 
 ARGUMENTS = ("slots", "uses_packed_attention", "cache_gib", "config", "accelerator", "weights", "longest")
-"""slots: completions at a time. uses_packed_attention: the model runs with the attention of grpo/kernels/attention.py.
-cache_gib: memory for keys and values. config: the RolloutConfig. accelerator. weights: a function that iterates over
-the full weights by name (collective where they are sharded). longest: tokens of the longest prompt and completion, or
-None."""
+"""slots: number of completions at a time. uses_packed_attention: the model uses the attention of
+grpo/kernels/attention.py. cache_gib: memory for keys and values in GiB. config: the RolloutConfig. accelerator:
+the Accelerator. weights: a function that iterates over the full weights by name (collective if they are
+sharded). longest: tokens of the longest prompt and completion together, or None."""
 
 
 class RolloutEngine(ABC):
-    """Base class of rollout engines. The attributes tell the trainer what an engine can do before it is built."""
+    """Base class of rollout engines. The class attributes declare capabilities before an engine is built."""
 
     has_own_weights: ClassVar[bool] = False
-    """It samples from a copy of the weights. The trainer then sends them after each step, and checks that they "
-    "arrived."""
+    """The engine samples from its own copy of the weights. The trainer sends them after each step and checks that
+    they arrived."""
     supports_staleness: ClassVar[bool] = True
-    """It can sample for later steps in a thread (rollout.max_staleness)."""
+    """The engine can sample for later steps in a thread (rollout.max_staleness)."""
     needs_packed_attention: ClassVar[bool] = False
-    """It runs models only with model.attn_implementation grpo."""
+    """The engine runs models only with model.attn_implementation grpo."""
     bounds_cache: ClassVar[bool] = False
-    """rollout.cache_gib limits the memory of its keys and values."""
+    """rollout.cache_gib limits the memory of the engine's keys and values."""
     repacks_weights: ClassVar[bool] = False
-    """It keeps linear weights in a layout of its own, beside the model's."""
+    """The engine keeps a copy of the linear weights in its own layout, in addition to the model's."""
     default_correction: ClassVar[Literal["none", "truncate", "mask"]] = "none"
-    """Importance-sampling correction where rollout.correction is null and max_staleness is 0."""
+    """Importance-sampling correction if rollout.correction is null and max_staleness is 0."""
 
     @classmethod  # noqa: B027 (optional)
     def check(cls, config: Config) -> None:
-        """Raise ConfigError for settings that this engine cannot work with."""
+        """Raise ConfigError for settings that this engine does not support."""
 
     @classmethod  # noqa: B027 (optional)
     def check_environment(cls, config: Config, processes: int) -> None:
-        """Raise ConfigError, before any weight loads, where a library or server is missing.
+        """Check for required libraries and servers before any weights are loaded.
 
         Args:
             config: the whole config.
             processes: number of ranks.
+
+        Raises:
+            ConfigError: a library or a server is missing.
         """
 
     @abstractmethod
     def generate(
         self, prompts: list[Prompt], plan: SamplingPlan, finished: Callable[[Group], None] | None = None
     ) -> list[Group]:
-        """Return plan.num_generations completions for each prompt, in the order of the prompts.
+        """Sample plan.num_generations completions for each prompt.
 
-        `finished` gets each group as soon as its last completion is done, in any order, so that it can be scored while
-        others are still being sampled.
+        Args:
+            prompts: prompts with their token ids.
+            plan: number and maximum length of completions, temperature and seed.
+            finished: called with each group as soon as its last completion is done, in any order. Groups can then be
+                scored while others are still being sampled.
+
+        Returns:
+            One group per prompt, in the order of the prompts.
         """
 
-    def update_weights(self, step: int) -> None:  # noqa: B027 (an engine that reads the live weights has nothing to do)
-        """Take over the model's weights, which are now those after `step`. Collective where they are sharded."""
+    def update_weights(self, step: int) -> None:  # noqa: B027 (no-op for engines that read the live weights)
+        """Copy the model's weights, which are those after `step`. Collective if they are sharded."""
 
 
 ENGINES: Registry[type[RolloutEngine]] = Registry("engine", "grpo.rollout", key="rollout.engine", modules="*_engine")
@@ -73,7 +82,7 @@ register_engine = ENGINES.register
 
 
 def find_engine(name: str) -> type[RolloutEngine]:
-    """Return the class of a registered name, package.module:Class or path/file.py:Class.
+    """Return the engine class for a registered name, package.module:Class or path/file.py:Class.
 
     Raises:
         ConfigError: there is none, or it does not inherit from RolloutEngine.
@@ -88,7 +97,11 @@ def find_engine(name: str) -> type[RolloutEngine]:
 
 
 def check_engine(config: Config) -> None:
-    """Raise ConfigError if rollout.engine does not exist, lacks an argument, or cannot work with the config."""
+    """Check rollout.engine against the rest of the config.
+
+    Raises:
+        ConfigError: the engine does not exist, requires an unknown argument, or does not support the config.
+    """
     name, staleness = config.rollout.engine, config.rollout.max_staleness
     engine = find_engine(name)
     offered = ("model", "tokenizer", *ARGUMENTS)
@@ -115,26 +128,40 @@ def build_engine(
     engine_kwargs: dict[str, Any] | None = None,
     **offered: Any,
 ) -> RolloutEngine:
-    """Build the engine called `name` with those of the `offered` arguments (see ARGUMENTS) that it names."""
+    """Build the engine called `name`.
+
+    Args:
+        name: a registered name or a path (`find_engine`).
+        model: the model to sample from.
+        tokenizer: its tokenizer.
+        engine_kwargs: further arguments of the constructor (rollout.engine_kwargs).
+        **offered: values of ARGUMENTS. The constructor gets those that it names.
+    """
     return call_with_supported_args(find_engine(name), {**offered, **(engine_kwargs or {})}, model, tokenizer)
 
 
 def correction_of(rollout: RolloutConfig) -> str:
-    """Return rollout.correction, or its default: truncate where the policy that samples is stale, else the engine's."""
+    """Return rollout.correction or its default: truncate if the sampling policy may be stale, else the engine's
+    default.
+    """
     if rollout.correction is not None:
         return rollout.correction
     return "truncate" if rollout.max_staleness else find_engine(rollout.engine).default_correction
 
 
 def longest_of(config: Config) -> int | None:
-    """Return the tokens of the longest prompt and completion; None where prompts have no limit."""
+    """Return the tokens of the longest prompt and completion together. None if prompts have no limit."""
     if config.data.max_prompt_length is None:
         return None
     return config.data.max_prompt_length + config.sampling.max_completion_length
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every id that ends a completion: the generation config's (a list for Llama-3) and the tokenizer's."""
+    """Return all ids that end a completion: those of the generation config (a list for Llama-3) and the tokenizer's.
+
+    Raises:
+        ConfigError: there is none.
+    """
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = configured if isinstance(configured, list) else [configured]
     found = {token for token in [*ids, tokenizer.eos_token_id] if token is not None}

@@ -1,8 +1,9 @@
-"""Logprob mismatch: the sampling logprobs of an engine compared with the trainer's logprobs of the same tokens.
+"""Logprob mismatch: an engine's sampling logprobs compared with the trainer's logprobs of the same tokens.
 
-Both must be one policy. Rounding causes a small difference; another temperature, stale weights or a wrong mask a large
-one. It is measured at the start of a run, and in every step as policy/sampling_logprob_difference. For an engine with
-weights of its own, the weight sync is verified at the start, and the difference is checked in every step.
+Both must come from the same policy. Rounding causes a small difference. Another temperature, stale weights or a wrong
+mask cause a large one. The difference is measured at the start of a run, and in every step as
+policy/sampling_logprob_difference. For an engine with its own copy of the weights, the weight sync is verified at the
+start, and the difference is checked in every step.
 """
 
 import torch
@@ -19,16 +20,23 @@ from grpo.types import Prompt, SamplingPlan
 
 SAMPLES, TOKENS = 2, 8
 LONG_PROMPT = 40
-"""Tokens: long enough for an engine that caches prompts in blocks of 16."""
+"""Tokens of a prompt that is long enough for an engine that caches prompts in blocks of 16."""
 
 
 def check_agreement(engine: RolloutEngine, policy: Policy, temperature: float, allowed: float | None = None) -> float:
-    """Sample a few tokens after a synthetic prompt and return the mean absolute difference of their logprobs, in nats.
+    """Sample a few tokens after a synthetic prompt and compare the logprobs. Collective if weights are sharded.
 
-    Collective where weights are sharded.
+    Args:
+        engine: the engine to check.
+        policy: the trainer's policy.
+        temperature: sampling temperature.
+        allowed: largest mean absolute difference, in nats. None: that of the precision.
+
+    Returns:
+        The mean absolute difference, in nats.
 
     Raises:
-        NumericsError: It is more than rounding explains (or than `allowed`).
+        NumericsError: the difference exceeds the limit.
     """
     found = difference(engine, policy, temperature)
     tolerance = tolerance_for(policy) if allowed is None else allowed
@@ -42,7 +50,10 @@ def check_agreement(engine: RolloutEngine, policy: Policy, temperature: float, a
 
 
 def difference(engine: RolloutEngine, policy: Policy, temperature: float, length: int = 5) -> float:
-    """Return the mean absolute difference in nats for a synthetic prompt of `length` tokens. Collective if sharded."""
+    """Return the mean absolute difference, in nats, for a synthetic prompt of `length` tokens.
+
+    Collective if weights are sharded.
+    """
     vocabulary = policy.model.config.vocab_size
     probe = probe_batch(vocabulary).input_ids_T[:5].tolist()
     prompt_ids = tuple(probe + [(5 * i + 2) % vocabulary for i in range(length - len(probe))])
@@ -57,15 +68,19 @@ def difference(engine: RolloutEngine, policy: Policy, temperature: float, length
 
 
 def tolerance_for(policy: Policy) -> float:
+    """Return the mean difference, in nats, that rounding explains in the precision of `policy`."""
     return precision_of(policy.accelerator, policy.model.dtype).logprob
 
 
 def verify_weight_sync(engine: RolloutEngine, policy: Policy, config: Config) -> None:
-    """Raise NumericsError unless the engine takes over changed weights, and the original ones again.
+    """Check that the engine takes over changed weights, and then the original ones.
 
-    An update call that returns proves nothing: the engine may hold a stale copy of one weight (of a tied head, say).
-    Doubled weights amplify the effect of a stale one (float16 would overflow: there they are halved). Below float32,
-    rounding is amplified too, so the tolerance is larger.
+    A successful update call is not enough: the engine may keep a stale copy of one weight, for example of a tied head.
+    Weights are doubled to amplify the effect of a stale one (float16 would overflow, so they are halved there). Below
+    float32, rounding is amplified as well, so the tolerance is larger.
+
+    Raises:
+        NumericsError: the logprobs differ by more than the tolerance after one of the updates.
     """
     precision = precision_of(policy.accelerator)
     allowed = config.rollout.max_logprob_difference or tolerance_for(policy)
@@ -82,9 +97,8 @@ def verify_weight_sync(engine: RolloutEngine, policy: Policy, config: Config) ->
     if not found <= allowed:
         raise NumericsError(
             f"rollout.engine {config.rollout.engine} did not take over all new weights: after an update with changed "
-            f"ones, its logprobs differ from the trainer's by {found:.2g} on average (rounding explains "
-            f"{allowed:g}). With vLLM: start the server with launch/vllm_server.py, or see docs/vllm.md for what is "
-            "known to fail"
+            f"ones, its logprobs differ from the trainer's by {found:.2g} on average (rounding explains {allowed:g}). "
+            f"With vLLM: start the server with launch/vllm_server.py, or see docs/vllm.md for what is known to fail"
         )
     engine.update_weights(0)
     found = difference(engine, policy, config.sampling.temperature, LONG_PROMPT)
@@ -96,7 +110,7 @@ def verify_weight_sync(engine: RolloutEngine, policy: Policy, config: Config) ->
 
 
 def scale(model: nn.Module, factor: float) -> None:
-    """Multiply all weights in place. A power of two is exact and can be undone exactly."""
+    """Multiply all weights by `factor` in place. A power of two is exact and can be undone exactly."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
@@ -104,9 +118,20 @@ def scale(model: nn.Module, factor: float) -> None:
 
 
 def check_difference(engine: RolloutEngine, policy: Policy, config: RolloutConfig, step: int, found: float) -> None:
-    """Raise NumericsError if the tokens of this step were sampled with other weights than the trainer's.
+    """Check that the tokens of a step were sampled with the trainer's weights.
 
-    Only an engine with weights of its own can do that. `found`: policy/sampling_logprob_difference of the step.
+    Only an engine with its own copy of the weights can fail this.
+
+    Args:
+        engine: the engine that sampled.
+        policy: the trainer's policy.
+        config: the rollout section of the config.
+        step: number of the step, for the message.
+        found: policy/sampling_logprob_difference of the step, in nats.
+
+    Raises:
+        NumericsError: `found` exceeds rollout.max_logprob_difference, or the tolerance of the precision if that is
+            null.
     """
     if not engine.has_own_weights:
         return
@@ -115,5 +140,5 @@ def check_difference(engine: RolloutEngine, policy: Policy, config: RolloutConfi
         raise NumericsError(
             f"policy/sampling_logprob_difference is {found:.2g} in step {step} (rounding explains {allowed:g}): "
             f"rollout.engine {config.engine} sampled with other weights than the trainer's. The weights here are "
-            "sound; see docs/vllm.md, or set rollout.max_logprob_difference"
+            f"sound; see docs/vllm.md, or set rollout.max_logprob_difference"
         )

@@ -1,11 +1,12 @@
-"""Native engine: a decode loop in which each unique prompt is prefilled once, and no row waits for a slower one.
+"""Native engine: a decode loop that prefills each unique prompt once and replaces finished rows at once.
 
     queue of samples -> a free slot (the prompt's keys and values are copied in) -> one token per step
                      -> finished: the last row moves into the hole, and the next sample takes the free slot
 
-What a step needs lives in tensors on the device (`_State`); the host looks at it once every `check_every` steps, so on CUDA
-no token waits for the host. The KV cache is allocated once per call: slots x (longest prompt + max_completion_length)
-positions per layer, with as many slots as the memory for it allows, so what is needed is known before decoding starts.
+The state of the decode loop is in tensors on the device (`_State`). The host reads it once every `check_every` steps,
+so that on CUDA the device does not wait for the host at each token. The KV cache is allocated once per call: slots x
+(longest prompt + max_completion_length) positions per layer, with as many slots as the memory for it allows. The
+memory needed is therefore known before decoding starts.
 """
 
 from collections import deque
@@ -28,52 +29,56 @@ from grpo.runtime.device import free_memory, return_freed_memory
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 
 PREFILL_TOKENS = 8192
-"""Prompt tokens that are prefilled together."""
+"""Maximum number of prompt tokens, padding included, in one prefill."""
 BUCKET = 128
-"""Where steps are captured, cache lengths are rounded up to multiples of this, and rows to powers of two: one graph for each."""
+"""If steps are captured in CUDA graphs, cache lengths are rounded up to multiples of this, and rows to powers of
+two. Each combination has one graph."""
 
 
 @dataclass
 class _Row:
-    """One slot, as the host sees it."""
+    """State of one slot on the host."""
 
     prompt: int
     sample: int
     cached: int
-    """Positions in the cache."""
+    """Number of positions in the cache."""
     drawn: int = 1
-    """Tokens drawn on the device, those after the end token included."""
+    """Number of tokens sampled on the device, including those after the end token."""
     ended: bool = False
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
 
 class _State:
-    """All slots, as tensors on the device."""
+    """State of all slots, as tensors on the device."""
 
     def __init__(self, slots: int, window: int, draws: int, device: torch.device):
         self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
-        """The newest token of each row: drawn, but not yet in the cache."""
+        """Newest token of each row: sampled, but not yet in the cache."""
         self.positions = torch.zeros_like(self.tokens)
-        """Where that token goes."""
+        """Position of that token."""
         self.uniforms = torch.zeros(slots, draws + window, dtype=torch.float64, device=device)
-        """The random numbers of each row, for all that it may draw: they depend on its key and the position alone."""
+        """Random numbers of each row for all its tokens. They depend only on its key and the position."""
         self.drawn = torch.zeros_like(self.tokens)
-        """Tokens drawn so far: the position in the row's random stream."""
+        """Number of tokens sampled so far, which is the position in the row's random stream."""
         self.draws = draws
         self.logprobs = torch.zeros(slots, device=device)
-        """Of the newest token."""
+        """Logprob of the newest token."""
         self.new_tokens = torch.zeros(window, slots, dtype=torch.long, device=device)
         self.new_logprobs = torch.zeros(window, slots, device=device)
 
     def move(self, targets: list[int], sources: list[int]) -> None:
+        """Copy rows `sources` to rows `targets`."""
         for tensor in (self.tokens, self.positions, self.uniforms, self.drawn):
             tensor[targets] = tensor[sources]
 
 
 @dataclass
 class _Prefilled:
-    """One prompt, ready to be sampled from: keys and values per layer, and the logits of its first completion token."""
+    """A prefilled prompt: keys and values per layer, logits of the first completion token, and number of samples that
+    still need a slot.
+    """
 
     prompt: list[tuple[Tensor, Tensor]]
     logits_V: Tensor
@@ -81,7 +86,7 @@ class _Prefilled:
 
 
 class _Done:
-    """Finished completions, and groups, which are handed out as soon as they are complete."""
+    """Finished completions. Each group is passed to `finished` as soon as it is complete."""
 
     def __init__(self, prompts: list[Prompt], samples: int, finished: Callable[[Group], None] | None):
         self.prompts, self.samples, self.finished = prompts, samples, finished
@@ -89,6 +94,7 @@ class _Done:
         self._completions: dict[int, dict[int, Completion]] = {}
 
     def add(self, prompt: int, sample: int, completion: Completion) -> None:
+        """Add one completion."""
         found = self._completions.setdefault(prompt, {})
         found[sample] = completion
         if len(found) == self.samples:
@@ -101,7 +107,9 @@ class _Done:
 
 @register_engine("native")
 class NativeEngine(RolloutEngine):
-    """Decodes at most `slots` completions at a time with the weights that `model` has when `generate` is called."""
+    """Engine that decodes up to `slots` completions at a time, with the weights that `model` has when `generate` is
+    called.
+    """
 
     needs_packed_attention = True
     bounds_cache = True
@@ -132,7 +140,7 @@ class NativeEngine(RolloutEngine):
     def generate(
         self, prompts: list[Prompt], plan: SamplingPlan, finished: Callable[[Group], None] | None = None
     ) -> list[Group]:
-        """See RolloutEngine."""
+        """Sample completions with the live weights. See RolloutEngine.generate."""
         waiting = deque((p, s) for p in range(len(prompts)) for s in range(plan.num_generations))
         if not waiting:
             return []
@@ -158,7 +166,15 @@ class NativeEngine(RolloutEngine):
         return [done.groups[index] for index in range(len(prompts))]
 
     def _memory(self, completions: int, prompt: int, draws: int) -> tuple[SlotCache, _State]:
-        """The slots of this call. Where graphs are captured they are kept, since the graphs point at them."""
+        """Return the cache and state for one call.
+
+        They are kept between calls if steps are captured, since the graphs refer to them.
+
+        Args:
+            completions: number of completions in the call.
+            prompt: tokens of the longest prompt.
+            draws: maximum tokens per completion.
+        """
         device = device_of(self.model)
         window, dtype = self.schedule.check_every, self.backbone.cache_dtype
         if not self.schedule.captures_graphs:
@@ -168,38 +184,52 @@ class NativeEngine(RolloutEngine):
         cache, state = self._kept or (SlotCache(0, 0, dtype), None)
         length = max(cache.length, -(-(prompt + draws + window) // BUCKET) * BUCKET)
         slots = self.slots_that_fit(completions, length, free_memory(device) + cache.bytes)
-        # What is free moves a little from call to call: new graphs are only worth it for twice the slots.
+        # Free memory varies from call to call. New graphs are only worth their cost for twice the slots.
         enough = cache.slots >= min(self.slots, completions) or 2 * cache.slots > slots
-        fits = enough and length == cache.length and dtype == cache.dtype
-        if state is not None and fits and draws <= state.draws:
+        is_reusable = enough and length == cache.length and dtype == cache.dtype
+        if state is not None and is_reusable and draws <= state.draws:
             return cache, state
         draws = max(draws, state.draws if state is not None else 0)
         self.graphs.clear()
         del cache, state
-        self._kept = None  # the memory of the last one is free before the next one takes its own
+        self._kept = None  # free the old memory before allocating the new
         if self.slots_that_fit(_power_of_two(slots), length, free_memory(device)) == _power_of_two(slots):
             slots = _power_of_two(slots)
         self._kept = (SlotCache(slots, length, dtype), _State(slots, window, draws, device))
         return self._kept
 
     def slots_that_fit(self, completions: int, length: int, free: int) -> int:
-        """How many completions of `length` positions are decoded at a time, with `free` bytes of memory. Raises ConfigError
-        if not even one fits."""
+        """Return the number of completions that can be decoded at a time.
+
+        Args:
+            completions: number of completions wanted.
+            length: positions of each in the cache.
+            free: free memory in bytes.
+
+        Raises:
+            ConfigError: not even one completion fits.
+        """
         each = self.position_numbers * length * self.backbone.cache_dtype.itemsize
         budget = free // 2 if self.cache_gib is None else int(self.cache_gib * 2**30)
         if budget < each:
             chosen = "half of what is free" if self.cache_gib is None else f"rollout.cache_gib {self.cache_gib:g}"
             raise ConfigError(
-                f"the keys and values of one completion need {each / 2**30:.3g} GiB ({length} positions: the longest prompt and "
-                f"sampling.max_completion_length), but {chosen} is {budget / 2**30:.3g} GiB: raise rollout.cache_gib, or lower "
-                f"sampling.max_completion_length or data.max_prompt_length"
+                f"the keys and values of one completion need {each / 2**30:.3g} GiB ({length} positions: the longest "
+                f"prompt and sampling.max_completion_length), but {chosen} is {budget / 2**30:.3g} GiB: raise "
+                f"rollout.cache_gib, or lower sampling.max_completion_length or data.max_prompt_length"
             )
         return min(self.slots, completions, budget // each)
 
     def _prefill(
         self, prompts: list[Prompt], wanted: list[int], samples: int, cache: SlotCache
     ) -> dict[int, _Prefilled]:
-        """One causal pass over right-padded prompts: no real token looks at the padding behind it."""
+        """Compute the prompts of the indices `wanted` in one causal pass, right-padded.
+
+        Padding has no effect, since no token attends to later ones.
+
+        Returns:
+            Prompt index -> prefilled prompt, with `samples` waiting samples each.
+        """
         device = device_of(self.model)
         lengths = [len(prompts[index].token_ids) for index in wanted]
         ids = torch.tensor(
@@ -223,7 +253,13 @@ class NativeEngine(RolloutEngine):
         prefilled: dict[int, _Prefilled],
         taken: int,
     ) -> list[_Row]:
-        """Give free slots to waiting samples and draw their first token."""
+        """Assign free slots to waiting samples and sample their first tokens.
+
+        Slots from `taken` on are free. Prompts that are not in `prefilled` are prefilled first.
+
+        Returns:
+            The new rows.
+        """
         chosen: list[tuple[int, int]] = [waiting.popleft() for _ in range(min(len(waiting), cache.slots - taken))]
         missing = [index for index in dict.fromkeys(prompt for prompt, _ in chosen) if index not in prefilled]
         while missing:
@@ -251,12 +287,16 @@ class NativeEngine(RolloutEngine):
             slot += samples
             prefilled[prompt].waiting -= samples
             if not prefilled[prompt].waiting:
-                del prefilled[prompt]  # all its samples have a slot: give the memory back
+                del prefilled[prompt]  # all its samples have a slot: free the memory
         cache.prompt = []
         return rows
 
     def _decode(self, rows: list[_Row], cache: SlotCache, state: _State, plan: SamplingPlan) -> int:
-        """A few tokens for every row, without a look at them. -> how many each."""
+        """Sample tokens for every row without reading them on the host.
+
+        Returns:
+            The number of tokens sampled per row.
+        """
         steps = min(self.schedule.check_every, max(plan.max_completion_length - row.drawn for row in rows))
         active, longest = len(rows), max(row.cached for row in rows) + 1
         for step in range(steps):
@@ -272,18 +312,24 @@ class NativeEngine(RolloutEngine):
         return steps
 
     def _step(self, active: int, longest: int, cache: SlotCache, state: _State, temperature: float) -> None:
-        """One token for each of the first `active` rows: only device work, and the same shapes for the same arguments."""
+        """Sample one token for each of the first `active` rows.
+
+        This launches only device work, with the same shapes for the same arguments, so that it can be captured.
+        """
         positions, drawn = state.positions[:active], state.drawn[:active]
         cache.aim(positions, longest)
         hidden = self.backbone.step(state.tokens[:active], positions, cache)
         uniform = state.uniforms[:active].gather(1, drawn[:, None]).squeeze(1)
         state.tokens[:active], state.logprobs[:active] = draw_tokens(self.backbone.logits(hidden), uniform, temperature)
-        # A finished row that goes on, for a few tokens or because its bucket does, stays inside its slot.
+        # Finished rows go on until the host reads the tokens, or as a part of their bucket. They stay in their slot.
         positions.add_(1).clamp_(max=cache.length - 1)
         drawn.add_(1).clamp_(max=state.uniforms.shape[1] - 1)
 
     def _captured_step(self, active: int, longest: int, cache: SlotCache, state: _State, temperature: float) -> None:
-        """_step, replayed from a CUDA graph of its bucket: some rows and positions more, but one launch."""
+        """Run `_step` from the CUDA graph of its bucket.
+
+        This computes some extra rows and positions, but needs only one launch.
+        """
         active = min(_power_of_two(active), cache.slots)
         longest = min(-(-longest // BUCKET) * BUCKET, cache.length)
         self.graphs.run(
@@ -293,18 +339,18 @@ class NativeEngine(RolloutEngine):
         )
 
     def _collect(self, rows: list[_Row], tokens: Tensor, logprobs: Tensor, plan: SamplingPlan) -> None:
-        """Append what was drawn, [steps, slots] each, up to each row's end."""
+        """Append the sampled tokens and logprobs, [steps, slots] each, to the rows, up to each completion's end."""
         drawn = zip(rows, tokens[:, : len(rows)].T.tolist(), logprobs[:, : len(rows)].T.tolist(), strict=True)
         for row, new_tokens, new_logprobs in drawn:
-            room = plan.max_completion_length - len(row.tokens)
+            remaining = plan.max_completion_length - len(row.tokens)
             end = self.end_of(row, new_tokens)
-            count = min(len(new_tokens) if end is None else end + 1, room)
-            row.ended = end is not None and end < room
+            count = min(len(new_tokens) if end is None else end + 1, remaining)
+            row.ended = end is not None and end < remaining
             row.tokens += new_tokens[:count]
             row.logprobs += new_logprobs[:count]
 
     def end_of(self, row: _Row, new_tokens: list[int]) -> int | None:
-        """Which of the tokens that were just drawn ends the row's completion; None if none does."""
+        """Return the index of the first new token that ends the completion of `row`. None if none does."""
         return next((index for index, token in enumerate(new_tokens) if token in self.end_ids), None)
 
     def _retire(
@@ -315,7 +361,10 @@ class NativeEngine(RolloutEngine):
         plan: SamplingPlan,
         done: "_Done",
     ) -> None:
-        """Take finished rows out; rows from the end move into the holes, so that active rows are always the first."""
+        """Remove finished rows and add their completions to `done`.
+
+        Rows from the end move into the holes, so that active rows stay contiguous.
+        """
         finished = [
             index for index, row in enumerate(rows) if row.ended or len(row.tokens) >= plan.max_completion_length
         ]
@@ -337,4 +386,5 @@ class NativeEngine(RolloutEngine):
 
 
 def _power_of_two(count: int) -> int:
+    """Round up to a power of two."""
     return 1 << (count - 1).bit_length()

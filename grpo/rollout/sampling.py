@@ -1,7 +1,7 @@
-"""Random numbers for sampling, counted instead of stateful.
+"""Counter-based random numbers for sampling: they have no state.
 
-Each drawn token depends on (seed, draw of its prompt, sample index, position) only. So a resumed run needs no sampler
-state, and a completion does not depend on which other rows were decoded beside it, nor on how many processes there are.
+Each sampled token depends only on (seed, draw of its prompt, sample index, position). A resumed run therefore needs no
+sampler state, and a completion does not depend on the rows that are decoded beside it or on the number of processes.
 """
 
 import torch
@@ -11,15 +11,29 @@ _MASK = (1 << 64) - 1
 
 
 def stream_key(seed: int, draw: int, sample: int) -> int:
-    """One 63-bit key per completion, so that its tokens have a random stream of their own."""
+    """Return a 63-bit key for one completion, which selects its stream of random numbers.
+
+    Args:
+        seed: seed of the run's sampling.
+        draw: number of the draw of the prompt.
+        sample: index of the completion in its group.
+    """
     key = 0
-    for part in (seed, draw, sample):  # mixed one after the other: seed 1 draw 0 is not seed 0 draw 1
+    for part in (seed, draw, sample):  # mixed in turn, so that the order of the parts matters
         key = _mix_int((key ^ (part & _MASK)) + 0x9E3779B97F4A7C15)
     return key >> 1
 
 
 def counted_uniform(keys_B: Tensor, positions_B: Tensor) -> Tensor:
-    """[B] keys and [B] positions (int64) -> [B] float64 uniform on [0, 1): splitmix64 (Steele et al., OOPSLA 2014)."""
+    """Return uniform numbers in [0, 1) by splitmix64 (Steele et al., OOPSLA 2014).
+
+    Args:
+        keys_B: [B] int64, or any shape that broadcasts with positions_B.
+        positions_B: [B] int64, index of the token in the stream.
+
+    Returns:
+        [B] float64.
+    """
     state = keys_B * 2 + (positions_B + 1) * -7046029254386353131  # 0x9E3779B97F4A7C15 as int64; products wrap
     state = (state ^ _shift(state, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
     state = (state ^ _shift(state, 27)) * -7723592293110705685  # 0x94D049BB133111EB
@@ -28,11 +42,12 @@ def counted_uniform(keys_B: Tensor, positions_B: Tensor) -> Tensor:
 
 
 def _shift(state: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64 (>> copies the sign)."""
+    """Logical right shift of int64. The operator >> extends the sign."""
     return (state >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix_int(value: int) -> int:
+    """Finaliser of splitmix64 on 64-bit integers."""
     value &= _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK

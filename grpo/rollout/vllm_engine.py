@@ -1,13 +1,13 @@
-"""vLLM as the rollout engine. rollout.vllm_mode selects where it runs.
+"""vLLM as the rollout engine. rollout.vllm_mode selects the process that it runs in.
 
     server      a process and an environment of its own, on other GPUs or another machine: launch/vllm_server.py.
-                Every rank sends its own prompts (vLLM batches them all); the main rank sends the weights.
-    colocate    in the trainer's process, on the trainer's device; needs vLLM in the trainer's environment
+                Every rank sends its own prompts, and vLLM batches them. The main rank sends the weights.
+    colocate    in the trainer's process, on the trainer's device. The trainer's environment must have vLLM.
 
-Either way token ids go in, and sampled ids and their logprobs after the temperature come out; every sample's seed is
-counted from (seed, draw, sample), and after every step the weights are sent and the prefix cache is cleared.
+In both modes, token ids go in, and sampled ids and their logprobs after the temperature come out. The seed of a sample
+depends only on (seed, draw, sample). After every step the weights are sent and the prefix cache is cleared.
 
-A failure is raised in `generate`, on every rank at the same time, and again in every later call. So no step is
+A failure is raised in `generate`, on every rank at the same time, and again in every later call. No step is therefore
 interrupted between its samples and its update, and the trained weights can be saved.
 """
 
@@ -39,10 +39,11 @@ PLAIN = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-"""Sent with every request: else the model's generation_config.json would apply (Qwen's: top_k 20, a penalty)."""
+"""Sent with every request. Otherwise the model's generation_config.json would apply (Qwen's has top_k 20 and a
+penalty)."""
 
 Weights = Callable[[], Iterator[tuple[str, Tensor]]]
-"""Iterates over all weights, merged and unsharded. Collective where they are sharded."""
+"""Function that iterates over all weights, merged and unsharded. Collective if they are sharded."""
 Request = tuple[Prompt, dict[str, Any]]
 """A prompt and its SamplingParams."""
 Sample = tuple[list[int], list[float]]
@@ -51,11 +52,13 @@ Sample = tuple[list[int], list[float]]
 
 @register_engine("vllm")
 class VLLMEngine(RolloutEngine):
-    """The engine of rollout.vllm_mode: seeds, answers and failures; a backend does the sampling."""
+    """Engine for both values of rollout.vllm_mode. It handles seeds, results and failures; a backend does the
+    sampling.
+    """
 
     has_own_weights = True
     supports_staleness = False
-    default_correction = "truncate"  # its rounding is its own
+    default_correction = "truncate"  # vLLM rounds differently from the trainer
 
     def __init__(
         self,
@@ -75,7 +78,7 @@ class VLLMEngine(RolloutEngine):
 
     @classmethod
     def check_environment(cls, config: Config, processes: int) -> None:
-        """Raise ConfigError where the server or vLLM itself is missing, or cannot serve this run."""
+        """Raise ConfigError if the server or vLLM is missing or cannot serve this run."""
         rollout = config.rollout
         if rollout.vllm_mode == "server":
             from grpo.rollout.vllm_client import Server, check_server
@@ -95,20 +98,27 @@ class VLLMEngine(RolloutEngine):
             )
 
     def update_weights(self, step: int) -> None:
-        """Send the weights. Collective where they are sharded. An error is raised by the next `generate`."""
+        """Send the weights. Collective if they are sharded.
+
+        An error is stored and raised by the next `generate`.
+        """
         weights = self.weights()
         if self.failure is None:
             try:
                 self.backend.send(weights, step)
             except EngineError as error:
                 self.failure = error
-        for _ in weights:  # of ranks that send nothing, and after an error: gathering shards takes all ranks
+        for _ in weights:  # every rank must take part in gathering shards, also after an error or if it sends nothing
             pass
 
     def generate(
         self, prompts: list[Prompt], plan: SamplingPlan, finished: Callable[[Group], None] | None = None
     ) -> list[Group]:
-        """See RolloutEngine. Collective. Raises EngineError."""
+        """Sample completions. Collective. See RolloutEngine.generate.
+
+        Raises:
+            EngineError: the engine of any rank failed, now or in an earlier call.
+        """
         self._fail_together()
         groups: list[Group] = []
         try:
@@ -124,24 +134,33 @@ class VLLMEngine(RolloutEngine):
         return groups
 
     def _fail_together(self) -> None:
+        """Raise EngineError on every rank if the engine of any rank failed. Collective."""
         if max_over_ranks(self.accelerator, self.failure is not None):
             self.failure = self.failure or EngineError("the vLLM engine of another process failed")
             raise self.failure
 
     def _settings(self, prompt: Prompt, plan: SamplingPlan) -> dict[str, Any]:
-        """vLLM adds 0, 1, 2, ... to the seed for the n samples of a prompt."""
+        """Return the SamplingParams of a prompt.
+
+        For the n samples of a prompt, vLLM adds 0, 1, 2, ... to the seed.
+        """
         return PLAIN | {
-            "n": 1 if plan.temperature == 0 else plan.num_generations,  # greedy ones are all the same
+            "n": 1 if plan.temperature == 0 else plan.num_generations,  # greedy completions are identical
             "seed": stream_key(plan.seed, prompt.draw, 0) >> 1,
             "temperature": plan.temperature,
             "max_tokens": plan.max_completion_length,
-            "logprobs": 0,  # of the sampled token only
+            "logprobs": 0,  # for the sampled token only
             "stop_token_ids": self.end_ids,
-            "ignore_eos": True,  # the tokenizer's, which need not be among the end tokens here
+            "ignore_eos": True,  # the tokenizer's end token, which may not be in end_ids
         }
 
     def _group(self, prompt: Prompt, samples: list[Sample], plan: SamplingPlan) -> Group:
-        """Check the samples of a prompt and decode them."""
+        """Check and decode the samples of a prompt.
+
+        Raises:
+            EngineError: the number of samples is wrong, or one has missing logprobs or was stopped by something else
+                than an end token or the length limit.
+        """
         if plan.temperature == 0:
             samples = samples * plan.num_generations
         if len(samples) != plan.num_generations:
@@ -161,12 +180,16 @@ class VLLMEngine(RolloutEngine):
 
 
 class ServerBackend:
-    """A vLLM server in another process or on another machine."""
+    """Backend for a vLLM server in another process or on another machine."""
 
     def __init__(
         self, model: PreTrainedModel, config: RolloutConfig, accelerator: Accelerator, longest: int | None
     ) -> None:
-        """Reach the server. Raises ConfigError."""
+        """Connect to the server.
+
+        Raises:
+            ConfigError: it cannot be reached, or cannot serve this run.
+        """
         from grpo.rollout.vllm_client import Server, WeightSender, check_server
 
         self.server = Server(server_url(config), config.vllm_server_timeout)
@@ -182,13 +205,17 @@ class ServerBackend:
             self.sender = WeightSender(self.server, transport, accelerator.device, config.vllm_group_port)
 
     def send(self, weights: Iterator[tuple[str, Tensor]], step: int) -> None:
-        """Send all weights, from the main process. Raises EngineError."""
+        """Send all weights from the main process. Raises EngineError."""
         self.version = f"{self.run}-{next(self.updates)}-step-{step}"
         if self.sender is not None:
             self.sender.send(weights, self.version)
 
     def generate(self, requests: list[Request]) -> list[list[Sample]]:
-        """Return the samples of each prompt. Raises EngineError."""
+        """Return the samples of each prompt.
+
+        Raises:
+            EngineError: a request failed, a prompt was changed, or another run sent weights.
+        """
         from grpo.rollout.vllm_client import check_version
 
         check_version(self.server, self.version)
@@ -202,17 +229,21 @@ class ServerBackend:
             if choices[0]["prompt_token_ids"] != list(prompt.token_ids):
                 raise EngineError("the vLLM server changed a prompt before it completed it: it must not truncate")
             found.append([(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices])
-        check_version(self.server, self.version)  # no other run sent weights meanwhile
+        check_version(self.server, self.version)  # no other run has sent weights since
         return found
 
 
 class ColocatedBackend:
-    """vLLM in this process. It reserves a part of the device's memory: vllm_gpu_memory_utilization."""
+    """Backend for vLLM in this process. It reserves the share vllm_gpu_memory_utilization of the device's memory."""
 
     def __init__(
         self, model: PreTrainedModel, config: RolloutConfig, accelerator: Accelerator, longest: int | None
     ) -> None:
-        """Start vLLM with room for `longest` tokens. Raises ConfigError."""
+        """Start vLLM with space for `longest` tokens.
+
+        Raises:
+            ConfigError: vLLM cannot load the model.
+        """
         from grpo.rollout.vllm_worker import register
 
         LLM = vllm_module().LLM
@@ -223,7 +254,7 @@ class ColocatedBackend:
             self.llm = LLM(
                 path,
                 dtype=dtype,
-                load_format="dummy",  # the trainer's weights come before the first token is drawn
+                load_format="dummy",  # the trainer sends its weights before the first token is sampled
                 hf_overrides={"head_dtype": "float32"},
                 generation_config="vllm",
                 logprobs_mode="processed_logprobs",  # after the temperature
@@ -276,6 +307,11 @@ def server_url(config: RolloutConfig) -> str:
 
 
 def vllm_module() -> Any:
+    """Import vLLM with settings for use in this process.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, so that weights go by reference
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; on a CPU only

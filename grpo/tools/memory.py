@@ -1,12 +1,12 @@
-"""Memory estimate: a config, the shape of a model and a machine -> bytes on each process. No weights are loaded.
+"""Memory estimate: config, model shape and machine -> bytes on each process. No weights are loaded.
 
 Persistent memory is arithmetic (arXiv 1910.02054, section 3.1). For N weights in float32, T of them trained, without
-shards (models/strategies/ has the others):
+shards (models/strategies/ has the other cases), in bytes:
 
-    weights 4 N      gradients 4 T      AdamW's moments 8 T      frozen reference 4 N      sampled: `working_copy`
+    weights 4 N      gradients 4 T      AdamW's moments 8 T      frozen reference 4 N      for sampling: `working_copy`
 
-Activations and temporary memory of the backward pass are simulated: forward and backward run on fake tensors, which
-have shapes and no memory, and the bytes that are alive at the same time are counted.
+Activations and temporary memory of the backward pass are simulated. Forward and backward passes run on fake tensors,
+which have shapes but no memory, and the bytes alive at the same time are counted.
 """
 
 import contextlib
@@ -46,14 +46,14 @@ def estimate(
     Not included are the program itself and, on GPUs, the CUDA context and gaps between allocations.
 
     Args:
-        config: The config of the run.
-        model: The model, on the meta device.
-        longest_prompt: In tokens.
-        machine: What the accelerate config file says.
-        used: The result of `simulate` for the same batches, if it is known.
+        config: the config of the run.
+        model: the model, on the meta device.
+        longest_prompt: tokens of the longest prompt.
+        machine: the settings of the accelerate config file.
+        used: the result of `simulate` for the same batches, if it is known.
 
     Returns:
-        GiB by part, and "peak": what is always held, and the larger of sampling and learning.
+        GiB by part, and "peak": persistent memory plus the larger of sampling and training.
     """
     strategy = strategy_class(machine)
     used = used or simulate(model, config, longest_prompt, machine)
@@ -68,7 +68,7 @@ def estimate(
         "working copy": working_copy(machine, config, model),
     }
     engine = engine_bytes(config, model, longest_prompt, machine)
-    if not machine.cpu:  # its captured graphs point at it
+    if not machine.cpu:  # captured graphs refer to it
         parts["engine: cache and its own layout of the weights"] = engine
     stays = sum(parts.values())
     learning = used.activations + state.gathered
@@ -97,7 +97,7 @@ def model_size(config: Config, model: PreTrainedModel, trained: int) -> ModelSiz
 
 
 def bytes_per_weight(config: Config) -> int:
-    """Return the bytes of a weight as it is loaded: only a frozen base may be in 16 bits."""
+    """Return the bytes per loaded weight. Only a frozen base may be in 16 bits."""
     return 2 if config.lora.r is not None and config.model.torch_dtype == "bfloat16" else 4
 
 
@@ -128,6 +128,7 @@ def working_copy(machine: Machine, config: Config, model: PreTrainedModel) -> fl
 
 
 def _adapted(lora: LoraConfig, model: PreTrainedModel) -> float:
+    """Return the bytes of the linear layers that have adapters, in float32."""
     if lora.r is None:
         return 0
     ends = tuple(lora.target_modules)
@@ -155,12 +156,12 @@ def engine_bytes(config: Config, model: PreTrainedModel, longest_prompt: int, ma
         return cache
     width = 2 if machine.compute else 4
     head = model.get_output_embeddings().weight.numel()
-    # A CPU's float32 products and its head are packed; on a GPU the head is cast where precision is mixed.
+    # On a CPU, float32 weights and the head are packed. On a GPU, the head is cast in mixed precision.
     return cache + width * linear_weights(model) + (4 * head if machine.cpu else 2 * head if machine.compute else 0)
 
 
 def cache_per_slot(config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine) -> float:
-    """Return the bytes of keys and values of one completion."""
+    """Return the bytes of the keys and values of one completion."""
     shape = model.config
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
@@ -170,7 +171,7 @@ def cache_per_slot(config: Config, model: PreTrainedModel, longest_prompt: int, 
 
 
 def slots_of(config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine) -> int:
-    """Return how many completions are decoded at a time: limited by rollout.slots and rollout.cache_gib."""
+    """Return the number of completions decoded at a time, limited by rollout.slots and rollout.cache_gib."""
     mine = -(-config.prompts_per_step // machine.processes) * config.sampling.num_generations
     slots = min(config.rollout.slots, mine)
     if find_engine(config.rollout.engine).bounds_cache and config.rollout.cache_gib is not None:
@@ -187,15 +188,19 @@ def draw_bytes(config: Config, model: PreTrainedModel, machine: Machine) -> floa
 
 @dataclass(frozen=True)
 class Simulated:
+    """Result of `simulate`."""
+
     trained: int
-    """Weights that are trained."""
+    """Number of weights that are trained."""
     activations: int
-    """Most bytes alive at once while learning, beyond weights, gradients and moments."""
+    """Maximum bytes alive at once in an update, beyond weights, gradients and moments."""
 
 
 def simulate(model: PreTrainedModel, config: Config, longest_prompt: int, machine: Machine) -> Simulated:
-    """Forward and backward on fake tensors, with the largest batch that the config makes. Every layer keeps the same, so that
-    2 and 3 of them tell what all of them keep."""
+    """Run forward and backward passes on fake tensors, with the largest batch that the config makes.
+
+    Every layer keeps the same memory, so models of 2 and 3 layers determine that of all layers.
+    """
     layers = model.config.num_hidden_layers
     if layers <= 4:
         return _simulate(model.config, config, longest_prompt, machine)
@@ -207,7 +212,7 @@ def simulate(model: PreTrainedModel, config: Config, longest_prompt: int, machin
 
 
 def _shorter(shape: Any, layers: int) -> Any:
-    """The same architecture with fewer layers."""
+    """Return the config of the same architecture with fewer layers."""
     shape = copy.deepcopy(shape)
     shape.num_hidden_layers = layers
     if getattr(shape, "layer_types", None):
@@ -226,8 +231,8 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
         if config.model.gradient_checkpointing:
             made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = sum(parameter.numel() for parameter in made.parameters() if parameter.requires_grad)
-    # The gradients of the batches before are there, and take in this one's. Where they are sharded, they never are there as a whole:
-    # a layer's, and what it is added to.
+    # Gradients of earlier batches exist, and this one's are added to them. Sharded gradients never exist as a whole:
+    # only one layer's, and the shard that it is added to.
     strategy = strategy_class(machine)
     there = len(batches) > 1 or strategy.shards_gradients
     logprob_model = LogprobModel(
@@ -239,7 +244,7 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
     )
     logprob_model.accumulate_grads_inplace = machine.kind == "single"
     layout = _layout(batch, machine)
-    # What a layout holds are real tensors: small, and read before the simulation.
+    # The layout's tensors are real: they are small, and their values are needed before the simulation.
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         _materialise(made)
         if there:
@@ -255,7 +260,7 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
 
 
 def _layout(batch: PackedBatch, machine: Machine) -> PackedLayout:
-    """The layout of `batch` as on `machine`, with everything in it that is worked out from numbers."""
+    """Return the layout of `batch` as on `machine`, with all cached indices computed from real tensors."""
     layout = batch.layout
     layout.one_by_one = machine.cpu
     for span in batch.spans:
@@ -267,7 +272,7 @@ def _layout(batch: PackedBatch, machine: Machine) -> PackedLayout:
 
 @contextlib.contextmanager
 def _chunks_of(machine: Machine) -> Iterator[None]:
-    """Within, logits come in chunks of the machine's size, although the fake tensors are on the CPU."""
+    """Context in which logits have the block size of `machine`, although the fake tensors are on the CPU."""
     usual = CHUNK_BYTES["cpu"]
     CHUNK_BYTES["cpu"] = usual if machine.cpu else CHUNK_BYTES_ELSEWHERE
     try:
@@ -277,7 +282,7 @@ def _chunks_of(machine: Machine) -> Iterator[None]:
 
 
 def _materialise(model: nn.Module) -> None:
-    """Give a model on the "meta" device fake tensors on the CPU instead. Tied weights stay tied."""
+    """Replace the "meta" tensors of a model by fake tensors on the CPU. Tied weights stay tied."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -289,7 +294,7 @@ def _materialise(model: nn.Module) -> None:
 
 
 class _Faked:
-    """A packed batch on fake tensors, with a layout that was worked out before."""
+    """A packed batch on fake tensors, with a layout computed before."""
 
     def __init__(self, batch: PackedBatch, layout: PackedLayout, fake: FakeTensorMode) -> None:
         self.layout = layout
@@ -298,7 +303,7 @@ class _Faked:
 
 
 def step_batches(config: Config, longest_prompt: int, processes: int) -> list[PackedBatch]:
-    """The batches that one process makes of a step in which every completion is as long as it may be."""
+    """Return the batches that one process makes of a step in which every completion has the maximum length."""
     mine = -(-config.prompts_per_step // processes)
     length = config.sampling.max_completion_length
     completion = Completion([2] * length, [0.0] * length, False, "")
@@ -311,7 +316,7 @@ def step_batches(config: Config, longest_prompt: int, processes: int) -> list[Pa
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, as long as somebody holds them."""
+    """Counter of the bytes of tensors made by operations while they are referenced."""
 
     def __init__(self) -> None:
         super().__init__()

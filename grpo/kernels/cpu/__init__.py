@@ -1,1 +1,1 @@
-"""CPU kernels."""
+"""CPU kernels: in C where a compiler is available, else in PyTorch."""

@@ -1,7 +1,7 @@
 """Attention in C: one call for a row of sequences, some of which share a prompt.
 
-Nothing is padded, repeated or concatenated, and only a few rows of scores exist at a time. For float32 on a CPU. Shapes are
-those of grpo/kernels/attention.py: query [B, H, T, D], key and value [B, K, T, D].
+Nothing is padded, repeated or concatenated, and only a few rows of scores exist at a time. For float32 on a CPU.
+Shapes are those of grpo/kernels/attention.py: query [B, H, T, D], key and value [B, K, T, D].
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,10 @@ from grpo.kernels.registry import is_on
 
 
 def is_supported(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Return whether attention.c takes them. Under autocast the rotation gives float32, and a value keeps its 16 bits."""
+    """Return whether attention.c can read these tensors: all three float32, with a head size that is a multiple of 8.
+
+    Under autocast, rotated queries and keys are float32 while values stay in 16 bits. Those are not supported.
+    """
     size = query.shape[-1]
     same = size % 8 == 0 and key.shape[-1] == value.shape[-1] == size
     return same and is_readable(query, key, value, contiguous=False) and is_on("attention") and library() is not None
@@ -24,24 +27,25 @@ def is_supported(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Sequences:
-    """The sequences in one row of tokens, as attention.c reads them: the same for every layer."""
+    """Sequences in one row of tokens, as attention.c reads them. The same for every layer."""
 
     rows: Tensor
-    """[S, 5] int64: first token, tokens, tokens of its prompt before them, where the prompt lies, and its index among the
-    prompts elsewhere or -1"""
+    """[S, 5] int64: first token, number of tokens, number of tokens of its prompt, location of the prompt, and its
+    index among the prompts outside the row, or -1."""
     groups: Tensor
-    """[G + 1] int64: first sequence of each set of sequences that share a prompt"""
+    """[G + 1] int64: first sequence of each set of sequences that share a prompt."""
     first_tokens: list[int]
-    """[G] the first token of each group's first sequence"""
+    """[G] first token of each group's first sequence."""
     longest: int
-    """Most keys that a token sees."""
+    """Maximum number of keys that a token attends to."""
     pairs: int
-    """Pairs of queries and keys, about."""
+    """Approximate number of pairs of query and key."""
     elsewhere: list[int]
-    """Lengths of the prompts that are not in the row."""
+    """Lengths of the prompts outside the row."""
 
     @classmethod
     def of(cls, rows: list[list[int]], groups: list[int], elsewhere: list[int]) -> "Sequences":
+        """Build from lists in the form of the attributes."""
         longest = max((row[1] + row[2] for row in rows), default=0)
         pairs = sum(row[1] * (row[1] + row[2]) for row in rows)
         tensors = torch.tensor(rows, dtype=torch.int64).reshape(-1, 5), torch.tensor(groups)
@@ -51,11 +55,14 @@ class Sequences:
 
 
 Join = tuple[int, Tensor, Tensor]
-"""The first token, and keys and values [1, K, P, D], of a prompt in the row, in leaves whose gradients are to be added."""
+"""First token of a prompt in the row, and its keys and values [1, K, P, D]: leaves whose gradients are added."""
 
 
 class PackedAttention(torch.autograd.Function):
-    """query [B, H, T, D], key and value [B, K, T, D], and keys and values of prompts elsewhere, [1, K, P, D] each -> [B, H, T, D]"""
+    """Attention of rows: query [B, H, T, D], key and value [B, K, T, D] -> [B, H, T, D].
+
+    `elsewhere` are the keys and values, in turn, of the prompts outside the row, [1, K, P, D] each.
+    """
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -69,7 +76,7 @@ class PackedAttention(torch.autograd.Function):
         joins: list[Join],
         *elsewhere: Tensor,
     ) -> Tensor:
-        # Token by token, as the layers around have them: for those, no copy.
+        # Token by token, as the surrounding layers store them: no copy for those.
         query, key, value, *prompts = (
             tensor.transpose(1, 2).contiguous() for tensor in (query, key, value, *elsewhere)
         )
@@ -93,7 +100,7 @@ class PackedAttention(torch.autograd.Function):
 
 
 def _rows(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, T, heads, D] -> [B * T, heads, D]"""
+    """Join the rows of a batch: [B, T, heads, D] -> [B * T, heads, D], for query, key and value."""
     return query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
 
 
@@ -106,11 +113,16 @@ def attend(
     scaling: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one row of tokens.
+    """Compute attention of one row of tokens.
 
     Args:
-        query: [T, H, D]; key and value [T, K, D]; contiguous float32.
-        prompts: keys, values, keys, ... of the prompts elsewhere, [1, P, K, D] each.
+        query: [T, H, D], contiguous float32.
+        key: [T, K, D], likewise.
+        value: [T, K, D], likewise.
+        prompts: keys, values, keys, ... of the prompts outside the row, [1, P, K, D] each.
+        sequences: the sequences in the row.
+        scaling: factor of the scores.
+        window: tokens that a query attends to, itself included. None: all before it.
 
     Returns:
         The result [T, H, D], and the log-sum-exp of the scores [H, T].
@@ -137,12 +149,24 @@ def attend_backward(
     gradient: Tensor,
     joins: list[Join],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Gradients of `attend`: of query, key and value, with the share that `joins` add, and of the prompts elsewhere [1, K, P, D]."""
+    """Compute the gradients of `attend`.
+
+    Args:
+        query, key, value, prompts, sequences, scaling, window: as for `attend`.
+        result: [T, H, D], the result of `attend`.
+        lse: [H, T], the log-sum-exps of `attend`.
+        gradient: [T, H, D], gradient of the result.
+        joins: leaves whose gradients are added to those of keys and values.
+
+    Returns:
+        Gradients of query, key and value, and of the keys and values of the prompts outside the row, [1, K, P, D]
+            each.
+    """
     (tokens, heads, size), key_heads = query.shape, key.shape[1]
     threads, grad_query = threads_for(heads * sequences.pairs), torch.empty_like(query)
-    # Gradients of keys and values are added up for each key head, or for each head, where that keeps more threads busy.
+    # Gradients of keys and values are summed per key head, or per query head if that occupies more threads.
     parts = key_heads if (len(sequences.groups) - 1) * key_heads >= threads else heads
-    # Zeros where there are prompts elsewhere: one without completions gets nothing.
+    # Zeros if there are prompts outside the row: one without completions gets no gradient.
     make = query.new_zeros if sequences.elsewhere else query.new_empty
     shares = make(2, tokens + sum(sequences.elsewhere), parts, size)
     workspace = query.new_empty(_workspace(size, sequences, threads, layouts=3, scores=2))
@@ -156,12 +180,12 @@ def attend_backward(
             if leaf.grad is not None:
                 share[first : first + leaf.shape[2]] += leaf.grad[0].transpose(0, 1)
     own, *others = shares.split([tokens, *sequences.elsewhere], dim=1)
-    # A copy: a leaf would keep the whole of what it is a part of.
+    # Copies: a view would keep the memory of the whole row alive.
     outside = [share[None].transpose(1, 2).clone() for pair in others for share in pair]
     return grad_query, own[0], own[1], outside
 
 
 def _workspace(size: int, sequences: Sequences, threads: int, *, layouts: int, scores: int) -> int:
-    """Numbers in the workspace of attention.c for heads of `size`."""
+    """Return the number of float32 elements of attention.c's workspace for heads of `size`."""
     wide, deep = (-(-number // ops.PANEL) * ops.PANEL for number in (sequences.longest, size))
     return threads * wide * (layouts * deep + scores * ops.ROWS)

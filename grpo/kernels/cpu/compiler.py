@@ -1,10 +1,10 @@
-"""The C files of this package, compiled on this machine at first use.
+"""Compilation of this package's C files, on this machine, at first use.
 
-    functions = library()          # a few seconds once for each machine, then from ~/.cache/grpo or GRPO_CACHE
+    functions = library()          # a few seconds once per machine, then loaded from ~/.cache/grpo or GRPO_CACHE
     if functions is not None: functions.norm(threads, rows, ...)
 
-Everything that is written in C exists in PyTorch, too: it is used where there is no compiler, and the tests compare with it.
-The variable CC names the compiler, as everywhere; CC=none does without.
+Every C function has a counterpart in PyTorch, which is used without a compiler and which the tests compare with. The
+variable CC names the compiler. CC=none uses PyTorch only.
 """
 
 import ctypes
@@ -27,17 +27,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from grpo.kernels.registry import is_on
 
 FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-ffp-contract=fast"]
-# What lets sums become vector code; NaN and infinity stay what they are.
+# Allow vector code for sums. NaN and infinity are preserved.
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
 SOURCE = Path(__file__).with_name("kernels.c")
 SECONDS = 60
-"""For the compiler, which takes a few."""
+"""Time limit of each call of the compiler."""
 
 
 def is_readable(*tensors: Tensor, dtype: torch.dtype = torch.float32, contiguous: bool = True) -> bool:
-    """Return whether C can read all of them: of this dtype, in the memory of this process, one number after the other."""
+    """Return whether C can read all tensors: plain CPU tensors of `dtype`, contiguous unless that is not required."""
     return all(
-        type(tensor) in (Tensor, nn.Parameter, FakeTensor)  # no shard; a fake tensor stands for a real one
+        type(tensor) in (Tensor, nn.Parameter, FakeTensor)  # no shards; fake tensors represent real ones
         and tensor.is_cpu
         and tensor.dtype == dtype
         and (tensor.is_contiguous() or not contiguous)
@@ -46,18 +46,27 @@ def is_readable(*tensors: Tensor, dtype: torch.dtype = torch.float32, contiguous
 
 
 def threads_for(numbers: int) -> int:
-    """Threads that are worth waking for so many numbers."""
+    """Return the number of threads for an operation on so many numbers: one if starting threads would cost more."""
     return torch.get_num_threads() if numbers > 32768 else 1
 
 
 def pointer(tensor: Tensor | None) -> int | None:
-    """Address of a contiguous tensor, which the caller keeps alive."""
+    """Return the address of a contiguous tensor, which the caller must keep alive. None stays None."""
     return None if tensor is None else tensor.data_ptr()
 
 
 @functools.cache
 def compiled(source: Path, **functions: str) -> ctypes.CDLL | None:
-    """The functions of `source`, each with the kinds of its arguments: i for int, l for long, f for float, p for a pointer."""
+    """Compile `source`, or load it from the cache, and return its functions.
+
+    Args:
+        source: a C file of this package.
+        **functions: name -> types of the arguments, one letter each: i int, l long, f float, p pointer.
+
+    Returns:
+        The library. None without a compiler or an OpenMP runtime, if compilation fails, or if another user can write
+            the library.
+    """
     compiler = shlex.split(os.environ.get("CC") or "cc")
     runtime = _openmp_of_torch()
     if runtime is None or shutil.which(compiler[0]) is None:
@@ -72,7 +81,7 @@ def compiled(source: Path, **functions: str) -> ctypes.CDLL | None:
             _compile(compiler, source, library)
         if not _ours(library):
             return None
-        # torch's own threads, not a second set of them that would compete for the cores.
+        # The threads of torch: a second pool would compete for the cores.
         ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
         loaded = ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError):
@@ -85,7 +94,7 @@ def compiled(source: Path, **functions: str) -> ctypes.CDLL | None:
 
 
 def library() -> Any:
-    """The functions of kernels.c, which includes fused_ops.c and attention.c; None where they cannot be compiled."""
+    """Return the functions of kernels.c, which includes fused_ops.c and attention.c. None if it cannot be compiled."""
     return compiled(
         SOURCE,
         norm="ilifpppp",
@@ -111,43 +120,45 @@ def library() -> Any:
 
 
 def c_kernel(name: str, *tensors: Tensor) -> bool:
-    """Return whether the C kernel `name` is switched on, could be compiled, and can read `tensors`."""
+    """Return whether the C kernel `name` is switched on, was compiled, and can read `tensors`."""
     return is_readable(*tensors) and is_on(name) and library() is not None
 
 
 def _ours(library: Path) -> bool:
-    """What is loaded runs as this user: nobody else may have written it."""
+    """Return whether only this user or root can have written the library: its code runs as this user."""
     written = library.stat()
     return written.st_uid in (0, os.getuid()) and not written.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _compile(compiler: list[str], source: Path, library: Path) -> None:
+    """Compile `source` into `library`, in a temporary folder and then by an atomic rename."""
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made, linked = Path(folder) / "made.o", Path(folder) / "linked.so"
         for command in (
             [*compiler, *FLAGS, "-c", str(source), "-o", str(made)],
-            # Without -fopenmp, which would bring an OpenMP runtime of its own along; its own functions before others of the same name.
+            # No -fopenmp, which would link a second OpenMP runtime. -Bsymbolic prefers its own functions to others of
+            # the same name.
             [*compiler, "-shared", "-Wl,-Bsymbolic", str(made), "-o", str(linked), "-lm"],
         ):
             subprocess.run(command, capture_output=True, timeout=SECONDS, check=True)
         linked.chmod(0o755)
-        linked.replace(library)  # at once: another process may be doing the same
+        linked.replace(library)  # atomic: another process may compile it at the same time
 
 
 def _openmp_of_torch() -> str | None:
-    """The OpenMP runtime that this process already uses; None where there is none, or one cannot tell."""
+    """Return the path of the OpenMP runtime that this process has loaded. None if none is found."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return None
     files = {line.split()[-1] for line in maps.read_text().splitlines() if "/" in line}
     found = [file for file in sorted(files) if Path(file).name.startswith(("libgomp", "libiomp", "libomp"))]
-    # Other packages may have brought their own.
+    # Other packages may have loaded a runtime of their own.
     return min(found, key=lambda file: "torch" not in Path(file).parts, default=None)
 
 
 def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by different machines."""
+    """Return the processor's name and features, which -march=native depends on: machines may share a home folder."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     wanted = ("model name", "flags", "CPU part", "Features")
     return platform.machine() + "".join(sorted({line for line in lines if line.startswith(wanted)}))

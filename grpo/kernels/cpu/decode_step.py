@@ -1,7 +1,7 @@
-"""Decoding steps in C: one call per token, in one pass over the weights. For float32 on a CPU.
+"""Decoding steps in C, one call per token, for CPUs. Products read float32 or bfloat16 weights.
 
-A decoding step of a small model is some three hundred operations of a few microseconds each, and products of a few rows that
-general libraries do at a third of the rate of large ones.
+In PyTorch, a decoding step of a small model takes about three hundred operations of a few microseconds each. General
+libraries compute products of a few rows at about a third of the rate of large ones.
 """
 
 import ctypes
@@ -21,6 +21,8 @@ from grpo.kernels.registry import is_on
 
 
 class _Layer(ctypes.Structure):
+    """One layer as decode_step.c reads it: addresses of weights and of cached keys and values."""
+
     _fields_ = [
         (name, ctypes.c_void_p)
         for name in ("norm", "qkv", "qkv_bias", "head_norm", "out", "mlp_norm", "gate", "up", "down", "keys", "values")
@@ -28,6 +30,8 @@ class _Layer(ctypes.Structure):
 
 
 class _Model(ctypes.Structure):
+    """The model as decode_step.c reads it. Fields in the order of the C struct."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("layers", "embedding", "norm", "rotations")),
         *((name, ctypes.c_float) for name in ("epsilon", "scaling")),
@@ -49,16 +53,20 @@ class _Model(ctypes.Structure):
 
 
 class CompiledDecoder(FusedDecoder):
-    """FusedDecoder whose products, and whole steps, are those of decode_step.c."""
+    """FusedDecoder with the products and whole steps of decode_step.c."""
 
     def __init__(self) -> None:
         super().__init__()
         self.described: tuple[SlotCache, _Model, Any] | None = None
-        """What C reads, for the cache that it was made for."""
+        """Cache, the C structs that describe it and the weights, and the memory that they refer to."""
 
     @staticmethod
     def is_supported(model: Model, dtype: torch.dtype) -> bool:
-        """Return whether decode_step.c computes every layer: rotated, with one epsilon, biases at most of q, k and v."""
+        """Return whether decode_step.c can compute every layer.
+
+        It needs rotary embeddings in every layer, one epsilon for all norms, biases only for query, key and value, and
+        a processor with AVX512_BF16 for bfloat16.
+        """
         first = model.layers[0]
         return (
             FusedDecoder.is_supported(model, dtype)
@@ -96,13 +104,13 @@ class CompiledDecoder(FusedDecoder):
         self.embedding = self.embedding.contiguous()
         for working, layer in zip(self.layers, model.layers, strict=True):
             filled = -layer.gate.weight.shape[0] % PANEL
-            if filled:  # both halves in whole panels: what is filled up gives zeros, which meet zeros in `down`
+            if filled:  # pad both halves to whole panels: the extra outputs are 0, as are the extra inputs of `down`
                 halves = [F.pad(merged(half), (0, 0, 0, filled)) for half in (layer.gate, layer.up)]
                 working.tensors["gate_up"] = Panels.of(torch.cat(halves), dtype)
                 working.tensors["down"] = Panels.of(F.pad(merged(layer.down), (0, filled)), dtype)
 
     def prefill(self, ids: Tensor, cache: SlotCache) -> Tensor:
-        cache.zeroed = False  # a step looks at what was written, and at nothing else
+        cache.zeroed = False  # a step reads only positions that were written
         return super().prefill(ids, cache)
 
     def logits(self, hidden_BH: Tensor) -> Tensor:
@@ -128,7 +136,7 @@ class CompiledDecoder(FusedDecoder):
         return Panels.of(head, self.dtype)
 
     def _describe(self, cache: SlotCache) -> tuple[_Model, Any]:
-        """Where everything lies; the second is the array that the first points into."""
+        """Return the C struct of the model, and the array of layers that it points to."""
         assert self.table is not None
         layers = (_Layer * len(self.layers))()
         for described, layer, keys, values in zip(layers, self.layers, cache.keys, cache.values, strict=True):

@@ -1,12 +1,11 @@
-"""A whole decoder layer of training as one autograd function: products by torch, and C between them.
+"""A decoder layer of training as one autograd function: products by torch, the operations between them in C.
 
-Products run in float32, or, under autocast, in bfloat16 on copies of the weights that exist only while they are read.
-Everything else is float32: the residual stream, norms, rotary embedding, attention, and the gradients that are added
-to .grad.
+Products run in float32 or, under autocast, in bfloat16 on copies of the weights that are freed after use. Everything
+else is float32: the residual stream, norms, rotary embedding, attention, and the gradients that are added to `.grad`.
 
-Kept for the backward pass, per token: the layer's input and the middle of its residual stream in float32, and in the
-dtype of the products the joint projections, the attended states and the gates. Norms, rotations and the gated product
-are computed again. Layers with adapters or with norms of heads go through their parts (grpo/kernels/layers.py).
+Kept for the backward pass, per token: the layer's input and the residual stream after attention in float32; the joint
+projections, the attended states and the gates in the dtype of the products. Norms, rotations and the gated product are
+recomputed. Layers with adapters or with norms of heads run operation by operation (grpo/kernels/layers.py).
 """
 
 from typing import Any
@@ -24,7 +23,10 @@ from grpo.kernels.gradients import gradient_buffer
 
 
 def is_supported(layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Return whether `fused_layer` takes this layer here: float32 on a CPU, no adapters, and the C library."""
+    """Return whether `fused_layer` can compute this layer.
+
+    It needs the C library, float32 on a CPU, no adapters, no norms of heads, and biases only for query, key and value.
+    """
     weights = [part.weight for part in layer.linears] + [
         part.bias for part in layer.linears[:3] if part.bias is not None
     ]
@@ -45,7 +47,19 @@ def _product_dtype() -> torch.dtype:
 def fused_layer(
     layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, *, accumulate_grads_inplace: bool
 ) -> Tensor:
-    """hidden [T, hidden_size], cos and sin [T, head_size] -> [T, hidden_size]; arguments as of `hidden_states`."""
+    """Compute one layer.
+
+    Args:
+        layer: description of the layer.
+        hidden: [T, hidden_size].
+        cos: [T, head_size].
+        sin: [T, head_size].
+        layout: the groups in the row.
+        accumulate_grads_inplace: as for `layers.hidden_states`.
+
+    Returns:
+        [T, hidden_size]
+    """
     biases = [part.bias for part in layer.linears[:3]]
     parameters = (*layer.norms, *(part.weight for part in layer.linears), *biases)
     outside = layout.outside()
@@ -56,12 +70,15 @@ def fused_layer(
 
 
 PARAMETERS = 12
-"""Two norms, seven weights, three biases."""
+"""Two norms, seven weights and three biases."""
 
 
 class FusedLayer(torch.autograd.Function):
-    """hidden [T, hidden_size], the parameters of the layer, and keys and values of prompts elsewhere, [1, K, P, D] each
-    -> [T, hidden_size]"""
+    """Autograd function of one layer: hidden [T, hidden_size] -> [T, hidden_size].
+
+    `tensors` are the layer's parameters, then the keys and values, in turn, of the prompts outside the row, [1, K, P,
+    D] each.
+    """
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -122,8 +139,8 @@ class FusedLayer(torch.autograd.Function):
             result = attended.float().view_as(query)
             *grads, outside = attend_backward(query, key, value, *plan, result, lse, grad_attended, ctx.joins)
             grad_mixed = torch.empty_like(mixed)
-            turns = (cos, sin) if layer.rotary else (None, None)
-            ops.join_heads(*(grad.contiguous() for grad in grads), *turns, grad_mixed)
+            rotation = (cos, sin) if layer.rotary else (None, None)
+            ops.join_heads(*(grad.contiguous() for grad in grads), *rotation, grad_mixed)
             normed, scale = _normed(hidden, layer.norm, layer.epsilon, dtype)
             to.add_weights((2, 3, 4), grad_mixed, normed)
             to.add_biases((9, 10, 11), grad_mixed)
@@ -133,7 +150,7 @@ class FusedLayer(torch.autograd.Function):
 
 
 class _Gradients:
-    """The gradients of a layer's parameters, by their place in the arguments: added to .grad, or made for autograd."""
+    """Gradients of a layer's parameters, by index in the arguments: added to `.grad`, or returned to autograd."""
 
     def __init__(self, layer: Layer, wanted: tuple[bool, ...], *, in_place: bool):
         linears = layer.linears
@@ -142,6 +159,7 @@ class _Gradients:
         self.made: list[Tensor | None] = [None] * PARAMETERS
 
     def add(self, place: int, gradient: Tensor) -> None:
+        """Add one gradient to `.grad` of its parameter, or keep it for autograd."""
         parameter = self.parameters[place]
         assert parameter is not None
         buffer = gradient_buffer(parameter, self.in_place)
@@ -151,7 +169,13 @@ class _Gradients:
             buffer += gradient
 
     def add_weights(self, places: tuple[int, ...], gradient: Tensor, states: Tensor) -> None:
-        """gradient [T, outputs of all places] and states [T, inputs]"""
+        """Add the gradients of weights that multiply the same states.
+
+        Args:
+            places: indices of the weights.
+            gradient: [T, outputs of all these weights].
+            states: [T, inputs].
+        """
         first = 0
         for place in places:
             parameter = self.parameters[place]
@@ -167,6 +191,7 @@ class _Gradients:
                 self.add(place, part.T @ states)
 
     def add_biases(self, places: tuple[int, ...], gradient: Tensor) -> None:
+        """Add the gradients of the biases at `places` from the gradient [T, outputs of all] of their results."""
         if any(self.wanted[place] for place in places):
             total, first = gradient.sum(0, dtype=torch.float32), 0
             for place in places:
@@ -179,7 +204,7 @@ class _Gradients:
     def norm_backward(
         self, place: int, hidden: Tensor, weight: Tensor, scale: Tensor, gradient: Tensor, add: Tensor
     ) -> Tensor:
-        """-> the gradient of `hidden`, plus `add`."""
+        """Add the gradient of a norm's weight and return the gradient of `hidden`, plus `add`."""
         grad_hidden, shares = torch.empty_like(hidden), hidden.new_zeros(threads_for(hidden.numel()), hidden.shape[-1])
         ops.rms_norm_backward(hidden, weight, scale, gradient, add, grad_hidden, shares)
         if self.wanted[place]:
@@ -188,14 +213,14 @@ class _Gradients:
 
 
 def _normed(hidden: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """-> the normed states in `dtype`, and the scales [T]"""
+    """Return the normed states in `dtype`, and 1 / rms of each row [T]."""
     scale, result = hidden.new_empty(len(hidden)), torch.empty_like(hidden, dtype=dtype)
     ops.rms_norm(hidden, weight, epsilon, scale, result)
     return result, scale
 
 
 def _split(layer: Layer, mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """-> query [T, H, D], key and value [T, K, D], rotated, float32"""
+    """Return query [T, H, D], key and value [T, K, D], rotated, in float32."""
     query, key, value = (
         mixed.new_empty(len(mixed), heads, layer.head_size, dtype=torch.float32)
         for heads in (layer.heads, layer.key_heads, layer.key_heads)
@@ -205,13 +230,14 @@ def _split(layer: Layer, mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
 
 
 def _gated(gates_ups: Tensor) -> Tensor:
+    """Return silu(gate) * up [T, I], with gates_ups [T, 2 I]."""
     result = gates_ups.new_empty(len(gates_ups), gates_ups.shape[1] // 2)
     ops.swiglu_rows(gates_ups, result)
     return result
 
 
 def _joined(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """A copy of the weights in `dtype`, one below the other."""
+    """Return a copy of the weights in `dtype`, concatenated along the outputs."""
     joined = weights[0].new_empty(sum(map(len, weights)), weights[0].shape[1], dtype=dtype)
     for part, weight in zip(joined.split([*map(len, weights)]), weights, strict=True):
         part.copy_(weight)
@@ -219,7 +245,7 @@ def _joined(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _joint_product(states: Tensor, weights: list[Tensor]) -> Tensor:
-    """states [T, inputs] times each of the weights [outputs, inputs] -> [T, all outputs], in the dtype of states."""
+    """Multiply states [T, inputs] by each weight [outputs, inputs] -> [T, all outputs], in the dtype of the states."""
     if states.dtype != torch.float32:
         return states @ _joined(weights, states.dtype).T
     result = states.new_empty(len(states), sum(map(len, weights)))
@@ -229,7 +255,7 @@ def _joint_product(states: Tensor, weights: list[Tensor]) -> Tensor:
 
 
 def _joint_product_backward(gradient: Tensor, weights: list[Tensor]) -> Tensor:
-    """gradient [T, all outputs] -> that of the states [T, inputs]"""
+    """Return the gradient of the states [T, inputs] from `gradient` [T, all outputs]."""
     if gradient.dtype != torch.float32:
         return gradient @ _joined(weights, gradient.dtype)
     parts = gradient.split([*map(len, weights)], 1)
@@ -240,7 +266,7 @@ def _joint_product_backward(gradient: Tensor, weights: list[Tensor]) -> Tensor:
 
 
 def _plus_product(states: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
-    """states + inputs weight^T, float32"""
+    """Return states + inputs weight^T in float32."""
     if inputs.dtype == torch.float32:
         return torch.addmm(states, inputs, weight.T)
     return states + inputs @ weight.to(inputs.dtype).T

@@ -1,9 +1,9 @@
-"""RMSNorm, SwiGLU and rotary embedding with backward passes written by hand: the same numbers, less memory, fewer passes over it.
+"""RMSNorm, SwiGLU and rotary embedding with hand-written backward passes, which keep less memory.
 
-Left to autograd, a norm keeps three tensors as large as its input, and a gated MLP four of its intermediate size. Here a norm keeps
-its input and one number per token, and an MLP its two projections; the rest is computed again in the backward pass. For CPUs,
-where each pass over memory that is avoided is time; a GPU has fused kernels for both. In float32, and where there is a C compiler,
-each is one pass of fused_ops.c.
+With autograd's gradients, a norm keeps three tensors of the size of its input, and a gated MLP four of its
+intermediate size. Here a norm keeps its input and one number per token, and an MLP its two projections. The backward
+pass recomputes the rest. On a CPU each avoided pass over memory saves time. GPUs have fused kernels for both. In
+float32 and with a C compiler, each operation is one pass of fused_ops.c.
 """
 
 from typing import Any
@@ -17,13 +17,13 @@ from grpo.kernels.cpu.compiler import c_kernel, threads_for
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """RMSNorm (arXiv 1910.07467) over the last dimension, its statistics in float32."""
+    """RMSNorm (arXiv 1910.07467) over the last dimension, with statistics in float32."""
     normed: Tensor = RMSNorm.apply(hidden, weight, epsilon)
     return normed
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (arXiv 2002.05202)"""
+    """SwiGLU (arXiv 2002.05202): silu(gate) * up."""
     gated: Tensor = SwiGLU.apply(gate, up)
     return gated
 
@@ -38,7 +38,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(torch.autograd.Function):
-    """y = w * x / rms(x)
+    """RMSNorm: y = w * x / rms(x).
 
     With r = 1 / rms(x) and g the gradient of y:  dx = r * (w g - x r^2 mean(w g x)),  dw = sum over tokens of g x r
     """
@@ -77,7 +77,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, which keeps only its inputs."""
+    """silu(gate) * up. Keeps only its inputs for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class SwiGLU(torch.autograd.Function):
 
 
 class Rotation(torch.autograd.Function):
-    """Rotary embedding in C; the gradient of a rotation is the inverse rotation."""
+    """Rotary embedding in C. The gradient of a rotation is the inverse rotation."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

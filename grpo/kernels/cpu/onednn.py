@@ -1,4 +1,4 @@
-"""Products by oneDNN with weights in its own layout: for the few rows of a decoding step, no compiler needed.
+"""Products by oneDNN with weights in its own layout, for the few rows of a decoding step. Needs no compiler.
 
 A product of a dozen rows with a weight in its plain layout takes up to four times as long.
 """
@@ -10,7 +10,7 @@ from grpo.kernels.registry import is_on
 
 
 def is_supported(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether this build of PyTorch can lay out float32 weights of this device."""
+    """Return whether this build of PyTorch can reorder float32 weights on `device`."""
     return (
         device.type == "cpu"
         and dtype == torch.float32
@@ -21,19 +21,21 @@ def is_supported(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def packed(weight: Tensor) -> Tensor:
-    """`weight` [O, I] in oneDNN's layout, for `linear`."""
+    """Return `weight` [O, I] in oneDNN's layout, for `linear`."""
     reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.float().contiguous())
     return reordered
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[B, I] and [O, I], packed or plain -> [B, O]."""
+    """Multiply states [B, I] by a weight [O, I], packed or plain, and add the bias -> [B, O]."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
     return result
 
 
 def padded_rows(rows: int) -> int:
-    """Rows to compute for `rows`: up to 32 in steps of 4, more in steps of 16. oneDNN compiles, and keeps, half a megabyte for each
-    number of rows that it meets."""
+    """Return the number of rows to compute for `rows` rows: a multiple of 4 up to 32, then a multiple of 16.
+
+    oneDNN compiles and keeps half a megabyte of code for each number of rows.
+    """
     step = 4 if rows <= 32 else 16
     return -(-rows // step) * step

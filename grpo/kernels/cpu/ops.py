@@ -1,10 +1,11 @@
-"""The C functions as operators of torch: tensors in, results written into tensors that the caller allocated.
+"""C functions as torch operators: they write their results into tensors that the caller allocated.
 
-Each has a fake implementation that does nothing, since nothing is allocated inside: what is built on them can be traced and its
-memory estimated on tensors without numbers (grpo/tools/memory.py). An operator adds about 3 us to a call. None of them has a
-gradient: they are called inside of autograd functions.
+Each has a fake implementation that does nothing, since operators allocate nothing. Code that calls them can therefore
+be traced, and its memory estimated, on fake tensors (grpo/tools/memory.py). An operator adds about 3 us to a call.
+Operators have no gradients: they are called inside autograd functions.
 
-All tensors are float32 (ids and places int64, uniforms float64), contiguous and on the CPU. `library()` must not be None.
+Tensors are contiguous and on the CPU. They are float32 unless an operator says otherwise (ids and indices int64,
+uniform numbers float64). `library()` must not be None.
 """
 
 import ctypes
@@ -16,16 +17,16 @@ from torch import Tensor
 from grpo.kernels.cpu.compiler import library, pointer, threads_for
 
 PANEL, ROWS = 16, 12
-"""As in simd.h (ROWS at most): they decide the size of attention's workspace."""
+"""As in simd.h (its largest ROWS). They determine the size of attention's workspace."""
 
 calls: Counter[str] = Counter()
-"""Calls of each C function in this process: the self-test asks whether a kernel was reached."""
+"""Calls of each C function in this process. The self-test checks that a kernel was reached."""
 
 _operators = torch.library.Library("grpo", "DEF")
 
 
 def operator(schema: str):  # type: ignore[no-untyped-def]
-    """Decorate an implementation: -> the operator `grpo::NAME` of that schema, which returns nothing."""
+    """Return a decorator that turns an implementation into the operator `grpo::NAME` with `schema` and no result."""
 
     def register(implementation):  # type: ignore[no-untyped-def]
         name = implementation.__name__
@@ -44,13 +45,17 @@ def operator(schema: str):  # type: ignore[no-untyped-def]
 
 @operator("Tensor hidden, Tensor weight, float epsilon, Tensor(a!) scale, Tensor(b!) result")
 def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, scale: Tensor, result: Tensor) -> None:
-    """result (float32 or bfloat16) = weight * hidden * scale with scale = 1 / rms(hidden), over the last dimension; scale has one number per row."""
+    """result = weight * hidden * scale with scale = 1 / rms(hidden), over the last dimension.
+
+    `scale` has one number per row. `result` is float32 or bfloat16.
+    """
     shape = (threads_for(hidden.numel()), scale.numel(), hidden.shape[-1], epsilon)
     _for(result, "norm")(*shape, *map(pointer, (hidden, weight, scale, result)))
 
 
 @operator(
-    "Tensor hidden, Tensor weight, Tensor scale, Tensor gradient, Tensor? add, Tensor(a!) grad_hidden, Tensor(b!) grad_weight"
+    "Tensor hidden, Tensor weight, Tensor scale, Tensor gradient, Tensor? add, Tensor(a!) grad_hidden,"
+    " Tensor(b!) grad_weight"
 )
 def rms_norm_backward(
     hidden: Tensor,
@@ -61,21 +66,24 @@ def rms_norm_backward(
     grad_hidden: Tensor,
     grad_weight: Tensor,
 ) -> None:
-    """grad_hidden = the gradient of `hidden`, plus `add`; grad_weight [threads, size] (zeros before): the parts of its sum."""
+    """grad_hidden = the gradient of `hidden`, plus `add`.
+
+    grad_weight [threads, size], zeros before the call, receives partial sums of the gradient of `weight`.
+    """
     tensors = (hidden, weight, scale, gradient, add, grad_hidden, grad_weight)
     _for(gradient, "norm_backward")(len(grad_weight), scale.numel(), hidden.shape[-1], *map(pointer, tensors))
 
 
 @operator("Tensor gates_ups, Tensor(a!) result")
 def swiglu_rows(gates_ups: Tensor, result: Tensor) -> None:
-    """result [T, I] = silu(gate) * up, of gates_ups [T, 2 I]. Both float32, or both bfloat16."""
+    """result [T, I] = silu(gate) * up, with gates_ups [T, 2 I]. Both float32 or both bfloat16."""
     shape = (threads_for(result.numel()), *result.shape)
     _for(result, "swiglu_rows")(*shape, *map(pointer, (gates_ups, result)))
 
 
 @operator("Tensor gates_ups, Tensor gradient, Tensor(a!) grad_gates_ups")
 def swiglu_rows_backward(gates_ups: Tensor, gradient: Tensor, grad_gates_ups: Tensor) -> None:
-    """The gradient of gates_ups [T, 2 I] from that of the result [T, I]."""
+    """Gradient of gates_ups [T, 2 I] from that of the result [T, I]."""
     tensors = (gates_ups, gradient, grad_gates_ups)
     shape = (threads_for(gradient.numel()), *gradient.shape)
     _for(gradient, "swiglu_rows_backward")(*shape, *map(pointer, tensors))
@@ -85,8 +93,10 @@ def swiglu_rows_backward(gates_ups: Tensor, gradient: Tensor, grad_gates_ups: Te
 def split_heads(
     mixed: Tensor, cos: Tensor | None, sin: Tensor | None, query: Tensor, key: Tensor, value: Tensor
 ) -> None:
-    """mixed [T, (H + 2 K) D], float32 or bfloat16 -> query [T, H, D], key and value [T, K, D], float32; query and key with the
-    rotary embedding of cos and sin [T, D], where these are given."""
+    """Split mixed [T, (H + 2 K) D], float32 or bfloat16, into query [T, H, D], key and value [T, K, D], float32.
+
+    Query and key are rotated by cos and sin [T, D] unless those are None.
+    """
     shape = (threads_for(mixed.numel()), len(mixed), query.shape[1], key.shape[1], query.shape[2])
     _for(mixed, "split_heads")(*shape, *map(pointer, (mixed, cos, sin, query, key, value)))
 
@@ -95,7 +105,7 @@ def split_heads(
 def join_heads(
     grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cos: Tensor | None, sin: Tensor | None, grad_mixed: Tensor
 ) -> None:
-    """The gradient of `split_heads`."""
+    """Gradient of `split_heads`: grad_mixed from the gradients of query, key and value."""
     shape = (len(grad_mixed), grad_query.shape[1], grad_key.shape[1], grad_query.shape[2])
     tensors = (grad_query, grad_key, grad_value, cos, sin, grad_mixed)
     _for(grad_mixed, "join_heads")(threads_for(grad_mixed.numel()), *shape, *map(pointer, tensors))
@@ -108,29 +118,31 @@ def _for(tensor: Tensor, name: str):  # type: ignore[no-untyped-def]
 
 @operator("Tensor gate, Tensor up, Tensor(a!) result")
 def swiglu(gate: Tensor, up: Tensor, result: Tensor) -> None:
-    """result = silu(gate) * up"""
+    """result = silu(gate) * up."""
     library().swiglu(threads_for(gate.numel()), gate.numel(), *map(pointer, (gate, up, result)))
 
 
 @operator("Tensor gate, Tensor up, Tensor gradient, Tensor(a!) grad_gate, Tensor(b!) grad_up")
 def swiglu_backward(gate: Tensor, up: Tensor, gradient: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
-    """Gradients of gate and up; grad_up may be the memory of `gradient`."""
+    """Gradients of gate and up. grad_up may share the memory of `gradient`."""
     tensors = (gate, up, gradient, grad_gate, grad_up)
     library().swiglu_backward(threads_for(gate.numel()), gate.numel(), *map(pointer, tensors))
 
 
 @operator("Tensor states, Tensor cos, Tensor sin, bool back, Tensor(a!) result")
 def rotate(states: Tensor, cos: Tensor, sin: Tensor, back: bool, result: Tensor) -> None:
-    """Rotary embedding (arXiv 2104.09864) of states [..., heads, D] by cos and sin [..., D]; `back`: the inverse, which is its
-    gradient. `result` may be `states`."""
+    """Rotary embedding (arXiv 2104.09864) of states [..., heads, D] by cos and sin [..., D].
+
+    `back` applies the inverse rotation, which is the gradient. `result` may be `states`.
+    """
     heads, size = states.shape[-2:]
     shape = (threads_for(states.numel()), states.numel() // (heads * size), heads, size, back)
     library().rotate(*shape, *map(pointer, (states, cos, sin, result)))
 
 
 @operator(
-    "Tensor query, Tensor key, Tensor value, Tensor[] prompt_keys, Tensor[] prompt_values, Tensor sequences, int longest, int threads,"
-    " int window, float scaling, Tensor(a!) workspace, Tensor(b!) result, Tensor(c!) lse"
+    "Tensor query, Tensor key, Tensor value, Tensor[] prompt_keys, Tensor[] prompt_values, Tensor sequences,"
+    " int longest, int threads, int window, float scaling, Tensor(a!) workspace, Tensor(b!) result, Tensor(c!) lse"
 )
 def attention(
     query: Tensor,
@@ -149,7 +161,9 @@ def attention(
 ) -> None:
     """Causal attention of the sequences [S, 5] (grpo/kernels/cpu/attention.py) of one row of tokens.
 
-    query and result [T, H, D], key and value [T, K, D], lse [H, T] (log-sum-exp of each token's scores)."""
+    query and result are [T, H, D], key and value [T, K, D]. lse [H, T] is the log-sum-exp of each token's scores. A
+    window of 0 means none.
+    """
     (tokens, heads, size), key_heads = query.shape, key.shape[1]
     parts = key_heads if len(sequences) * key_heads >= 2 * threads else heads
     shape = (threads, parts, heads, key_heads, size, tokens, window, longest, scaling)
@@ -165,9 +179,9 @@ def attention(
 
 
 @operator(
-    "Tensor query, Tensor key, Tensor value, Tensor[] prompt_keys, Tensor[] prompt_values, Tensor sequences, Tensor groups, int longest,"
-    " int threads, int window, float scaling, Tensor result, Tensor lse, Tensor gradient, Tensor(a!) workspace, Tensor(b!) grad_query,"
-    " Tensor(c!) grad_key, Tensor(d!) grad_value"
+    "Tensor query, Tensor key, Tensor value, Tensor[] prompt_keys, Tensor[] prompt_values, Tensor sequences,"
+    " Tensor groups, int longest, int threads, int window, float scaling, Tensor result, Tensor lse, Tensor gradient,"
+    " Tensor(a!) workspace, Tensor(b!) grad_query, Tensor(c!) grad_key, Tensor(d!) grad_value"
 )
 def attention_backward(
     query: Tensor,
@@ -189,7 +203,10 @@ def attention_backward(
     grad_key: Tensor,
     grad_value: Tensor,
 ) -> None:
-    """Gradients of `attention`. grad_key and grad_value [T and the tokens of prompts elsewhere, parts, D] with parts = K or H."""
+    """Gradients of `attention`.
+
+    grad_key and grad_value are [T + tokens of the prompts outside the row, parts, D], with parts = K or H.
+    """
     (tokens, heads, size), key_heads = query.shape, key.shape[1]
     shape = (threads, grad_key.shape[1], heads, key_heads, size, tokens, window, longest, scaling)
     tensors = (query, key, value, result, lse, gradient, workspace, grad_query, grad_key, grad_value)
@@ -198,13 +215,16 @@ def attention_backward(
 
 
 @operator(
-    "Tensor(a!) logits, Tensor targets, float temperature, Tensor(b!) logprobs, Tensor(c!) entropies, Tensor(d!) total, Tensor(e!) lse"
+    "Tensor(a!) logits, Tensor targets, float temperature, Tensor(b!) logprobs, Tensor(c!) entropies,"
+    " Tensor(d!) total, Tensor(e!) lse"
 )
 def softmax(
     logits: Tensor, targets: Tensor, temperature: float, logprobs: Tensor, entropies: Tensor, total: Tensor, lse: Tensor
 ) -> None:
-    """logits [n, V] become weights, p = weight / total; [n] each the target's logprob, the entropy, total, and the log-sum-exp of
-    logits / temperature."""
+    """Replace logits [n, V] by weights, with p = weight / total.
+
+    Results, [n] each: logprobs of the targets, entropies, total, and the log-sum-exp of logits / temperature.
+    """
     rows, size = logits.shape
     tensors = (logits, targets, logprobs, entropies, total, lse)
     library().softmax(threads_for(logits.numel()), rows, size, temperature, *map(pointer, tensors))
@@ -216,7 +236,10 @@ def softmax(
 def draw(
     logits: Tensor, uniforms: Tensor, temperature: float, blocks: Tensor, tokens: Tensor, logprobs: Tensor
 ) -> None:
-    """tokens and logprobs [B] from softmax(logits [B, V] / temperature) at `uniforms` [B]; blocks [B, V / 128] is workspace."""
+    """Sample tokens [B] and their logprobs [B] from softmax(logits [B, V] / temperature) at `uniforms` [B].
+
+    blocks [B, V / 128], rounded up, is workspace.
+    """
     rows, size = logits.shape
     tensors = (logits, uniforms, blocks, tokens, logprobs)
     library().draw(threads_for(logits.numel()), rows, size, temperature, *map(pointer, tensors))

@@ -1,1 +1,1 @@
-"""CUDA: what only this kind of device has."""
+"""CUDA: kernels and graphs for CUDA devices only."""

@@ -1,4 +1,4 @@
-"""CUDA graphs: a decoding step is captured once for each shape and then replayed in one launch."""
+"""CUDA graphs: capture a decoding step once per shape, then replay it in one launch."""
 
 from collections.abc import Callable, Hashable, Sequence
 
@@ -9,22 +9,24 @@ from grpo.kernels.registry import switch_off
 
 
 class StepGraphs:
-    """Captured steps by key. A step must do device work alone, and the same for the same key."""
+    """Captured steps by key. A step must only launch device work, and the same work for the same key."""
 
     def __init__(self) -> None:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
     def clear(self) -> None:
-        """Drop all graphs: the memory that they point at is about to change."""
+        """Drop all graphs. Required before the memory that they refer to is freed or replaced."""
         self._graphs.clear()
 
     def run(self, key: Hashable, step: Callable[[], None], state: Sequence[Tensor]) -> None:
-        """Take one step: replayed, or captured first where `key` is new.
+        """Run one step: replay its graph, which is captured first if `key` is new.
+
+        If the capture fails, kernel `cuda_graphs` is switched off and the step runs without a graph.
 
         Args:
-            key: what the shapes of the step depend on.
-            step: the work.
-            state: tensors that a step changes. Capturing takes a step that does not count, so they are put back.
+            key: everything that the shapes of the step depend on.
+            step: launches the work.
+            state: tensors that a step changes. Capturing runs one extra step, so they are restored after it.
         """
         if key not in self._graphs:
             saved = [tensor.clone() for tensor in state]
@@ -41,12 +43,13 @@ class StepGraphs:
 
 
 def _captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """Return the graph of `step`, captured after one warm-up run."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # a first run outside the graph: libraries set themselves up
+    with torch.cuda.stream(side):  # warm-up outside the graph: libraries initialise
         step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # training may go on meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may train meanwhile
         step()
     return graph
