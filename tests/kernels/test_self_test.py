@@ -1,7 +1,6 @@
 """The self-test at the start: correct kernels stay enabled, wrong or unused ones are disabled, the run continues."""
 
 import logging
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -31,9 +30,7 @@ def nothing_failed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_right_kernels_stay_on(nothing_failed: dict[str, str], family: str, autocast: torch.dtype | None) -> None:
     ops.calls.clear()
-    start = time.perf_counter()
     run_self_test(tiny_model(family), autocast)
-    assert time.perf_counter() - start < 2
     assert not nothing_failed
     assert ops.calls["softmax"] and ops.calls["draw"]
     assert autocast is not None or ops.calls["attention_backward"]

@@ -20,12 +20,14 @@ from grpo.kernels.cpu.attention import attend, attend_backward
 from grpo.kernels.cpu.compiler import c_kernel, threads_for
 from grpo.kernels.description import Layer
 from grpo.kernels.gradients import gradient_buffer
+from grpo.kernels.registry import is_on
 
 
 def is_supported(layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Return whether `fused_layer` can compute this layer.
 
-    It needs the C library, float32 on a CPU, no adapters, no norms of heads, and biases only for query, key and value.
+    It needs the C library with its attention, float32 on a CPU, no adapters, no norms of heads, and biases only for
+    query, key and value.
     """
     weights = [part.weight for part in layer.linears] + [
         part.bias for part in layer.linears[:3] if part.bias is not None
@@ -36,6 +38,7 @@ def is_supported(layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor) -> bool
         and all(part.bias is None for part in layer.linears[3:])
         and layer.head_size % 8 == 0
         and _product_dtype() in (torch.float32, torch.bfloat16)
+        and is_on("attention")
         and c_kernel("decoder_layer", hidden, cos, sin, *layer.norms, *weights)
     )
 
