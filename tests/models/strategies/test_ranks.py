@@ -32,7 +32,7 @@ STRATEGIES = [
 def test_a_step_equals_that_of_one_process(
     tmp_path: Path, strategy: str, launcher: list[str], case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Not every strategy uses the kernels, which round elsewhere; AdamW's first step makes small gradients equally large.
+    # Not every strategy uses the kernels, which round elsewhere. AdamW's first step scales up small gradients.
     monkeypatch.setenv("GRPO_KERNELS", "torch")
     folder = tiny_folder(tmp_path / "model")
     stem = tmp_path / "rank"
