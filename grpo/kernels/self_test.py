@@ -37,18 +37,25 @@ REACHED = {
 """C functions that the check of each kernel must call."""
 
 
-def run(model: Model | None, head: Tensor, autocast: torch.dtype | None = None, tolerance: float = 0.0) -> None:
+def run(
+    model: Model | None,
+    device: torch.device,
+    vocabulary: int,
+    autocast: torch.dtype | None = None,
+    tolerance: float = 0.0,
+) -> None:
     """Compare the kernels of training and sampling with the reference, and switch off those that fail.
 
     Does nothing on devices other than a CPU, or without the C library.
 
     Args:
         model: description of the model to be trained. None if its modules are used.
-        head: [V, H], weight of the output head.
+        device: device of the run.
+        vocabulary: number of rows of the output head, of which this process may hold a shard only.
         autocast: dtype of autocast in the layers. None: float32.
         tolerance: maximum relative error of a layer under autocast, instead of FLOAT32_TOLERANCE.
     """
-    if not head.is_cpu:
+    if device.type != "cpu":
         return
     if library() is None and autocast is None:
         log.info("CPU kernels could not be compiled with '%s'; using PyTorch (slower)", os.environ.get("CC") or "cc")
@@ -59,7 +66,7 @@ def run(model: Model | None, head: Tensor, autocast: torch.dtype | None = None, 
             _judge("decoder_layer", lambda: _check_layer(model), FLOAT32_TOLERANCE if autocast is None else tolerance)
     for name, check in (("token_logprobs", _check_head), ("sampling", _check_sampling)):
         if is_on(name):
-            _judge(name, functools.partial(check, len(head)), FLOAT32_TOLERANCE)
+            _judge(name, functools.partial(check, vocabulary), FLOAT32_TOLERANCE)
 
 
 def _judge(name: str, check: Callable[[], float], tolerance: float) -> None:

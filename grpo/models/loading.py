@@ -114,6 +114,11 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
         model.is_quantized = False  # type: ignore[assignment]
         model.hf_quantizer = None  # type: ignore[assignment]
         del model.config.quantization_config
+    for (
+        module
+    ) in model.modules():  # bitsandbytes' packed layout for some CPUs has no gradient and cannot be dequantized
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return prepare_model(model, path)
 
 

@@ -139,7 +139,8 @@ def run_self_test(model: PreTrainedModel, autocast: torch.dtype | None) -> None:
         autocast: dtype of mixed precision. None if it is off.
     """
     tolerance = 0.0 if autocast is None else PRECISIONS[autocast].hidden
-    self_test.run(describe(model), model.get_output_embeddings().weight, autocast, tolerance)
+    head = model.get_output_embeddings()
+    self_test.run(describe(model), head.weight.device, model.config.vocab_size, autocast, tolerance)
 
 
 def probe_batch(vocabulary: int) -> PackedBatch:
