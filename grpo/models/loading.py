@@ -118,7 +118,7 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
         module
     ) in model.modules():  # bitsandbytes' packed layout for some CPUs has no gradient and cannot be dequantized
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return prepare_model(model, path)
 
 
