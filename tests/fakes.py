@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -17,7 +19,8 @@ from transformers import (
     SmolLM3Config,
 )
 
-from grpo.kernels.attention import NAME
+from grpo.kernels.attention import NAME, PackedLayout
+from grpo.kernels.cuda import varlen
 from grpo.models.logprob_model import use_grpo_attention
 from grpo.types import Completion, Group, Prompt
 
@@ -95,3 +98,54 @@ def tiny_data(path: Path, rows: int = 12) -> Path:
     ]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def slow_varlen_attn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    longest: int,
+    longest_keys: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Stand-in on a CPU for `torch.nn.attention.varlen.varlen_attn` with a causal mask: one sequence at a time."""
+    assert window_size[1] == 0 and query_starts.dtype == key_starts.dtype == torch.int32
+    queries, keys, values = (
+        torch.tensor_split(tensor, starts[1:-1].tolist())
+        for tensor, starts in ((query, query_starts), (key, key_starts), (value, key_starts))
+    )
+    assert longest == max(map(len, queries)) and longest_keys == max(map(len, keys))
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    results = []
+    for own, its_keys, its_values in zip(queries, keys, values, strict=True):
+        repeats = query.shape[1] // key.shape[1]
+        its_keys, its_values = (part.repeat_interleave(repeats, dim=1) for part in (its_keys, its_values))
+        scores = torch.einsum("qhd,khd->hqk", own, its_keys) * (scale or query.shape[-1] ** -0.5)
+        place = torch.arange(len(own))[:, None] + len(its_keys) - len(own)
+        distance = place - torch.arange(len(its_keys))
+        hidden = (distance < 0) | ((distance > window_size[0]) if window_size[0] >= 0 else False)
+        results.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), its_values))
+    return torch.cat(results)
+
+
+def use_slow_varlen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let packed attention take the path of 16-bit CUDA on a CPU in float32.
+
+    Returns:
+        A list that gets the number of sequences of each call.
+    """
+    calls: list[int] = []
+
+    def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(len(args[3]) - 1)
+        return slow_varlen_attn(*args, **kwargs)
+
+    monkeypatch.setattr(PackedLayout, "uses_varlen", True)
+    monkeypatch.setattr(varlen, "is_supported", lambda query, value: True)
+    monkeypatch.setattr(varlen, "varlen_attn", attend)
+    return calls

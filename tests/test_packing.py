@@ -4,7 +4,7 @@ import torch
 from grpo.kernels.attention import PackedLayout
 from grpo.models.logprob_model import LogprobModel
 from grpo.packing import pack
-from tests.fakes import FAMILIES, group, tiny_model
+from tests.fakes import FAMILIES, group, tiny_model, use_slow_varlen
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -37,12 +37,12 @@ def test_masks_and_skips() -> None:
     assert pack([cut], torch.zeros(1, 2), max_tokens=9, skip_flat=True) == []
 
 
-@pytest.mark.parametrize("one_by_one", [True, False], ids=["as on a CPU", "as on a GPU"])
+@pytest.mark.parametrize("attention", ["as on a CPU", "padded", "in one call"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_equals_one_sequence_at_a_time_in_values_and_gradients(
-    family: str, one_by_one: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PackedLayout, "one_by_one", one_by_one)
+    monkeypatch.setattr(PackedLayout, "one_by_one", attention == "as on a CPU")
     model = tiny_model(family, spread=2.0)
     torch.manual_seed(1)
 
@@ -51,8 +51,11 @@ def test_packed_equals_one_sequence_at_a_time_in_values_and_gradients(
 
     groups = [group(0, ids(5), [ids(4), ids(9), ids(1)]), group(1, ids(2), [ids(6), ids(3), ids(3)])]
     batch = pack(groups, torch.ones(2, 3), max_tokens=1000)[0]
-    packed = LogprobModel(model, uses_packed_attention=True, temperature=0.9)(batch)[0]
+    calls = use_slow_varlen(monkeypatch) if attention == "in one call" else []
+    on_cpu = attention == "as on a CPU"
+    packed = LogprobModel(model, uses_packed_attention=True, temperature=0.9, uses_kernels=on_cpu)(batch)[0]
     packed.sum().backward()
+    assert calls == ([8] * model.config.num_hidden_layers if attention == "in one call" else [])
     ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
 

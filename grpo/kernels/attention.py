@@ -19,9 +19,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from grpo.kernels.cpu import attention as cpu_attention
 from grpo.kernels.cpu.attention import Join, PackedAttention, Sequences
+from grpo.kernels.cuda import varlen
+from grpo.kernels.cuda.varlen import VarlenPlan
 
 NAME = "grpo"
 Prompt = tuple[Tensor, Tensor]
@@ -91,6 +94,18 @@ class PackedLayout:
     def one_by_one(self) -> bool:
         """True if each completion has its own attention call."""
         return self.device.type == "cpu"
+
+    @functools.cached_property
+    def uses_varlen(self) -> bool:
+        """True if the device computes the row in one call (grpo/kernels/cuda/varlen.py)."""
+        return varlen.is_available(self.device)
+
+    @functools.cached_property
+    def varlen_plan(self) -> VarlenPlan:
+        """Indices of `sequences` for one call."""
+        outside = sum(self.spans[index].prompt_length for index in self.elsewhere)
+        tokens = sum(span.length for span in self.spans) - outside
+        return VarlenPlan.of(self.sequences, tokens, self.device)
 
     @functools.cached_property
     def sizes(self) -> list[int]:
@@ -256,6 +271,9 @@ def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: int | None
 ) -> Tensor:
     """Attention of one packed row: query [1, H, T, D], key and value [1, K, T, D] -> [1, H, T, D]."""
+    if layout.uses_varlen and varlen.is_supported(query, value):
+        joins, outside = layout.watch(key, value), layout.outside()
+        return varlen.packed_attention(query, key, value, layout.varlen_plan, scaling, window, joins, outside)
     if cpu_attention.is_supported(query, key, value):
         return _packed_in_c(query, key, value, layout, scaling, window)
     # One split: its backward pass is one concatenation. The gradient of each slice would be as large as the row.
@@ -306,14 +324,40 @@ def _padded(tensor: Tensor, layout: PackedLayout, block: tuple[int, ...]) -> Ten
     """Tokens of a block to padded completions: [1, K, tokens, D] -> [G, K, C, D]."""
     if len(block) == 1:
         return tensor
-    return tensor[0][:, layout.padding(block)[0]].transpose(0, 1)
+    rows, back = layout.padding(block)
+    padded: Tensor = Selected.apply(tensor[0], rows.flatten(), back, False)
+    return padded.unflatten(1, rows.shape).transpose(0, 1)
 
 
 def _unpadded(tensor: Tensor, layout: PackedLayout, block: tuple[int, ...]) -> Tensor:
     """Padded completions to tokens of a block: [G, H, C, D] -> [1, H, tokens, D]."""
     if len(block) == 1:
         return tensor
-    return rearrange(tensor, "g h c d -> 1 h (g c) d")[:, :, layout.padding(block)[1]]
+    rows, back = layout.padding(block)
+    tokens: Tensor = Selected.apply(rearrange(tensor, "g h c d -> h (g c) d"), back, rows.flatten(), True)
+    return tokens[None]
+
+
+class Selected(torch.autograd.Function):
+    """Positions of [H, T, D] in another order: with padding in between, or without it again.
+
+    The backward pass selects by the opposite order, or writes to it. That of an index would add the gradients of all
+    padding, which are zeros, to one token, one after another.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, index: Tensor, opposite: Tensor, drops_padding: bool) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.index, ctx.opposite, ctx.drops_padding = index, opposite, drops_padding
+        return tensor.index_select(1, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
+        if not ctx.drops_padding:
+            return gradient.index_select(1, ctx.opposite), None, None, None
+        heads, _, size = gradient.shape
+        padded = gradient.new_zeros(heads, len(ctx.opposite), size)
+        return padded.index_copy_(1, ctx.index, gradient), None, None, None
 
 
 def _slots(

@@ -140,7 +140,7 @@ class TokenLogprobs(torch.autograd.Function):
             grad_logits.scatter_add_(1, own[:, None], scale * here[:, None])
             grad_logits = grad_logits.to(dtype)
             if grad_hidden is not None:
-                _add_product(grad_hidden, grad_logits, head[block].to(dtype))
+                _add_product(grad_hidden, grad_logits, weight[block].to(dtype))
             if grad_head is not None:
                 _add_product(grad_head[block], grad_logits.T, narrow)
         made = grad_head.to(head.dtype) if grad_head is not None and buffer is None else None
@@ -165,7 +165,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == torch.float32:
         total.addmm_(left, right)
     elif left.is_cuda:
-        total += torch.mm(left, right, out_dtype=torch.float32)
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
         total += left @ right
 

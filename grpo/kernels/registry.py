@@ -26,6 +26,7 @@ KERNELS = {
     "fused_ops": "cpu, torch: RMSNorm and SwiGLU with backward passes that keep less memory",
     "onednn": "cpu, torch: products with weights in oneDNN's own layout",
     "fused_decode": "all devices, torch: a decoding step in a few large operations per layer",
+    "varlen_attention": "cuda, torch: attention of packed groups in one call per layer, in 16 bits",
     "cuda_graphs": "cuda: decoding steps replayed from captured graphs",
 }
 """Name -> device, implementation and purpose."""

@@ -47,6 +47,16 @@ def set_threads(device: torch.device, processes: int) -> None:
         torch.set_num_threads(cpu_threads(processes))
 
 
+def configure(device: torch.device) -> None:
+    """Set the options of torch that this trainer needs on `device`, once per process.
+
+    cuDNN's attention is switched off: it builds a plan for every new shape, and the shapes of decoding and training
+    change at each call.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def free_memory(device: torch.device) -> int:
     """Return the bytes that can still be allocated on `device`."""
     if device.type == "cuda":
@@ -92,7 +102,7 @@ def collective_backend(device: torch.device) -> Literal["nccl", "gloo"]:
 
 def bind_thread(device: torch.device) -> None:
     """Make `device` the current one of this thread. torch keeps the current GPU per thread."""
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:  # without an index, it is the default of every thread
         torch.cuda.set_device(device)
 
 

@@ -19,7 +19,7 @@ from grpo.packing import PackedBatch, pack
 from grpo.policy import Policy
 from grpo.trainer import train
 from grpo.types import Group
-from tests.fakes import group, tiny_folder, tiny_model
+from tests.fakes import group, tiny_folder, tiny_model, use_slow_varlen
 from tests.test_trainer import arguments
 
 LENGTHS = [(6, [4, 9, 1, 7, 3]), (2, [3, 2]), (7, [5, 8, 2, 9, 9])]
@@ -92,9 +92,9 @@ def test_which_spans_are_split() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one_by_one", "by_kernels"),
-    [(True, False), (False, False), (True, True)],
-    ids=["as on a CPU", "as on a GPU", "by kernels"],
+    ("attention", "by_kernels"),
+    [("one by one", False), ("padded", False), ("in one call", False), ("one by one", True)],
+    ids=["as on a CPU", "padded", "in one call", "by kernels"],
 )
 @pytest.mark.parametrize(
     ("family", "changes"),
@@ -109,9 +109,11 @@ def test_which_spans_are_split() -> None:
     ids=["qwen2", "qwen2 with a window", "qwen3", "llama", "mistral with a window", "gemma3 with a window"],
 )
 def test_the_same_logprobs_and_gradients_as_in_one_batch_and_as_with_the_prompt_repeated(
-    family: str, changes: dict, one_by_one: bool, by_kernels: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, changes: dict, attention: str, by_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PackedLayout, "one_by_one", one_by_one)
+    monkeypatch.setattr(PackedLayout, "one_by_one", attention == "one by one")
+    if attention == "in one call":
+        use_slow_varlen(monkeypatch)
     model = tiny_model(family, spread=2.0, **changes)
     logprob_model = LogprobModel(model, uses_packed_attention=True, temperature=0.9, uses_kernels=by_kernels)
     whole, whole_gradients = learned(logprob_model, batches_of(1000))

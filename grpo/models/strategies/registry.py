@@ -13,7 +13,7 @@ from grpo.models.strategies.base import Machine, Strategy
 from grpo.models.strategies.deepspeed import Zero2, Zero3
 from grpo.models.strategies.fsdp import FullyShardedDataParallel
 from grpo.models.strategies.single import DistributedDataParallel, SingleProcess
-from grpo.runtime.device import set_threads
+from grpo.runtime.device import configure, set_threads
 from grpo.runtime.launch import find_local_peers, requested_processes
 
 STRATEGIES: list[type[Strategy]] = [Zero3, Zero2, FullyShardedDataParallel, SingleProcess, DistributedDataParallel]
@@ -49,6 +49,7 @@ def start_accelerator(timeout: float = 1800.0) -> Accelerator:
             f"starts only one, whatever --num_processes says: use --config_file accelerate_configs/cpu_2proc.yaml"
         )
     strategy.after_start(accelerator)
+    configure(accelerator.device)
     set_threads(accelerator.device, accelerator.num_processes)
     find_local_peers(accelerator)
     return accelerator
