@@ -130,7 +130,7 @@ class Registry(Generic[T]):
             raise ConfigError(f"{self.kind} '{name}': module '{place}' cannot be imported: {error}") from error
 
     def _import_file(self, name: str, place: str) -> ModuleType:
-        path = Path(place).resolve()
+        path = Path(place).expanduser().resolve()
         if not path.is_file():
             raise ConfigError(f"{self.kind} '{name}': there is no file {path}")
         # One module per file, however many entries are taken from it, so that its own @register_... runs once.

@@ -12,7 +12,7 @@ import pytest
 import grpo
 
 PACKAGE = Path(grpo.__file__).parent
-HEAVY = ["torch", "transformers", "accelerate", "numpy", "jsonargparse", "yaml"]
+HEAVY = ["torch", "transformers", "accelerate", "numpy", "yaml"]
 
 
 def imported_after(code: str) -> set[str]:

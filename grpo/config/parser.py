@@ -1,4 +1,4 @@
-"""Parser: files and flags -> one checked Config. The only file that knows jsonargparse; imports no torch."""
+"""Parser: files and flags -> one checked Config. Imports no torch."""
 
 import dataclasses
 import difflib
@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
 
 from grpo.config.help import help_text, show_help
-from grpo.config.schema import Config, flatten, to_dict
+from grpo.config.schema import Config, flatten
+from grpo.config.setting import Key, keys_of
+from grpo.config.texts import StrictLoader, read_text
 from grpo.config.validation import check_config
+from grpo.config.values import converted, shown
 from grpo.errors import ConfigError
 
 PRESETS = Path(__file__).parent / "presets"
+Values = dict[str, Any]
+"""Flat config key -> value."""
 
 
 def load_config(argv: list[str] | None = None) -> Config:
@@ -33,65 +37,102 @@ def load_config(argv: list[str] | None = None) -> Config:
         if word in argv:
             show_help(help_text(Config, "".join(argv[argv.index(word) + 1 :][:1])))
             raise SystemExit(0)
-    parser = build_parser()
     files, flags = _split_config_files(argv)
-    layers = [_read_yaml(path) for path in files]
-    config = _parse(parser, layers, flags)
-    if config.model.name == "starter":
-        config = _parse(parser, [_read_yaml(PRESETS / "starter.yaml"), *layers], flags)
+    own: Values = {}
+    for file in files:
+        own.update(_read_yaml(file))  # flat keys: a later file wins key by key
+    values = _with_flags(own, flags)
+    if values.get("model.name", Config().model.name) == "starter":
+        values = _with_flags(_starter(values) | own, flags)
+    config = build_config(values)
     check_config(config)
     return config
 
 
-def build_parser() -> ArgumentParser:
-    """Return the parser, with one flag per config key."""
-    parser = ArgumentParser(
-        prog="launch/train.py",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config")
-    parser.add_class_arguments(Config)
-    return parser
-
-
-def _parse(parser: ArgumentParser, layers: list[dict[str, Any]], flags: list[str]) -> Config:
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        merged.update(layer)  # flat keys: a later file wins key by key
-    try:
-        from_files = parser.parse_object(_nest(merged)) if merged else parser.get_defaults()
-        # A fresh parser per call would cost half a second; defaults are reset by the next call's own values.
-        values = parser.parse_args(flags, namespace=from_files.clone())
-    except SystemExit as error:
-        raise ConfigError(f"cannot read the command line: {' '.join(flags)}") from error
-    except Exception as error:
-        raise ConfigError(_readable(str(error), parser)) from error
-    return _build(Config, values)
-
-
-def _build(cls: type, values: Namespace) -> Any:
+def build_config(values: Values, cls: type = Config, prefix: str = "") -> Any:
+    """Return a Config with these values, and defaults elsewhere. Values are not checked."""
     arguments = {}
     for spec in dataclasses.fields(cls):
-        value = getattr(values, spec.name)
-        nested = spec.default_factory if dataclasses.is_dataclass(spec.default_factory) else None
-        arguments[spec.name] = _build(nested, value) if nested else value
+        name, factory = f"{prefix}{spec.name}", spec.default_factory
+        if isinstance(factory, type) and dataclasses.is_dataclass(factory):
+            arguments[spec.name] = build_config(values, factory, f"{name}.")
+        elif name in values:
+            arguments[spec.name] = converted(values[name], keys_of(Config)[name].type)
     return cls(**arguments)
 
 
-def _known_keys() -> list[str]:
-    return list(flatten(to_dict(Config())))
+def _starter(values: Values) -> Values:
+    """Return the preset of the tiny model. Rows of one's own take the place of its generated problems."""
+    preset = _read_yaml(PRESETS / "starter.yaml")
+    if values.get("data.path") is not None:
+        preset["data.name"] = "question_answer"
+    return preset
 
 
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split(".")
-        place = nested
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[leaf] = value
-    return nested
+def _with_flags(values: Values, flags: list[str]) -> Values:
+    """Return the values, changed by flags from left to right."""
+    values, keys, place = dict(values), keys_of(Config), 0
+    while place < len(flags):
+        word = flags[place]
+        place += 1
+        if not re.match(r"--\w", word):
+            raise ConfigError(f"'{word}' is not a flag: flags are --key VALUE. Put a value that has spaces into quotes")
+        name, equals, inline = word[2:].partition("=")
+        key = _key_of_flag(name, inline if equals else "".join(flags[place : place + 1]))
+        words = [inline] if equals else []
+        while not equals and place < len(flags) and not re.match(r"--\w", flags[place]):
+            words.append(flags[place])
+            place += 1
+            if keys[key].type != list[str]:
+                break
+        if not words:
+            raise ConfigError(f"--{name} has no value: write --{name} VALUE")
+        _set(values, keys[key], name, words)
+    return values
+
+
+def _set(values: Values, key: Key, name: str, words: list[str]) -> None:
+    """Set a key, add to a list (--key+ VALUE), or set one entry of a mapping (--key.entry VALUE)."""
+    entry = name.removeprefix(key.name).removeprefix(".").removesuffix("+")
+    try:
+        if entry:
+            inner = {dict[str, float]: float, dict[str, dict[str, Any]]: dict}.get(key.type, Any)
+            value = read_text(words[0], inner)
+            if inner is dict and not isinstance(value, dict):  # --reward_kwargs.NAME.ARGUMENT VALUE
+                entry, _, argument = entry.rpartition(".")
+                value = {**_entries(values, key).get(entry, {}), argument: value}
+            value = {**_entries(values, key), entry: value}
+        elif len(words) > 1:
+            value = words
+        else:
+            value = read_text(words[0], key.type)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{name} is {words[0]!r}, not valid YAML: {getattr(error, 'problem', error)}") from error
+    value = converted(value, key.type)
+    if name.endswith("+") and isinstance(value, list):
+        value = [*converted(values.get(key.name, key.default), key.type), *value]
+    values[key.name] = value
+
+
+def _entries(values: Values, key: Key) -> dict[str, Any]:
+    entries = converted(values.get(key.name, key.default), key.type)
+    return entries if isinstance(entries, dict) else {}
+
+
+def _key_of_flag(name: str, value: str) -> str:
+    """Return the config key that a flag sets. Raises ConfigError for an unknown one."""
+    keys = keys_of(Config)
+    name = name.removesuffix("+")
+    if name in keys:
+        return name
+    for key in keys.values():
+        if name.startswith(f"{key.name}.") and str(key.type).startswith("dict"):
+            return key.name
+    if any(known.startswith(f"{name}.") for known in keys):
+        raise ConfigError(f"--{name} is a section: set its keys, for example --{_first_key(name)} VALUE")
+    _refuse_secrets(name)
+    given = f" (value {value!r})" if value and not value.startswith("--") else ""
+    raise ConfigError(f"unknown flag --{name}{given}{_did_you_mean(name)}")
 
 
 def _split_config_files(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -112,31 +153,13 @@ def _split_config_files(argv: list[str]) -> tuple[list[str], list[str]]:
     return files, flags
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys, and reads 5e-6 as a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _read_yaml(path: str | Path) -> dict[str, Any]:
+def _read_yaml(file: str | Path) -> Values:
     """Read a config file as flat keys. Raises ConfigError for an unknown key."""
-    path = Path(path)
+    path = Path(file).expanduser()
     if not path.is_file():
-        raise ConfigError(f"--config: there is no file {path}")
+        raise ConfigError(f"--config: there is no file {file}")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
         context = f" ({error.context})" if error.context else ""
@@ -147,16 +170,26 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold 'key: value' lines, holds a {type(content).__name__}")
-    flat = flatten(content)
+    flat, known = flatten(content), keys_of(Config)
     for key, value in flat.items():
-        if key not in _known_keys():
-            _refuse_secrets(key, f"{path}: ")
-            raise ConfigError(f"{path}: unknown key '{key}' (value {value!r}){_did_you_mean(key)}")
+        if key in known:
+            continue
+        _refuse_secrets(key, f"{path}: ")
+        if any(name.startswith(f"{key}.") for name in known):
+            raise ConfigError(
+                f"{path}: {key} is {shown(value)}, but it is a section: write keys such as "
+                f"{_first_key(key).removeprefix(key + '.')} below it, or remove the line"
+            )
+        raise ConfigError(f"{path}: unknown key '{key}' (value {value!r}){_did_you_mean(key)}")
     return flat
 
 
+def _first_key(section: str) -> str:
+    return next(name for name in keys_of(Config) if name.startswith(f"{section}."))
+
+
 def _did_you_mean(key: str) -> str:
-    known = _known_keys()
+    known = list(keys_of(Config))
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     leaf = [candidate for candidate in known if candidate.split(".")[-1] == key.split(".")[-1]]
     best = leaf[:1] or near
@@ -170,26 +203,3 @@ def _refuse_secrets(key: str, place: str = "") -> None:
             f"{place}there is no key '{key}': secrets belong neither into a config nor on a command line, where "
             f"others can read them. Put HF_TOKEN or WANDB_API_KEY into .env (see .env.example)"
         )
-
-
-_KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
-
-
-def _readable(message: str, parser: ArgumentParser) -> str:
-    """Reword a message of jsonargparse: key, value, fix."""
-    unknown = re.search(r"unrecognized arguments: --([^\s=]+)(?:[\s=]+(\S+))?", message, re.IGNORECASE)
-    if unknown:
-        key, value = unknown.groups()
-        _refuse_secrets(key)
-        return f"unknown flag --{key}{f' (value {value!r})' if value else ''}{_did_you_mean(key)}"
-    lone = re.fullmatch(r"argument --(\S+): expected one argument", message.strip())
-    if lone:
-        return f"--{lone[1]} has no value: write --{lone[1]} VALUE"
-    typed = re.search(r'"([\w.]+)":\s+Expected a (.+?)\. Got value: (.*)', message, re.DOTALL)
-    if typed:
-        key, kind, value = typed.groups()
-        choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
-        name = re.fullmatch(r"<class '(\w+)'>", kind)
-        needed = f"one of {choices[1]}" if choices else _KINDS.get(name[1] if name else "", kind)
-        return f"{key} is {value.strip()!r}, needs {needed}"
-    return message.replace("Parser key ", "").strip()

@@ -21,9 +21,9 @@ fixed = partial(setting, resume="forbidden")
 
 @dataclass
 class ModelConfig:
-    name: str = setting("starter", common=True, trl="model_name_or_path")
+    name: str = setting("starter", common=True, trl="model_name_or_path", path=True)
     """Hub id, local folder, or "starter": a small model that is made here, without a download."""
-    reference: str | None = setting(None)
+    reference: str | None = setting(None, path=True)
     """Reference policy: null = a frozen copy of the starting model; or another hub id or folder."""
     sync_ref_model: bool = fixed(False, trl="sync_ref_model")
     """Move the reference towards the policy every ref_model_sync_steps steps (TR-DPO, arXiv 2404.09656)."""
@@ -39,7 +39,7 @@ class ModelConfig:
     attn_implementation: str = free("grpo", trl="attn_implementation")
     """grpo = packed attention, which computes a group's shared prompt once (sdpa where a test at start-up finds that
     it is not exact for this model); or one of transformers': sdpa, eager, flash_attention_2, ..."""
-    gguf_file: str | None = fixed(None)
+    gguf_file: str | None = fixed(None, path=True)
     """Load this GGUF file (Ollama, llama.cpp) from the folder or hub id in model.name, dequantized."""
     load_in_4bit: bool = fixed(False, trl="load_in_4bit")
     """QLoRA: base weights in 4 bits (nf4). Needs lora.r and bitsandbytes."""
@@ -65,14 +65,14 @@ class DataConfig:
     name: str = setting("gsm8k", common=True, trl="dataset_name")
     """A registered dataset (gsm8k, question_answer, arithmetic, invented_language), or your own:
     package.module:function, file.py:function."""
-    path: str | None = setting(None, common=True)
+    path: str | None = setting(None, common=True, path=True)
     """Training rows: a local JSONL, CSV or Parquet file; for question_answer also a dataset on the hub (owner/name) or
     a folder that `datasets` can load. Null = the dataset's own source (gsm8k: openai/gsm8k)."""
     subset: str | None = setting(None, trl="dataset_config")
     """Configuration of a hub dataset, where it has several."""
     split: str = setting("train", trl="dataset_train_split")
     """Split of a hub dataset to train on."""
-    eval_path: str | None = free(None, common=True)
+    eval_path: str | None = free(None, common=True, path=True)
     """Held-out rows. Null = the dataset's own held-out part, where it has one."""
     eval_split: str | None = free(None, trl="dataset_test_split")
     """Split of the hub dataset in data.path that is held out; null = none. eval_path takes precedence."""
@@ -93,7 +93,7 @@ class DataConfig:
     own."""
     one_shot: bool = setting(False)
     """Show one worked example, as an earlier turn, before the question."""
-    card: str | None = free(None)
+    card: str | None = free(None, path=True)
     """YAML file with source, licence and permission. Null = FILE.card.yaml or data_card.yaml beside data.path, if
     any."""
     i_have_permission: bool = free(False)
@@ -332,9 +332,9 @@ class Config:
     """Training steps: each samples prompts_per_step x num_generations completions and learns from them."""
     num_train_epochs: float | None = free(None, "(0, inf)", common=True, trl="num_train_epochs")
     """Passes over the training prompts; when set, it determines `steps`."""
-    run_dir: str | None = free(None, common=True, trl="output_dir")
+    run_dir: str | None = free(None, common=True, trl="output_dir", path=True)
     """Directory of everything that the run writes. Null = outputs/<run_name>."""
-    resume: str | None = free(None, common=True, trl="resume_from_checkpoint")
+    resume: str | None = free(None, common=True, trl="resume_from_checkpoint", path=True)
     """auto = continue from the newest checkpoint in run_dir, if there is one; or the folder of one checkpoint."""
     allow_changes: list[str] = free([])
     """Keys that may change on resume although that makes it another run, for example [sampling.num_generations]."""

@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from grpo.config.values import has_type, shown, type_in_words, wrong_part
 from grpo.errors import ConfigError
 
 Resume = Literal["free", "needs a flag", "forbidden"]
@@ -67,6 +68,8 @@ class Setting:
     """`--help` gives the key a line of its own; the others are listed by name."""
     trl: str | None = None
     """TRL's name for the same thing."""
+    path: bool = False
+    """The value is a file or a folder, or may be one: ~ is the home folder."""
 
 
 def setting(
@@ -77,6 +80,7 @@ def setting(
     resume: Resume = "needs a flag",
     common: bool = False,
     trl: str | None = None,
+    path: bool = False,
 ) -> Any:
     """Return a dataclass field with its default and the metadata of a config key (see Setting).
 
@@ -84,7 +88,7 @@ def setting(
         default: a list or dict is copied for each instance.
         range: the accepted numbers, for example "[0, 1)". null is accepted where the type allows it.
     """
-    metadata = {"setting": Setting(Interval(range) if range else None, why, resume, common, trl)}
+    metadata = {"setting": Setting(Interval(range) if range else None, why, resume, common, trl, path)}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -110,7 +114,17 @@ class Key:
         return self.name.rpartition(".")[0] or "run"
 
     def check(self, value: Any) -> None:
-        """Raise ConfigError for a number outside the range."""
+        """Raise ConfigError for a value of another type (null included), or a number outside the range."""
+        if not has_type(value, self.type):
+            name, wrong, kind = wrong_part(self.name, value, self.type)
+            quotes = ": put it into quotes" if kind in (str, str | None) and wrong is not None else ""
+            raise ConfigError(f"{name} is {shown(wrong)}, needs {type_in_words(kind)}{quotes}")
+        if self.type == str | None and str(value).lower() == "none" and value is not None:
+            raise ConfigError(f"{self.name} is {value!r}, needs {type_in_words(self.type)}: write null for no value")
+        if self.type == list[str] and [str(item).lower() for item in value] == ["none"]:
+            raise ConfigError(f"{self.name} is {value!r}, needs {type_in_words(self.type)}: write [] for none")
+        if isinstance(value, str) and not value.strip():
+            raise ConfigError(f"{self.name} is {value!r}, needs {type_in_words(self.type)} that is not empty")
         limits = self.setting.range
         if limits is None or value is None or limits.holds(value):
             return

@@ -4,7 +4,9 @@ Ranges are declared in the schema. What a loss, estimator, engine or tracker nee
 (grpo/run/components.py).
 """
 
+import functools
 import math
+import os
 
 from grpo.config.schema import Config, LoraConfig, ModelConfig, ObjectiveConfig, flatten, to_dict
 from grpo.config.setting import keys_of
@@ -12,7 +14,8 @@ from grpo.errors import ConfigError
 
 
 def check_config(config: Config) -> None:
-    """Raise ConfigError, with what came, what is needed and what to change."""
+    """Raise ConfigError, with what came, what is needed and what to change. Replaces ~ in paths by the home folder."""
+    expand_home(config)
     values = flatten(to_dict(config))
     for name, key in keys_of(Config).items():
         key.check(values[name])
@@ -21,6 +24,16 @@ def check_config(config: Config) -> None:
     check_objective(config)
     check_data(config)
     check_run(config)
+
+
+def expand_home(config: Config) -> None:
+    """Replace ~ and ~user at the start of every path by the home folder: YAML, quotes and `--key=~/x` keep it."""
+    for name, key in keys_of(Config).items():
+        *sections, leaf = name.split(".")
+        holder = functools.reduce(getattr, sections, config)
+        value = getattr(holder, leaf)
+        if key.setting.path and isinstance(value, str) and value.startswith("~"):
+            setattr(holder, leaf, os.path.expanduser(value))
 
 
 def check_sampling(config: Config) -> None:

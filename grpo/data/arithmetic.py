@@ -16,7 +16,7 @@ import random
 
 from grpo.config.schema import DataConfig
 from grpo.data.files import Row, Table, table_of
-from grpo.data.registry import Part, register_dataset
+from grpo.data.registry import Part, check_generated, register_dataset
 
 NAMES = ["Tom", "Anna", "Ben", "Mia", "Sam", "Lea", "Max", "Eva"]
 ITEMS = ["apples", "books", "coins", "cards", "pens", "shells", "stamps", "marbles"]
@@ -32,7 +32,7 @@ HELD_OUT_SIZE = 500
 """Held-out problems where data.eval_size is null, which means all elsewhere."""
 
 
-@register_dataset("arithmetic")
+@register_dataset("arithmetic", check=check_generated)
 def arithmetic(data: DataConfig, part: Part, seed: int) -> Table:
     """Return 4000 training problems, or data.eval_size held-out ones. No download."""
     held_out_size = HELD_OUT_SIZE if data.eval_size is None else data.eval_size

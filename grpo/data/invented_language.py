@@ -22,7 +22,7 @@ from typing import Any
 
 from grpo.config.schema import DataConfig
 from grpo.data.files import Table, table_of
-from grpo.data.registry import Part, register_dataset
+from grpo.data.registry import Part, check_generated, register_dataset
 
 LANGUAGE = "Velûri"
 DATASET_NOUNS = 60
@@ -82,7 +82,7 @@ class Lexicon:
         return self.beginnings[meaning.owner] + self.roots[meaning.noun] + (self.ending if meaning.many else "")
 
 
-@register_dataset("invented_language")
+@register_dataset("invented_language", check=check_generated)
 def invented_language(data: DataConfig, part: Part, seed: int) -> Table:
     """Return questions about words in three wordings, or a quarter of the words, held out. No download."""
     rows = generate_rows(seed=seed, split=part, lexicon=make_lexicon(seed, DATASET_NOUNS))

@@ -81,7 +81,7 @@ def mapped_folder(data: DataConfig, tokenizer: Any) -> Path:
         vocabulary.to_str() if vocabulary is not None else repr(sorted(tokenizer.get_vocab().items())),
     ]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    root = Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo")
+    root = Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo").expanduser()
     return root / f"prompts-{key}"
 
 

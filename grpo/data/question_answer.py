@@ -3,11 +3,11 @@
 from grpo.config.schema import DataConfig
 from grpo.data.files import BadRows, Table, table_of
 from grpo.data.hub import load_split, read_path
-from grpo.data.registry import Part, register_dataset
+from grpo.data.registry import Part, check_files, register_dataset
 from grpo.errors import ConfigError
 
 
-@register_dataset("question_answer")
+@register_dataset("question_answer", check=check_files)
 def question_answer(data: DataConfig, part: Part, seed: int, bad: BadRows | None = None) -> Table:
     """Return rows of a local file, a hub dataset (owner/name), or a folder of data files."""
     if part == "held_out":

@@ -98,7 +98,7 @@ def make_tiny_model(
     rows = generate_problems(recipe.problems, seed=seed, split="train") if problems is None else problems
     text = json.dumps(rows, sort_keys=True)
     identity = json.dumps([VERSION, seed, dataclasses.asdict(recipe), hashlib.sha256(text.encode()).hexdigest()])
-    root = cache or Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo")
+    root = cache or Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo").expanduser()
     folder = root / f"starter-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if folder.exists():
         damage = _damage(folder)

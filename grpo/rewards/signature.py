@@ -5,11 +5,11 @@ Checked before a run starts, so that a missing column or a misspelled argument c
 
 import difflib
 import inspect
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
+from grpo.config.values import has_type
 from grpo.errors import ConfigError
 from grpo.rewards.registry import RewardFunction
 from grpo.types import Group
@@ -37,7 +37,7 @@ def check_kwargs(name: str, function: RewardFunction, kwargs: Mapping[str, Any])
                 f"{', '.join(accepted) or 'none'}"
             )
         annotation = annotations.get(key, Any)
-        if not _matches(value, annotation):
+        if not has_type(value, annotation):
             expected = getattr(annotation, "__name__", None) or str(annotation)
             raise ConfigError(f"reward_kwargs: argument '{key}' of reward '{name}' is {value!r}, needs {expected}")
 
@@ -89,17 +89,3 @@ def _annotations(function: RewardFunction) -> dict[str, Any]:
         return typing.get_type_hints(inspect.unwrap(function))
     except Exception:
         return {}
-
-
-def _matches(value: Any, annotation: Any) -> bool:
-    """Return whether a value from a config file has the annotated type. Types other than plain ones are not checked."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return any(_matches(value, member) for member in typing.get_args(annotation))
-    if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation in (bool, str, types.NoneType):
-        return isinstance(value, annotation)
-    origin = typing.get_origin(annotation) or annotation
-    return isinstance(value, origin) if origin in (list, dict) else True

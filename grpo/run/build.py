@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.schema import Config, DataConfig, flatten, to_dict
+from grpo.config.validation import check_config
 from grpo.data.card import record_card
 from grpo.data.duplicates import repeated_prompts
 from grpo.data.rendering import render_prompts
@@ -55,6 +56,7 @@ def build_run(config: Config) -> Run:
     Raises:
         ConfigError: Before any weight loads, for whatever can be known by then.
     """
+    check_config(config)
     check_components(config)
     rewards = build_rewards(config)
     check_trackers(config)

@@ -128,15 +128,30 @@ def find_checkpoint(config: Config, run_dir: Path) -> Path | None:
     """Return the checkpoint that `resume` names; None for a new run.
 
     Raises:
-        ConfigError: for a folder that does not exist.
+        ConfigError: The folder does not exist, or holds no checkpoint.
     """
     if config.resume is None:
         return None
-    if config.resume != "auto":
-        path = Path(config.resume)
-        if not path.is_dir():
-            raise ConfigError(f"resume: there is no folder {path}. Use --resume auto for the newest in {run_dir}")
+    if config.resume == "auto":
+        return _newest(run_dir)
+    path = Path(config.resume)
+    if not path.is_dir():
+        raise ConfigError(f"resume: there is no folder {path}. Use --resume auto for the newest in {run_dir}")
+    if (path / "manifest.json").is_file() or (path / "state.json").is_file():
         return path
+    runs = [folder for folder in (path, path.parent) if (folder / "checkpoints").is_dir()]
+    if path.parent in runs and path.name != "checkpoints":  # RUN/final has weights only
+        runs.remove(path.parent)
+    found = _newest(runs[0]) if runs else None
+    if found is None:
+        raise ConfigError(
+            f"resume: {path} holds no complete checkpoint. Give a run directory or one of its checkpoints: "
+            f"--resume RUN/checkpoints/step-N"
+        )
+    return found
+
+
+def _newest(run_dir: Path) -> Path | None:
     path_or_none, ignored = newest_valid(run_dir)
     for reason in ignored:
         log.warning(reason)

@@ -2,6 +2,7 @@
 
 from grpo.advantages import SUBSETS, check_advantage
 from grpo.config.schema import Config
+from grpo.data.registry import DATASETS
 from grpo.errors import ConfigError
 from grpo.experience import estimator_of
 from grpo.kernels.registry import check_switch
@@ -29,4 +30,5 @@ def check_components(config: Config) -> None:
             "objective.subset_size is set, but objective.subset is not: name one, for example max_variance"
         )
     check_engine(config)
+    DATASETS.check(config.data.name, config)
     OPTIMIZERS.check(config.optimizer.optim, config)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from grpo.config.parser import load_config
 from grpo.config.schema import Config
+from grpo.data.card import GENERATED
 from grpo.errors import ConfigError
 from grpo.rollout.engine import find_engine
 from grpo.tools.arguments import command_parser
@@ -67,7 +68,7 @@ def config_for(model: str, flags: list[str]) -> Config:
     if "--data.path" in given:
         if "--data.eval_path" not in given:
             config.data.eval_path = config.data.path
-        if "--data.name" not in given and config.data.name == "arithmetic":
-            config.data.name = "gsm8k"
+        if "--data.name" not in given and config.data.name in GENERATED:
+            config.data.name = "question_answer"
     config.data.eval_path = config.data.eval_path or config.data.path
     return config

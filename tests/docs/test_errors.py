@@ -18,7 +18,7 @@ import torch
 
 from grpo import cli
 from grpo.config.parser import load_config
-from grpo.config.schema import DataConfig, ModelConfig, OptimizerConfig
+from grpo.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig
 from grpo.data.card import check_permission, publishable, record_card
 from grpo.data.rendering import render_prompts
 from grpo.data.rows import load_examples
@@ -33,6 +33,7 @@ from grpo.rewards.scoring import RewardSum
 from grpo.rewards.workers import RewardWorkerPool
 from grpo.rollout.engine import find_engine
 from grpo.run.checkpoint import check_free_space, load_checkpoint, newest_valid, save_checkpoint
+from grpo.run.checkpointer import find_checkpoint
 from grpo.run.components import check_components
 from grpo.runtime.oom import memory_advice, phase
 from grpo.runtime.run_lock import RunLock, check_free
@@ -287,6 +288,31 @@ CASES: dict[str, Case] = {
         "DIR/my.yaml:1: not valid YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.system'",
     ),
     "wrong type": Case(flags("--steps=many"), ConfigError, "steps is 'many', needs a whole number"),
+    "null for a key that needs a value": Case(
+        config_file("steps:\n"),
+        ConfigError,
+        "steps is null, needs a whole number",
+    ),
+    "text that YAML reads as something else": Case(
+        config_file("tracking:\n  run_name: 2024\n"),
+        ConfigError,
+        "tracking.run_name is 2024, needs text or null: put it into quotes",
+    ),
+    "none instead of null": Case(
+        flags("--run_dir=None"),
+        ConfigError,
+        "run_dir is 'None', needs text or null: write null for no value",
+    ),
+    "section without keys": Case(
+        config_file("data:\nsteps: 3\n"),
+        ConfigError,
+        "DIR/my.yaml: data is null, but it is a section: write keys such as name below it, or remove the line",
+    ),
+    "word that is no flag": Case(
+        flags("--steps", "3", "4"),
+        ConfigError,
+        "'4' is not a flag: flags are --key VALUE. Put a value that has spaces into quotes",
+    ),
     "not one of the choices": Case(
         flags("--objective.scale_rewards=std"),
         ConfigError,
@@ -382,6 +408,11 @@ CASES: dict[str, Case] = {
         lambda _: load_examples(DataConfig(path="none.jsonl"), "train", 0),
         ConfigError,
         "data.path: there is no file none.jsonl",
+    ),
+    "data file beside generated rows": Case(
+        components("--data.name=arithmetic", "--data.path=a.jsonl"),
+        ConfigError,
+        "data.path is a.jsonl, but dataset 'arithmetic' generates its rows, so it would be ignored: remove it, or set data.name question_answer",
     ),
     "unknown kind of file": Case(
         rows("x", name="data.txt"),
@@ -567,6 +598,11 @@ CASES: dict[str, Case] = {
         no_manifest,
         StorageError,
         "DIR/checkpoints/step-12 has no manifest.json: it is no complete checkpoint. Choose another one for --resume",
+    ),
+    "resuming a folder without a checkpoint": Case(
+        lambda folder: find_checkpoint(Config(resume=str(folder)), folder),
+        ConfigError,
+        "resume: DIR holds no complete checkpoint. Give a run directory or one of its checkpoints: --resume RUN/checkpoints/step-N",
     ),
     "disk full while saving": Case(
         full_disk,

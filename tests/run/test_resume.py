@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from grpo.config.schema import Config, flatten, to_dict
 from grpo.errors import ConfigError, StorageError
 from grpo.rewards.sources import changed_sources
+from grpo.run.checkpoint import save_checkpoint
+from grpo.run.checkpointer import find_checkpoint
 from grpo.run.resume import check_changes, class_of
 from tests.runtime.test_signals import rows_of
 from tests.test_trainer import run
@@ -221,3 +223,15 @@ def test_changed_sources_by_hand() -> None:
     one, other = {"file": "/a.py", "sha256": "1" * 64}, {"file": "/a.py", "sha256": "2" * 64}
     assert changed_sources({"r": one}, {"r": one, "new": other}) == []
     assert "sha256 111111111111 -> 222222222222" in changed_sources({"r": one}, {"r": other})[0]
+
+
+def test_the_folder_of_a_run_means_its_newest_checkpoint(tmp_path: Path) -> None:
+    for step in (2, 10):
+        save_checkpoint(tmp_path / "run", step, {}, {"step": step}, keep=5)
+    (tmp_path / "run" / "final").mkdir()
+    newest = tmp_path / "run" / "checkpoints" / "step-10"
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoints", newest):
+        assert find_checkpoint(Config(resume=str(folder)), tmp_path) == newest
+    for folder in (tmp_path / "run" / "final", tmp_path):
+        with pytest.raises(ConfigError, match="holds no complete checkpoint. Give a run directory"):
+            find_checkpoint(Config(resume=str(folder)), tmp_path)

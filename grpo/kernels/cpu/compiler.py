@@ -71,7 +71,7 @@ def compiled(source: Path, **functions: str) -> ctypes.CDLL | None:
     runtime = _openmp_of_torch()
     if runtime is None or shutil.which(compiler[0]) is None:
         return None
-    folder = Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo")
+    folder = Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo").expanduser()
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=SECONDS, check=True).stdout
         texts = b"".join(file.read_bytes() for file in (source, *sorted(Path(__file__).parent.glob("*.[ch]"))))
