@@ -25,6 +25,7 @@ from grpo.kernels.cpu import attention as cpu_attention
 from grpo.kernels.cpu.attention import Join, PackedAttention, Sequences
 from grpo.kernels.cuda import varlen
 from grpo.kernels.cuda.varlen import VarlenPlan
+from grpo.kernels.state_slots import StateSlots
 
 NAME = "grpo"
 Prompt = tuple[Tensor, Tensor]
@@ -76,7 +77,12 @@ class PackedLayout:
     """Span index -> keys and values of its prompt, layer by layer, if the prompt is not in the row."""
     watched: dict[int, Callable[[Tensor, Tensor], Prompt | None]] = field(default_factory=dict)
     """Span index -> function that is called with the keys and values of its prompt, layer by layer. It may return
-    leaves of the same values. Their gradients are then added to those of the keys and values in the row."""
+    leaves of the same values. Their gradients are then added to those of the keys and values in the row. Recurrent
+    layers pass the states at the end of the prompt (grpo/kernels/recurrent.py)."""
+    states: StateSlots | None = None
+    """Receives the states of recurrent layers at the end of the prompts."""
+    scans: dict[int, object] = field(default_factory=dict)
+    """Places of the row in recurrent layers, by the length of their convolution."""
     _padding: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[int, int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
@@ -205,6 +211,8 @@ class SlotLayout:
 
     lengths_B: Tensor
     longest: int
+    states: StateSlots | None = None
+    """States of recurrent layers, if the model has any."""
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor:

@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from grpo.kernels.state_slots import States, StateSlots
+
 
 class SlotCache:
     """Keys and values of all slots. Rows 0 .. B-1 are active: the engine keeps them contiguous.
@@ -24,12 +26,17 @@ class SlotCache:
         self._joint: list[Tensor] = []
         self.prompt: list[tuple[Tensor, Tensor]] = []
         """Result of the last prefill: keys and values [prompts, K, tokens, D] per layer."""
+        self.prompt_lengths: list[int] = []
+        """Number of tokens of each prompt of a prefill."""
         self.prefilling = False
         self.zeroed = True
         """Allocate zeros, since masked attention must not read a NaN at positions that were never written."""
         self.places = torch.empty(0, dtype=torch.long)
         """[B] position at which the next token of each active row is written."""
         self.active = self.longest = 0
+        self.states = StateSlots(slots)
+        """States of recurrent layers. Empty for a model without them."""
+        self._numbered: dict[int, int] = {}
 
     @property
     def numbers(self) -> int:
@@ -38,12 +45,14 @@ class SlotCache:
 
     @property
     def bytes(self) -> int:
-        """Size of all keys and values in bytes."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
+        """Size of all keys, values and states in bytes."""
+        tensors = (*self.keys, *self.values, *self.states.tensors())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def aim(self, positions_B: Tensor, longest: int) -> None:
         """Set the positions of the next step: row b writes at positions_B[b] and reads the first `longest` ones."""
         self.active, self.longest, self.places = len(positions_B), longest, positions_B
+        self.states.active = self.active
         self._flat: dict[int, Tensor] = {}
 
     def collect(self, key: Tensor, value: Tensor) -> None:
@@ -93,14 +102,25 @@ class SlotCache:
     def _seen(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.keys[layer][: self.active, :, : self.longest], self.values[layer][: self.active, :, : self.longest]
 
-    def admit(self, first_slot: int, prompt: list[tuple[Tensor, Tensor]], samples: int) -> None:
-        """Copy one prompt's keys and values, [K, tokens, D] per layer, into `samples` slots from `first_slot` on."""
+    def admit(
+        self, first_slot: int, prompt: list[tuple[Tensor, Tensor]], samples: int, states: States | None = None
+    ) -> None:
+        """Copy one prompt into `samples` slots from `first_slot` on.
+
+        Args:
+            first_slot: the first slot.
+            prompt: keys and values per layer, [K, tokens, D] each.
+            samples: number of slots.
+            states: states of recurrent layers at the end of the prompt.
+        """
+        self.states.admit(first_slot, states or {}, samples)
         for layer, (key, value) in enumerate(prompt):
             self.keys[layer][first_slot : first_slot + samples, :, : key.shape[1]] = key
             self.values[layer][first_slot : first_slot + samples, :, : value.shape[1]] = value
 
     def move(self, targets: list[int], sources: list[int], used: int) -> None:
         """Copy the first `used` positions of rows `sources` to rows `targets`."""
+        self.states.move(targets, sources)
         for tensor in (*self.keys, *self.values):
             for target, source in zip(targets, sources, strict=True):
                 tensor[target, :, :used] = tensor[source, :, :used]
@@ -110,9 +130,10 @@ class SlotCache:
     def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Store key and value [B, K, T, D] and return the keys and values to attend to, [B, K, L, D]."""
         if self.prefilling:
+            self._numbered[layer] = len(self.prompt)  # other layers may have no attention
             self.collect(key, value)
             return key, value
-        return self.write(layer, key[:, :, 0], value[:, :, 0])
+        return self.write(self._numbered[layer], key[:, :, 0], value[:, :, 0])
 
     def get_seq_length(self, *_: object) -> int:
         return 0  # positions are always given explicitly

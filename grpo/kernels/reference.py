@@ -1,4 +1,4 @@
-"""Reference: a decoder layer in plain PyTorch operations, with the gradients of autograd.
+"""Reference: a decoder layer and a recurrence in plain PyTorch operations, with the gradients of autograd.
 
 The self-test (grpo/kernels/self_test.py) compares other paths with it, so it uses none of the kernels.
 """
@@ -61,3 +61,30 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of states [T, heads, D]. Dimensions i and i + D / 2 form a pair."""
     first, second = states.chunk(2, dim=-1)
     return states * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+def recurrence(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, rate: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute the recurrence of grpo/kernels/recurrent.py for one head, token by token.
+
+    Args:
+        query: [T, N].
+        key: [T, N].
+        value: [T, D].
+        log_decay: [T].
+        rate: [T], of the delta rule. None: a state space.
+        state: [N, D].
+
+    Returns:
+        Outputs [T, D] and the final state.
+    """
+    outputs = []
+    for token in range(len(query)):
+        state = log_decay[token].exp() * state
+        update = value[token]
+        if rate is not None:
+            update = rate[token] * (update - key[token] @ state)
+        state = state + torch.outer(key[token], update)
+        outputs.append(query[token] @ state)
+    return torch.stack(outputs), state

@@ -14,6 +14,7 @@ from grpo.kernels.registry import switch_off
 from grpo.logprobs import token_logprobs
 from grpo.models.families import describe
 from grpo.models.lora import head_weight
+from grpo.models.mixers import layout_arguments, use_grpo_mixers
 from grpo.models.shared_prompt import SharedPrompts
 from grpo.packing import PackedBatch
 from grpo.runtime.precision import PRECISIONS
@@ -90,7 +91,10 @@ class LogprobModel(nn.Module):
                 accumulate_grads_inplace=self.accumulate_grads_inplace,
             )
         return self.model.base_model(
-            input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, layout=layout
+            input_ids=ids_T[None],
+            position_ids=positions_T[None],
+            use_cache=False,
+            **layout_arguments(self.model, layout),
         ).last_hidden_state[0]
 
 
@@ -117,6 +121,7 @@ def use_grpo_attention(model: PreTrainedModel) -> bool:
         plain = logprobs(uses_packed_attention=False)
         try:
             model.set_attn_implementation(NAME)
+            use_grpo_mixers(model)
             packed = logprobs(uses_packed_attention=True, uses_kernels=False)
         except (NotImplementedError, TypeError, ValueError):
             packed = None

@@ -6,6 +6,7 @@ KernelBackbone     a decoder of grpo/kernels, on copies of the weights in the mo
 A KernelBackbone is used only if it gives the same hidden states as the modules.
 """
 
+import itertools
 import logging
 from typing import Protocol
 
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo.kernels import decode
-from grpo.kernels.attention import SlotLayout
+from grpo.kernels.attention import GroupSpan, PackedLayout, SlotLayout
 from grpo.kernels.cpu.decode_step import CompiledDecoder
 from grpo.kernels.decode import FusedDecoder
 from grpo.kernels.head import head_logits, product_dtype
 from grpo.kernels.kv_cache import SlotCache
 from grpo.kernels.registry import switch_off
 from grpo.models.families import describe, rope_is_fixed
+from grpo.models.mixers import has_mixers, layout_arguments
 from grpo.rollout.engine import device_of
 from grpo.runtime.precision import PRECISIONS
 
@@ -31,6 +33,8 @@ class Backbone(Protocol):
     """Interface of the engine to a model. H: hidden size, V: vocabulary."""
 
     model: PreTrainedModel
+    state_numbers: int
+    """Number of elements of the states of recurrent layers of one completion, known after the first prefill."""
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -42,11 +46,11 @@ class Backbone(Protocol):
         ...
 
     def prefill(self, ids: Tensor, cache: SlotCache) -> Tensor:
-        """Compute prompts and keep their keys and values in cache.prompt.
+        """Compute prompts and keep their keys and values in cache.prompt, their states in cache.states.prompts.
 
         Args:
             ids: [prompts, tokens], right-padded.
-            cache: receives the keys and values.
+            cache: receives the keys and values. Its `prompt_lengths` are the numbers of tokens.
 
         Returns:
             Hidden states [prompts, tokens, H].
@@ -83,7 +87,7 @@ class ModuleBackbone:
     """Backbone that calls the model's modules, on the live weights."""
 
     def __init__(self, model: PreTrainedModel):
-        self.model = model
+        self.model, self.has_states, self.state_numbers = model, has_mixers(model), 0
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -94,14 +98,32 @@ class ModuleBackbone:
 
     def prefill(self, ids: Tensor, cache: SlotCache) -> Tensor:
         cache.prefilling, cache.prompt = True, []
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        hidden = self._forward(ids, positions, cache, None)
+        if self.has_states:
+            hidden = self._packed_prefill(ids, cache)
+        else:
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+            hidden = self._forward(ids, positions, cache, None)
         cache.prefilling = False
         return hidden
 
     def step(self, tokens_B: Tensor, positions_B: Tensor, cache: SlotCache) -> Tensor:
-        layout = SlotLayout(positions_B + 1, cache.longest)
+        layout = SlotLayout(positions_B + 1, cache.longest, cache.states)
         return self._forward(tokens_B[:, None], positions_B[:, None], cache, layout)[:, 0]
+
+    def _packed_prefill(self, ids: Tensor, cache: SlotCache) -> Tensor:
+        """Compute the prompts end to end: no padding may enter the state of a recurrent layer."""
+        lengths = cache.prompt_lengths
+        starts = [0, *itertools.accumulate(lengths)]
+        spans = [GroupSpan(start, length, ()) for start, length in zip(starts, lengths, strict=False)]
+        layout = PackedLayout(spans, ids.device, states=cache.states)
+        column = torch.arange(ids.shape[1], device=ids.device)
+        real = column < torch.tensor(lengths, device=ids.device)[:, None]
+        hidden = self._forward(ids[real][None], column.expand_as(ids)[real][None], cache, layout)[0]
+        self.state_numbers = cache.states.numbers
+        # Back to rows. Padding takes any token's place: it is not read.
+        places = (torch.tensor(starts[:-1], device=ids.device)[:, None] + column).clamp(max=starts[-1] - 1)
+        cache.prompt = [(_rows(key, places), _rows(value, places)) for key, value in cache.prompt]
+        return hidden[places]
 
     def padded_rows(self, rows: int) -> int:
         return decode.padded_rows(rows, device_of(self.model))
@@ -113,17 +135,25 @@ class ModuleBackbone:
     def release(self) -> None:
         pass
 
-    def _forward(self, ids: Tensor, positions: Tensor, cache: SlotCache, layout: SlotLayout | None) -> Tensor:
+    def _forward(
+        self, ids: Tensor, positions: Tensor, cache: SlotCache, layout: SlotLayout | PackedLayout | None
+    ) -> Tensor:
+        arguments = {} if layout is None else layout_arguments(self.model, layout)
         return self.model.base_model(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, layout=layout
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **arguments
         ).last_hidden_state
+
+
+def _rows(packed: Tensor, places: Tensor) -> Tensor:
+    """[1, K, tokens, D] -> [prompts, K, L, D]"""
+    return packed[0][:, places].transpose(0, 1)
 
 
 class KernelBackbone:
     """Backbone that uses a decoder of grpo/kernels, on copies of the weights that `refresh` makes."""
 
     def __init__(self, model: PreTrainedModel, decoder: FusedDecoder):
-        self.model, self.decoder = model, decoder
+        self.model, self.decoder, self.state_numbers = model, decoder, 0
         self.prefill, self.step = decoder.prefill, decoder.step
         self.padded_rows, self.logits, self.release = decoder.padded_rows, decoder.logits, decoder.release
 
@@ -179,9 +209,11 @@ def _probe(backbone: Backbone) -> tuple[Tensor, int]:
     with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
         cache = SlotCache(2, 8, backbone.cache_dtype)
         backbone.refresh()
+        cache.prompt_lengths = [6, 6]
         hidden = backbone.prefill(ids, cache)
         for row in range(2):
-            cache.admit(row, [(key[row], value[row]) for key, value in cache.prompt], 1)
+            prompt = [(key[row], value[row]) for key, value in cache.prompt]
+            cache.admit(row, prompt, 1, cache.states.of_prompt(row))
         positions = torch.tensor([6, 6], device=ids.device)
         cache.aim(positions, 7)
         after = backbone.step(ids[:, 0], positions, cache)[:, None]

@@ -22,6 +22,7 @@ from grpo.kernels.cuda.graphs import StepGraphs
 from grpo.kernels.decode import schedule_for
 from grpo.kernels.kv_cache import SlotCache
 from grpo.kernels.sampling import draw_tokens
+from grpo.kernels.state_slots import States
 from grpo.rollout.backbones import choose_backbone
 from grpo.rollout.engine import RolloutEngine, device_of, end_token_ids, register_engine
 from grpo.rollout.sampling import counted_uniform, stream_key
@@ -76,11 +77,12 @@ class _State:
 
 @dataclass
 class _Prefilled:
-    """A prefilled prompt: keys and values per layer, logits of the first completion token, and number of samples that
-    still need a slot.
+    """A prefilled prompt: keys and values per layer, states of recurrent layers, logits of the first completion token,
+    and number of samples that still need a slot.
     """
 
     prompt: list[tuple[Tensor, Tensor]]
+    states: States
     logits_V: Tensor
     waiting: int
 
@@ -210,6 +212,7 @@ class NativeEngine(RolloutEngine):
             ConfigError: not even one completion fits.
         """
         each = self.position_numbers * length * self.backbone.cache_dtype.itemsize
+        each += self.backbone.state_numbers * torch.float32.itemsize
         budget = free // 2 if self.cache_gib is None else int(self.cache_gib * 2**30)
         if budget < each:
             chosen = "half of what is free" if self.cache_gib is None else f"rollout.cache_gib {self.cache_gib:g}"
@@ -235,11 +238,17 @@ class NativeEngine(RolloutEngine):
         ids = torch.tensor(
             [[*prompts[i].token_ids, *[0] * (max(lengths) - length)] for i, length in zip(wanted, lengths, strict=True)]
         )
+        cache.prompt_lengths = lengths
         hidden = self.backbone.prefill(ids.to(device), cache)
         last = torch.tensor(lengths, device=device) - 1
         logits = self.backbone.logits(hidden[torch.arange(len(wanted), device=device), last])
         return {
-            index: _Prefilled([(k[row, :, :length], v[row, :, :length]) for k, v in cache.prompt], logits[row], samples)
+            index: _Prefilled(
+                [(k[row, :, :length], v[row, :, :length]) for k, v in cache.prompt],
+                cache.states.of_prompt(row),
+                logits[row],
+                samples,
+            )
             for row, (index, length) in enumerate(zip(wanted, lengths, strict=True))
         }
 
@@ -283,12 +292,12 @@ class NativeEngine(RolloutEngine):
         slot = taken
         for prompt in dict.fromkeys(row.prompt for row in rows):
             samples = sum(row.prompt == prompt for row in rows)
-            cache.admit(slot, prefilled[prompt].prompt, samples)
+            cache.admit(slot, prefilled[prompt].prompt, samples, prefilled[prompt].states)
             slot += samples
             prefilled[prompt].waiting -= samples
             if not prefilled[prompt].waiting:
                 del prefilled[prompt]  # all its samples have a slot: free the memory
-        cache.prompt = []
+        cache.prompt, cache.states.prompts = [], {}
         return rows
 
     def _decode(self, rows: list[_Row], cache: SlotCache, state: _State, plan: SamplingPlan) -> int:
@@ -335,7 +344,7 @@ class NativeEngine(RolloutEngine):
         self.graphs.run(
             (active, longest, temperature),
             lambda: self._step(active, longest, cache, state, temperature),
-            (state.tokens, state.positions, state.drawn),
+            (state.tokens, state.positions, state.drawn, *cache.states.tensors()),
         )
 
     def _collect(self, rows: list[_Row], tokens: Tensor, logprobs: Tensor, plan: SamplingPlan) -> None:

@@ -1,0 +1,53 @@
+"""Hybrid models through the native engine: equal to plain rows without a cache, whatever the number of slots."""
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from grpo.kernels.sampling import draw_tokens
+from grpo.models.logprob_model import use_grpo_attention
+from grpo.rollout.engine import build_engine
+from grpo.rollout.sampling import counted_uniform, stream_key
+from grpo.types import Group, Prompt, SamplingPlan
+from tests.fakes import CharTokenizer
+from tests.hybrids import HYBRIDS, hybrid
+
+PLAN = SamplingPlan(2, 7, 1.0, seed=5)
+
+
+def prompts() -> list[Prompt]:
+    torch.manual_seed(3)
+    return [Prompt(i, "text", tuple(torch.randint(2, 40, (n,)).tolist())) for i, n in enumerate((5, 1, 7))]
+
+
+def decoded(model: PreTrainedModel, slots: int) -> list[Group]:
+    engine = build_engine("native", model, CharTokenizer(), slots=slots, uses_packed_attention=True)
+    return engine.generate(prompts(), PLAN)
+
+
+@torch.no_grad()
+def sampled_without_cache(model: PreTrainedModel, prompt: Prompt, sample: int) -> tuple[list[int], list[float]]:
+    """Sample one completion from whole forward passes of transformers' own modules."""
+    ids, logprobs = list(prompt.token_ids), []
+    key = torch.tensor([stream_key(PLAN.seed, prompt.draw, sample)])
+    for position in range(PLAN.max_completion_length):
+        logits = model(torch.tensor([ids]), use_cache=False).logits[:, -1]
+        token, logprob = draw_tokens(logits, counted_uniform(key, torch.tensor([position])), PLAN.temperature)
+        ids.append(int(token))
+        logprobs.append(float(logprob))
+        if ids[-1] == 0:
+            break
+    return ids[len(prompt.token_ids) :], logprobs
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_native_equals_plain_rows(family: str) -> None:
+    """With slots for all, and with 2 slots, where rows leave, move and join while others decode."""
+    model = hybrid(family)
+    plain = [[sampled_without_cache(model, prompt, s) for s in range(PLAN.num_generations)] for prompt in prompts()]
+    assert use_grpo_attention(model)
+    for slots in (64, 2):
+        for group, expected in zip(decoded(model, slots), plain, strict=True):
+            for completion, (tokens, logprobs) in zip(group.completions, expected, strict=True):
+                assert completion.token_ids == tokens
+                assert torch.allclose(torch.tensor(completion.logprobs), torch.tensor(logprobs), atol=1e-5)
