@@ -4,6 +4,8 @@ import importlib
 import os
 from typing import Any
 
+__version__ = "0.1.0"
+
 if "OMP_WAIT_POLICY" not in os.environ:
     # Iterations that an OpenMP thread spins before it sleeps, read when torch is first imported. The default of libgomp
     # spins for milliseconds: beside other programs, a thread then waits for one that has lost its core (docs/speed.md).

@@ -8,3 +8,5 @@ from grpo.rewards.registry import register_reward as register_reward
 from grpo.rollout.engine import register_engine as register_engine
 from grpo.tracking.tracker import register_tracker as register_tracker
 from grpo.trainer import train as train
+
+__version__: str

@@ -11,10 +11,10 @@ def repeated_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> l
     asked = [_question(prompt) for prompt in prompts]
     trained, warnings = set(asked), []
     if repeated := len(asked) - len(trained):
-        warnings.append(f"warning: {repeated} of {len(asked)} training prompts repeat another one")
+        warnings.append(f"{repeated} of {len(asked)} training prompts repeat another one")
     if known := sum(_question(prompt) in trained for prompt in held_out):
         warnings.append(
-            f"warning: {known} of {len(held_out)} held-out questions are among the training prompts, so eval/accuracy "
+            f"{known} of {len(held_out)} held-out questions are among the training prompts, so eval/accuracy "
             f"includes memorised answers. Set another data.eval_path"
         )
     return warnings

@@ -26,7 +26,7 @@ def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokeniz
     except ImportError as error:
         if gguf_file is None:
             raise
-        raise ConfigError("model.gguf_file is set, but gguf is missing: pip install gguf==0.19.0") from error
+        raise ConfigError("model.gguf_file is set, but gguf is missing: pip install gguf") from error
     if not tokenizer.encode("1 + 1 = 2", add_special_tokens=False):  # transformers falls back to an empty one
         raise ConfigError(
             f"model.name '{path}': its tokenizer cannot be loaded: without tokenizer.json (or a vocabulary file) it "

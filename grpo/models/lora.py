@@ -152,6 +152,6 @@ def check_quantization() -> None:
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            "model.load_in_4bit is true, but bitsandbytes is missing: pip install bitsandbytes==0.50.2, or set it to "
+            "model.load_in_4bit is true, but bitsandbytes is missing: pip install bitsandbytes, or set it to "
             "false (lora.r then trains beside full-precision base weights; model.torch_dtype bfloat16 halves those)"
         )

@@ -28,7 +28,7 @@ def reward_sources(functions: Mapping[str, RewardFunction]) -> Sources:
 def changed_sources(before: Sources, now: Sources) -> list[str]:
     """Return a warning for each reward whose file has changed since the checkpoint was written."""
     return [
-        f"warning: reward '{name}' has changed since the checkpoint was written ({source['file']}, sha256 "
+        f"reward '{name}' has changed since the checkpoint was written ({source['file']}, sha256 "
         f"{before[name]['sha256'][:12]} -> {source['sha256'][:12]}): further steps use the new version"
         for name, source in now.items()
         if name in before and before[name]["sha256"] != source["sha256"]

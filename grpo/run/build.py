@@ -145,7 +145,7 @@ def check_resume(config: Config, saved: dict[str, Any], rewards: RewardSum, proc
     for line in changes:
         log.info(line)
     for line in changed_sources(saved["reward_sources"], reward_sources(rewards.functions)):
-        log.warning(line.removeprefix("warning: "))
+        log.warning(line)
 
 
 def held_out_prompts(config: Config, rows: list[Example], data: TrainingData) -> list[Prompt]:
@@ -153,7 +153,7 @@ def held_out_prompts(config: Config, rows: list[Example], data: TrainingData) ->
     held_out = render_prompts(rows, data.tokenizer, config.data.max_prompt_length)[0] if rows else []
     if isinstance(data.stream, PromptStream) and isinstance(data.stream.prompts, list):  # large files: launch/check.py
         for line in repeated_prompts(data.stream.prompts, held_out):
-            log.warning(line.removeprefix("warning: "))
+            log.warning(line)
     return held_out
 
 

@@ -142,7 +142,7 @@ def test_4bit_without_bitsandbytes_is_refused(folder: Path, monkeypatch: pytest.
 
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else real(name))
-    with pytest.raises(ConfigError, match="bitsandbytes is missing: pip install bitsandbytes=="):
+    with pytest.raises(ConfigError, match="bitsandbytes is missing: pip install bitsandbytes"):
         lora_policy(folder, load_in_4bit=True)
 
 
