@@ -5,11 +5,13 @@ Across processes: `accelerate launch -m grpo.cli train ...`, or `accelerate laun
 
 import difflib
 import importlib
+import os
 import sys
 
 from grpo.config.help import show_help
 from grpo.errors import ConfigError
 from grpo.runtime.command import run_main
+from grpo.runtime.env import source_checkout
 
 COMMANDS = {
     "train": ("grpo.tools.train", "train a model"),
@@ -56,7 +58,17 @@ def help_text() -> str:
 
 def run(*words: str) -> None:
     """Run a command as this process: `words`, then the process's own arguments. Exits with the command's exit code."""
+    _remove_script_folder()
     run_main(lambda: main([*words, *sys.argv[1:]]))
+
+
+def _remove_script_folder() -> None:
+    """Remove launch/ from the module path. Python puts a script's folder first, where launch/evaluate.py would hide the
+    library `evaluate` from rewards."""
+    checkout = source_checkout()
+    if checkout is not None:
+        folder = str(checkout / "launch")
+        sys.path[:] = [path for path in sys.path if not path or os.path.realpath(path) != folder]
 
 
 if __name__ == "__main__":

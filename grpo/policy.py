@@ -244,16 +244,16 @@ class Policy:
         has = {"has_adapter": self.adapter is not None, "has_synced_reference": self.synced_reference is not None}
         return bytes_on_disk(self.model, self.strategy, **has)
 
-    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Save a plain Hugging Face folder: AutoModelForCausalLM.from_pretrained loads it. Collective.
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32) -> None:
+        """Save a plain Hugging Face folder in `dtype`: AutoModelForCausalLM.from_pretrained loads it. Collective.
 
-        A LoRA adapter is merged in, and also saved alone in adapter/ beside the folder.
+        A LoRA adapter is merged in, and also saved alone in adapter/ beside the folder, in float32.
         """
         main = self.accelerator.is_main_process
         if self.adapter is not None or not self.strategy.holds_exact_weights:
-            save_full_weights(self.model, self.strategy, folder, write=main)
+            save_full_weights(self.model, self.strategy, folder, write=main, dtype=dtype)
         elif main:
-            save_live_model(self.model, folder)
+            save_live_model(self.model, folder, dtype)
         if self.adapter is not None:
             named = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
             weights = {name: self.strategy.master_weight(value) for name, value in named}

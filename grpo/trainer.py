@@ -13,6 +13,7 @@ from grpo.rollout.logprob_mismatch import check_difference
 from grpo.run.build import build_run
 from grpo.run.state import Run
 from grpo.run.step_metrics import rollout_rows, step_metrics
+from grpo.runtime.device import torch_defaults
 from grpo.runtime.distributed import max_over_ranks, sum_over_ranks
 from grpo.runtime.oom import memory_advice, phase
 from grpo.runtime.signals import Signals
@@ -33,7 +34,7 @@ def train(config: Config) -> Path:
     Raises:
         GrpoError: Its `exit_code` tells the kind of failure.
     """
-    with Signals() as signals, memory_advice(config):
+    with Signals() as signals, memory_advice(config), torch_defaults():
         run = build_run(config)
         signals.training = True
         try:
@@ -82,7 +83,7 @@ def training_loop(run: Run, signals: Signals) -> None:
         signal = max_over_ranks(run.accelerator, signals.received)  # sent to one rank or all: they stop together
         last = bool(signal) or step == config.steps
         if last or (config.save_every and step % config.save_every == 0):
-            run.checkpointer.save(step, needed=last)
+            run.save(step, last=last)
         if signal and step < config.steps:
             raise Interrupted(signal, f"stopped by a signal after step {step} of {config.steps}. {run.resume_hint()}")
 

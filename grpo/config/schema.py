@@ -344,6 +344,9 @@ class Config:
     """A checkpoint every so many steps, and at the end. 0 = only at the end."""
     save_total_limit: int = free(2, "[1, inf)", trl="save_total_limit")
     """Number of checkpoints to keep."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = free(None)
+    """Data type of the weights in final/. Null = that of the model that training started from. Checkpoints hold the
+    trained weights in float32."""
     rank_timeout: float = free(600.0, "[1, inf)", trl="ddp_timeout")
     """Seconds that processes wait for one of them before the run ends: longer than the longest step or save."""
     prompts_per_step: int = setting(8, "[1, inf)", common=True)

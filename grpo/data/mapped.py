@@ -10,7 +10,6 @@ folder. A damaged Arrow file is written again.
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from grpo.config.schema import DataConfig
 from grpo.data.rendering import prompts_token_ids
 from grpo.data.rows import Example
 from grpo.errors import ConfigError
+from grpo.runtime.storage import cache_root
 from grpo.types import Prompt
 
 VERSION = 1
@@ -81,16 +81,20 @@ def mapped_folder(data: DataConfig, tokenizer: Any) -> Path:
         vocabulary.to_str() if vocabulary is not None else repr(sorted(tokenizer.get_vocab().items())),
     ]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    root = Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo").expanduser()
-    return root / f"prompts-{key}"
+    return cache_root() / f"prompts-{key}"
 
 
 def open_mapped(folder: Path) -> MappedPrompts | None:
-    """Return the folder's prompts. Where they are missing or damaged, remove the folder and return None."""
+    """Return the folder's prompts. Where they are missing or damaged, remove the folder and return None.
+
+    Prompts that this user may not read are neither.
+    """
     try:
         record = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
         if _checksum(folder / "prompts.arrow") == record["sha256"]:
             return MappedPrompts(folder)
+    except PermissionError:
+        return None
     except (OSError, ValueError, KeyError):
         pass
     shutil.rmtree(folder, ignore_errors=True)
@@ -117,7 +121,7 @@ def map_prompts(
         }
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".prompts-") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".prompts-", ignore_cleanup_errors=True) as temporary:
         arrow = Path(temporary) / "new" / "prompts.arrow"
         arrow.parent.mkdir()
         kept, shortest = 0, None

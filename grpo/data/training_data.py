@@ -86,6 +86,7 @@ def training_data(
         return TrainingData(path, tokenizer, StreamedPrompts(data, tokenizer, config.seed), None, [])
     if mapping:
         prompts = _make_mapped(config, examples, tokenizer, bad, accelerator)
+    if mapping and prompts is not None:
         return _epochs(config, path, tokenizer, prompts, prompts.record["dropped"], bad.rejected)
     rendered, dropped = render_prompts(examples, tokenizer, data.max_prompt_length)
     return _epochs(config, path, tokenizer, rendered, dropped, bad.rejected)
@@ -101,13 +102,20 @@ def _find_mapped(folder: Path, accelerator: Accelerator) -> MappedPrompts | None
 
 def _make_mapped(
     config: Config, examples: list[Example], tokenizer: Any, bad: BadRows, accelerator: Accelerator
-) -> MappedPrompts:
-    """Write the prompts to the cache on the main process, unless they are there, and open them on every process."""
+) -> MappedPrompts | None:
+    """Write the prompts to the cache on the main process, unless they are there, and open them on every process.
+
+    Returns None on every process where the cache cannot be written: the prompts are kept in memory then.
+    """
     folder = mapped_folder(config.data, tokenizer)
     prompts = open_mapped(folder) if accelerator.is_main_process else None
     if prompts is None and accelerator.is_main_process:
-        prompts = map_prompts(folder, examples, tokenizer, config.data.max_prompt_length, bad.rejected)
-    accelerator.wait_for_everyone()
+        try:
+            prompts = map_prompts(folder, examples, tokenizer, config.data.max_prompt_length, bad.rejected)
+        except OSError as error:
+            log.warning("data.cache: cannot write %s: %s. The prompts are kept in memory", folder, error)
+    if not broadcast_object_list([prompts is not None])[0]:
+        return None
     prompts = prompts or open_mapped(folder)
     if prompts is None:
         raise ConfigError(f"data.cache: {folder} cannot be read on every process: set GRPO_CACHE to a shared folder")

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import random
 import re
 import shutil
@@ -23,13 +22,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from grpo.data.arithmetic import generate_problems
 from grpo.data.invented_language import unmarked
+from grpo.errors import StorageError
 from grpo.rewards.text_match import quoted_terms
+from grpo.runtime.storage import cache_folders, share_mode
 
 log = logging.getLogger(__name__)
 
@@ -98,24 +100,45 @@ def make_tiny_model(
     rows = generate_problems(recipe.problems, seed=seed, split="train") if problems is None else problems
     text = json.dumps(rows, sort_keys=True)
     identity = json.dumps([VERSION, seed, dataclasses.asdict(recipe), hashlib.sha256(text.encode()).hexdigest()])
-    root = cache or Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo").expanduser()
-    folder = root / f"starter-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    name = f"starter-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    failed: OSError | None = None
+    for root in [cache] if cache is not None else cache_folders():
+        try:
+            return _find_or_make(root / name, seed, rows, recipe)
+        except OSError as error:
+            failed = error
+    raise StorageError(
+        f"the tiny model (model.name starter) cannot be cached: {failed}. Set GRPO_CACHE to a folder that this user "
+        "can write, with 20 MB of free space"
+    )
+
+
+def _find_or_make(folder: Path, seed: int, rows: list[dict[str, str]], recipe: Recipe) -> Path:
+    """Return the folder of the cached model, made first where it is missing or damaged.
+
+    Raises:
+        OSError: The cache cannot be read or written.
+    """
     if folder.exists():
         damage = _damage(folder)
         if damage is None:
             return folder
         log.info("the cached tiny model is damaged (%s): making it again", damage)
         shutil.rmtree(folder)
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=".starter-") as temporary:
-        _make(Path(temporary), seed, rows, recipe)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".starter-", ignore_cleanup_errors=True) as temporary:
+        made = Path(temporary) / "new"
+        made.mkdir()
         try:
-            Path(temporary).rename(folder)
+            _make(made, seed, rows, recipe)
+        except SafetensorError as error:  # it hides the error of the system
+            raise OSError(str(error)) from error
+        share_mode(made)
+        try:
+            made.rename(folder)
         except OSError:
             if _damage(folder) is not None:  # otherwise another process has made the same one
                 raise
-            return folder
-        Path(temporary).mkdir()  # for TemporaryDirectory to remove
     return folder
 
 
@@ -283,6 +306,8 @@ def _damage(folder: Path) -> str | None:
             if _checksum(folder / name) != expected:
                 return f"{name} has changed"
         load_file(folder / "model.safetensors")
+    except PermissionError:  # another user's: no damage
+        raise
     except Exception as error:
         return repr(error)
     return None

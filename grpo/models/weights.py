@@ -12,9 +12,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from grpo.config.schema import Config
 from grpo.models.lora import delta_weight, lora_layers, plain_name
+
+SAVE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class WeightReader:
@@ -151,7 +154,8 @@ class WorkingCopy:
         if not allocate:
             self.own = {}
         # Layers with gradient checkpointing drop the KV cache, so sampling keeps the copy, which shares all memory.
-        if not self.own and not live.is_gradient_checkpointing:
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in live.modules())
+        if not self.own and not checkpointing:
             self.model = live
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -190,27 +194,37 @@ def bytes_on_disk(
     return adapter + moments + reference, total + adapter
 
 
-def save_live_model(model: PreTrainedModel, folder: Path) -> None:
+def save_live_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Save a model whose parameters are whole, unadapted and in full precision as a Hugging Face folder."""
+    if dtype != torch.float32:
+        save_full_weights(model, WeightReader(), folder, dtype=dtype)
+        return
     attention = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
     model.save_pretrained(folder)
     model.set_attn_implementation(attention)
 
 
-def save_full_weights(model: PreTrainedModel, reader: WeightReader, folder: Path, *, write: bool = True) -> None:
-    """Save any live model as a plain Hugging Face folder in float32: gathered, its adapter merged in.
+def save_full_weights(
+    model: PreTrainedModel,
+    reader: WeightReader,
+    folder: Path,
+    *,
+    write: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Save any live model as a plain Hugging Face folder in `dtype`: gathered, its adapter merged in.
 
     Collective where the weights are sharded. Only processes with `write` hold the whole model, on their CPU, and save.
     """
     state: dict[str, Tensor] = {}
     for name, tensor in reader.full_weights(model):
         if write:
-            state[name] = tensor.to("cpu", torch.float32)
+            state[name] = tensor.to("cpu", dtype)
     if not write:
         return
     with torch.device("meta"):  # `save_pretrained` needs the architecture, not the memory
-        empty = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=torch.float32)
+        empty = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=dtype)
     empty.set_attn_implementation("sdpa")
     empty.generation_config = model.generation_config
     if getattr(empty.config, "tie_word_embeddings", False):
@@ -219,3 +233,16 @@ def save_full_weights(model: PreTrainedModel, reader: WeightReader, folder: Path
         head = f"{names[id(empty.get_output_embeddings())]}.weight"
         state.setdefault(head, state[f"{names[id(embedding)]}.weight"])
     empty.save_pretrained(folder, state_dict=state)
+
+
+def save_dtype(config: Config, path: str) -> torch.dtype:
+    """Return the dtype of final/: `save_dtype`, or that of the model in `path`; float32 for a GGUF."""
+    if config.save_dtype is not None:
+        return SAVE_DTYPES[config.save_dtype]
+    if config.model.gguf_file:
+        return torch.float32
+    try:
+        stored = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError):
+        return torch.float32
+    return stored.dtype if stored.dtype in SAVE_DTYPES.values() else torch.float32

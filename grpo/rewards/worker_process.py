@@ -3,13 +3,16 @@
 Neither an endless loop in C code nor 9**9**9**9 can be stopped from inside a process, so rewards run in others.
 """
 
+import atexit
 import contextlib
 import faulthandler
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,7 +22,10 @@ from typing import Any
 from grpo.errors import ConfigError, RewardError
 from grpo.rewards.calls import values_or_error
 from grpo.rewards.registry import REWARDS, RewardFunction
+from grpo.runtime.signals import CAUGHT
 
+MAX_TEMPORARY_PATH = 60
+"""Bytes of the temporary folder; multiprocessing adds about 35, and macOS takes 103 in all."""
 START_TIMEOUT = 120.0
 """Seconds for a worker to start and to import the file of its reward."""
 
@@ -66,6 +72,7 @@ class Worker:
             _TRAINER_ENDS.add(self._pipe)
             arguments = (theirs, reward, self.kwargs)
             self._process = context.Process(target=serve, args=arguments, name=f"reward {self.name}")
+            _use_short_socket_paths()
             with contextlib.nullcontext() if address is None else _hidden_main_module():
                 self._process.start()
             theirs.close()
@@ -135,7 +142,7 @@ def serve(pipe: Connection, reward: str | RewardFunction, kwargs: dict[str, Any]
         inherited.close()
     with contextlib.suppress(OSError):
         os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in CAUGHT:
         signal.signal(number, signal.SIG_IGN)  # the trainer handles Ctrl-C: it saves first, and still needs the rewards
     sys.stdout, sys.stderr = _ForgivingStream(sys.stdout), _ForgivingStream(sys.stderr)
     function: Callable[..., Any] = REWARDS.get(reward) if isinstance(reward, str) else reward
@@ -154,6 +161,16 @@ def serve(pipe: Connection, reward: str | RewardFunction, kwargs: dict[str, Any]
                 pipe.send_bytes(json.dumps(answer).encode())
             except OSError:
                 return
+
+
+def _use_short_socket_paths() -> None:
+    """Keep the socket of the fork server out of a long TMPDIR: the system takes paths of about 100 bytes."""
+    settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    if "tempdir" in settings or len(os.fsencode(tempfile.gettempdir())) <= MAX_TEMPORARY_PATH or os.name == "nt":
+        return
+    folder = tempfile.mkdtemp(prefix="grpo-", dir="/tmp")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    settings["tempdir"] = folder
 
 
 def address_of(function: RewardFunction) -> str | None:

@@ -39,7 +39,9 @@ class Server:
 
     def __init__(self, url: str, patience: float):
         self.url, self.patience = url.rstrip("/"), patience
-        self.client = httpx.Client(base_url=self.url, timeout=httpx.Timeout(None, connect=10.0), limits=LIMITS)
+        # A transport of its own: proxies of the environment (HTTP_PROXY) lead to the internet, not to this server.
+        transport = httpx.HTTPTransport(limits=LIMITS)
+        self.client = httpx.Client(base_url=self.url, timeout=httpx.Timeout(None, connect=10.0), transport=transport)
 
     def wait(self) -> None:
         """Wait until the server is up. Raises ConfigError if that takes longer than `patience`."""
@@ -71,8 +73,8 @@ class Server:
     async def _ask_all(self, path: str, bodies: list[dict]) -> list[Any]:
         timeout = httpx.Timeout(None, connect=self.patience)
         async with (
-            httpx.AsyncClient(base_url=self.url, timeout=timeout, limits=LIMITS) as client,
-            httpx.AsyncClient(base_url=self.url, timeout=self.patience, limits=LIMITS) as watching,
+            httpx.AsyncClient(base_url=self.url, timeout=timeout, transport=_direct()) as client,
+            httpx.AsyncClient(base_url=self.url, timeout=self.patience, transport=_direct()) as watching,
         ):
 
             async def ask(body: dict) -> Any:
@@ -134,6 +136,11 @@ class Server:
             f"the vLLM server at {self.url} died or does not answer ({path}: {type(error).__name__} {error}). "
             f"See its own output for the reason, and start it again"
         )
+
+
+def _direct() -> httpx.AsyncHTTPTransport:
+    """Return a transport that uses no proxy of the environment."""
+    return httpx.AsyncHTTPTransport(limits=LIMITS)
 
 
 def _message(response: httpx.Response) -> str:

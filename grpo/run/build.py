@@ -1,5 +1,6 @@
 """Build: a config -> the run, checked in the order of cost: config, data, rewards, then weights."""
 
+import contextlib
 import json
 import logging
 from datetime import datetime
@@ -19,9 +20,10 @@ from grpo.data.rendering import render_prompts
 from grpo.data.rows import Example, load_examples
 from grpo.data.stream import PromptStream
 from grpo.data.training_data import TrainingData, training_data
-from grpo.errors import StorageError
+from grpo.errors import ConfigError, StorageError
 from grpo.experience import ExperienceCollector
 from grpo.models.strategies.registry import start_accelerator
+from grpo.models.weights import save_dtype
 from grpo.policy import Policy
 from grpo.rewards.scoring import RewardSum
 from grpo.rewards.sources import changed_sources, reward_sources
@@ -31,18 +33,28 @@ from grpo.rollout.async_sampler import AsyncSampler
 from grpo.rollout.engine import RolloutEngine, build_engine, find_engine, longest_of
 from grpo.rollout.logprob_mismatch import check_agreement, verify_weight_sync
 from grpo.run.callbacks import Callback, Callbacks, State, build_callbacks
-from grpo.run.checkpoint import check_free_space, read_state
-from grpo.run.checkpointer import Checkpointer, ResumePoint, find_checkpoint, migrate, restore
+from grpo.run.checkpoint import check_free_space, read_state, seconds_to_write
+from grpo.run.checkpointer import (
+    Checkpointer,
+    ResumePoint,
+    check_is_unfinished,
+    find_checkpoint,
+    migrate,
+    restore,
+)
 from grpo.run.components import check_components
+from grpo.run.contents import check_contents, contents_of
 from grpo.run.records import Recorder
 from grpo.run.resume import check_changes
 from grpo.run.state import Run
 from grpo.runtime.device import device_kind
+from grpo.runtime.distributed import run_on_main
+from grpo.runtime.launcher import shutdown_seconds
 from grpo.runtime.precision import precision_of
 from grpo.runtime.run_lock import RunLock, check_free
 from grpo.tracking.console import Display, show_messages
 from grpo.tracking.diagnostics import Diagnostics, patience_for
-from grpo.tracking.run_dir import choose_run_dir
+from grpo.tracking.run_dir import choose_run_dir, fingerprint, has_chosen_name
 from grpo.tracking.run_logger import RunLogger
 from grpo.tracking.tracker import check_trackers
 from grpo.types import Prompt, SamplingPlan
@@ -59,18 +71,32 @@ def build_run(config: Config) -> Run:
     check_config(config)
     check_components(config)
     rewards = build_rewards(config)
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(rewards.close)
+        run = _build(config, rewards, on_failure)
+        on_failure.pop_all()
+    return run
+
+
+def _build(config: Config, rewards: RewardSum, on_failure: contextlib.ExitStack) -> Run:
     check_trackers(config)
     callbacks = build_callbacks(config.callbacks)
 
     accelerator, run_dir = start_processes(config)
     show_messages()
     held_out_rows = load_examples(config.data, "held_out", config.seed) if config.eval_every else []
+    before = fingerprint(run_dir)
     checkpoint = find_checkpoint(config, run_dir)
     data = training_data(config, accelerator, rewards, model_path)
     if checkpoint is not None:
-        check_resume(config, migrate(read_state(checkpoint)), rewards, accelerator.num_processes)
-    rewards.start()
+        saved = migrate(read_state(checkpoint))
+        check_is_unfinished(checkpoint, saved["step"], config, run_dir)
+        check_resume(config, saved, rewards, accelerator.num_processes)
     held_out = held_out_prompts(config, held_out_rows, data)
+    contents = run_on_main(accelerator, lambda: contents_of(config, data, held_out))
+    for line in check_contents(saved["contents"], contents, config) if checkpoint is not None else []:
+        log.warning(line)
+    rewards.start()
 
     policy = build_policy(config, accelerator, data.model_path)
     point = ResumePoint(beta=config.objective.beta)
@@ -83,38 +109,22 @@ def build_run(config: Config) -> Run:
     collector = ExperienceCollector(
         config, accelerator, policy, sampler, data.stream, rewards, prompts_drawn=point.prompts_drawn
     )
-    lock, tracker = None, None
+    sizes = policy.bytes_on_disk()
     if accelerator.is_main_process:
-        check_free_space(run_dir, *policy.bytes_on_disk(), config.save_total_limit)
-        lock = lock_run(run_dir)
+        check_free_space(run_dir, *sizes, config.save_total_limit)
+    run_dir, lock = claim_run_dir(config, run_dir, before, accelerator)
+    tracker = None
+    if lock is not None:
+        on_failure.callback(lock.release)
         tracker = start_records(config, run_dir, data, rewards, point.start)
+        warn_of_slow_saves(run_dir, sizes[0])
     log.info(summary_line(config, accelerator, data, held_out))
     recorder = build_recorder(config, policy, data.tokenizer, run_dir, tracker, callbacks, point)
-    checkpointer = Checkpointer(
-        run_dir,
-        config,
-        accelerator,
-        policy,
-        collector,
-        lambda: (recorder.first_eval, recorder.last_eval),
-        start=point.start,
-        beta=point.beta,
-    )
-    return Run(
-        config,
-        accelerator,
-        run_dir,
-        policy,
-        data.tokenizer,
-        engine,
-        collector,
-        held_out,
-        recorder,
-        checkpointer,
-        point.start,
-        point.beta,
-        lock,
-    )
+    parts = (run_dir, config, accelerator, policy, collector, lambda: (recorder.first_eval, recorder.last_eval))
+    checkpointer = Checkpointer(*parts, start=point.start, beta=point.beta, lock=lock, contents=contents)
+    dtype = save_dtype(config, data.model_path)
+    state = (held_out, recorder, checkpointer, point.start, point.beta, lock, dtype)
+    return Run(config, accelerator, run_dir, policy, data.tokenizer, engine, collector, *state)
 
 
 def build_rewards(config: Config) -> RewardSum:
@@ -238,13 +248,62 @@ def build_sampler(
     return sampler
 
 
-def lock_run(run_dir: Path) -> RunLock:
-    """Lock the run directory. Raises StorageError where it cannot be written."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        return RunLock(run_dir)
-    except OSError as error:
-        raise StorageError(f"cannot write the run directory {run_dir}: {error}. Set another --run_dir") from error
+def claim_run_dir(
+    config: Config, run_dir: Path, before: tuple[object, ...], accelerator: Accelerator
+) -> tuple[Path, RunLock | None]:
+    """Create and lock the run directory, and look again whether it is as it was before the weights loaded. Collective.
+
+    Args:
+        before: `fingerprint` of the run directory at the start.
+
+    Returns:
+        The run directory: with a number added, if it was named here and another run took the name meanwhile. And the
+        lock, on the main process.
+
+    Raises:
+        ConfigError: Another run uses it, or has written into it.
+        StorageError: It cannot be written.
+    """
+    lock: RunLock | None = None
+
+    def claim() -> Path:
+        nonlocal lock
+        names = [run_dir]
+        if not has_chosen_name(config):
+            names += [run_dir.with_name(f"{run_dir.name}-{number}") for number in range(2, 1000)]
+        for path in names:
+            try:
+                path.mkdir(parents=True, exist_ok=has_chosen_name(config))
+                lock = RunLock(path)
+                break
+            except OSError as error:
+                if isinstance(error, FileExistsError) and not has_chosen_name(config):
+                    continue
+                raise StorageError(f"cannot write the run directory {path}: {error}. Set another --run_dir") from error
+        if path == run_dir and fingerprint(path) != before:
+            assert lock is not None
+            lock.release()
+            raise ConfigError(
+                f"run_dir {path} was written by another run while this one loaded. Continue that run with --resume "
+                f"auto, or choose another --run_dir"
+            )
+        return path
+
+    return run_on_main(accelerator, claim), lock
+
+
+def warn_of_slow_saves(run_dir: Path, size: int) -> None:
+    """Warn if torchrun would kill its workers before a checkpoint of `size` bytes is saved after a signal."""
+    limit = shutdown_seconds()
+    if limit is None:
+        return
+    seconds = seconds_to_write(run_dir, size)
+    if seconds > limit / 2:
+        log.warning(
+            "a checkpoint of %.1f GB takes about %.0f s to save here, and torchrun kills its workers %.0f s after a "
+            "signal: set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to at least %.0f, or save often (save_every)",
+            *(size / 1e9, seconds, limit, 2 * seconds + 30),
+        )
 
 
 def start_records(config: Config, run_dir: Path, data: TrainingData, rewards: RewardSum, start: int) -> RunLogger:

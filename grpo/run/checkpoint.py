@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from grpo.errors import StorageError
 from grpo.models.optimizer_state import Tensors
+from grpo.runtime.storage import remove, replace_folder, share_mode, sync, unused_name, warn_once
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ def save_checkpoint(run_dir: Path, step: int, tensors: Tensors, state: dict[str,
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _clean_up(folder)
+        temporary = unused_name(temporary)  # where the remains of an earlier save cannot be removed
         free = _free(folder)
         if free is not None and free < _size(tensors):  # do not fill the disk first
             raise OSError(errno.ENOSPC, f"only {_megabytes(free)} are free")
@@ -51,12 +54,11 @@ def save_checkpoint(run_dir: Path, step: int, tensors: Tensors, state: dict[str,
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
         files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
+        share_mode(temporary)
         for path in [*temporary.iterdir(), temporary]:
-            _force_to_disk(path)
-        if final.exists():  # saved before, by a run that was then resumed from an earlier step
-            os.replace(final, folder / f".old-step-{step}")
-        os.replace(temporary, final)
-        _force_to_disk(folder)
+            sync(path)
+        replace_folder(temporary, final)  # it exists where a run was resumed from an earlier step
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -96,6 +98,22 @@ def check_free_space(run_dir: Path, checkpoint: int, final: int, keep: int) -> N
         log.warning("%s: %s", numbers, more)
 
 
+def seconds_to_write(run_dir: Path, size: int) -> float:
+    """Estimate how long a checkpoint of `size` bytes takes, from a small file. 0 where that cannot be measured."""
+    sample = min(size, 16_000_000)
+    path = unused_name(run_dir / ".tmp-speed")
+    try:
+        began = time.perf_counter()
+        path.write_bytes(bytes(sample))
+        sync(path)
+        _fingerprint(path)
+        return (time.perf_counter() - began) * size / max(1, sample)
+    except OSError:
+        return 0.0
+    finally:
+        remove(path)
+
+
 def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """Return the tensors (on the CPU) and the state of a checkpoint. Raises StorageError if a bit is wrong."""
     names = _verify(path)
@@ -116,6 +134,8 @@ def read_state(path: Path) -> dict[str, Any]:
         if isinstance(state, dict):
             return state
         raise ValueError(f"it holds a {type(state).__name__}")
+    except PermissionError as error:
+        raise _not_readable(path / "state.json", error) from error
     except (OSError, ValueError) as error:
         raise StorageError(
             f"{path / 'state.json'} is damaged: {error}. Choose another checkpoint for --resume"
@@ -123,20 +143,40 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest complete checkpoint (None if there is none), and why each newer one is ignored."""
+    """Return the newest complete checkpoint (None if there is none), and why each newer one is ignored.
+
+    Raises:
+        StorageError: This user may not read the checkpoints.
+    """
     folder = run_dir / "checkpoints"
-    if not folder.is_dir():
-        return None, []
-    _put_back_replaced(folder)
+    try:
+        if not folder.is_dir():
+            return None, []
+        _put_back_replaced(folder)
+        saved = _saved(folder)
+    except PermissionError as error:
+        raise _not_readable(folder, error) from error
     reasons: list[str] = []
-    for path in reversed(_saved(folder)):
+    for path in reversed(saved):
         try:
             _verify(path)
+        except UnreadableError:
+            raise
         except StorageError as error:
             reasons.append(f"ignoring {path.name}: {error}")
         else:
             return path, reasons
     return None, reasons
+
+
+class UnreadableError(StorageError):
+    """This user may not read a file. That is no damage: an older checkpoint must not take its place."""
+
+
+def _not_readable(path: Path, error: OSError) -> UnreadableError:
+    return UnreadableError(
+        f"cannot read {path}: {error.strerror}. Ask its owner for read permission, or set another run_dir"
+    )
 
 
 def _storable(group: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -155,6 +195,15 @@ def _storable(group: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _verify(path: Path) -> list[str]:
     """Return the names of the checkpoint's files. Raises StorageError unless all are exactly as they were written."""
+    try:
+        return _verified(path)
+    except PermissionError as error:
+        raise _not_readable(Path(str(error.filename or path)), error) from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error}. Choose another checkpoint for --resume") from error
+
+
+def _verified(path: Path) -> list[str]:
     manifest_path = path / "manifest.json"
     if not manifest_path.is_file():
         raise StorageError(
@@ -163,7 +212,7 @@ def _verify(path: Path) -> list[str]:
     try:
         files = json.loads(manifest_path.read_text(encoding="utf-8"))["files"]
         expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"{manifest_path} is damaged: {error!r}. Choose another checkpoint for --resume") from error
     for name, (size, sha256) in {"state.json": (0, ""), **expected}.items():
         file = path / name
@@ -191,15 +240,6 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _force_to_disk(path: Path) -> None:
-    """Sync a file, or the list of names of a folder, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _saved(folder: Path) -> list[Path]:
     """Return the step-N folders, oldest first."""
     steps = [(int(match[1]), path) for path in folder.iterdir() if (match := re.fullmatch(r"step-(\d+)", path.name))]
@@ -212,24 +252,31 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     with contextlib.suppress(OSError):
         for path in up_to_now[: -max(keep, 1)]:
             # Rename first: an interrupted removal must not leave half a checkpoint under a valid name.
-            os.replace(path, folder / f".tmp-{path.name}")
+            try:
+                os.replace(path, unused_name(folder / f".tmp-{path.name}"))
+            except OSError as error:
+                warn_once("remove", f"cannot remove {path}: {error.strerror}. It is left there, and training goes on")
         _clean_up(folder)
 
 
 def _put_back_replaced(folder: Path) -> None:
     """Undo a replacement that was interrupted between its two renames."""
     for path in folder.glob(".old-step-*"):
-        valid_name = folder / path.name.removeprefix(".old-")
-        if not valid_name.exists():
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
+        valid_name = folder / path.name.removeprefix(".old-").partition(".")[0]
+        if not os.path.lexists(valid_name):
+            with contextlib.suppress(OSError):  # another process was faster, or nothing can be written here
                 os.replace(path, valid_name)
 
 
 def _clean_up(folder: Path) -> None:
-    """Remove the remains of interrupted saves."""
+    """Remove the remains of interrupted saves. What cannot be removed is left."""
     _put_back_replaced(folder)
-    for path in [*folder.glob(".tmp-step-*"), *folder.glob(".old-step-*")]:
-        shutil.rmtree(path)
+    for path in folder.glob(".old-step-*"):
+        # Under another name, which is never put back: the checkpoint that replaced it may be pruned first.
+        with contextlib.suppress(OSError):
+            os.replace(path, unused_name(folder / path.name.replace(".old-", ".tmp-", 1)))
+    for path in folder.glob(".tmp-step-*"):
+        remove(path)
 
 
 def _size(tensors: Tensors) -> int:
@@ -238,9 +285,9 @@ def _size(tensors: Tensors) -> int:
 
 def _free(path: Path) -> int | None:
     """Return the free bytes of the file system of `path`. None: it does not report them."""
-    while not path.exists():
-        path = path.parent
     try:
+        while not path.exists():
+            path = path.parent
         usage = shutil.disk_usage(path)
     except OSError:
         return None

@@ -3,6 +3,7 @@
 Every part owns its entries: Policy its tensors, the collector its counters and its sampler, the stream its position.
 """
 
+import difflib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +18,9 @@ from grpo.experience import ExperienceCollector
 from grpo.policy import Policy
 from grpo.rewards.sources import reward_sources
 from grpo.run.checkpoint import Tensors, load_checkpoint, newest_valid, save_checkpoint
+from grpo.run.final import final_step
 from grpo.runtime.distributed import gather_rows, max_over_ranks, run_on_main
+from grpo.runtime.run_lock import RunLock
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,8 @@ class Checkpointer:
         evaluations: Returns the metrics of the first and of the latest evaluation.
         start: Steps done when the run was built.
         beta: The KL coefficient at that moment.
+        lock: The lock of the run directory, on the main process.
+        contents: sha256 of data, base model and reference (grpo/run/contents.py).
     """
 
     def __init__(
@@ -69,9 +74,12 @@ class Checkpointer:
         *,
         start: int,
         beta: float,
+        lock: RunLock | None = None,
+        contents: dict[str, str] | None = None,
     ) -> None:
         self.run_dir, self.config, self.accelerator = run_dir, config, accelerator
         self.policy, self.collector, self.evaluations = policy, collector, evaluations
+        self.lock, self.contents = lock, contents or {}
         self.saved = start
         """The newest step that is on disk."""
         self.step_completed(start, beta)
@@ -108,6 +116,8 @@ class Checkpointer:
         sampled_ahead = gather_rows(self.accelerator, self.collector.sampler.state_dict())
         first_eval, last_eval = self.evaluations()
         if self.accelerator.is_main_process:
+            if self.lock is not None:
+                self.lock.check()
             state |= {
                 "format": FORMAT,
                 "step": step,
@@ -117,6 +127,7 @@ class Checkpointer:
                 "config": flatten(to_dict(self.config)),
                 "processes": self.accelerator.num_processes,
                 "reward_sources": reward_sources(self.collector.rewards.functions),
+                "contents": self.contents,
                 "first_eval": first_eval,
                 "last_eval": last_eval,
             }
@@ -129,6 +140,7 @@ def find_checkpoint(config: Config, run_dir: Path) -> Path | None:
 
     Raises:
         ConfigError: The folder does not exist, or holds no checkpoint.
+        StorageError: There are checkpoints, and none is whole. A new start would overwrite what the run recorded.
     """
     if config.resume is None:
         return None
@@ -155,7 +167,27 @@ def _newest(run_dir: Path) -> Path | None:
     path_or_none, ignored = newest_valid(run_dir)
     for reason in ignored:
         log.warning(reason)
+    if path_or_none is None and ignored:
+        raise StorageError(
+            f"no checkpoint in {run_dir / 'checkpoints'} is whole ({len(ignored)} damaged): {ignored[0]}. Copy them "
+            "again from where they are whole, or start a new run in another run_dir"
+        )
+    if path_or_none is None:
+        near = _runs_beside(run_dir)
+        hint = f"; runs with checkpoints beside it: {', '.join(near)}" if near else ""
+        log.info("resume auto: no checkpoint in %s: the run starts at step 0%s", run_dir, hint)
     return path_or_none
+
+
+def _runs_beside(run_dir: Path) -> list[str]:
+    """Return folders beside `run_dir` that hold checkpoints, those with a similar name first: it may be misspelt."""
+    try:
+        found = [path.parent for path in run_dir.parent.glob("*/checkpoints") if path.parent != run_dir]
+        names = {path.name: str(path) for path in found if any(path.glob("checkpoints/step-*"))}
+    except OSError:
+        return []
+    near = difflib.get_close_matches(run_dir.name, names, n=3, cutoff=0.0)
+    return [names[name] for name in near]
 
 
 def migrate(state: dict[str, Any]) -> dict[str, Any]:
@@ -167,16 +199,26 @@ def migrate(state: dict[str, Any]) -> dict[str, Any]:
             "draws": state["step"] * config["prompts_per_step"],
             "beta": config.get("objective.beta", 0.0),
         }
-    defaults: dict[str, Any] = {"sampled_ahead": [], "stream": {}, "skipped_in_a_row": 0, "reward_sources": {}}
+    defaults: dict[str, Any] = {
+        "sampled_ahead": [],
+        "stream": {},
+        "skipped_in_a_row": 0,
+        "reward_sources": {},
+        "contents": {},
+    }
     return defaults | state | {"format": FORMAT}
 
 
-def restore(checkpoint: Path, config: Config, policy: Policy, stream: Any) -> ResumePoint:
-    """Load a checkpoint into the policy and the prompt stream. Collective.
+def check_is_unfinished(checkpoint: Path, step: int, config: Config, run_dir: Path) -> None:
+    """Raise ConfigError if the run has done all steps and written final/. Where only final/ is missing, it goes on."""
+    if step > config.steps or (step == config.steps and final_step(run_dir) == step):
+        raise ConfigError(f"{checkpoint} has done all {config.steps} steps: raise steps to go on")
+    if step == config.steps:
+        log.info("resume: all %d steps are done, but final/ is not of step %d: writing it", step, step)
 
-    Raises:
-        ConfigError: All steps of the config are done.
-    """
+
+def restore(checkpoint: Path, config: Config, policy: Policy, stream: Any) -> ResumePoint:
+    """Load a checkpoint into the policy and the prompt stream. Collective."""
     tensors, state = read_checkpoint(checkpoint, policy)
     state = migrate(state)
     policy.load_state_dict(tensors, state)
@@ -184,8 +226,6 @@ def restore(checkpoint: Path, config: Config, policy: Policy, stream: Any) -> Re
     stream.load_state_dict(state["stream"])
     start, progress = state["step"], state["progress"]
     log.info("resuming from %s: %d of %d steps are done", checkpoint, start, config.steps)
-    if start >= config.steps:
-        raise ConfigError(f"{checkpoint} has done all {config.steps} steps: raise steps to go on")
     return ResumePoint(
         start, progress["draws"], progress["beta"], state["sampled_ahead"], state["first_eval"], state["last_eval"]
     )

@@ -3,22 +3,24 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.schema import Config
 from grpo.data.curriculum import Curriculum
-from grpo.errors import EngineError
+from grpo.errors import EngineError, StorageError
 from grpo.experience import ExperienceCollector, Sampled
 from grpo.kl import adapted_beta
 from grpo.policy import Policy
 from grpo.rollout.engine import RolloutEngine
 from grpo.rollout.evaluation import evaluate
 from grpo.run.checkpointer import Checkpointer
+from grpo.run.final import write_final
 from grpo.run.records import Recorder
 from grpo.runtime.distributed import gather_rows
 from grpo.runtime.oom import phase
-from grpo.runtime.run_lock import RunLock
+from grpo.runtime.run_lock import LockLost, RunLock
 from grpo.types import Prompt
 
 
@@ -42,6 +44,8 @@ class Run:
     """The KL coefficient now: objective.beta, unless kl_target adapts it."""
     lock: RunLock | None = None
     """Lock of the run directory, on the main process."""
+    save_dtype: torch.dtype = torch.float32
+    """Data type of final/."""
     evaluation_error: EngineError | None = None
     """Reason why the last evaluation is missing."""
 
@@ -106,8 +110,37 @@ class Run:
         if step == self.checkpointer.saved == 0:
             return EngineError(f"{error}. Nothing was learned yet: start the run again")
         if step > self.checkpointer.saved:
-            self.checkpointer.save(step)
+            self.save(step, last=True)
         return EngineError(f"{error}. {step} of {self.config.steps} steps are done. {self.resume_hint()}")
+
+    def save(self, step: int, *, last: bool) -> None:
+        """Save a checkpoint. Where the last one cannot be written, write final/, which takes less space. Collective.
+
+        Raises:
+            StorageError: The last checkpoint cannot be written. Before the last one, that is a warning.
+        """
+        try:
+            self.checkpointer.save(step, needed=last)
+        except StorageError as error:
+            if isinstance(error, LockLost):
+                raise
+            try:
+                self._write_final(step)
+            except StorageError as second:
+                raise StorageError(f"{error}. {second}") from error
+            raise StorageError(
+                f"{error}. The model after step {step} is in {self.run_dir / 'final'}; without the checkpoint, "
+                f"--resume auto goes on from an older one"
+            ) from error
+
+    def _write_final(self, step: int) -> None:
+        write_final(
+            self.run_dir,
+            step,
+            self.config.steps,
+            lambda folder: self.policy.save(folder, self.tokenizer, self.save_dtype),
+            main=self.accelerator.is_main_process,
+        )
 
     def resume_hint(self) -> str:
         """Return how to resume this run."""
@@ -121,7 +154,7 @@ class Run:
         """
         self.recorder.begin_shutdown()
         self.accelerator.wait_for_everyone()
-        self.policy.save(self.run_dir / "final", self.tokenizer)
+        self._write_final(max(self.start, self.checkpointer.completed.step))
         self.recorder.finish()
         if self.evaluation_error is not None:
             raise EngineError(

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -9,11 +10,16 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from grpo.errors import GrpoError
-from grpo.runtime.env import load_keys
-from grpo.runtime.exit import exit_is_blocked, force_exit, peer_timed_out
+from grpo.errors import GrpoError, StorageError
+from grpo.runtime.env import drop_empty_variables, load_keys
+from grpo.runtime.exit import command, exit_is_blocked, force_exit, peer_timed_out
 from grpo.runtime.messages import command_messages, rank_prefix
 from grpo.runtime.redaction import redacted
+
+_NAMES = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "ESTALE", "EIO", "ENAMETOOLONG", "ELOOP", "EMFILE", "ENFILE")
+STORAGE_ERRORS = {getattr(errno, name) for name in _NAMES if hasattr(errno, name)}
+"""Refusals of a file system or of the system's limits: the cause is the machine, and a traceback says nothing more."""
+_OWN_FOLDER = "Use a folder that this user can read and write, with free space"
 
 
 def run_main(main: Callable[[], object]) -> None:
@@ -23,7 +29,8 @@ def run_main(main: Callable[[], object]) -> None:
     traceback, and its exit code becomes that of the process.
     """
     atexit.register(flush_at_exit, "stderr")
-    with command_messages():
+    drop_empty_variables()
+    with command(), command_messages():
         _run(main)
 
 
@@ -35,16 +42,29 @@ def _run(main: Callable[[], object]) -> None:
     except GrpoError as error:
         _print_error(f"{rank_prefix()}error: {error}\n")
         _exit(error.exit_code)
+    except KeyboardInterrupt:
+        _print_error(f"{rank_prefix()}stopped by SIGINT\n")
+        _exit(130)
+    except OSError as error:
+        if error.errno not in STORAGE_ERRORS or error.filename is None:
+            _unexpected(error)
+        _print_error(f"{rank_prefix()}error: cannot read or write {error.filename}: {error.strerror}. {_OWN_FOLDER}\n")
+        _exit(StorageError.exit_code)
     except Exception as error:
-        _print_error(f"{rank_prefix()}{_peer_failure(error)}{traceback.format_exc()}")
-        if rank_prefix() and re.search(r"timed out|timeout", str(error), re.IGNORECASE):
-            # Not for a closed connection: the launcher knows of it already, and a process that is saving can finish.
-            peer_timed_out()
-        _exit(1)
+        _unexpected(error)
     finally:
         distributed = sys.modules.get("torch.distributed")
         if distributed is not None and distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()  # an open process group aborts the process at exit
+
+
+def _unexpected(error: Exception) -> NoReturn:
+    """Exit with code 1 after an error that is no message for the user, with its traceback."""
+    _print_error(f"{rank_prefix()}{_peer_failure(error)}{traceback.format_exc()}")
+    if rank_prefix() and re.search(r"timed out|timeout", str(error), re.IGNORECASE):
+        # Not for a closed connection: the launcher knows of it already, and a process that is saving can finish.
+        peer_timed_out()
+    _exit(1)
 
 
 def flush_at_exit(name: str) -> None:

@@ -11,12 +11,39 @@ import sys
 from collections.abc import Iterator
 from typing import Literal
 
-import psutil
 import torch
+
+from grpo.runtime.env import env_count
+from grpo.runtime.limits import available_memory, usable_cores
 
 # Transparent huge pages (2 MB) for large tensors on Linux: the first access to a page of 4 KB costs one to two
 # microseconds. torch reads the variable at its first CPU tensor, so it is set when this module is imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+@contextlib.contextmanager
+def torch_defaults() -> Iterator[None]:
+    """Compute with torch's own defaults within, whatever the calling program has set, and restore its settings after.
+
+    A notebook may have set another default dtype or device, or have switched gradients or autocast.
+    """
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    if device.type != "cpu":
+        torch.set_default_device("cpu")
+    kinds = dict.fromkeys(("cpu", device.type, "cuda" if torch.cuda.is_available() else "cpu"))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in kinds:
+            if kind != "meta" and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            if device.type != "cpu":
+                torch.set_default_device(device)
 
 
 def is_cpu(device: torch.device) -> bool:
@@ -34,11 +61,10 @@ def cpu_threads(processes_here: int) -> int:
 
     OMP_NUM_THREADS above 1 is the user's choice and is kept. 1 is what `accelerate launch` sets by default.
     """
-    chosen = int(os.environ.get("OMP_NUM_THREADS") or 1)
+    chosen = env_count("OMP_NUM_THREADS", 1)
     if chosen > 1:
         return chosen
-    cores = len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else (os.cpu_count() or 1)
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or processes_here))
+    return max(1, usable_cores() // max(1, env_count("LOCAL_WORLD_SIZE", processes_here)))
 
 
 def set_threads(device: torch.device, processes: int) -> None:
@@ -62,7 +88,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available
+    return available_memory()
 
 
 def peak_memory(device: torch.device) -> int:

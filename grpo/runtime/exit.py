@@ -8,12 +8,14 @@ on_peer_timeout      act when another rank has been waited for in vain
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 _before_forced_exit: list[Callable[[], None]] = []
 _prevents_exit: list[Callable[[], bool]] = []
 _on_peer_timeout: list[Callable[[], None]] = []
+_commands = 0
+"""Commands that this process runs (grpo/runtime/command.py): 0 where a program or a notebook calls the functions."""
 
 
 def before_forced_exit(hook: Callable[[], None]) -> Callable[[], None]:
@@ -32,6 +34,22 @@ def on_peer_timeout(hook: Callable[[], None]) -> Callable[[], None]:
     """Register a hook for a collective that has timed out."""
     _on_peer_timeout.append(hook)
     return hook
+
+
+@contextlib.contextmanager
+def command() -> Iterator[None]:
+    """Mark this process as one that exists for a command, which may therefore end it."""
+    global _commands
+    _commands += 1
+    try:
+        yield
+    finally:
+        _commands -= 1
+
+
+def runs_command() -> bool:
+    """Return whether this process runs a command of this package."""
+    return _commands > 0
 
 
 def exit_is_blocked() -> bool:

@@ -1,5 +1,7 @@
 """Append-only files of lines (JSONL) that a full disk does not stop."""
 
+import contextlib
+import errno
 import logging
 import os
 from pathlib import Path
@@ -22,7 +24,7 @@ class LineWriter:
         self.path = path
         self._warned = False
         self._buffer = b""
-        self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file: int | None = self._open()
 
     def add(self, lines: list[str]) -> None:
         """Append lines, given without their line ends.
@@ -54,6 +56,9 @@ class LineWriter:
         if error is not None:
             raise StorageError(f"cannot write {self.path}: {error}. Its last rows are lost; the weights are not")
 
+    def _open(self) -> int:
+        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)  # less the umask
+
     def _flush(self) -> OSError | None:
         """Write the buffer. A written part leaves the buffer at once, so no line is torn or doubled."""
         assert self._file is not None
@@ -62,5 +67,10 @@ class LineWriter:
                 written = os.write(self._file, self._buffer)
                 self._buffer = self._buffer[written:]
         except OSError as error:
+            if error.errno in (errno.ESTALE, errno.EIO, errno.EBADF):  # a file server that was restarted
+                with contextlib.suppress(OSError):
+                    reopened = self._open()
+                    os.close(self._file)
+                    self._file = reopened
             return error
         return None

@@ -10,6 +10,7 @@ import yaml
 from accelerate import Accelerator
 
 from grpo.runtime.distributed import gather_rows
+from grpo.runtime.env import env_count
 from grpo.runtime.exit import on_peer_timeout
 
 _local_peers: list[psutil.Process] = []
@@ -18,8 +19,8 @@ _local_peers: list[psutil.Process] = []
 
 def requested_processes() -> int:
     """Return the number of processes that the launch requested: WORLD_SIZE, or the command line of the launcher."""
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
+    if started := env_count("WORLD_SIZE", 0):
+        return started
     try:
         words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:

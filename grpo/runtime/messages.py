@@ -87,12 +87,13 @@ def command_messages() -> Iterator[None]:
 
 def is_main_process() -> bool:
     """Return whether the launcher made this process the first of the run, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "").strip() in ("", "0")
 
 
 def rank_prefix() -> str:
     """Return "[rank R] " in a run of several processes, otherwise ""."""
-    return f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    several = os.environ.get("WORLD_SIZE", "").strip() not in ("", "0", "1")
+    return f"[rank {os.environ.get('RANK', '0')}] " if several else ""
 
 
 def visible(text: str) -> str:

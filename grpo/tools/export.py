@@ -25,8 +25,9 @@ from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError, StorageError
 from grpo.models.loading import load_model
 from grpo.models.lora import add_adapter, save_adapter
-from grpo.models.weights import WeightReader, save_full_weights
+from grpo.models.weights import WeightReader, save_dtype, save_full_weights
 from grpo.run.checkpoint import load_checkpoint
+from grpo.run.final import final_step
 from grpo.tools.arguments import command_parser
 from grpo.tracking.run_reader import RunFolder
 
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
     if options.push:
         publishable(options.run)  # before anything is written
     folder = export(options.run, options.format, options.output, options.step)
-    about = {"licence": options.licence, "step": options.step}
+    about = {"licence": options.licence, "step": final_step(options.run) if options.step is None else options.step}
     model_card(options.run, **about).save(folder / "README.md")
     print(f"{folder}\nUse it: {FORMATS[options.format].format(folder=folder)}")
     if options.push:
@@ -87,9 +88,20 @@ def export(run_dir: Path, kind: str, output: Path | None = None, step: int | Non
             f"--format adapter: {run_dir} was trained without lora.r and has no adapter: use --format merged"
         )
     if step is None and not (run_dir / "final").is_dir():
-        steps = sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
+        steps = _checkpoint_steps(run_dir)
         have = f"it has checkpoints of step {', '.join(map(str, steps))}: add --step" if steps else "and no checkpoint"
         raise ConfigError(f"{run_dir} has no final/: the run did not end; {have}")
+    of = final_step(run_dir)
+    newest = max(_checkpoint_steps(run_dir), default=0)
+    if step is None and _is_older(run_dir, of, newest):
+        at = "an earlier step" if of is None else f"step {of}"
+        raise ConfigError(
+            f"{run_dir / 'final'} is of {at}, and the run has a checkpoint of step {newest}: add --step {newest}, or "
+            "finish the run with --resume auto, which writes final/"
+            + ("" if of is None else f" (--step {of} exports final/ as it is)")
+        )
+    if step == of and not (run_dir / "checkpoints" / f"step-{step}").is_dir():
+        step = None  # the checkpoint was pruned, and final/ has the same weights
     folder = output or run_dir / "export" / kind
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: remove it, or set another --output")
@@ -105,6 +117,24 @@ def export(run_dir: Path, kind: str, output: Path | None = None, step: int | Non
     except OSError as error:
         raise StorageError(f"cannot export {run_dir} to {folder}: {error}") from error
     return folder
+
+
+def _checkpoint_steps(run_dir: Path) -> list[int]:
+    names = [path.name.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _is_older(run_dir: Path, of: int | None, newest: int) -> bool:
+    """Return whether final/ is of an earlier step than the newest checkpoint.
+
+    final/ of an older version does not record its step. It was written right after the last checkpoint.
+    """
+    if of is not None:
+        return of < newest
+    final, checkpoint = run_dir / "final" / "config.json", run_dir / "checkpoints" / f"step-{newest}" / "manifest.json"
+    if not (final.is_file() and checkpoint.is_file()):
+        return False
+    return final.stat().st_mtime < checkpoint.stat().st_mtime - 60
 
 
 def config_of(run_dir: Path) -> Config:
@@ -131,7 +161,7 @@ def _from_checkpoint(run_dir: Path, config: Config, step: int, folder: Path, *, 
         return
     if adapter is None:
         model.tie_weights()
-    save_full_weights(model, WeightReader(), folder)
+    save_full_weights(model, WeightReader(), folder, dtype=save_dtype(config, base))
     load_tokenizer(base, config.model.gguf_file).save_pretrained(folder)
 
 

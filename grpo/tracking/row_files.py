@@ -3,8 +3,11 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from grpo.runtime.storage import remove, sync
 
 
 def plain(value: Any) -> Any:
@@ -21,17 +24,56 @@ def plain(value: Any) -> Any:
 
 
 def drop_rows_from(path: Path, step: int) -> None:
-    """Remove the rows of `step` and later ones, and a line cut off by a crash."""
+    """Remove the rows of `step` and later ones, and a line cut off by a crash.
+
+    Rows are written in the order of their steps, so that they are the end of the file, which is cut off in place: that
+    takes no space.
+    """
     if not path.exists():
         return
-    temporary = path.with_name(path.name + ".tmp")
-    with path.open(encoding="utf-8", errors="replace") as source, temporary.open("w", encoding="utf-8") as kept:
+    position = end = 0
+    with path.open("rb") as source:
         for line in source:
-            if _step_of(line) < step:
-                kept.write(line)
-        kept.flush()
-        os.fsync(kept.fileno())
-    os.replace(temporary, path)
+            position += len(line)
+            if _step_of(line.decode("utf-8", "replace")) < step:
+                if end < position - len(line):  # a row to keep after one to remove
+                    _rewrite(path, step)
+                    return
+                end = position
+    if end < position:
+        with path.open("r+b") as file:
+            file.truncate(end)
+        sync(path)
+
+
+def _rewrite(path: Path, step: int) -> None:
+    """Write the rows before `step` to a new file in the place of the old one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with path.open(encoding="utf-8", errors="replace") as source, temporary.open("w", encoding="utf-8") as kept:
+            for line in source:
+                if _step_of(line) < step:
+                    kept.write(line)
+        sync(temporary)
+        os.replace(temporary, path)
+    except OSError:
+        remove(temporary)
+        raise
+
+
+def set_aside(run_dir: Path, names: Sequence[str]) -> Path | None:
+    """Move the files of an earlier start into records-N/. Return that folder; None if they hold no rows."""
+    present = [name for name in names if (run_dir / name).is_file() and (run_dir / name).stat().st_size]
+    if not present:
+        return None
+    number = 1
+    while os.path.lexists(run_dir / f"records-{number}"):
+        number += 1
+    folder = run_dir / f"records-{number}"
+    folder.mkdir()
+    for name in present:
+        os.replace(run_dir / name, folder / name)
+    return folder
 
 
 def last_step(path: Path) -> int:

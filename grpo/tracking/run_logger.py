@@ -28,7 +28,7 @@ from grpo.runtime.redaction import redacted
 from grpo.tracking.background_writer import CALL_SECONDS, BackgroundWriter
 from grpo.tracking.diagnostics import Finding
 from grpo.tracking.environment import environment
-from grpo.tracking.row_files import drop_rows_from, last_step, plain, write_whole
+from grpo.tracking.row_files import drop_rows_from, last_step, plain, set_aside, write_whole
 from grpo.tracking.run_dir import EVALUATIONS, FINDINGS, METRICS, ROLLOUTS
 from grpo.tracking.tracker import TrackedRun, Tracker, completions_table, find_tracker
 
@@ -54,6 +54,9 @@ class RunLogger:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             last = last_step(run_dir / METRICS)
+            kept = set_aside(run_dir, names) if resume_step == 0 else None
+            if kept is not None:
+                log.info("the rows of an earlier start, which left no checkpoint, are kept in %s", kept)
             for name in names:
                 drop_rows_from(run_dir / name, resume_step)
             write_whole(run_dir / "config.yaml", yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False))

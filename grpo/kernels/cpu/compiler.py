@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from grpo.kernels.registry import is_on
+from grpo.runtime.storage import cache_folders
 
 FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-ffp-contract=fast"]
 # Allow vector code for sums. NaN and infinity are preserved.
@@ -32,6 +33,7 @@ FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassoc
 SOURCE = Path(__file__).with_name("kernels.c")
 SECONDS = 60
 """Time limit of each call of the compiler."""
+_CHECKSUM_BYTES = 32
 
 
 def is_readable(*tensors: Tensor, dtype: torch.dtype = torch.float32, contiguous: bool = True) -> bool:
@@ -64,22 +66,18 @@ def compiled(source: Path, **functions: str) -> ctypes.CDLL | None:
         **functions: name -> types of the arguments, one letter each: i int, l long, f float, p pointer.
 
     Returns:
-        The library. None without a compiler or an OpenMP runtime, if compilation fails, or if another user can write
-            the library.
+        The library. None without a compiler or an OpenMP runtime, or if compilation fails.
     """
     compiler = shlex.split(os.environ.get("CC") or "cc")
     runtime = _openmp_of_torch()
     if runtime is None or shutil.which(compiler[0]) is None:
         return None
-    folder = Path(os.environ.get("GRPO_CACHE") or Path.home() / ".cache" / "grpo").expanduser()
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=SECONDS, check=True).stdout
         texts = b"".join(file.read_bytes() for file in (source, *sorted(Path(__file__).parent.glob("*.[ch]"))))
         key = hashlib.sha256(texts + version + " ".join([*compiler, *FLAGS, _processor()]).encode()).hexdigest()
-        library = folder / f"{source.stem}-{key[:16]}.so"
-        if not library.exists():
-            _compile(compiler, source, library)
-        if not _ours(library):
+        library = _find_or_compile(compiler, source, f"{source.stem}-{key[:16]}.so")
+        if library is None:
             return None
         # The threads of torch: a second pool would compete for the cores.
         ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
@@ -124,10 +122,36 @@ def c_kernel(name: str, *tensors: Tensor) -> bool:
     return is_readable(*tensors) and is_on(name) and library() is not None
 
 
+def _find_or_compile(compiler: list[str], source: Path, name: str) -> Path | None:
+    """Return the library in the first folder of the cache that has a good one or can take it.
+
+    Raises:
+        SubprocessError: The compiler refuses the source.
+    """
+    for folder in cache_folders():
+        try:
+            if not _is_whole(folder / name):
+                _compile(compiler, source, folder / name)
+            if _ours(folder / name):
+                return folder / name
+        except OSError:  # a full disk, or a file of another user
+            continue
+    return None
+
+
 def _ours(library: Path) -> bool:
     """Return whether only this user or root can have written the library: its code runs as this user."""
     written = library.stat()
     return written.st_uid in (0, os.getuid()) and not written.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _is_whole(library: Path) -> bool:
+    """Return whether the file ends with the checksum of what comes before: a page that is missing ends the process."""
+    try:
+        content = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    return content[-_CHECKSUM_BYTES:] == hashlib.sha256(content[:-_CHECKSUM_BYTES]).digest()
 
 
 def _compile(compiler: list[str], source: Path, library: Path) -> None:
@@ -142,6 +166,8 @@ def _compile(compiler: list[str], source: Path, library: Path) -> None:
             [*compiler, "-shared", "-Wl,-Bsymbolic", str(made), "-o", str(linked), "-lm"],
         ):
             subprocess.run(command, capture_output=True, timeout=SECONDS, check=True)
+        content = linked.read_bytes()
+        linked.write_bytes(content + hashlib.sha256(content).digest())  # the loader ignores what follows the library
         linked.chmod(0o755)
         linked.replace(library)  # atomic: another process may compile it at the same time
 

@@ -14,6 +14,7 @@ from grpo.models.strategies.deepspeed import Zero2, Zero3
 from grpo.models.strategies.fsdp import FullyShardedDataParallel
 from grpo.models.strategies.single import DistributedDataParallel, SingleProcess
 from grpo.runtime.device import configure, set_threads
+from grpo.runtime.env import drop_empty_variables
 from grpo.runtime.launch import find_local_peers, requested_processes
 
 STRATEGIES: list[type[Strategy]] = [Zero3, Zero2, FullyShardedDataParallel, SingleProcess, DistributedDataParallel]
@@ -29,6 +30,8 @@ def start_accelerator(timeout: float = 1800.0) -> Accelerator:
     Raises:
         ConfigError: Fewer processes started than were requested, or float16 was requested on a CPU.
     """
+    drop_empty_variables()
+    check_accelerate_settings()
     # Accelerate joins processes on a CPU only with `cpu`, and its launcher does not pass `use_cpu` on to several
     # processes. Without an accelerator there is no other choice.
     requested_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
@@ -53,6 +56,37 @@ def start_accelerator(timeout: float = 1800.0) -> Accelerator:
     set_threads(accelerator.device, accelerator.num_processes)
     find_local_peers(accelerator)
     return accelerator
+
+
+def check_accelerate_settings() -> None:
+    """Refuse settings of accelerate that would change the training and that this trainer does not follow.
+
+    Raises:
+        ConfigError: One of them is set.
+    """
+    for variable, (accepted, key, instead) in _UNSUPPORTED.items():
+        value = os.environ.get(variable, "").strip()
+        if value and value.lower() not in accepted:
+            raise ConfigError(
+                f"accelerate's {key} is {value} ({variable} in the environment), needs to be {accepted[0]}: {instead}. "
+                f"Set it back in the file of --config_file, or in the flags of accelerate launch"
+            )
+
+
+_OFF = ("false", "0", "no", "off", "n", "f")
+_UNSUPPORTED = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        ("1", "auto"),
+        "gradient_accumulation_steps",
+        "gradients would be divided by it. A step is split by tokens_per_batch, which leaves the gradient as it is",
+    ),
+    "ACCELERATE_DYNAMO_BACKEND": (("no",), "dynamo_backend", "packed batches are not compiled"),
+    "ACCELERATE_MIXED_PRECISION": (("no", "bf16", "fp16"), "mixed_precision", "there is no other precision here"),
+    "ACCELERATE_USE_MEGATRON_LM": (_OFF, "use_megatron_lm", "use one of accelerate_configs/"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (_OFF, "use_parallelism_config", "use one of accelerate_configs/"),
+    "ACCELERATE_USE_SAGEMAKER": (_OFF, "use_sagemaker", "use one of accelerate_configs/"),
+}
+"""Variable of the launcher -> (accepted values, the key's name, what to use instead)."""
 
 
 def strategy_for(accelerator: Accelerator) -> Strategy:
