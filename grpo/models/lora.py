@@ -9,6 +9,7 @@ is the only file that imports peft.
 
 import contextlib
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, base: str) -> Adapte
         base_model_name_or_path=base,
     )
     try:
-        adapted = peft.get_peft_model(model, settings)
+        with warnings.catch_warnings():  # of transformers about a call in peft
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted = peft.get_peft_model(model, settings)
     except ValueError as error:
         known = sorted({name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
         raise ConfigError(
@@ -138,7 +141,9 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if not (folder / "adapter_model.safetensors").is_file():  # peft would look for a pickle next, then on the hub
         raise ConfigError(f"{folder} holds no adapter_model.safetensors; adapter_model.bin, a pickle, is not read")
     try:
-        merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
     except (RuntimeError, ValueError, SafetensorError) as error:
         raise ConfigError(f"the adapter in {folder} does not fit this base model: {error}") from error
     return merged

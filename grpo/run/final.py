@@ -34,7 +34,9 @@ def write_final(run_dir: Path, step: int, steps: int, save: Callable[[Path], Non
     whole = run_dir / ".tmp-final"
     try:
         if main:
-            remove(whole)
+            for pattern in (".tmp-final*", ".old-final*", ".old-adapter*"):  # of a process that was killed here
+                for left in run_dir.glob(pattern):
+                    remove(left)
             whole = unused_name(whole)
         save(whole / "final")
         if not main:

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from grpo import cli
 from grpo.config.parser import load_config
@@ -28,13 +29,19 @@ from grpo.losses import find_loss
 from grpo.models.lora import load_adapter
 from grpo.models.reference import check_vocabulary
 from grpo.models.strategies.deepspeed import Zero2
+from grpo.models.strategies.registry import check_accelerate_settings
+from grpo.models.tiny import make_tiny_model
 from grpo.rewards.calls import call_reward
 from grpo.rewards.scoring import RewardSum
 from grpo.rewards.workers import RewardWorkerPool
 from grpo.rollout.engine import find_engine
+from grpo.run.build import claim_run_dir
 from grpo.run.checkpoint import check_free_space, load_checkpoint, newest_valid, save_checkpoint
 from grpo.run.checkpointer import find_checkpoint
 from grpo.run.components import check_components
+from grpo.run.contents import check_contents
+from grpo.run.final import write_final
+from grpo.runtime.env import env_count
 from grpo.runtime.oom import memory_advice, phase
 from grpo.runtime.run_lock import RunLock, check_free
 from grpo.tools.export import export
@@ -42,7 +49,7 @@ from grpo.tools.saved_model import resolve_base
 from grpo.tracking.diagnostics import Diagnostics
 from grpo.tracking.model_card import push
 from grpo.tracking.report import write_report
-from grpo.tracking.run_dir import choose_run_dir
+from grpo.tracking.run_dir import choose_run_dir, fingerprint
 from grpo.tracking.tracker import find_tracker
 from grpo.trainer import check_skipped
 from grpo.types import Completion, Group, Prompt
@@ -248,6 +255,83 @@ def no_memory_left(_: Path) -> None:
     """Let a real allocator refuse, in the phase of the update."""
     with memory_advice(load_config(["--model.name=m"])), phase("learning"):
         torch.empty(1 << 50)
+
+
+def accelerate_setting(_: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+        check_accelerate_settings()
+
+
+def no_number(_: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "two")
+        env_count("WORLD_SIZE", 1)
+
+
+def name_of_another_run(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        (folder / "outputs" / "first-try").mkdir(parents=True)
+        (folder / "outputs" / "first-try" / "config.yaml").write_text("tracking:\n  run_name: first try\n")
+        choose_run_dir(load_config(["--model.name=m", "--tracking.run_name=first-try"]), cast(Any, None))
+
+
+def no_whole_checkpoint(folder: Path) -> None:
+    (saved(folder) / "manifest.json").unlink()
+    find_checkpoint(load_config(["--model.name=m", f"--run_dir={folder}", "--resume=auto"]), folder)
+
+
+def unreadable_checkpoint(folder: Path) -> None:
+    path = saved(folder) / "manifest.json"
+
+    def denied(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "read_text", denied)
+        newest_valid(folder)
+
+
+def written_meanwhile(folder: Path) -> None:
+    config = load_config(["--model.name=m", f"--run_dir={folder}"])
+    before = fingerprint(folder)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    claim_run_dir(config, folder, before, Accelerator(cpu=True))
+
+
+def taken_over(folder: Path) -> None:
+    lock = RunLock(folder)
+    try:
+        (folder / ".owner").write_text(json.dumps({"pid": 4711, "host": "HOST", "token": "theirs"}))
+        lock.check()
+    finally:
+        lock.release()
+
+
+def final_without_room(folder: Path) -> None:
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    write_final(folder, 200, 200, full, main=True)
+
+
+def older_final(folder: Path) -> None:
+    (folder / "config.yaml").write_text("model:\n  name: m\n")
+    (folder / "final").mkdir()
+    (folder / "final" / "grpo.json").write_text('{"step": 100}')
+    (folder / "checkpoints" / "step-200").mkdir(parents=True)
+    export(folder, "merged")
+
+
+def another_base(folder: Path) -> None:
+    config = load_config([f"--model.name={folder}/base", "--lora.r=4"])
+    check_contents({"base": "1" * 64}, {"base": "2" * 64}, config)
+
+
+def no_cache(folder: Path) -> None:
+    (folder / "file").touch()
+    make_tiny_model(seed=0, cache=folder / "file")
 
 
 CARD = "source: the committee\nlicence: cc-by-4.0\npermission: {}\nsteward: committee@example.org\n"
@@ -633,6 +717,64 @@ CASES: dict[str, Case] = {
         skipped,
         NumericsError,
         "3 optimizer steps in a row (the last one in step 7) had a loss or gradient that is not finite; the weights are as they were before. Their batches are in DIR/faults: lower optimizer.learning_rate, or resume from an older checkpoint",
+    ),
+    "empty value": Case(
+        flags("--run_dir="), ConfigError, "run_dir is empty: leave it out for the default (None), or give a value"
+    ),
+    "setting of accelerate that is not supported": Case(
+        accelerate_setting,
+        ConfigError,
+        "accelerate's gradient_accumulation_steps is 4 (ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment), needs to be 1: gradients would be divided by it. A step is split by tokens_per_batch, which leaves the gradient as it is. Set it back in the file of --config_file, or in the flags of accelerate launch",
+    ),
+    "variable that is no number": Case(
+        no_number,
+        ConfigError,
+        "the environment variable WORLD_SIZE is 'two', needs to be a whole number: unset it, or set a number",
+    ),
+    "name of another run": Case(
+        name_of_another_run,
+        ConfigError,
+        "tracking.run_name 'first-try' has the folder outputs/first-try, which holds the run 'first try': choose another name, or set --run_dir",
+    ),
+    "run directory that was written meanwhile": Case(
+        written_meanwhile,
+        ConfigError,
+        "run_dir DIR was written by another run while this one loaded. Continue that run with --resume auto, or choose another --run_dir",
+    ),
+    "run directory that was taken over": Case(
+        taken_over,
+        StorageError,
+        "run_dir DIR was taken over by process 4711 on HOST while this process did not answer. Nothing more is written here: use one process per run_dir",
+    ),
+    "no whole checkpoint": Case(
+        no_whole_checkpoint,
+        StorageError,
+        "no checkpoint in DIR/checkpoints is whole (1 damaged): ignoring step-12: DIR/checkpoints/step-12 has no manifest.json: it is no complete checkpoint. Choose another one for --resume. Copy them again from where they are whole, or start a new run in another run_dir",
+    ),
+    "checkpoint that may not be read": Case(
+        unreadable_checkpoint,
+        StorageError,
+        "cannot read DIR/checkpoints/step-12/manifest.json: Permission denied. Ask its owner for read permission, or set another run_dir",
+    ),
+    "base that has changed": Case(
+        another_base,
+        ConfigError,
+        "resume: the weights of model.name 'DIR/base' have changed since the checkpoint was written (sha256 111111111111 -> 222222222222): that would be another run. Put them back, or go on with --allow_changes '[model.name]'",
+    ),
+    "final that cannot be written": Case(
+        final_without_room,
+        StorageError,
+        "cannot write DIR/final: [Errno 28] No space left on device. Free some space; then --resume auto --run_dir DIR writes it",
+    ),
+    "final of an earlier step": Case(
+        older_final,
+        ConfigError,
+        "DIR/final is of step 100, and the run has a checkpoint of step 200: add --step 200, or finish the run with --resume auto, which writes final/ (--step 100 exports final/ as it is)",
+    ),
+    "cache that cannot be written": Case(
+        no_cache,
+        StorageError,
+        "the tiny model (model.name starter) cannot be cached: [Errno 17] File exists: 'DIR/file'. Set GRPO_CACHE to a folder that this user can write, with 20 MB of free space",
     ),
     "out of memory": Case(
         no_memory_left,

@@ -1,8 +1,11 @@
 """Checkpoints: restored to the bit, written atomically; damaged ones are reported and skipped."""
 
+import errno
 import json
+import logging
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo.config.parser import load_config
 from grpo.errors import StorageError
 from grpo.models.optimizer_state import optimizer_from_tensors, optimizer_to_tensors
-from grpo.run.checkpoint import load_checkpoint, newest_valid, save_checkpoint
+from grpo.run.checkpoint import load_checkpoint, newest_valid, save_checkpoint, seconds_to_write
+from grpo.run.checkpointer import find_checkpoint
+from grpo.runtime import storage
 from tests import syscalls
+from tests.runtime.test_storage import refuse_fsync
 
 
 def small(value: float = 1.0) -> dict[str, dict[str, Tensor]]:
@@ -172,7 +179,7 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
         load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("function", ["save_file", "_fingerprint", "_force_to_disk", "os.replace"])
+@pytest.mark.parametrize("function", ["save_file", "_fingerprint", "sync", "os.replace"])
 def test_a_full_disk_leaves_the_older_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
@@ -227,7 +234,7 @@ def test_killed_at_any_moment_of_a_save(tmp_path: Path) -> None:
         "            os._exit(9)\n"  # no clean-up handler runs, as with kill -9
         "        return function(*arguments, **named)\n"
         "    return call\n"
-        "for name in ('save_file', '_fingerprint', '_force_to_disk', '_prune', '_clean_up'):\n"
+        "for name in ('save_file', '_fingerprint', 'sync', '_prune', '_clean_up'):\n"
         "    setattr(checkpoint, name, counted(getattr(checkpoint, name)))\n"
         "checkpoint.os.replace = counted(os.replace)\n"
         "for moment in range(40):\n"
@@ -276,6 +283,122 @@ def test_killed_before_every_call_that_changes_a_file(tmp_path: Path, step: int,
     assert {"write", "fsync", "rename", "unlinkat", "mkdir"} <= set(names_of_calls)
     assert len(names_of_calls) == len(outcomes) - 1 >= 20
     record_property("points killed", len(names_of_calls))
+
+
+@pytest.fixture
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_said", set())
+
+
+@pytest.mark.usefixtures("nothing_said")
+def test_a_pruned_link_costs_nothing(tmp_path: Path) -> None:
+    """An old checkpoint that was moved to another disk, and one whose disk is gone."""
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints" / "step-1").rename(tmp_path / "cold")
+    (tmp_path / "checkpoints" / "step-1").symlink_to(tmp_path / "cold")
+    (tmp_path / "checkpoints" / "step-0").symlink_to(tmp_path / "nowhere")
+    for step in (2, 3, 4):
+        save(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["step-3", "step-4"]
+    assert (tmp_path / "cold" / "manifest.json").is_file()
+
+
+@pytest.mark.usefixtures("nothing_said")
+@pytest.mark.parametrize("refused", ["shutil.rmtree", "os.replace of old ones"])
+def test_an_old_checkpoint_that_cannot_be_removed_stays_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refused: str
+) -> None:
+    """On NFS, while another machine has it open; in a folder of another user. Nothing of it ever counts as valid."""
+    real = os.replace
+
+    def replace(old: Any, new: Any) -> None:
+        if Path(new).name.startswith(".tmp-"):
+            raise PermissionError(1, "Operation not permitted", str(old))
+        real(old, new)
+
+    def busy(path: Any, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty", str(path))
+
+    with monkeypatch.context() as patch:
+        if refused == "shutil.rmtree":
+            patch.setattr("shutil.rmtree", busy)
+        else:
+            patch.setattr("os.replace", replace)
+        for step in (1, 2, 3, 4, 2):  # the last one replaces a save of its own
+            path = save(tmp_path, step, keep=1)
+            assert load_checkpoint(path)[1] == {"step": step}
+    assert len(caplog.records) == 1 and "cannot remove" in caplog.text
+    save(tmp_path, 5, keep=1)
+    assert names(tmp_path) == ["step-5"]
+
+
+@pytest.mark.usefixtures("nothing_said")
+def test_a_file_system_that_syncs_no_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refuse_fsync(monkeypatch, errno.EINVAL, stat.S_ISDIR)
+    for step in (1, 2):
+        assert load_checkpoint(save(tmp_path, step))[1] == {"step": step}
+    assert len(caplog.records) == 1
+
+
+def test_files_of_a_checkpoint_have_the_mode_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        path = save(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o644}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o755
+
+
+def test_a_checkpoint_that_may_not_be_read_is_no_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older checkpoint in its place would lose steps without need."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    real = Path.read_text
+
+    def read(path: Path, *args: Any, **kwargs: Any) -> str:
+        if path.name == "manifest.json" and path.parent.name == "step-2":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    with pytest.raises(StorageError, match=r"cannot read .*manifest\.json: Permission denied\. Ask its owner"):
+        newest_valid(tmp_path)
+
+
+def config_of(run_dir: Path) -> Any:
+    return load_config(["--model.name=m", f"--run_dir={run_dir}", "--resume=auto"])
+
+
+def test_damaged_checkpoints_are_not_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = save(tmp_path, 4)
+    flip_last_byte(path / "policy.safetensors")
+    with pytest.raises(StorageError, match=r"no checkpoint in .* is whole \(1 damaged\): ignoring step-4: "):
+        find_checkpoint(config_of(tmp_path), tmp_path)
+    assert "ignoring step-4" in caplog.text
+
+
+def test_nothing_to_resume_is_said_with_the_runs_beside_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path / "renamed", 4)
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with caplog.at_level(logging.INFO):
+        assert find_checkpoint(config_of(tmp_path / "renamde"), tmp_path / "renamde") is None
+    assert [record.message for record in caplog.records] == [
+        f"resume auto: no checkpoint in {tmp_path / 'renamde'}: the run starts at step 0; runs with checkpoints beside "
+        f"it: {tmp_path / 'renamed'}"
+    ]
+
+
+def test_the_time_of_a_save_is_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 10.5])
+    monkeypatch.setattr("grpo.run.checkpoint.time.perf_counter", lambda: next(times))
+    assert seconds_to_write(tmp_path, 160_000_000) == 5.0  # ten times the sample
+    assert os.listdir(tmp_path) == []
+    monkeypatch.setattr("grpo.run.checkpoint.time.perf_counter", lambda: 0.0)
+    assert seconds_to_write(tmp_path / "nowhere", 10) == 0.0
 
 
 def test_what_is_not_plain_is_refused() -> None:
