@@ -145,7 +145,12 @@ def find_checkpoint(config: Config, run_dir: Path) -> Path | None:
     if config.resume is None:
         return None
     if config.resume == "auto":
-        return _newest(run_dir)
+        newest = _newest(run_dir)
+        if newest is None:
+            near = _runs_beside(run_dir)
+            hint = f"; runs with checkpoints beside it: {', '.join(near)}" if near else ""
+            log.info("resume auto: no checkpoint in %s: the run starts at step 0%s", run_dir, hint)
+        return newest
     path = Path(config.resume)
     if not path.is_dir():
         raise ConfigError(f"resume: there is no folder {path}. Use --resume auto for the newest in {run_dir}")
@@ -172,10 +177,6 @@ def _newest(run_dir: Path) -> Path | None:
             f"no checkpoint in {run_dir / 'checkpoints'} is whole ({len(ignored)} damaged): {ignored[0]}. Copy them "
             "again from where they are whole, or start a new run in another run_dir"
         )
-    if path_or_none is None:
-        near = _runs_beside(run_dir)
-        hint = f"; runs with checkpoints beside it: {', '.join(near)}" if near else ""
-        log.info("resume auto: no checkpoint in %s: the run starts at step 0%s", run_dir, hint)
     return path_or_none
 
 
