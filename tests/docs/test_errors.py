@@ -718,9 +718,7 @@ CASES: dict[str, Case] = {
         NumericsError,
         "3 optimizer steps in a row (the last one in step 7) had a loss or gradient that is not finite; the weights are as they were before. Their batches are in DIR/faults: lower optimizer.learning_rate, or resume from an older checkpoint",
     ),
-    "empty value": Case(
-        flags("--run_dir="), ConfigError, "run_dir is '', needs text or null that is not empty"
-    ),
+    "empty value": Case(flags("--run_dir="), ConfigError, "run_dir is '', needs text or null that is not empty"),
     "setting of accelerate that is not supported": Case(
         accelerate_setting,
         ConfigError,
