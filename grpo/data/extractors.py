@@ -13,7 +13,7 @@ Answers are returned in Unicode NFC, and never case-folded: "ẖ" has no capital
 import unicodedata
 from collections.abc import Callable
 
-from grpo.rewards.math_answers import numbers_in, parse_number
+from grpo.rewards.number_text import numbers_in, tidy_number
 from grpo.rewards.text_match import quoted_terms
 from grpo.rewards.xml_format import lenient_answer
 
@@ -57,9 +57,9 @@ def extract_quoted_terms(text: str) -> str | None:
 
 
 def extract_number(text: str) -> str | None:
-    """Return the last number in the text."""
-    numbers = numbers_in(text)
-    return _tidy(numbers[-1]) if numbers and parse_number(numbers[-1]) is not None else None
+    """Return the last number in the text, whole. None where it is part of another one: "5 million", "2nd", "5-10"."""
+    numbers = [text] if tidy_number(text) is not None else numbers_in(text)
+    return tidy_number(numbers[-1]) if numbers else None
 
 
 def extract_plain(text: str) -> str | None:
@@ -68,11 +68,9 @@ def extract_plain(text: str) -> str | None:
 
 
 def _tidy(answer: str) -> str | None:
-    """Strip an answer. A number also loses "$" and thousands commas, so that rewards that compare text can match it."""
+    """Strip an answer. A number also loses currency and separators, so that rewards that compare text can match it."""
     answer = unicodedata.normalize("NFC", answer).strip()
-    if parse_number(answer) is not None:
-        answer = answer.replace(",", "").replace("$", "")
-    return answer or None
+    return tidy_number(answer) or answer or None
 
 
 # From the most to the least specific: an error suggests the first of those that fit most rows.

@@ -1,8 +1,12 @@
 """Rows -> Examples: the question as messages, the gold answer, and every other column of the row."""
 
 import inspect
+import math
+import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from grpo.config.schema import DataConfig
@@ -55,10 +59,23 @@ def load_examples(data: DataConfig, part: Part, seed: int, bad: BadRows | None =
     elif not table.rows:
         raise ConfigError(f"{table.source} is empty: dataset '{data.name}' gave no rows to train on")
     if all(isinstance(row, Example) for row in table.rows):  # a custom dataset may build its Examples itself
-        return list(table.rows)  # type: ignore[arg-type]
+        return _checked_examples(table, bad)
     examples = load_rows(table, data, bad)
     if not examples and part == "train":
         raise ConfigError(f"{table.source}: none of its {len(table.rows)} rows can be used: {bad.rejected[0]}")
+    return examples
+
+
+def _checked_examples(table: Table, bad: BadRows) -> list[Example]:
+    """Reject finished Examples whose texts cannot be encoded."""
+    examples: list[Example] = []
+    for example, place in zip(table.rows, table.places, strict=True):
+        assert isinstance(example, Example)
+        broken = _broken_text(example.messages) or _broken_text(example.columns)
+        if broken is None:
+            examples.append(example)
+        else:
+            bad.add(place, f"it holds {broken!a}, half of a character (a lone surrogate), which is no text")
     return examples
 
 
@@ -69,10 +86,9 @@ def load_rows(table: Table, data: DataConfig, bad: BadRows) -> list[Example]:
     for row, place in zip(table.rows, table.places, strict=True):
         try:
             _check_columns(row, data)
+            answered.append((row, place, extract(_answer_text(row, data))))
         except RowError as error:
             bad.add(place, str(error), error)
-        else:
-            answered.append((row, place, extract(_answer_text(row, data))))
     _check_answers(table.source, answered, data, bad)
     examples = []
     for row, place, answer in answered:
@@ -120,7 +136,19 @@ def _extractor(data: DataConfig) -> Callable[[str], str | None]:
 
 
 def _answer_text(row: Row, data: DataConfig) -> str:
-    return "" if row.get(data.answer) is None else str(row[data.answer])
+    """Return the answer column as text; "" where it is empty. Raises RowError for what is neither text nor a number."""
+    value = row.get(data.answer)
+    if value is not None and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:  # a number of NumPy
+        value = value.item()
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, Decimal) and value.is_finite():
+        return f"{value:f}"
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    raise RowError(
+        f"column '{data.answer}' is {str(value)[:120]} ({type(value).__name__}), it must be text or a finite number"
+    )
 
 
 def _check_answers(source: str, answered: list[tuple[Row, str, str | None]], data: DataConfig, bad: BadRows) -> None:
@@ -149,6 +177,12 @@ def _check_answers(source: str, answered: list[tuple[Row, str, str | None]], dat
 
 
 def _check_columns(row: Row, data: DataConfig) -> None:
+    for name, value in row.items():
+        if (broken := _broken_text(value) or _broken_text(name)) is not None:
+            raise RowError(
+                f"column {name!a} holds {broken!a}, half of a character (a lone surrogate), which is no text: an "
+                f"emoji was cut in two. Write the data again, or leave such rows out with --data.bad_rows skip"
+            )
     there = ", ".join(row) or "none"
     for name in RESERVED:
         if name in row:
@@ -172,6 +206,15 @@ def _check_columns(row: Row, data: DataConfig) -> None:
         )
 
 
+def _broken_text(value: Any) -> str | None:
+    """Return a lone surrogate in a text, or in the texts of a list or mapping; None without one."""
+    if isinstance(value, str):
+        found = None if value.isascii() else re.search("[\ud800-\udfff]", value)
+        return found.group() if found else None
+    items = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return next((broken for item in items if (broken := _broken_text(item)) is not None), None)
+
+
 def _example(row: Row, answer: str | None, data: DataConfig) -> Example:
     """Build the Example. `data.answer` becomes the column `answer`, and replaces another one of that name."""
     messages: str | list[Message]
@@ -179,6 +222,7 @@ def _example(row: Row, answer: str | None, data: DataConfig) -> Example:
         question = row[data.question]
         if not isinstance(question, str) or not question.strip():
             raise RowError(f"column '{data.question}' is {question!r}, it must be a text that is not empty")
+        question = unicodedata.normalize("NFC", question)
         messages = messages_for(question, data)
     else:
         messages = _trl_prompt(row["prompt"])
@@ -191,8 +235,9 @@ def _example(row: Row, answer: str | None, data: DataConfig) -> Example:
     columns["question"] = question
     if data.answer in row:
         columns["answer"] = answer
-        if str(row[data.answer]) != answer:
-            columns.setdefault("solution", str(row[data.answer]))
+        text = _answer_text(row, data)
+        if text != answer:
+            columns.setdefault("solution", text)
     return Example(messages, columns)
 
 

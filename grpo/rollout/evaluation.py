@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from grpo.rewards.math_answers import last_number, parse_number
+from grpo.rewards.number_text import last_number, parse_number
 from grpo.rewards.scoring import RewardSum
 from grpo.rewards.text_match import quoted_terms, same_text
 from grpo.rewards.xml_format import lenient_answer

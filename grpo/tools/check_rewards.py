@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo.data.rows import Example
 from grpo.errors import GrpoError
 from grpo.rewards.calls import call_reward
-from grpo.rewards.math_answers import parse_number
+from grpo.rewards.number_text import parse_number
 from grpo.rewards.scoring import RewardSum
 from grpo.tools.check_result import Check, RewardCheck
 from grpo.types import Completion, Group, Prompt

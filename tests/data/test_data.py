@@ -2,6 +2,8 @@
 
 import json
 import os
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,12 @@ import pytest
 
 from grpo.config.schema import DataConfig
 from grpo.data.extractors import EXTRACTORS
+from grpo.data.files import BadRows, table_of
 from grpo.data.prompts import SYSTEM_PROMPT
 from grpo.data.registry import DATASETS
-from grpo.data.rows import Example, load_examples
+from grpo.data.rows import Example, load_examples, load_rows
 from grpo.errors import ConfigError
-from grpo.rewards.math_answers import parse_number
+from grpo.rewards.number_text import parse_number
 
 ROWS = [
     {"question": "Tom has 3 bags of 360 beans. How many beans?", "answer": "3 * 360 = <<3*360=1080>>1080\n#### 1,080"},
@@ -29,6 +32,42 @@ def write(path: Path, rows: list[Any]) -> str:
 def load(path: str, part: Any = "train", **settings: Any) -> list[Example]:
     settings.setdefault("name", "question_answer")
     return load_examples(DataConfig(path=path, **settings), part, seed=0)
+
+
+NUMBERS = {
+    "1.5e-06": "1.5e-06",
+    "10 000": "10000",
+    r"10,\!000": "10000",
+    r"10\,000": "10000",
+    "10{,}000": "10000",
+    "3 1/2": "3 1/2",
+    "it takes 3 1/2 hours": "3 1/2",
+    "x = \u2212 7": "-7",
+    "5 \u2212 8 = \u22123": "-3",
+    "it costs 10 000 euros.": "10000",
+    "10\u00a0000 Fr.": "10000",
+    "so 1.5 \u00d7 10^6 m": "1.5 \u00d7 10^6",
+    "it weighs 5kg": "5",
+    "so 24-7 is 17": "17",
+    r"x = \frac{3}{4}.": "3/4",
+    "50 %": "50%",
+    "\uff11\uff12": "12",
+    "**18**": "18",
+    "2 + 2 = 4!": "4",
+}
+NO_NUMBERS = ["5 million", "the 2nd", "5-10 days", "10:30", "12/05/2024", "1.2.3", "3,14", "3.000,50", "5k", "10^6"]
+NO_NUMBERS += [
+    "5\u00b2",
+    "H2O",
+    "5 dozen",
+    "minus 7",
+    "not 7",
+    r"3\sqrt{2}",
+    r"2\pi",
+    "page - 7",
+    "1 2 3",
+    "3 and a half",
+]
 
 
 @pytest.mark.parametrize(
@@ -47,6 +86,13 @@ def load(path: str, part: Any = "train", **settings: Any) -> list[Example]:
         ("boxed", "\\boxed{" * 20_000, None),
         ("number", "he pays 3 and then $1,018.", "1018"),
         ("number", "none", None),
+        *(("number", text, answer) for text, answer in NUMBERS.items()),
+        *(("number", text, None) for text in NO_NUMBERS),
+        ("boxed", r"\boxed{10{,}000}", "10000"),
+        ("boxed", r"\boxed{-\dfrac{1}{2}}", r"-\dfrac{1}{2}"),
+        ("hash", "#### 10\u202f000", "10000"),
+        ("hash", "#### \u22127", "-7"),
+        ("xml", "<answer>$ 1,080</answer>", "1080"),
         ("plain", " Paris \n", "Paris"),
         ("plain", "  ", None),
     ],
@@ -123,6 +169,31 @@ def test_a_hub_dataset_and_its_held_out_split(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ConfigError, match=r"no/such-dataset \(train\) cannot be loaded"):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         load("no/such-dataset")
+
+
+def test_answers_that_are_numbers(tmp_path: Path) -> None:
+    """int, float, Decimal and NumPy's numbers are read by their value; 1.5e-06 stays that number."""
+    import numpy
+    import pyarrow
+    import pyarrow.parquet
+
+    values: list[Any] = [7, 1.5e-06, Decimal("10.50"), Decimal("1E+3")]
+    for value, answer in zip(values, ["7", "1.5e-06", "10.50", "1000"], strict=True):
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist([{"question": "q", "answer": value}]), tmp_path / "a.parquet"
+        )
+        [example] = load(str(tmp_path / "a.parquet"), extractor="number")
+        assert example.columns["answer"] == answer and parse_number(answer) == Fraction(str(value))
+    rows = [{"question": "q", "answer": numpy.int64(7)}, {"question": "q", "answer": numpy.float32(0.5)}]
+    found = load_rows(table_of("mine", rows), DataConfig(extractor="number"), BadRows())
+    assert [example.columns["answer"] for example in found] == ["7", "0.5"]
+
+
+def test_questions_are_normalised_like_answers(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"question": "cafe\u0301?", "answer": "re\u0301"}])
+    [example] = load(path, extractor="plain", system_prompt=None)
+    assert example.messages == [{"role": "user", "content": "caf\u00e9?"}]
+    assert (example.columns["question"], example.columns["answer"]) == ("caf\u00e9?", "r\u00e9")
 
 
 def test_csv_and_parquet_give_what_jsonl_gives(tmp_path: Path) -> None:

@@ -43,6 +43,37 @@ CORPUS: dict[str, tuple[bytes, str, str]] = {
     "no answer": (b'{"question": "q"}', ":2", "there is no column 'answer'"),
     "null answer": (b'{"question": "q", "answer": null}', ":2", "no answer for extractor 'hash'"),
     "no #### in it": (b'{"question": "q", "answer": "two"}', ":2", "no answer for extractor 'hash'"),
+    "half a character": (
+        b'{"question": "q", "answer": "#### 1", "note": "\\ud83d"}',
+        ":2",
+        r"column 'note' holds '\ud83d'",
+    ),
+    "half a character in a list": (
+        b'{"question": "q", "answer": "1", "n": [{"a": "\\udc00"}]}',
+        ":2",
+        "column 'n' holds",
+    ),
+    "half a character in a name": (b'{"question": "q", "answer": "#### 1", "\\ud83d": 1}', ":2", "a lone surrogate"),
+    "list as answer": (
+        b'{"question": "q", "answer": ["#### 1"]}',
+        ":2",
+        "column 'answer' is ['#### 1'] (list), it must be",
+    ),
+    "mapping as answer": (
+        b'{"question": "q", "answer": {"#### 1": 1}}',
+        ":2",
+        "(dict), it must be text or a finite number",
+    ),
+    "NaN as answer": (
+        b'{"question": "q", "answer": NaN}',
+        ":2",
+        "column 'answer' is nan (float), it must be text or a",
+    ),
+    "truth value as answer": (
+        b'{"question": "q", "answer": true}',
+        ":2",
+        "column 'answer' is True (bool), it must be text",
+    ),
     "reserved column": (b'{"question": "q", "answer": "#### 1", "prompts": 1}', ":2", "cannot be called 'prompts'"),
 }  # type: ignore[dict-item]
 CORPUS["latin-1"] = (CORPUS["latin-1"], ":2", "not UTF-8")  # type: ignore[assignment]
@@ -95,7 +126,7 @@ def test_repeated_and_leaked_questions_are_counted() -> None:
     assert repeated_prompts(train[2:], held_out[1:]) == []
 
 
-LETTERS = ["îâûôê ṯ ẖ ’ \u00a0", "čšžŋ", "🦜👩‍👩‍👧", "שלום مرحبا", "\u0000", "\ud800", "a\u2028b\u2029c\x85d"]
+LETTERS = ["îâûôê ṯ ẖ ’ \u00a0", "čšžŋ", "🦜👩‍👩‍👧", "שלום مرحبا", "\u0000", "a\u2028b\u2029c\x85d"]
 
 
 @pytest.mark.parametrize("text", LETTERS, ids=repr)

@@ -544,6 +544,16 @@ CASES: dict[str, Case] = {
         ConfigError,
         "DIR/data.jsonl:2: no answer for extractor 'hash' (#### N) in '2'; the same for 1 of 2 rows: fix or remove them, set data.bad_rows skip, or set data.extractor to another of hash, xml, boxed, quoted_terms, number, plain",
     ),
+    "answer that is neither text nor a number": Case(
+        rows({"question": "a", "answer": ["4"]}),
+        ConfigError,
+        "DIR/data.jsonl:1: column 'answer' is ['4'] (list), it must be text or a finite number",
+    ),
+    "half of a character": Case(
+        rows({**GOOD, "note": "\ud83d"}),
+        ConfigError,
+        "DIR/data.jsonl:1: column 'note' holds '\\ud83d', half of a character (a lone surrogate), which is no text: an emoji was cut in two. Write the data again, or leave such rows out with --data.bad_rows skip",
+    ),
     "unknown extractor": Case(
         rows(GOOD, extractor="hashes"),
         ConfigError,

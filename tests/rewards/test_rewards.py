@@ -15,7 +15,7 @@ import torch
 
 from grpo.errors import ConfigError, RewardError
 from grpo.rewards.calls import call_reward
-from grpo.rewards.math_answers import last_number, parse_number
+from grpo.rewards.number_text import last_number, parse_number
 from grpo.rewards.registry import REWARDS
 from grpo.rewards.scoring import RewardSum
 from grpo.rewards.xml_format import lenient_answer
@@ -33,6 +33,10 @@ def group(*texts: str, messages: Any = CHAT, **columns: Any) -> Group:
 
 def score(name: str, text: str, **columns: Any) -> float | None:
     return call_reward(name, REWARDS.get(name), [group(text, **columns)])[0]
+
+
+TEN_THOUSAND = ["10 000", "10\u00a0000", "10\u202f000", "10\u2009000", "10'000", "10\u2019000", "10_000", r"10\,000"]
+TEN_THOUSAND += [r"10,\!000", r"10\!000", "10{,}000", "10~000", r"10\ 000", r"10\;000", "10,000", "$10,000", "1e4"]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +59,33 @@ def score(name: str, text: str, **columns: Any) -> float | None:
         ("0.1", Fraction(1, 10)),
         ("1,234,567.25", Fraction(123456725, 100)),
         ("9" * 40, int("9" * 40)),
+        *((text, 10_000) for text in TEN_THOUSAND),
+        ("1,00,000", 100_000),
+        ("1 234 567.5", Fraction(2469135, 2)),
+        ("1e5", 100_000),
+        ("1.5e-06", Fraction(3, 2_000_000)),
+        (r"1.5 \times 10^{-6}", Fraction(3, 2_000_000)),
+        ("2\u00d710\u207b\u00b3", Fraction(1, 500)),
+        ("3 1/2", Fraction(7, 2)),
+        ("-3 1/2", Fraction(-7, 2)),
+        ("3\u00bd", Fraction(7, 2)),
+        (r"3\frac{1}{2}", Fraction(7, 2)),
+        (r"3 \frac12", Fraction(7, 2)),
+        (r"\dfrac{1}{2}", Fraction(1, 2)),
+        (r"\tfrac{3}{4}", Fraction(3, 4)),
+        (r"-\frac{1}{2}", Fraction(-1, 2)),
+        (r"\frac{-1}{2}", Fraction(-1, 2)),
+        (r"\frac{1}{-2}", Fraction(-1, 2)),
+        ("\u2212 7", -7),
+        ("- 7", -7),
+        ("\u0663", 3),
+        ("\uff11\uff12", 12),
+        ("\u0663\u066b\u0661\u0664", Fraction(157, 50)),
+        (r"50\%", 50),
+        (r"\$5", 5),
+        ("5 \u20ac", 5),
+        ("$18$", 18),
+        (r"\(18\)", 18),
     ],
 )
 def test_parse_number(text: str, value: Any) -> None:
@@ -68,7 +99,6 @@ def test_parse_number(text: str, value: Any) -> None:
         " ",
         "²",
         "③",
-        "٣",
         "1,0,8",
         "1,08",
         "nan",
@@ -78,9 +108,36 @@ def test_parse_number(text: str, value: Any) -> None:
         "-$-5",
         "3 apples",
         "1 2",
-        "1e5",
-        "1_000",
         "18..",
+        *(
+            "3,14",
+            "1.234,56",
+            "1.234.567",
+            "12 34",
+            "10 00",
+            "1,000 000",
+            "2020 100",
+            "3 5/2",
+            "1/2/3",
+            "05/06",
+            "3-1/2",
+        ),
+        *(
+            "2nd",
+            "5k",
+            "5 million",
+            "1e400",
+            "10^6",
+            "5\u00b2",
+            "(5)",
+            "5-",
+            "--5",
+            "5-10",
+            "10:30",
+            "0x10",
+            "1e",
+            "1__000",
+        ),
     ]
     + ["9" * 41, "9" * 100_000],
 )
@@ -94,7 +151,7 @@ def test_parse_number_refuses(text: str) -> None:
         ("first 3, then it costs $1,080.", 1080),
         ("so 24-7 is 17", 17),
         ("x = -7", -7),
-        ("24-7", 7),
+        ("24-7", None),
         ("half: 1/2.", Fraction(1, 2)),
         ("none", None),
     ],
@@ -105,6 +162,59 @@ def test_last_number(text: str, value: Any) -> None:
 
 def answer_of(inside: str) -> str:
     return f"<reasoning>\n1 2 3\n</reasoning>\n<answer>\n{inside}\n</answer>\n"
+
+
+EIGHTEEN = [
+    "18 dollars per hour",
+    "x = 18",
+    "Total = 18",
+    "The answer is 18.",
+    "USD 18",
+    "18 km/h",
+    "18kg",
+    "18 m",
+    "**18**",
+]
+EIGHTEEN += [r"18\text{ cm}", r"18^\circ", r"\boxed{18}", "$18$", "18!", "18 days a week"]
+NOT_FIVE = [
+    "5 million",
+    "not 5",
+    "5 thousand",
+    "5 thousandths",
+    "at least 5",
+    "5 or 6",
+    "never 5",
+    "minus 5",
+    "5k",
+    "5M",
+    "5th",
+]
+NOT_FIVE += [
+    "5 dozen",
+    "half of 5",
+    "5 not",
+    "5 is wrong",
+    "isn't 5",
+    "5 Millionen",
+    "5\u4e07",
+    "about 5",
+    "5-10",
+    "5!!",
+    "5x",
+    "5 x",
+]
+NOT_FIVE += [
+    "5 and a half",
+    "5 squared",
+    "5 halves",
+    r"5\sqrt{2}",
+    "3+2",
+    "(5)",
+    "5 plus one",
+    "5,5",
+    "5 isn't it",
+    "not = 5",
+]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +233,14 @@ def answer_of(inside: str) -> str:
         ("Paris", "Paris", 1.0),
         ("e\u0301", "\u00e9", 1.0),
         ("paris", "Paris", 0.0),
+        *((text, "18", 1.0) for text in EIGHTEEN),
+        *((text, "5", 0.0) for text in NOT_FIVE),
+        ("5 million", "5000000", 0.0),
+        ("0.5", r"\frac{1}{2}", 1.0),
+        (r"\frac{1}{2}", r"\dfrac{1}{2}", 1.0),
+        ("10000", "10{,}000", 1.0),
+        ("10 000 dollars", "10000", 1.0),
+        ("-7", "\u22127", 1.0),
     ],
 )
 def test_accuracy(inside: str, gold: str, value: float) -> None:
