@@ -66,8 +66,8 @@ class DataConfig:
     """A registered dataset (gsm8k, question_answer, arithmetic, invented_language), or your own:
     package.module:function, file.py:function."""
     path: str | None = setting(None, common=True, path=True)
-    """Training rows: a local JSONL, CSV or Parquet file; for question_answer also a dataset on the hub (owner/name) or
-    a folder that `datasets` can load. Null = the dataset's own source (gsm8k: openai/gsm8k)."""
+    """Training rows: a local JSONL, JSON, CSV or Parquet file, a dataset on the hub (owner/name), or a folder that
+    `datasets` can load. Null = the dataset's own source (gsm8k: openai/gsm8k)."""
     subset: str | None = setting(None, trl="dataset_config")
     """Configuration of a hub dataset, where it has several."""
     split: str = setting("train", trl="dataset_train_split")

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config.schema import DataConfig
-from grpo.data.files import BadRows, Row, Table, read_table, table_of
+from grpo.data.files import DATA_ENDINGS, BadRows, Row, Table, read_table, table_of
 from grpo.errors import ConfigError
 
 
 def is_hub_name(path: str) -> bool:
-    """Return whether `path` is a folder, or owner/name without the ending of a data file."""
-    name = re.fullmatch(r"[\w.-]+/[\w-][\w.-]*(?<!\.jsonl)(?<!\.csv)(?<!\.parquet)", path)
-    return name is not None or Path(path).expanduser().is_dir()
+    """Return whether `path` is a folder, or owner/name without the ending of a data file. An existing file is none."""
+    local = Path(path).expanduser()
+    if local.exists():
+        return local.is_dir()
+    return re.fullmatch(r"[\w.-]+/[\w-][\w.-]*", path) is not None and not path.lower().endswith(DATA_ENDINGS)
 
 
 def read_path(path: str, data: DataConfig, split: str, key: str, bad: BadRows | None) -> Table:

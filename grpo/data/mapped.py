@@ -23,7 +23,7 @@ from grpo.errors import ConfigError
 from grpo.runtime.storage import cache_root
 from grpo.types import Prompt
 
-VERSION = 1
+VERSION = 2
 """Part of the key: raise it when a change here gives other prompts for the same file."""
 MAP_FROM_BYTES = 8_000_000
 """Smaller files are kept in memory with data.cache auto."""

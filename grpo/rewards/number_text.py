@@ -46,7 +46,7 @@ _GLUED_LETTERS, _SINGLE_LETTERS = set("glshLC"), set("mglshLCFaAVWNJ")
 _SUFFIXES = {"st", "nd", "rd", "th", "bn", "mn", "tn", "mio", "mrd", "er", "ers"}
 _SCALE_WORDS = """
 hundred thousand million billion trillion quadrillion dozen score lakh crore milliard millon millón mill mio mrd bn mn
-tn k tausend hundert mille mil cent cents mila milione milioni milhão milhões тысяч тысячи тысяча миллион миллиона
+tn k tausend hundert mille mil mila milione milioni milhão milhões тысяч тысячи тысяча миллион миллиона
 """
 _OTHER_WORDS = """
 not no never nor or and to minus negative plus times half third quarter squared cubed power factorial less more fewer
@@ -240,9 +240,13 @@ def _with_context(text: str, match: re.Match[str]) -> str:
     """Return a number of the text with its sign and currency, and whatever around it changes its value."""
     found = match.group().rstrip(",./:*'-_^ ")
     start, end = match.start(), match.start() + len(found)
-    suffix = re.search(r"[A-Za-z]+$", found)
+    suffix = re.search(r"[-/]?[A-Za-z][A-Za-z/]*$", found)
     number = found[: suffix.start()] if suffix else found
-    if suffix and not re.fullmatch(r".*[0-9][eE]", found) and _is_unit(suffix.group(), attached=True):
+    if (
+        suffix
+        and not re.fullmatch(r".*[0-9][eE]", found)
+        and _is_unit(suffix.group().lstrip("-/"), attached=suffix.group()[0].isalpha())
+    ):
         found = number
     after = text[end : end + 40]
     word = re.match(r"[ -]?([^\W\d_]+)", after)

@@ -1,7 +1,11 @@
 """Data: rows from files to examples, errors with file and line, and the real GSM8K if it is available."""
 
+import bz2
+import gzip
 import json
+import lzma
 import os
+from contextlib import nullcontext
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -12,9 +16,11 @@ import pytest
 from grpo.config.schema import DataConfig
 from grpo.data.extractors import EXTRACTORS
 from grpo.data.files import BadRows, table_of
+from grpo.data.hub import is_hub_name
 from grpo.data.prompts import SYSTEM_PROMPT
 from grpo.data.registry import DATASETS
 from grpo.data.rows import Example, load_examples, load_rows
+from grpo.data.streaming import peek
 from grpo.errors import ConfigError
 from grpo.rewards.number_text import parse_number
 
@@ -48,6 +54,9 @@ NUMBERS = {
     "10\u00a0000 Fr.": "10000",
     "so 1.5 \u00d7 10^6 m": "1.5 \u00d7 10^6",
     "it weighs 5kg": "5",
+    "he gets 300 cents": "300",
+    "that is $7200/year": "7200",
+    "the 600-meter race": "600",
     "so 24-7 is 17": "17",
     r"x = \frac{3}{4}.": "3/4",
     "50 %": "50%",
@@ -206,6 +215,113 @@ def test_csv_and_parquet_give_what_jsonl_gives(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     assert load(str(tmp_path / "a.csv")) == expected
     assert load(str(tmp_path / "a.parquet")) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "TRAIN.JSONL",
+        "my rows.jsonl",
+        "a.ndjson",
+        "a.json",
+        "lines.json",
+        "a.jsonl.gz",
+        "a.json.xz",
+        "a.csv.bz2",
+        "a.tsv",
+        "semicolons.csv",
+        "bars.csv",
+        "A.CSV.GZ",
+    ],
+)
+def test_an_existing_file_is_read_whatever_its_name(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks like owner/name of the hub, and is a file."""
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    separator = {"a.tsv": "\t", "semicolons.csv": ";", "bars.csv": "|"}.get(name, ",")
+    lines = ["".join(json.dumps(row) + "\n" for row in ROWS)]
+    if ".csv" in name.lower() or ".tsv" in name:
+        quoted = [f'"{row["question"]}"{separator}"{row["answer"]}"' for row in ROWS]
+        lines = [f"question{separator}answer\n" + "\n".join(quoted) + "\n"]
+    elif ".json" in name and ".jsonl" not in name and name != "lines.json":
+        lines = [json.dumps(ROWS, indent=2)]
+    content = lines[0].encode()
+    for ending, compress in {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.items():
+        content = compress(content) if name.lower().endswith(ending) else content
+    (tmp_path / "data" / name).write_bytes(content)
+    assert [example.columns["answer"] for example in load(f"data/{name}")] == ["1080", "-3"]
+    assert [example.columns["answer"] for example in load(f"data/{name}", name="gsm8k")] == ["1080", "-3"]
+
+
+def test_a_data_file_that_is_missing_is_not_sought_on_the_hub() -> None:
+    for name in ("data/train.json", "data/train.txt", "data/train.jsonl.gz", "data/TRAIN.CSV"):
+        assert not is_hub_name(name)
+        with pytest.raises(ConfigError, match=f"data.path: there is no file {name}"):
+            load(name)
+    assert is_hub_name("openai/gsm8k") and is_hub_name("owner/data-1.0")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.json",
+            '[\n{"question": "q", "answer": "1"},\n\n{"question": \n]',
+            r"a.json:4: not JSON, in the object that",
+        ),
+        ("a.json", '[{"question": "q", "answer": "1"}\n{"question"', r"a.json:2: not JSON: expected ',' or ']'"),
+        ("a.json", '[{"question": "q", "answer": "1"},\n 3]', r"a.json:2: a int, the array must hold JSON objects"),
+        ("a.json", '[{"question": "q", "answer": "1"}] x', "there is text after the array"),
+        ("a.json", '{\n"data": []\n}', r"a.json: must hold a JSON array of objects"),
+        ("a.json", '"text"', r"a.json: must hold a JSON array of objects"),
+        ("a.json", '[{"question": "q", "a": 1, "a": 2}]', r"a.json:1: the key 'a' is there twice"),
+        (
+            "a.jsonl",
+            '{"question": "q", "answer": "1"}\n{"answer": "1", "n": {"b": 1, "b": 2}}',
+            r"a.jsonl:2: the key 'b' is",
+        ),
+        ("a.csv", "question,answer,note,note\nq,1,a,b\n", r"a.csv:1: the column 'note' is there twice"),
+        ("a.csv", "question,answer,,\nq,1,,\n", r"a.csv:1: the column '' is there twice"),
+        ("a.jsonl.gz", "no gzip", r"a.jsonl.gz cannot be read"),
+        ("a.parquet.gz", "x", r"ends in '.parquet.gz', it must be one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
+        ("a.txt", "x", r"ends in '.txt', it must be one of"),
+    ],
+)
+def test_files_that_cannot_be_read_whole(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load(str(tmp_path / name), extractor="plain")
+
+
+def test_two_columns_of_one_name_in_parquet(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table(
+        [pyarrow.array(["q"]), pyarrow.array(["1"]), pyarrow.array(["2"])],
+        ["question", "answer", "answer"],
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"a.parquet: the column 'answer' is there twice"):
+        load(str(tmp_path / "a.parquet"), extractor="plain")
+
+
+def test_a_long_field_of_a_csv(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f'question,answer\n"{"q" * 200_000}",1\n')
+    [example] = load(str(tmp_path / "a.csv"), extractor="plain")
+    assert len(example.columns["question"]) == 200_000
+
+
+@pytest.mark.parametrize("way", ["streamed", "mapped"])
+def test_half_a_character_is_left_out_of_streams_and_caches(tmp_path: Path, way: str) -> None:
+    rows = [*ROWS, {"question": "q", "answer": "#### 1", "note": ["\ud83d"]}]
+    path = write(tmp_path / "a.jsonl", rows)
+    for bad_rows, fails in (("error", True), ("skip", False)):
+        data, bad = DataConfig(path=path, bad_rows=bad_rows), BadRows(skip=not fails)
+        with pytest.raises(ConfigError, match="a.jsonl:3: column 'note' holds") if fails else nullcontext():
+            examples = peek(data, bad) if way == "streamed" else load_examples(data, "train", 0, bad)
+    assert len(examples) == 2 and bad.rejected[0]["place"].endswith("a.jsonl:3")
+    json.dumps(bad.rejected, ensure_ascii=False).encode()  # and its reason can be written and printed
 
 
 def test_trl_prompts(tmp_path: Path) -> None:

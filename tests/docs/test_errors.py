@@ -501,7 +501,7 @@ CASES: dict[str, Case] = {
     "unknown kind of file": Case(
         rows("x", name="data.txt"),
         ConfigError,
-        "data.path: DIR/data.txt ends in '.txt', it must be one of .jsonl, .csv, .parquet",
+        "data.path: DIR/data.txt ends in '.txt', it must be one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet; text files may be compressed (.gz, .bz2, .xz)",
     ),
     "empty file": Case(rows(), ConfigError, "data.path: DIR/data.jsonl is empty: it holds no rows"),
     "row that is not JSON": Case(
@@ -513,6 +513,11 @@ CASES: dict[str, Case] = {
         rows(b'{"question": "\xe2", "answer": "#### 1"}\n'),
         ConfigError,
         "DIR/data.jsonl:1: not UTF-8 text: 'utf-8' codec can't decode byte 0xe2 in position 14: invalid continuation byte: fix it, or leave such rows out with --data.bad_rows skip",
+    ),
+    "key that is there twice": Case(
+        rows('{"question": "a", "answer": "#### 1", "answer": "#### 2"}'),
+        ConfigError,
+        "DIR/data.jsonl:1: the key 'answer' is there twice: fix it, or leave such rows out with --data.bad_rows skip",
     ),
     "CSV row with too many fields": Case(
         rows("question,answer", "a,b,c", name="data.csv"),
