@@ -42,7 +42,7 @@ class Completion:
     ended: bool
     """True: the model drew an end token. False: cut off at max_completion_length."""
     text: str
-    """token_ids decoded, without special tokens."""
+    """token_ids decoded, without end, padding and bos tokens. Other special tokens stay: <answer> may be one."""
 
 
 @dataclass(frozen=True)

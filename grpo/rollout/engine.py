@@ -6,7 +6,7 @@ from rollout.engine_kwargs.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -171,6 +171,17 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             "end: set eos_token in tokenizer_config.json, or take a model that has one"
         )
     return sorted(found)
+
+
+def hidden_token_ids(end_ids: Collection[int], tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids that are not part of a completion's text: end tokens, padding and the beginning of a text."""
+    return {*end_ids, tokenizer.pad_token_id, getattr(tokenizer, "bos_token_id", None)} - {None}
+
+
+def completion_text(token_ids: Sequence[int], hidden: Collection[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Decode a completion as rewards read it. Special tokens stay, except `hidden` ones: <answer> may be one."""
+    shown = [token for token in token_ids if token not in hidden]
+    return str(tokenizer.decode(shown, skip_special_tokens=False))
 
 
 def device_of(model: torch.nn.Module) -> torch.device:

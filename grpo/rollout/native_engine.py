@@ -24,7 +24,14 @@ from grpo.kernels.kv_cache import SlotCache
 from grpo.kernels.sampling import draw_tokens
 from grpo.kernels.state_slots import States
 from grpo.rollout.backbones import choose_backbone
-from grpo.rollout.engine import RolloutEngine, device_of, end_token_ids, register_engine
+from grpo.rollout.engine import (
+    RolloutEngine,
+    completion_text,
+    device_of,
+    end_token_ids,
+    hidden_token_ids,
+    register_engine,
+)
 from grpo.rollout.sampling import counted_uniform, stream_key
 from grpo.runtime.device import free_memory, return_freed_memory
 from grpo.types import Completion, Group, Prompt, SamplingPlan
@@ -133,6 +140,7 @@ class NativeEngine(RolloutEngine):
             )
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self.end_ids = set(end_token_ids(model, tokenizer))
+        self.hidden_ids = hidden_token_ids(self.end_ids, tokenizer)
         self.cache_gib = cache_gib
         self.backbone, self.position_numbers = choose_backbone(model)
         self.schedule, self.graphs = schedule_for(device_of(model)), StepGraphs()
@@ -381,7 +389,7 @@ class NativeEngine(RolloutEngine):
             return
         for index in finished:
             row = rows[index]
-            text = str(self.tokenizer.decode(row.tokens, skip_special_tokens=True))
+            text = completion_text(row.tokens, self.hidden_ids, self.tokenizer)
             done.add(row.prompt, row.sample, Completion(row.tokens, row.logprobs, row.ended, text))
         left = len(rows) - len(finished)
         holes = [index for index in finished if index < left]

@@ -11,7 +11,14 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.kernels.sampling import draw_tokens
-from grpo.rollout.engine import RolloutEngine, device_of, end_token_ids, register_engine
+from grpo.rollout.engine import (
+    RolloutEngine,
+    completion_text,
+    device_of,
+    end_token_ids,
+    hidden_token_ids,
+    register_engine,
+)
 from grpo.rollout.sampling import counted_uniform, stream_key
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 
@@ -39,6 +46,7 @@ class TransformersEngine(RolloutEngine):
     ):
         self.model, self.tokenizer, self.uses_packed_attention = model, tokenizer, uses_packed_attention
         self.end_ids = end_token_ids(model, tokenizer)
+        self.hidden_ids = hidden_token_ids(self.end_ids, tokenizer)
 
     @torch.no_grad()
     def generate(
@@ -78,6 +86,6 @@ class TransformersEngine(RolloutEngine):
         for row, scores in zip(tokens, logprobs, strict=True):
             ends = [index for index, token in enumerate(row) if token in self.end_ids]
             length = ends[0] + 1 if ends else len(row)
-            text = str(self.tokenizer.decode(row[:length], skip_special_tokens=True))
+            text = completion_text(row[:length], self.hidden_ids, self.tokenizer)
             completions.append(Completion(row[:length], scores[:length], bool(ends), text))
         return Group(prompt, completions)

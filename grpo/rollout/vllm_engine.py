@@ -24,7 +24,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config.schema import Config, RolloutConfig
 from grpo.errors import ConfigError, EngineError
-from grpo.rollout.engine import RolloutEngine, end_token_ids, longest_of, register_engine
+from grpo.rollout.engine import (
+    RolloutEngine,
+    completion_text,
+    end_token_ids,
+    hidden_token_ids,
+    longest_of,
+    register_engine,
+)
 from grpo.rollout.sampling import stream_key
 from grpo.runtime.device import collective_backend, is_cpu
 from grpo.runtime.distributed import max_over_ranks
@@ -72,6 +79,7 @@ class VLLMEngine(RolloutEngine):
     ):
         self.tokenizer, self.accelerator, self.weights = tokenizer, accelerator, weights
         self.end_ids = end_token_ids(model, tokenizer)
+        self.hidden_ids = hidden_token_ids(self.end_ids, tokenizer)
         self.failure: EngineError | None = None
         backend = ServerBackend if config.vllm_mode == "server" else ColocatedBackend
         self.backend: ServerBackend | ColocatedBackend = backend(model, config, accelerator, longest)
@@ -174,7 +182,7 @@ class VLLMEngine(RolloutEngine):
                     f"no end token ({self.end_ids}): something else stops it. Start the server with "
                     "launch/vllm_server.py"
                 )
-            text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+            text = completion_text(ids, self.hidden_ids, self.tokenizer)
             completions.append(Completion(ids, logprobs, ended, text))
         return Group(prompt, completions)
 

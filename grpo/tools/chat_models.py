@@ -16,8 +16,23 @@ from grpo.data.prompts import messages_for
 from grpo.data.rendering import prompt_token_ids
 from grpo.data.tokenizer import load_tokenizer
 from grpo.models.loading import load_model
-from grpo.rollout.engine import end_token_ids
+from grpo.rollout.engine import end_token_ids, hidden_token_ids
 from grpo.tools.saved_model import run_config_file
+
+
+class _Streamer(TextIteratorStreamer):
+    """Streams the text of a completion as rewards read it: without end, padding and bos tokens only."""
+
+    def __init__(self, tokenizer: Any, hidden: set[int]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=False)
+        self.hidden = hidden
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            value = torch.tensor([token for token in value.flatten().tolist() if token not in self.hidden])
+            if not len(value):
+                return
+        super().put(value)
 
 
 class ChatModel:
@@ -34,9 +49,9 @@ class ChatModel:
     def stream_answer(
         self, question: str, *, max_completion_length: int = 512, temperature: float = 0.0, seed: int = 0
     ) -> Iterator[str]:
-        """Yield the answer so far, longer each time. Temperature 0 is greedy. Special tokens are not part of it."""
+        """Yield the answer so far, longer each time. Temperature 0 is greedy."""
         ids = prompt_token_ids(messages_for(question, self.data), self.tokenizer)
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _Streamer(self.tokenizer, hidden_token_ids(self.ends, self.tokenizer))
         inputs = torch.tensor([ids], device=self.model.device)
         pad = self.tokenizer.pad_token_id
         failures: list[BaseException] = []

@@ -1,10 +1,13 @@
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from grpo.errors import ConfigError
 from grpo.models.logprob_model import LogprobModel
 from grpo.packing import pack
-from grpo.rollout.engine import build_engine
+from grpo.rewards.xml_format import TAGS, _is_xml_format
+from grpo.rollout.engine import build_engine, completion_text, hidden_token_ids
 from grpo.types import Prompt, SamplingPlan
 from tests.fakes import FAMILIES, CharTokenizer, tiny_model
 
@@ -63,6 +66,43 @@ def test_the_end_token_is_kept_and_ends_the_completion() -> None:
         assert (completion.token_ids[-1] == 0) == completion.ended
         assert 0 not in completion.token_ids[:-1]
         assert len(completion.token_ids) == len(completion.logprobs) <= 30
+
+
+def special_tokenizer() -> PreTrainedTokenizerFast:
+    """40 tokens: <end>, <pad>, <bos>, the four tags as special tokens, letters."""
+    words = ["<end>", "<pad>", "<bos>", *TAGS, *(chr(97 + number) for number in range(33))]
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="a"))
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token="<end>",
+        pad_token="<pad>",
+        bos_token="<bos>",
+        extra_special_tokens=list(TAGS),
+    )
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_tags_that_are_special_tokens_stay_in_the_text(engine: str) -> None:
+    """Only end, padding and bos tokens are left out."""
+    tokenizer = special_tokenizer()
+    assert set(TAGS) <= set(tokenizer.all_special_tokens)
+    plan = SamplingPlan(16, 30, 1.0, seed=2)
+    groups = build_engine(engine, tiny_model(spread=2.0), tokenizer, slots=64, uses_packed_attention=True).generate(
+        prompts()[:2], plan
+    )
+    completions = [completion for group in groups for completion in group.completions]
+    for completion in completions:
+        words = tokenizer.convert_ids_to_tokens(completion.token_ids)
+        assert completion.text == "".join(word for word in words if word not in ("<end>", "<pad>", "<bos>"))
+    assert {tag for tag in TAGS if any(tag in completion.text for completion in completions)} == set(TAGS)
+
+
+def test_a_perfect_answer_in_special_tokens_is_right() -> None:
+    tokenizer = special_tokenizer()
+    ids = tokenizer.convert_tokens_to_ids(["<bos>", TAGS[0], "a", TAGS[1], TAGS[2], "b", TAGS[3], "<end>"])
+    text = completion_text(ids, hidden_token_ids([0], tokenizer), tokenizer)
+    assert text == "<reasoning>a</reasoning><answer>b</answer>" and _is_xml_format(text)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
