@@ -12,8 +12,26 @@ Letters in shapes:  P prompts · G completions per prompt · T packed tokens · 
 from dataclasses import dataclass, field
 from typing import Any
 
-Message = dict[str, str]
-"""{"role": "system" | "user" | "assistant", "content": text}"""
+Message = dict[str, Any]
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text}, and whatever else the chat template reads
+(tool_calls, name, ...)."""
+
+
+def question_of(messages: str | list[Message]) -> str:
+    """Return the question of a prompt: the text, or the last message of the user."""
+    if isinstance(messages, str):
+        return messages
+    asked = [message["content"] for message in messages if message["role"] == "user"] or [
+        message["content"] for message in messages
+    ]
+    return str(asked[-1]) if asked else ""
+
+
+def prefill_of(messages: str | list[Message]) -> str:
+    """Return the beginning of the answer that a prompt gives: the content of a last message of the assistant."""
+    if isinstance(messages, str) or not messages or messages[-1]["role"] != "assistant":
+        return ""
+    return str(messages[-1]["content"])
 
 
 @dataclass(frozen=True)

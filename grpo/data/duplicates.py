@@ -3,7 +3,7 @@
 import unicodedata
 from collections.abc import Sequence
 
-from grpo.types import Prompt
+from grpo.types import Prompt, question_of
 
 
 def repeated_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[str]:
@@ -21,5 +21,4 @@ def repeated_prompts(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> l
 
 
 def _question(prompt: Prompt) -> str:
-    text = prompt.messages if isinstance(prompt.messages, str) else prompt.messages[-1]["content"]
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    return " ".join(unicodedata.normalize("NFC", question_of(prompt.messages)).split())

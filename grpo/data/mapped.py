@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from grpo.config.schema import DataConfig
-from grpo.data.rendering import prompts_token_ids
+from grpo.data.rendering import prompts_token_ids, template_arguments
 from grpo.data.rows import Example
 from grpo.errors import ConfigError
 from grpo.runtime.storage import cache_root
@@ -128,7 +128,9 @@ def map_prompts(
         with ArrowWriter(features=features, path=str(arrow), writer_batch_size=CHUNK) as writer:
             for start in range(0, len(examples), CHUNK):
                 chunk = examples[start : start + CHUNK]
-                for offset, ids in enumerate(prompts_token_ids([example.messages for example in chunk], tokenizer)):
+                arguments = [template_arguments(example.columns) for example in chunk]
+                many = prompts_token_ids([example.messages for example in chunk], tokenizer, arguments)
+                for offset, ids in enumerate(many):
                     shortest = len(ids) if shortest is None else min(shortest, len(ids))
                     if max_prompt_length is None or len(ids) <= max_prompt_length:
                         example = chunk[offset]

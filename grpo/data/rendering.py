@@ -1,5 +1,6 @@
 """Rendering: messages -> chat template -> token ids -> Prompts."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -26,7 +27,7 @@ def render_prompts(examples: list[Example], tokenizer: Any, max_prompt_length: i
     prompts: list[Prompt] = []
     shortest: int | None = None
     for index, example in enumerate(examples):
-        token_ids = prompt_token_ids(example.messages, tokenizer)
+        token_ids = prompt_token_ids(example.messages, tokenizer, template_arguments(example.columns))
         shortest = len(token_ids) if shortest is None else min(shortest, len(token_ids))
         if max_prompt_length is None or len(token_ids) <= max_prompt_length:
             prompts.append(Prompt(index, example.messages, tuple(token_ids), example.columns))
@@ -40,17 +41,58 @@ def render_prompts(examples: list[Example], tokenizer: Any, max_prompt_length: i
     return prompts, len(examples) - len(prompts)
 
 
-def prompt_token_ids(messages: str | list[Message], tokenizer: Any) -> list[int]:
-    """Return the model's input: the chat template applied, or plain text; at most one BOS token at the start."""
+def template_arguments(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a row gives to the chat template: `chat_template_kwargs`, and `tools` where they are schemas.
+
+    Raises:
+        ConfigError: chat_template_kwargs is no mapping, or sets what the trainer sets.
+    """
+    given = columns.get("chat_template_kwargs")
+    if given is not None and not isinstance(given, dict):
+        raise ConfigError(f"column 'chat_template_kwargs' is {str(given)[:120]!r}, it must be a mapping or null")
+    arguments = {key: value for key, value in (given or {}).items() if value is not None}
+    for key in ("add_generation_prompt", "continue_final_message", "tokenize", "return_dict"):
+        if key in arguments:
+            raise ConfigError(f"column 'chat_template_kwargs' has '{key}', which the trainer sets: remove it")
+    tools = columns.get("tools")
+    if isinstance(tools, list) and tools and all(isinstance(tool, dict) for tool in tools):
+        arguments["tools"] = tools
+    return arguments
+
+
+def prompt_token_ids(
+    messages: str | list[Message], tokenizer: Any, arguments: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Return the model's input: the chat template applied, or plain text; at most one BOS token at the start.
+
+    A last message of the assistant is left open: the completion continues it.
+
+    Args:
+        messages: The prompt.
+        tokenizer: Its `chat_template` is applied.
+        arguments: Further arguments of the template (see `template_arguments`).
+    """
     if isinstance(messages, str):
         return _plain_token_ids(messages, tokenizer)
     if not tokenizer.chat_template:
+        if arguments or any("tool_calls" in message for message in messages):
+            raise ConfigError(
+                "the data has tools, tool_calls or chat_template_kwargs, but the model has no chat template that "
+                "could read them: remove them, or choose a model with a chat template"
+            )
         return _plain_token_ids(_plain_text(messages), tokenizer)
+    begun = messages[-1]["role"] == "assistant"
+    settings = {"date_string": DATE, **(arguments or {})}
     try:
         token_ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False, date_string=DATE
+            messages,
+            add_generation_prompt=not begun,
+            continue_final_message=begun,
+            tokenize=True,
+            return_dict=False,
+            **settings,
         )
-    except TemplateError as error:
+    except (TemplateError, ValueError) as error:
         raise ConfigError(
             f"the model's chat template rejects the prompt: {error}; if it has no system role, set "
             f"data.system_prompt null"
@@ -58,23 +100,30 @@ def prompt_token_ids(messages: str | list[Message], tokenizer: Any) -> list[int]
     return _one_bos(list(token_ids), tokenizer)
 
 
-def prompts_token_ids(many: list[str | list[Message]], tokenizer: Any) -> list[list[int]]:
+def prompts_token_ids(
+    many: Sequence[str | list[Message]], tokenizer: Any, arguments: Sequence[Mapping[str, Any]] | None = None
+) -> list[list[int]]:
     """Return `prompt_token_ids` of many prompts, in parallel."""
-    if not tokenizer.chat_template or any(isinstance(messages, str) for messages in many):
-        return [prompt_token_ids(messages, tokenizer) for messages in many]
-    try:
-        batch = tokenizer.apply_chat_template(
-            many, add_generation_prompt=True, tokenize=True, return_dict=False, date_string=DATE
-        )
-    except TemplateError:
-        return [prompt_token_ids(messages, tokenizer) for messages in many]  # its error names the prompt
-    return [_one_bos(list(token_ids), tokenizer) for token_ids in batch]
+    each = arguments or [{}] * len(many)
+    plain = not any(each) and all(
+        not isinstance(messages, str) and messages[-1]["role"] != "assistant" for messages in many
+    )
+    if tokenizer.chat_template and plain:
+        try:
+            batch = tokenizer.apply_chat_template(
+                many, add_generation_prompt=True, tokenize=True, return_dict=False, date_string=DATE
+            )
+            return [_one_bos(list(token_ids), tokenizer) for token_ids in batch]
+        except (TemplateError, ValueError):
+            pass  # the error of the single prompt says more
+    return [prompt_token_ids(messages, tokenizer, given) for messages, given in zip(many, each, strict=True)]
 
 
 def _plain_text(messages: list[Message]) -> str:
     r"""Return messages as text: "{system}\n\n{question}\n", a worked example "{question}\n{answer}\n\n" between."""
     endings = {"system": "\n\n", "assistant": "\n\n"}
-    return "".join(message["content"] + endings.get(message["role"], "\n") for message in messages)
+    text = "".join(message["content"] + endings.get(message["role"], "\n") for message in messages)
+    return text.removesuffix("\n\n") if messages[-1]["role"] == "assistant" else text
 
 
 def _plain_token_ids(text: str, tokenizer: Any) -> list[int]:

@@ -15,7 +15,7 @@ from grpo.data.files import BadRows, Row, Table, table_of
 from grpo.data.prompts import messages_for
 from grpo.data.registry import DATASETS, Part
 from grpo.errors import ConfigError
-from grpo.types import Message
+from grpo.types import Message, question_of
 
 RESERVED = ("prompts", "completions", "completion_ids")
 """Arguments of every reward: a column of that name could not be passed on."""
@@ -226,7 +226,7 @@ def _example(row: Row, answer: str | None, data: DataConfig) -> Example:
         messages = messages_for(question, data)
     else:
         messages = _trl_prompt(row["prompt"])
-        question = messages if isinstance(messages, str) else messages[-1]["content"]
+        question = question_of(messages)
     used = (data.question, data.answer) if data.question in row else ("prompt", data.answer)
     columns = {name: value for name, value in row.items() if name not in used}
     for ours, theirs in (("pair_id", data.pair_id), ("generated_at", data.generated_at)):
@@ -246,7 +246,9 @@ def _trl_prompt(prompt: Any) -> str | list[Message]:
     if isinstance(prompt, str) and prompt.strip():
         return prompt
     if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
-        return [{"role": message["role"], "content": message["content"]} for message in prompt]
+        if prompt[-1]["role"] == "assistant" and not isinstance(prompt[-1]["content"], str):
+            raise RowError("the last message of column 'prompt' is a tool call: there is no answer to sample after it")
+        return [{key: value for key, value in message.items() if value is not None} for message in prompt]
     raise RowError(
         f"column 'prompt' is {str(prompt)[:120]!r}, it must be a text that is not empty, or a list of "
         f'{{"role": ..., "content": ...}}'
@@ -254,6 +256,7 @@ def _trl_prompt(prompt: Any) -> str | list[Message]:
 
 
 def _is_message(message: Any) -> bool:
-    return (
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-    )
+    if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
+        return False
+    content = message.get("content")
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))

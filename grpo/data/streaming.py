@@ -11,7 +11,7 @@ from typing import Any
 from grpo.config.schema import DataConfig
 from grpo.data.files import BadRows, Row, Table, iterate_rows
 from grpo.data.hub import is_hub_name, stream_split
-from grpo.data.rendering import prompt_token_ids
+from grpo.data.rendering import prompt_token_ids, template_arguments
 from grpo.data.rows import Example, example_of, load_rows
 from grpo.errors import ConfigError
 from grpo.types import Prompt
@@ -76,7 +76,7 @@ class StreamedPrompts:
             example = example_of(*found, self.data, self.bad)
             if example is None:
                 continue
-            token_ids = prompt_token_ids(example.messages, self.tokenizer)
+            token_ids = prompt_token_ids(example.messages, self.tokenizer, template_arguments(example.columns))
             if self.data.max_prompt_length is None or len(token_ids) <= self.data.max_prompt_length:
                 self._usable += 1
                 return Prompt(draw, example.messages, tuple(token_ids), example.columns)

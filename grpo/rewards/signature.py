@@ -12,7 +12,7 @@ from typing import Any
 from grpo.config.values import has_type
 from grpo.errors import ConfigError
 from grpo.rewards.registry import RewardFunction
-from grpo.types import Group
+from grpo.types import Group, prefill_of
 
 STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
 """Passed to every reward that names them. Any other argument is a column of the data, or set by `reward_kwargs`."""
@@ -65,6 +65,8 @@ def check_columns(name: str, function: RewardFunction, kwargs: Mapping[str, Any]
 def column_arguments(function: RewardFunction, groups: list[Group], kwargs: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Return the arguments that have one entry per completion, as flat lists of P * G entries.
 
+    The answer that a prompt begins (a last message of the assistant) is part of the completion.
+
     The function gets those that it names, or all of them with `**columns`, but none that `kwargs` sets.
     """
     pairs = [(group.prompt, completion) for group in groups for completion in group.completions]
@@ -74,7 +76,9 @@ def column_arguments(function: RewardFunction, groups: list[Group], kwargs: Mapp
     }
     arguments["prompts"] = [prompt.messages for prompt, _ in pairs]
     arguments["completions"] = [
-        completion.text if isinstance(prompt.messages, str) else [{"role": "assistant", "content": completion.text}]
+        completion.text
+        if isinstance(prompt.messages, str)
+        else [{"role": "assistant", "content": prefill_of(prompt.messages) + completion.text}]
         for prompt, completion in pairs
     ]
     arguments["completion_ids"] = [completion.token_ids for _, completion in pairs]

@@ -14,7 +14,7 @@ from grpo.rewards.xml_format import lenient_answer
 from grpo.rollout.engine import RolloutEngine
 from grpo.runtime.distributed import gather_rows
 from grpo.runtime.statistics import mcnemar, mean_interval, pass_at_k, wilson_interval
-from grpo.types import Group, Prompt, SamplingPlan
+from grpo.types import Group, Prompt, SamplingPlan, prefill_of, question_of
 
 SCORES = {"accuracy": 1.0, "xml_format": 1.0}
 """Rewards of the evaluation, independent of the training rewards."""
@@ -60,17 +60,18 @@ def evaluate(
         accuracy_PG, format_PG, more = score_groups(groups, prose)
         for p, group in enumerate(groups):
             gold = group.prompt.columns.get("answer")
-            unknown = gold is None
+            unknown, prefill = gold is None, prefill_of(group.prompt.messages)
             for s, completion in enumerate(group.completions):
+                flexible = is_correct_in_any_format(prefill + completion.text, gold)
                 mine.append(
                     {
                         "draw": group.prompt.draw,
                         "sample": s,
-                        "question": _question(group.prompt),
+                        "question": question_of(group.prompt.messages),
                         "answer": gold,
                         "completion": completion.text,
                         "accuracy": None if unknown else float(accuracy_PG[p, s].nan_to_num()),
-                        "flexible": None if unknown else float(is_correct_in_any_format(completion.text, gold)),
+                        "flexible": None if unknown else float(flexible),
                         "format": float(format_PG[p, s]),
                         "length": len(completion.token_ids),
                         "ended": completion.ended,
@@ -187,9 +188,3 @@ def compare(base: list[dict], trained: list[dict], name: str = "accuracy") -> di
         "only_trained_right": only_trained,
         "mcnemar_p": mcnemar(only_base, only_trained),
     }
-
-
-def _question(prompt: Prompt) -> str:
-    if isinstance(prompt.messages, str):
-        return prompt.messages
-    return prompt.messages[-1]["content"] if prompt.messages else ""

@@ -9,7 +9,7 @@ from grpo.rewards.scoring import Scores
 from grpo.runtime.device import peak_memory
 from grpo.runtime.distributed import merge_sums
 from grpo.runtime.sums import Sums
-from grpo.types import Group
+from grpo.types import Group, question_of
 
 
 def step_metrics(
@@ -85,8 +85,7 @@ def rollout_rows(step: int, groups: list[Group], scores: Scores, advantages_PG: 
     """Return one row per completion of this rank."""
     rows = []
     for p, group in enumerate(groups):
-        messages = group.prompt.messages
-        prompt = messages if isinstance(messages, str) else messages[-1]["content"]
+        prompt = question_of(group.prompt.messages)
         for s, completion in enumerate(group.completions):
             rows.append(
                 {

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo.config.schema import Config, flatten, to_dict
 from grpo.data.card import check_permission
 from grpo.data.files import BadRows
-from grpo.data.rendering import prompt_token_ids, prompts_token_ids
+from grpo.data.rendering import prompt_token_ids, prompts_token_ids, template_arguments
 from grpo.data.rows import Example, extraction_report, load_examples
 from grpo.data.streaming import peek
 from grpo.errors import ConfigError
@@ -68,7 +68,11 @@ def _check_lengths(found: Check, config: Config, rows: list[Example], tokenizer:
     """Tokenise prompts: their lengths, those over the limit, and the first two as the model reads them."""
     measured = rows if len(rows) <= MEASURED_ROWS else rows[:: -(-len(rows) // MEASURED_ROWS)]
     messages = [row.messages for row in measured]
-    blocks = [prompts_token_ids(messages[start : start + 1000], tokenizer) for start in range(0, len(messages), 1000)]
+    arguments = [template_arguments(row.columns) for row in measured]
+    blocks = [
+        prompts_token_ids(messages[start : start + 1000], tokenizer, arguments[start : start + 1000])
+        for start in range(0, len(messages), 1000)
+    ]
     lengths = sorted(len(ids) for block in blocks for ids in block)
     found.measured = len(measured)
     found.lengths = {
@@ -78,7 +82,7 @@ def _check_lengths(found: Check, config: Config, rows: list[Example], tokenizer:
         "max": lengths[-1],
     }
     for row in rows[:2]:
-        ids = prompt_token_ids(row.messages, tokenizer)
+        ids = prompt_token_ids(row.messages, tokenizer, template_arguments(row.columns))
         answer = row.columns.get("answer")
         found.prompts.append(PromptCheck(str(tokenizer.decode(ids)), len(ids), None if answer is None else str(answer)))
     limit = config.data.max_prompt_length

@@ -1,16 +1,20 @@
 """The stream: prompts rendered once, by template or plainly, and an order that depends on the counts alone."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from grpo.data.rendering import prompt_token_ids, render_prompts
-from grpo.data.rows import Example
+from grpo.config.schema import DataConfig
+from grpo.data.rendering import prompt_token_ids, prompts_token_ids, render_prompts, template_arguments
+from grpo.data.rows import Example, load_examples
 from grpo.data.stream import PromptStream
 from grpo.errors import ConfigError
-from grpo.types import Prompt
+from grpo.rewards.signature import column_arguments
+from grpo.types import Completion, Group, Prompt, question_of
 
 WORDS = [
     "<bos>",
@@ -84,6 +88,70 @@ def test_plain_text_gets_one_bos_and_no_end() -> None:
         assert words(prompt_token_ids("what is 2", make_tokenizer(template))) == "<bos> what is 2"
         assert words(prompt_token_ids("<bos> what is 2", make_tokenizer(template))) == "<bos> what is 2"
     assert words(prompt_token_ids(CHAT, make_tokenizer(None))) == "<bos> be brief what is 2"
+
+
+TOOLS = [{"type": "function", "function": {"name": "be"}}]
+TEMPLATE_OF_TOOLS = (
+    "{{ bos_token }}{% if tools %} {{ tools[0].function.name }}{% endif %}{% if brief %} brief{% endif %}"
+    "{% for message in messages %} {{ message.role }} {{ message.content if message.content else '' }}"
+    "{% for call in message.tool_calls or [] %} {{ call.name }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %} assistant{% endif %}"
+)
+
+
+def test_a_begun_answer_is_continued() -> None:
+    """No end of turn and no new turn behind it, with one prompt and with many, with a template and without."""
+    begun = [*CHAT, {"role": "assistant", "content": "2 is"}]
+    template = TEMPLATE.replace("{{ message.content }} ", "{{ message.content }} <eos> ")
+    for text in (template, None):
+        tokenizer = make_tokenizer(text)
+        one = prompt_token_ids(begun, tokenizer)
+        assert words(one).endswith(f"what is 2 {'<eos> assistant ' if text else ''}2 is")
+        assert prompts_token_ids([begun, CHAT], tokenizer) == [one, prompt_token_ids(CHAT, tokenizer)]
+
+
+def test_rewards_see_the_whole_answer_that_a_prompt_began() -> None:
+    begun = [*CHAT, {"role": "assistant", "content": "2 is"}]
+    group = Group(Prompt(0, begun, (1,), {}), [Completion([1], [0.0], True, " what")])
+    arguments = column_arguments(lambda completions, **_: [], [group], {})
+    assert arguments["completions"] == [[{"role": "assistant", "content": "2 is what"}]]
+    assert question_of(begun) == "what is 2" and question_of("text") == "text" and question_of(CHAT[:1]) == "be brief"
+
+
+def test_tools_and_arguments_reach_the_template() -> None:
+    tokenizer = make_tokenizer(TEMPLATE_OF_TOOLS)
+    columns = {"tools": TOOLS, "chat_template_kwargs": {"brief": True, "other": None}}
+    examples = [Example(CHAT, columns), Example(CHAT, {"chat_template_kwargs": None, "tools": ["a", "b"]})]
+    prompts, _ = render_prompts(examples, tokenizer, None)
+    assert words(prompts[0].token_ids) == "<bos> be brief system be brief user what is 2 assistant"
+    assert words(prompts[1].token_ids) == "<bos> system be brief user what is 2 assistant"
+    arguments = [template_arguments(example.columns) for example in examples]
+    assert prompts_token_ids([CHAT, CHAT], tokenizer, arguments) == [list(prompt.token_ids) for prompt in prompts]
+    for given, message in [
+        ("{}", "'chat_template_kwargs' is '{}', it must be a mapping or null"),
+        ({"tokenize": False}, "'chat_template_kwargs' has 'tokenize', which the trainer sets: remove it"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            template_arguments({"chat_template_kwargs": given})
+    with pytest.raises(ConfigError, match="the model has no chat template that could read them"):
+        prompt_token_ids(CHAT, make_tokenizer(None), {"tools": TOOLS})
+
+
+def test_messages_keep_what_the_template_reads(tmp_path: Path) -> None:
+    """Tool calls and names stay; a prompt cannot end in a tool call."""
+    called = {"role": "assistant", "content": None, "tool_calls": [{"name": "be"}]}
+    told = {"role": "tool", "name": "be", "content": "2"}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": [CHAT[1], called, told]}) + "\n")
+    data = DataConfig(path=str(path), name="question_answer")
+    [example] = load_examples(data, "train", 0)
+    assert example.messages == [CHAT[1], {"role": "assistant", "tool_calls": [{"name": "be"}]}, told]
+    ids = prompt_token_ids(example.messages, make_tokenizer(TEMPLATE_OF_TOOLS))
+    assert words(ids) == "<bos> user what is 2 assistant be <unk> 2 assistant"
+    assert example.columns["question"] == "what is 2"
+    path.write_text(json.dumps({"prompt": [CHAT[1], called]}) + "\n")
+    with pytest.raises(ConfigError, match=r"a.jsonl:1: the last message of column 'prompt' is a tool call"):
+        load_examples(data, "train", 0)
 
 
 def test_a_template_that_refuses_says_what_to_change() -> None:

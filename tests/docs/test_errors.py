@@ -21,7 +21,7 @@ from grpo import cli
 from grpo.config.parser import load_config
 from grpo.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig
 from grpo.data.card import check_permission, publishable, record_card
-from grpo.data.rendering import render_prompts
+from grpo.data.rendering import render_prompts, template_arguments
 from grpo.data.rows import load_examples
 from grpo.errors import ConfigError, GrpoError, NumericsError, OutOfMemory, RewardError, StorageError
 from grpo.kernels.registry import chosen
@@ -538,6 +538,11 @@ CASES: dict[str, Case] = {
         rows({**GOOD, "completions": 3}),
         ConfigError,
         "DIR/data.jsonl:1: a column cannot be called 'completions', rewards get that argument: rename it",
+    ),
+    "arguments of the chat template that the trainer sets": Case(
+        lambda _: template_arguments({"chat_template_kwargs": {"tokenize": False}}),
+        ConfigError,
+        "column 'chat_template_kwargs' has 'tokenize', which the trainer sets: remove it",
     ),
     "no answer fits the extractor": Case(
         rows({"question": "a", "answer": "One says `wi`."}),
