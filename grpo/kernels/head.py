@@ -76,9 +76,8 @@ class TokenLogprobs(torch.autograd.Function):
     """Token logprobs: hidden [N, H], head [V, H], targets [N] -> logprobs [N] and entropies [N], float32, in nats.
 
     The vocabulary is processed in blocks. Each pass reads each block of the head once, and writes its gradient once,
-    for any number of tokens. The backward pass recomputes the logits of every block but the last. The last block's
-    softmax weights (p times their sum) are kept, unless the entropies carry a gradient. This does not raise the peak:
-    the backward pass follows at once, and needs the memory of one block anyway.
+    for any number of tokens. The backward pass recomputes the logits of every block but the last, which are kept. This
+    does not raise the peak: the backward pass follows at once, and needs the memory of one block anyway.
 
     d logp / d logits = (onehot(target) - p) / temperature
     d H    / d logits = -p * (log p + H) / temperature
@@ -92,9 +91,8 @@ class TokenLogprobs(torch.autograd.Function):
         lse_BN, logprob_BN, entropy_BN = hidden.new_empty(3, len(blocks), len(targets), dtype=torch.float32)
         for index, block in enumerate(blocks):
             logits = head_logits(hidden, weight[block], dtypes[0])
-            own, _ = _within(targets, block)
-            weights, total, *results = softmax(logits, own, temperature)
-            lse_BN[index], logprob_BN[index], entropy_BN[index] = results
+            own = targets.sub(block.start).clamp_(0, block.stop - block.start - 1)
+            lse_BN[index], logprob_BN[index], entropy_BN[index] = softmax(logits, own, temperature)
         lses, logprobs, entropies = lse_BN[0], logprob_BN[0], entropy_BN[0]
         if len(blocks) > 1:
             lses = lse_BN.logsumexp(0)
@@ -102,8 +100,7 @@ class TokenLogprobs(torch.autograd.Function):
             entropies = (log_share_BN.exp() * (entropy_BN - log_share_BN)).sum(0)
             place = targets.div(blocks[0].stop, rounding_mode="floor")[None]
             logprobs = (logprob_BN + log_share_BN).gather(0, place)[0]
-        keep = any(ctx.needs_input_grad) and not entropy_gradient
-        ctx.last = (weights, (lse_BN[-1] - lses).exp() / total) if keep else None
+        ctx.last = logits if any(ctx.needs_input_grad) else None
         ctx.save_for_backward(hidden, head, targets, lses, entropies)
         ctx.head = head  # the parameter itself: saved-tensor hooks may replace `head` by a copy
         ctx.temperature, ctx.entropy_gradient, ctx.dtypes = temperature, entropy_gradient, dtypes
@@ -121,24 +118,17 @@ class TokenLogprobs(torch.autograd.Function):
         grad_head = buffer = gradient_buffer(ctx.head, ctx.in_place) if ctx.needs_input_grad[1] else None
         if ctx.needs_input_grad[1] and buffer is None:
             grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
-        scale = (grad_logprobs.float() / ctx.temperature)[:, None]
-        kept, ctx.last = ctx.last, None
+        scale, slope = grad_logprobs.float() / ctx.temperature, None
+        if ctx.entropy_gradient:
+            slope = grad_entropies.float() / ctx.temperature
+        logits, ctx.last = ctx.last, None
         for block in reversed(_blocks(len(targets), head)):
-            if kept is not None:
-                weights, share = kept
-                grad_logits, kept = weights.mul_(-scale * share[:, None]), None
-            else:
-                logits = _scaled(head_logits(hidden, weight[block], forward_dtype), ctx.temperature)
-                logits.sub_(lses[:, None])
-                if ctx.entropy_gradient:
-                    slope = (grad_entropies.float() / ctx.temperature)[:, None]
-                    factor = (logits + entropies[:, None]).mul_(slope).add_(scale)
-                    grad_logits = logits.exp_().mul_(-factor)
-                else:
-                    grad_logits = logits.exp_().mul_(-scale)
-            own, here = _within(targets, block)
-            grad_logits.scatter_add_(1, own[:, None], scale * here[:, None])
-            grad_logits = grad_logits.to(dtype)
+            if logits is None:
+                logits = head_logits(hidden, weight[block], forward_dtype)
+            own = targets - block.start
+            own = torch.where((own >= 0) & (targets < block.stop), own, -1)
+            grad_logits = softmax_backward(logits, own, ctx.temperature, lses, scale, slope, entropies, dtype)
+            logits = None
             if grad_hidden is not None:
                 _add_product(grad_hidden, grad_logits, weight[block].to(dtype))
             if grad_head is not None:
@@ -146,13 +136,6 @@ class TokenLogprobs(torch.autograd.Function):
         made = grad_head.to(head.dtype) if grad_head is not None and buffer is None else None
         grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
         return grad_hidden, made, None, None, None, None, None
-
-
-def _within(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-    """Return the index of each target in the block, clamped to its range, and whether the target is in the block."""
-    own = targets - block.start
-    clamped = own.clamp(0, block.stop - block.start - 1)
-    return clamped, clamped == own
 
 
 def _cast(head: Tensor, dtype: torch.dtype) -> Tensor:
@@ -170,30 +153,64 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def softmax(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Softmax of a block of logits, with logprobs and entropies, in as few passes over [n, V] as possible.
+def softmax(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the statistics of a block of logits, in one pass over [n, V] if C is available.
 
     Args:
-        logits: [n, V] float32, overwritten.
+        logits: [n, V] float32.
         targets: [n] token ids.
         temperature: divides the logits.
 
     Returns:
-        Weights [n, V] and their sums [n], with p = weight / sum; then, [n] each, the log-sum-exp of logits /
-            temperature, the logprobs of the targets, and the entropies.
+        The log-sum-exp of logits / temperature, the logprobs of the targets, and the entropies, [n] each.
     """
     if c_kernel("token_logprobs", logits) and targets.is_contiguous():
-        logprobs, entropies, total, lse = logits.new_empty(4, len(logits))
-        ops.softmax(logits, targets, temperature, logprobs, entropies, total, lse)
-        return logits, total, lse, logprobs, entropies
-    largest = _scaled(logits, temperature).amax(-1)
-    weights = logits.sub_(largest[:, None]).exp()
+        logprobs, entropies, lse = logits.new_empty(3, len(logits))
+        ops.softmax(logits, targets, temperature, logprobs, entropies, lse)
+        return lse, logprobs, entropies
+    largest = logits.amax(-1) / temperature
+    shifted = (logits / temperature).sub_(largest[:, None])
+    own = shifted.gather(-1, targets[:, None]).squeeze(-1)
+    weights = shifted.exp()
     total = weights.sum(-1)
     lse = total.log()
-    logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - lse
     # H = lse - sum(p * logit)
-    entropies = lse - torch.linalg.vecdot(weights, logits) / total
-    return weights, total, lse + largest, logprobs, entropies
+    return lse + largest, own - lse, lse - torch.linalg.vecdot(weights, shifted) / total
+
+
+def softmax_backward(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    lse: Tensor,
+    scale: Tensor,
+    slope: Tensor | None,
+    entropies: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the gradient of a block of logits in `dtype`, in one pass over [n, V] if C is available.
+
+    Args:
+        logits: [n, V] float32, overwritten.
+        targets: [n] index of each target in the block. -1: in another block.
+        temperature: divides the logits.
+        lse: [n], of logits / temperature, over the whole vocabulary.
+        scale: [n], gradient of the targets' logprobs / temperature.
+        slope: [n], gradient of the entropies / temperature. None: they have none.
+        entropies: [n].
+        dtype: dtype of the result.
+    """
+    if c_kernel("token_logprobs", logits, lse, scale, entropies) and dtype in (torch.float32, torch.bfloat16):
+        result = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
+        ops.softmax_backward(logits, targets, temperature, lse, scale, slope, entropies, result)
+        return result
+    logprobs = _scaled(logits, temperature).sub_(lse[:, None])
+    factor = scale[:, None]
+    if slope is not None:
+        factor = (logprobs + entropies[:, None]).mul_(slope[:, None]).add_(factor)
+    gradient = logprobs.exp_().mul_(-factor)
+    gradient.scatter_add_(1, targets.clamp(min=0)[:, None], (scale * (targets >= 0))[:, None])
+    return gradient.to(dtype)
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:

@@ -22,7 +22,7 @@ from grpo.kernels.cpu.decode_step import CompiledDecoder
 from grpo.kernels.cpu.fused_ops import rms_norm, rotate, swiglu
 from grpo.kernels.cpu.panels import Panels
 from grpo.kernels.decode import FusedDecoder
-from grpo.kernels.head import softmax
+from grpo.kernels.head import softmax, softmax_backward
 from grpo.kernels.kv_cache import SlotCache
 from grpo.kernels.sampling import draw_tokens
 from grpo.models.families import describe
@@ -149,14 +149,41 @@ def test_the_softmax_of_extreme_logits() -> None:
     logits[0, 7], logits[5, 2] = 300.0, 20.0
     targets = torch.tensor([7, 0, 3000, 2999, 1, 5])
     expected = torch.log_softmax(logits.double() / 0.7, -1)
-    weights, total, lse, logprobs, entropies = softmax(logits.clone(), targets, 0.7)
+    lse, logprobs, entropies = softmax(logits, targets, 0.7)
     assert torch.allclose(logprobs.double(), expected.gather(1, targets[:, None])[:, 0], rtol=1e-5, atol=1e-5)
     assert torch.allclose(entropies.double(), -(expected.exp() * expected).sum(-1), atol=1e-5)
     assert torch.allclose(lse.double(), (logits.double() / 0.7).logsumexp(-1), rtol=1e-6)
-    assert torch.allclose((weights / total[:, None]).double(), expected.exp(), atol=1e-6)
     nothing = numbers(2, 50, grad=False)
     nothing[1, 4] = torch.nan
-    assert softmax(nothing, torch.tensor([1, 2]), 1.0)[3].isnan().tolist() == [False, True]
+    assert softmax(nothing, torch.tensor([1, 2]), 1.0)[1].isnan().tolist() == [False, True]
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_block_of_logits(
+    monkeypatch: pytest.MonkeyPatch, entropy: bool, dtype: torch.dtype
+) -> None:
+    """Columns 40 to 340 of 500: the same as autograd and, where the dtype is float32, as PyTorch's operations."""
+    logits, scale, slope = numbers(70, 500, scale=4), numbers(70, grad=False), numbers(70, grad=False) * entropy
+    logits.data[3, 50] = 200.0  # every other logprob of the row is below -87
+    targets = torch.arange(70) * 7
+    logprobs = (logits / 0.7).log_softmax(-1)
+    entropies = -(logprobs.exp() * logprobs).sum(-1)
+    expected = torch.autograd.grad(
+        0.7 * (logprobs[torch.arange(70), targets] * scale + entropies * slope).sum(), logits
+    )[0][:, 40:340]
+    own = torch.where((targets >= 40) & (targets < 340), targets - 40, -1)
+    part, lse = logits.detach()[:, 40:340], (logits / 0.7).logsumexp(-1).detach()
+
+    def gradient() -> Tensor:
+        given = (lse, scale, slope if entropy else None, entropies.detach(), dtype)
+        return softmax_backward(part.clone().contiguous(), own, 0.7, *given)
+
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-5, "rtol": 2**-8}
+    for got in (gradient(), in_torch(monkeypatch, gradient)):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.float(), expected, **tolerance)
 
 
 @needs_a_compiler

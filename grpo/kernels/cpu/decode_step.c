@@ -44,50 +44,185 @@ static void narrow_row(int count, float *row)
     }
 }
 
-/* One tile of rows, `stride` floats apart, times the panel that starts at output `start` */
-static inline void multiply_tile(int narrow, int rows, int inputs, const float *states, long stride, const void *panels,
+#ifdef TILES
+/* Whether this process may use matrix registers, for whose contents the kernel must reserve memory. */
+static int may_use_tiles(void)
+{
+    static int granted = -1;
+    if (granted < 0)
+        granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+    return granted;
+}
+
+/* Registers: 0 to 3 are sums of 16 rows each, then those of the last rows, and the operands. Macros, since compilers
+   paste the numbers into instructions. */
+#define REST 4
+#define LEFT 5
+#define LEFT_REST 6
+#define RIGHT 7
+
+/* Configure the matrix registers of this thread for `rows` rows: 16 at a time, and the rest. */
+static void set_tiles(int rows)
+{
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } __attribute__((aligned(64))) shape = {1};
+    const int rest = rows % 16 ? rows % 16 : 16;
+    for (int t = 0; t < 8; t++) {
+        shape.bytes[t] = 64;
+        shape.rows[t] = t == REST || t == LEFT_REST ? rest : 16;
+    }
+    __asm__ volatile("" : : "r"(&shape) : "memory"); /* gcc 12 believes that only the first bytes are read */
+    _tile_loadconfig(&shape);
+}
+
+/* At most 64 + 15 rows, `stride` pairs apart, times one panel, in sums [rows][16]. Of each row, sums are added up in
+   the order of tile_bf16, 32 inputs at a time. */
+static void multiply_tiles(int rows, int pairs, const uint32_t *states, long stride, const bfloat16 *panel,
+                           float (*sums)[PANEL])
+{
+    const int whole = rows / 16, rest = rows % 16;
+    const uint32_t *last = states + whole * 16 * stride;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(REST);
+#define ADD(n)                                                                                                         \
+    if (whole > n) {                                                                                                   \
+        _tile_loadd(LEFT, states + n * 16 * stride + i, stride * 4);                                                   \
+        _tile_dpbf16ps(n, LEFT, RIGHT);                                                                                \
+    }
+    for (int i = 0; i < pairs; i += 16) {
+        _tile_loadd(RIGHT, panel + (long)i * 2 * PANEL, 64);
+        ADD(0) ADD(1) ADD(2) ADD(3)
+        if (rest) {
+            _tile_loadd(LEFT_REST, last + i, stride * 4);
+            _tile_dpbf16ps(REST, LEFT_REST, RIGHT);
+        }
+    }
+#undef ADD
+#define STORE_SUMS(n)                                                                                                  \
+    if (whole > n)                                                                                                     \
+        _tile_stored(n, sums[n * 16], 64);
+    STORE_SUMS(0) STORE_SUMS(1) STORE_SUMS(2) STORE_SUMS(3)
+#undef STORE_SUMS
+    if (rest)
+        _tile_stored(REST, sums[whole * 16], 64);
+}
+#endif
+
+/* How a product is computed: of float32, of bfloat16 with vectors, of bfloat16 with matrix registers. */
+enum { WIDE, NARROW, MATRIX };
+
+#ifdef TILES
+#define MOST_ROWS 80
+#else
+#define MOST_ROWS ROWS
+#endif
+
+/* Called by every thread before a product, and `finish` after it. */
+static int prepare(int narrow, int rows, int inputs)
+{
+#ifdef TILES
+    if (narrow && inputs % 32 == 0 && may_use_tiles()) {
+        set_tiles(rows);
+        return MATRIX;
+    }
+#endif
+    return narrow ? NARROW : WIDE;
+}
+
+static void finish(int way)
+{
+#ifdef TILES
+    if (way == MATRIX)
+        _tile_release();
+#endif
+}
+
+/* Rows that are multiplied together, from `first` on. */
+static int next_rows(int way, int rows, int first)
+{
+    return way != MATRIX ? tile_rows(rows, first) : rows - first < MOST_ROWS ? rows - first : 64;
+}
+
+/* Rows, `stride` floats apart, times the panel that starts at output `start` */
+static inline void multiply_tile(int way, int rows, int inputs, const float *states, long stride, const void *panels,
                                  int start, float (*sums)[PANEL])
 {
-    if (narrow)
-        tile_bf16_of(rows, inputs / 2, (const uint32_t *)states, stride,
-                     (const bfloat16 *)panels + (long)start * inputs, sums);
+    const bfloat16 *narrow = (const bfloat16 *)panels + (long)start * inputs;
+#ifdef TILES
+    if (way == MATRIX) {
+        multiply_tiles(rows, inputs / 2, (const uint32_t *)states, stride, narrow, sums);
+        return;
+    }
+#endif
+    if (way == NARROW)
+        tile_bf16_of(rows, inputs / 2, (const uint32_t *)states, stride, narrow, sums);
     else
         tile_of(rows, inputs, states, stride, (const float *)panels + (long)start * inputs, sums);
+}
+
+/* sums [16] += the first `width` of `more` */
+static inline void plus(int width, float *sums, const float *more)
+{
+    if (width == PANEL)
+        for (int o = 0; o < PANEL; o++)
+            sums[o] += more[o];
+    else
+        for (int o = 0; o < width; o++)
+            sums[o] += more[o];
 }
 
 /* states [rows][inputs] times all panels, shared among the threads -> result [rows][outputs], set or added to. */
 static void gemm(int narrow, int rows, int inputs, int outputs, const float *states, long stride, const void *panels,
                  const float *bias, float *result, int add)
 {
+    const int way = prepare(narrow, rows, inputs);
+    /* Of many rows, a few panels at a time: results are then written in longer pieces. */
+    const int group = rows > MOST_ROWS ? 8 * PANEL : PANEL;
 #pragma omp for schedule(static)
-    for (int start = 0; start < outputs; start += PANEL) {
-        int width = outputs - start < PANEL ? outputs - start : PANEL;
-        float sums[ROWS][PANEL];
+    for (int begin = 0; begin < outputs; begin += group) {
+        const int end = outputs - begin < group ? outputs : begin + group;
+        float sums[MOST_ROWS][PANEL];
         for (int first = 0, count; first < rows; first += count) {
-            count = tile_rows(rows, first);
-            multiply_tile(narrow, count, inputs, states + first * stride, stride, panels, start, sums);
-            for (int r = 0; r < count; r++) {
-                float *target = result + (long)(first + r) * outputs + start;
-                for (int o = 0; o < width; o++)
-                    target[o] = sums[r][o] + (bias ? bias[start + o] : 0.0f) + (add ? target[o] : 0.0f);
+            count = next_rows(way, rows, first);
+            for (int start = begin; start < end; start += PANEL) {
+                const int width = end - start < PANEL ? end - start : PANEL;
+                multiply_tile(way, count, inputs, states + first * stride, stride, panels, start, sums);
+                for (int r = 0; r < count; r++) {
+                    float *target = result + (long)(first + r) * outputs + start;
+                    if (bias)
+                        plus(width, sums[r], bias + start);
+                    if (add)
+                        plus(width, sums[r], target);
+                    if (width == PANEL) /* one vector */
+                        memcpy(target, sums[r], sizeof sums[r]);
+                    else
+                        memcpy(target, sums[r], sizeof(float) * width);
+                }
             }
         }
     }
+    finish(way);
 }
 
 /* silu(states times gate) * (states times up) -> result [rows][outputs] (arXiv 2002.05202) */
 static void gated_gemm(int narrow, int rows, int inputs, int outputs, const float *states, const void *gate,
-                       const void *up,
-                       float *result)
+                       const void *up, float *result)
 {
+    const int way = prepare(narrow, rows, inputs);
 #pragma omp for schedule(static)
     for (int start = 0; start < outputs; start += PANEL) {
         int width = outputs - start < PANEL ? outputs - start : PANEL;
-        float gates[ROWS][PANEL], ups[ROWS][PANEL];
+        float gates[MOST_ROWS][PANEL], ups[MOST_ROWS][PANEL];
         for (int first = 0, count; first < rows; first += count) {
-            count = tile_rows(rows, first);
-            multiply_tile(narrow, count, inputs, states + (long)first * inputs, inputs, gate, start, gates);
-            multiply_tile(narrow, count, inputs, states + (long)first * inputs, inputs, up, start, ups);
+            count = next_rows(way, rows, first);
+            multiply_tile(way, count, inputs, states + (long)first * inputs, inputs, gate, start, gates);
+            multiply_tile(way, count, inputs, states + (long)first * inputs, inputs, up, start, ups);
             for (int r = 0; r < count; r++) {
                 for (int o = 0; o < PANEL; o++)
                     gates[r][o] = gates[r][o] / (1.0f + exponential(-gates[r][o])) * ups[r][o];
@@ -100,6 +235,7 @@ static void gated_gemm(int narrow, int rows, int inputs, int outputs, const floa
             }
         }
     }
+    finish(way);
 }
 
 /* RMSNorm (arXiv 1910.07467); the weight carries the factor sqrt(size). */
@@ -208,10 +344,25 @@ void pack_bf16(int threads, int inputs, int outputs, const float *weight, bfloat
 {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int start = 0; start < outputs; start += PANEL)
-        for (int o = 0; o < PANEL; o++)
-            for (int i = 0; i < inputs; i++)
-                panels[(long)start * inputs + ((long)(i / 2) * PANEL + o) * 2 + i % 2] =
-                    start + o < outputs ? to_bfloat16(weight[(long)(start + o) * inputs + i]) : 0;
+        for (int first = 0; first < inputs; first += 2 * PANEL) { /* 32 inputs of 16 outputs stay in registers */
+            const int width = inputs - first < 2 * PANEL ? inputs - first : 2 * PANEL;
+            bfloat16 part[PANEL][2 * PANEL] = {{0}};
+            for (int o = 0; o < PANEL && start + o < outputs; o++) {
+                const float *row = weight + (long)(start + o) * inputs + first;
+                if (width == 2 * PANEL)
+                    for (int i = 0; i < 2 * PANEL; i++)
+                        part[o][i] = to_bfloat16(row[i]);
+                else
+                    for (int i = 0; i < width; i++)
+                        part[o][i] = to_bfloat16(row[i]);
+            }
+            uint32_t pairs[PANEL][PANEL], turned[PANEL][PANEL];
+            memcpy(pairs, part, sizeof pairs);
+            for (int i = 0; i < PANEL; i++)
+                for (int o = 0; o < PANEL; o++)
+                    turned[i][o] = pairs[o][i];
+            memcpy(panels + (long)start * inputs + (long)first * PANEL, turned, (long)width / 2 * PANEL * 4);
+        }
 }
 
 /* A product alone, for prompts and the head. With bfloat16 panels, states are bfloat16 [rows][inputs]. */

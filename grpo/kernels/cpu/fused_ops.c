@@ -62,17 +62,15 @@ void rotate(int threads, long tokens, int heads, int size, int back, const float
     }
 }
 
-/* logits [rows, size], counted from each row's largest and divided by the temperature -> in their place, exp of them;
-   and per row the target's logprob, the entropy, the sum of the exps and the log-sum-exp of the divided logits. */
-void softmax(int threads, long rows, int size, float temperature, float *logits, const int64_t *targets,
-             float *logprobs,
-             float *entropies, float *totals, float *lses)
+/* Of each row of logits [rows, size], divided by the temperature: the log-sum-exp, the target's logprob and the
+   entropy. */
+void softmax(int threads, long rows, int size, float temperature, const float *logits, const int64_t *targets,
+             float *logprobs, float *entropies, float *lses)
 {
     const float inverse = 1.0f / temperature;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long row = 0; row < rows; row++) {
-        float *x = logits + row * size, largest = largest_of(size, x);
-        float target = (x[targets[row]] - largest) * inverse;
+        const float *x = logits + row * size, largest = largest_of(size, x);
         double total = 0.0, product = 0.0;
         for (int start = 0; start < size; start += 1024) { /* float32 sums stay short */
             int stop = start + 1024 < size ? start + 1024 : size;
@@ -81,15 +79,13 @@ void softmax(int threads, long rows, int size, float temperature, float *logits,
                 float logit = (x[i] - largest) * inverse, weight = exponential(logit);
                 sum += weight;
                 dot += weight * logit;
-                x[i] = weight;
             }
             total += sum;
             product += dot;
         }
         double lse = log(total);
-        logprobs[row] = (float)(target - lse);
+        logprobs[row] = (float)((x[targets[row]] - largest) * inverse - lse);
         entropies[row] = (float)(lse - product / total);
-        totals[row] = (float)total;
         lses[row] = (float)(lse + largest * (double)inverse);
     }
 }

@@ -9,6 +9,11 @@
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define TILES /* matrix registers of 16 rows of 64 bytes (AMX) */
+#endif
 
 int omp_get_thread_num(void); /* without omp.h, which not every compiler brings */
 
