@@ -88,13 +88,17 @@ def test_under_autocast_the_fused_layer_is_as_near_to_float32_as_the_modules(
 
 
 @pytest.mark.skipif(panels_library() is None, reason="no C compiler")
-@pytest.mark.parametrize("rows", [1, 5, 12, 13, 70])
-def test_bfloat16_panels_round_inputs_only(rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 5, 12, 13, 16, 70, 80, 150])
+@pytest.mark.parametrize("inputs", [34, 96])
+def test_bfloat16_panels_round_inputs_only(rows: int, inputs: int) -> None:
+    """Matrix registers, where the processor has them, take inputs by 32 and rows by 16."""
     torch.manual_seed(0)
-    states, weight, bias = torch.randn(rows, 34), torch.randn(50, 34), torch.randn(50)
-    got = Panels.of(weight, torch.bfloat16).product(states, bias)
+    states, weight, bias = torch.randn(rows, inputs), torch.randn(150, inputs), torch.randn(150)
+    panels = Panels.of(weight, torch.bfloat16)
+    got = panels.product(states, bias)
     expected = states.bfloat16().float() @ weight.bfloat16().float().T + bias
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
+    assert torch.equal(panels.product(states[-1:], bias), got[-1:])  # the same whatever rows are beside it
 
 
 @pytest.mark.parametrize("bytes_at_a_time", [1, 4 * 7 * 64, 10**6])
