@@ -54,87 +54,106 @@ static int may_use_tiles(void)
     return granted;
 }
 
-/* Registers: 0 to 3 are sums of 16 rows each, then those of the last rows, and the operands. Macros, since compilers
-   paste the numbers into instructions. */
-#define REST 4
-#define LEFT 5
-#define LEFT_REST 6
-#define RIGHT 7
-
-/* Configure the matrix registers of this thread for `rows` rows: 16 at a time, and the rest. */
-static void set_tiles(int rows)
+/* Configure the matrix registers of this thread: 16 rows, but registers 4 and 6 have `rest` rows. */
+static void set_tiles(int rest)
 {
     struct {
         uint8_t palette, start, reserved[14];
         uint16_t bytes[16];
         uint8_t rows[16];
     } __attribute__((aligned(64))) shape = {1};
-    const int rest = rows % 16 ? rows % 16 : 16;
     for (int t = 0; t < 8; t++) {
         shape.bytes[t] = 64;
-        shape.rows[t] = t == REST || t == LEFT_REST ? rest : 16;
+        shape.rows[t] = t == 4 || t == 6 ? rest : 16;
     }
     __asm__ volatile("" : : "r"(&shape) : "memory"); /* gcc 12 believes that only the first bytes are read */
     _tile_loadconfig(&shape);
 }
 
-/* At most 64 + 15 rows, `stride` pairs apart, times one panel, in sums [rows][16]. Of each row, sums are added up in
-   the order of tile_bf16, 32 inputs at a time. */
-static void multiply_tiles(int rows, int pairs, const uint32_t *states, long stride, const bfloat16 *panel,
-                           float (*sums)[PANEL])
+/* 32 rows, `stride` pairs apart, times two panels -> sums [32][16] of each. Of each row, 32 inputs are added at a time,
+   in order, as in `multiply_rest`. Registers have literal numbers, since compilers paste them into instructions. */
+static void multiply_32(int pairs, const uint32_t *states, long stride, const bfloat16 *one, const bfloat16 *other,
+                        float (*sums)[PANEL], float (*others)[PANEL])
 {
-    const int whole = rows / 16, rest = rows % 16;
-    const uint32_t *last = states + whole * 16 * stride;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    _tile_zero(REST);
-#define ADD(n)                                                                                                         \
-    if (whole > n) {                                                                                                   \
-        _tile_loadd(LEFT, states + n * 16 * stride + i, stride * 4);                                                   \
-        _tile_dpbf16ps(n, LEFT, RIGHT);                                                                                \
-    }
     for (int i = 0; i < pairs; i += 16) {
-        _tile_loadd(RIGHT, panel + (long)i * 2 * PANEL, 64);
-        ADD(0) ADD(1) ADD(2) ADD(3)
+        _tile_loadd(4, states + i, stride * 4);
+        _tile_loadd(6, one + (long)i * 2 * PANEL, 64);
+        _tile_loadd(5, states + 16 * stride + i, stride * 4);
+        _tile_loadd(7, other + (long)i * 2 * PANEL, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums[16], 64);
+    _tile_stored(2, others, 64);
+    _tile_stored(3, others[16], 64);
+}
+
+/* At most 32 rows times one panel: 16, 16 and the rest, for which the registers are configured. */
+static void multiply_rest(int rows, int pairs, const uint32_t *states, long stride, const bfloat16 *panel,
+                          float (*sums)[PANEL])
+{
+    const int whole = rows / 16, rest = rows % 16;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(4);
+    for (int i = 0; i < pairs; i += 16) {
+        _tile_loadd(7, panel + (long)i * 2 * PANEL, 64);
+        if (whole > 0) {
+            _tile_loadd(5, states + i, stride * 4);
+            _tile_dpbf16ps(0, 5, 7);
+        }
+        if (whole > 1) {
+            _tile_loadd(5, states + 16 * stride + i, stride * 4);
+            _tile_dpbf16ps(1, 5, 7);
+        }
         if (rest) {
-            _tile_loadd(LEFT_REST, last + i, stride * 4);
-            _tile_dpbf16ps(REST, LEFT_REST, RIGHT);
+            _tile_loadd(6, states + whole * 16 * stride + i, stride * 4);
+            _tile_dpbf16ps(4, 6, 7);
         }
     }
-#undef ADD
-#define STORE_SUMS(n)                                                                                                  \
-    if (whole > n)                                                                                                     \
-        _tile_stored(n, sums[n * 16], 64);
-    STORE_SUMS(0) STORE_SUMS(1) STORE_SUMS(2) STORE_SUMS(3)
-#undef STORE_SUMS
+    if (whole > 0)
+        _tile_stored(0, sums, 64);
+    if (whole > 1)
+        _tile_stored(1, sums[16], 64);
     if (rest)
-        _tile_stored(REST, sums[whole * 16], 64);
+        _tile_stored(4, sums[whole * 16], 64);
 }
 #endif
 
 /* How a product is computed: of float32, of bfloat16 with vectors, of bfloat16 with matrix registers. */
 enum { WIDE, NARROW, MATRIX };
 
-#ifdef TILES
-#define MOST_ROWS 80
-#else
-#define MOST_ROWS ROWS
-#endif
+#define MOST_ROWS 32 /* multiplied together */
 
-/* Called by every thread before a product, and `finish` after it. */
-static int prepare(int narrow, int rows, int inputs)
+static int way_of(int narrow, int inputs)
 {
 #ifdef TILES
-    if (narrow && inputs % 32 == 0 && may_use_tiles()) {
-        set_tiles(rows);
+    if (narrow && inputs % 32 == 0 && may_use_tiles())
         return MATRIX;
-    }
 #endif
     return narrow ? NARROW : WIDE;
 }
 
+/* The number of rows that are multiplied together, from `first` on, for which the registers are prepared. */
+static int next_rows(int way, int rows, int first)
+{
+    if (way != MATRIX)
+        return tile_rows(rows, first);
+    const int count = rows - first < MOST_ROWS ? rows - first : MOST_ROWS;
+#ifdef TILES
+    set_tiles(count % 16 ? count % 16 : 16);
+#endif
+    return count;
+}
+
+/* Called by every thread after its last product. */
 static void finish(int way)
 {
 #ifdef TILES
@@ -143,27 +162,30 @@ static void finish(int way)
 #endif
 }
 
-/* Rows that are multiplied together, from `first` on. */
-static int next_rows(int way, int rows, int first)
+/* `next_rows` rows, `stride` floats apart, times one panel or, unless `other` is null, two -> sums [rows][16] */
+static void multiply_tile(int way, int rows, int inputs, const float *states, long stride, const void *one,
+                                 const void *other, float (*sums)[PANEL], float (*others)[PANEL])
 {
-    return way != MATRIX ? tile_rows(rows, first) : rows - first < MOST_ROWS ? rows - first : 64;
-}
-
-/* Rows, `stride` floats apart, times the panel that starts at output `start` */
-static inline void multiply_tile(int way, int rows, int inputs, const float *states, long stride, const void *panels,
-                                 int start, float (*sums)[PANEL])
-{
-    const bfloat16 *narrow = (const bfloat16 *)panels + (long)start * inputs;
 #ifdef TILES
-    if (way == MATRIX) {
-        multiply_tiles(rows, inputs / 2, (const uint32_t *)states, stride, narrow, sums);
+    if (way == MATRIX && rows == MOST_ROWS && other) {
+        multiply_32(inputs / 2, (const uint32_t *)states, stride, one, other, sums, others);
         return;
     }
+    if (way == MATRIX)
+        multiply_rest(rows, inputs / 2, (const uint32_t *)states, stride, one, sums);
 #endif
     if (way == NARROW)
-        tile_bf16_of(rows, inputs / 2, (const uint32_t *)states, stride, narrow, sums);
-    else
-        tile_of(rows, inputs, states, stride, (const float *)panels + (long)start * inputs, sums);
+        tile_bf16_of(rows, inputs / 2, (const uint32_t *)states, stride, one, sums);
+    if (way == WIDE)
+        tile_of(rows, inputs, states, stride, one, sums);
+    if (other)
+        multiply_tile(way, rows, inputs, states, stride, other, 0, others, 0);
+}
+
+/* The panel that starts at output `start` */
+static inline const void *panel_at(int narrow, int inputs, const void *panels, int start)
+{
+    return (const char *)panels + (long)start * inputs * (narrow ? sizeof(bfloat16) : sizeof(float));
 }
 
 /* sums [16] += the first `width` of `more` */
@@ -177,33 +199,46 @@ static inline void plus(int width, float *sums, const float *more)
             sums[o] += more[o];
 }
 
+/* Sums of rows -> result, whose rows are `outputs` apart: set or added to */
+static inline void write_sums(int rows, int width, float (*sums)[PANEL], const float *bias, float *result, long outputs,
+                         int add)
+{
+    for (int r = 0; r < rows; r++) {
+        float *target = result + r * outputs;
+        if (bias)
+            plus(width, sums[r], bias);
+        if (add)
+            plus(width, sums[r], target);
+        if (width == PANEL) /* one vector */
+            memcpy(target, sums[r], sizeof sums[r]);
+        else
+            memcpy(target, sums[r], sizeof(float) * width);
+    }
+}
+
 /* states [rows][inputs] times all panels, shared among the threads -> result [rows][outputs], set or added to. */
 static void gemm(int narrow, int rows, int inputs, int outputs, const float *states, long stride, const void *panels,
                  const float *bias, float *result, int add)
 {
-    const int way = prepare(narrow, rows, inputs);
-    /* Of many rows, a few panels at a time: results are then written in longer pieces. */
-    const int group = rows > MOST_ROWS ? 8 * PANEL : PANEL;
+    const int way = way_of(narrow, inputs);
+    /* With matrix registers, a few panels at a time: results of many rows are then written in longer pieces. */
+    const int group = way != MATRIX ? PANEL : rows > MOST_ROWS ? 8 * PANEL : 2 * PANEL;
 #pragma omp for schedule(static)
     for (int begin = 0; begin < outputs; begin += group) {
         const int end = outputs - begin < group ? outputs : begin + group;
-        float sums[MOST_ROWS][PANEL];
+        float sums[MOST_ROWS][PANEL], others[MOST_ROWS][PANEL];
         for (int first = 0, count; first < rows; first += count) {
             count = next_rows(way, rows, first);
-            for (int start = begin; start < end; start += PANEL) {
-                const int width = end - start < PANEL ? end - start : PANEL;
-                multiply_tile(way, count, inputs, states + first * stride, stride, panels, start, sums);
-                for (int r = 0; r < count; r++) {
-                    float *target = result + (long)(first + r) * outputs + start;
-                    if (bias)
-                        plus(width, sums[r], bias + start);
-                    if (add)
-                        plus(width, sums[r], target);
-                    if (width == PANEL) /* one vector */
-                        memcpy(target, sums[r], sizeof sums[r]);
-                    else
-                        memcpy(target, sums[r], sizeof(float) * width);
-                }
+            for (int start = begin; start < end; start += 2 * PANEL) {
+                const int next = start + PANEL, width = end - start < PANEL ? end - start : PANEL;
+                const float *from = states + first * stride;
+                float *to = result + (long)first * outputs + start;
+                multiply_tile(way, count, inputs, from, stride, panel_at(narrow, inputs, panels, start),
+                              next < end ? panel_at(narrow, inputs, panels, next) : 0, sums, others);
+                write_sums(count, width, sums, bias ? bias + start : 0, to, outputs, add);
+                if (next < end)
+                    write_sums(count, end - next < PANEL ? end - next : PANEL, others, bias ? bias + next : 0, to + PANEL,
+                          outputs, add);
             }
         }
     }
@@ -214,15 +249,15 @@ static void gemm(int narrow, int rows, int inputs, int outputs, const float *sta
 static void gated_gemm(int narrow, int rows, int inputs, int outputs, const float *states, const void *gate,
                        const void *up, float *result)
 {
-    const int way = prepare(narrow, rows, inputs);
+    const int way = way_of(narrow, inputs);
 #pragma omp for schedule(static)
     for (int start = 0; start < outputs; start += PANEL) {
         int width = outputs - start < PANEL ? outputs - start : PANEL;
         float gates[MOST_ROWS][PANEL], ups[MOST_ROWS][PANEL];
         for (int first = 0, count; first < rows; first += count) {
             count = next_rows(way, rows, first);
-            multiply_tile(way, count, inputs, states + (long)first * inputs, inputs, gate, start, gates);
-            multiply_tile(way, count, inputs, states + (long)first * inputs, inputs, up, start, ups);
+            multiply_tile(way, count, inputs, states + (long)first * inputs, inputs,
+                          panel_at(narrow, inputs, gate, start), panel_at(narrow, inputs, up, start), gates, ups);
             for (int r = 0; r < count; r++) {
                 for (int o = 0; o < PANEL; o++)
                     gates[r][o] = gates[r][o] / (1.0f + exponential(-gates[r][o])) * ups[r][o];
