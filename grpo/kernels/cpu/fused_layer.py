@@ -3,9 +3,9 @@
 Products run in float32 or, under autocast, in bfloat16 on copies of the weights that are freed after use. Everything
 else is float32: the residual stream, norms, rotary embedding, attention, and the gradients that are added to `.grad`.
 
-Kept for the backward pass, per token: the layer's input and the residual stream after attention in float32; the joint
-projections, the attended states and the gates in the dtype of the products. Norms, rotations and the gated product are
-recomputed. Layers with adapters or with norms of heads run operation by operation (grpo/kernels/layers.py).
+Kept for the backward pass, per token: the layer's input in float32 and the attended states in the dtype of the
+products; in float32 also the joint projections, the residual stream after attention and the gates. Everything else is
+recomputed: in bfloat16, products are cheap, and the memory that a layer keeps is a quarter. Layers with adapters or with norms of heads run operation by operation (grpo/kernels/layers.py).
 """
 
 from typing import Any
@@ -98,20 +98,18 @@ class FusedLayer(torch.autograd.Function):
         prompts = [prompt.transpose(1, 2).contiguous() for prompt in tensors[PARAMETERS:] if prompt is not None]
         weights = [part.weight for part in layer.linears]
         with torch.autocast("cpu", enabled=False):
-            normed, _ = _normed(hidden, layer.norm, layer.epsilon, dtype)
-            mixed = _joint_product(normed, weights[:3])
-            if layer.query.bias is not None:
-                mixed += torch.cat([part.bias for part in layer.linears[:3] if part.bias is not None])
+            mixed, _, _ = _projected(layer, hidden, weights, dtype)
             query, key, value = _split(layer, mixed, cos, sin)
             joins = layout.watch(*(part.transpose(0, 1)[None] for part in (key, value))) if layout.watched else []
             sequences = layout.sequences
             attended, lse = attend(query, key, value, prompts, sequences, layer.scaling, layer.window)
             attended = attended.flatten(1).to(dtype)
             middle = _plus_product(hidden, attended, weights[3])
-            normed, _ = _normed(middle, layer.mlp_norm, layer.mlp_epsilon, dtype)
-            gates_ups = _joint_product(normed, weights[4:6])
+            gates_ups, _, _ = _gates(layer, middle, weights, dtype)
             result = _plus_product(middle, _gated(gates_ups), weights[6])
-        ctx.save_for_backward(hidden, cos, sin, mixed, attended, lse, middle, gates_ups, *weights, *prompts)
+        ctx.recomputes = dtype != torch.float32
+        kept = () if ctx.recomputes else (mixed, middle, gates_ups)
+        ctx.save_for_backward(hidden, cos, sin, attended, lse, *weights, *kept, *prompts)
         ctx.layer, ctx.dtype, ctx.in_place = layer, dtype, accumulate_grads_inplace
         ctx.sequences, ctx.joins = sequences, joins
         return result
@@ -119,24 +117,29 @@ class FusedLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, cos, sin, mixed, attended, lse, middle, gates_ups, *others = ctx.saved_tensors
-        weights, prompts = others[:7], others[7:]
+        hidden, cos, sin, attended, lse, *others = ctx.saved_tensors
+        weights, prompts = others[:7], others[7 if ctx.recomputes else 10 :]
+        mixed, middle, gates_ups = (None, None, None) if ctx.recomputes else others[7:10]
         layer, dtype = ctx.layer, ctx.dtype
         to = _Gradients(layer, ctx.needs_input_grad[7 : 7 + PARAMETERS], in_place=ctx.in_place)
         with torch.autocast("cpu", enabled=False):
             gradient = gradient.contiguous()
             narrow = gradient.to(dtype)
+            if middle is None:
+                middle = _plus_product(hidden, attended, weights[3])
+            gates_ups, normed, scale = _gates(layer, middle, weights, dtype, gates_ups)
             to.add_weights((8,), narrow, _gated(gates_ups))
             grad_gates_ups = torch.empty_like(gates_ups)
             ops.swiglu_rows_backward(gates_ups, _joint_product_backward(narrow, weights[6:]), grad_gates_ups)
-            normed, scale = _normed(middle, layer.mlp_norm, layer.mlp_epsilon, dtype)
+            del gates_ups
             to.add_weights((6, 7), grad_gates_ups, normed)
             grad_normed = _joint_product_backward(grad_gates_ups, weights[4:6])
-            del grad_gates_ups
+            del grad_gates_ups, normed
             grad_middle = to.norm_backward(1, middle, layer.mlp_norm, scale, grad_normed, gradient)
             narrow = grad_middle.to(dtype)
             to.add_weights((5,), narrow, attended)
             grad_attended = _joint_product_backward(narrow, weights[3:4]).float().view(len(hidden), -1, layer.head_size)
+            mixed, normed, scale = _projected(layer, hidden, weights, dtype, mixed)
             query, key, value = _split(layer, mixed, cos, sin)
             plan = (prompts, ctx.sequences, layer.scaling, layer.window)
             result = attended.float().view_as(query)
@@ -144,7 +147,6 @@ class FusedLayer(torch.autograd.Function):
             grad_mixed = torch.empty_like(mixed)
             rotation = (cos, sin) if layer.rotary else (None, None)
             ops.join_heads(*(grad.contiguous() for grad in grads), *rotation, grad_mixed)
-            normed, scale = _normed(hidden, layer.norm, layer.epsilon, dtype)
             to.add_weights((2, 3, 4), grad_mixed, normed)
             to.add_biases((9, 10, 11), grad_mixed)
             grad_normed = _joint_product_backward(grad_mixed, weights[:3])
@@ -213,6 +215,26 @@ class _Gradients:
         if self.wanted[place]:
             self.add(place, shares.sum(0))
         return grad_hidden
+
+
+def _projected(
+    layer: Layer, hidden: Tensor, weights: list[Tensor], dtype: torch.dtype, mixed: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the joint projections of query, key and value, unless they are given, and the normed states and scales."""
+    normed, scale = _normed(hidden, layer.norm, layer.epsilon, dtype)
+    if mixed is None:
+        mixed = _joint_product(normed, weights[:3])
+        if layer.query.bias is not None:
+            mixed += torch.cat([part.bias for part in layer.linears[:3] if part.bias is not None])
+    return mixed, normed, scale
+
+
+def _gates(
+    layer: Layer, middle: Tensor, weights: list[Tensor], dtype: torch.dtype, gates_ups: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gates and ups [T, 2 I], unless they are given, and the normed states and scales."""
+    normed, scale = _normed(middle, layer.mlp_norm, layer.mlp_epsilon, dtype)
+    return _joint_product(normed, weights[4:6]) if gates_ups is None else gates_ups, normed, scale
 
 
 def _normed(hidden: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
