@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 import grpo.kernels.cpu.attention
 import grpo.kernels.cpu.compiler
+import grpo.kernels.cpu.decode_step
 import grpo.kernels.cpu.ops
 import grpo.kernels.cpu.panels
 from grpo.kernels.attention import GroupSpan, PackedLayout, grpo_attention
@@ -161,9 +162,7 @@ def test_the_softmax_of_extreme_logits() -> None:
 @needs_a_compiler
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gradient_of_a_block_of_logits(
-    monkeypatch: pytest.MonkeyPatch, entropy: bool, dtype: torch.dtype
-) -> None:
+def test_the_gradient_of_a_block_of_logits(monkeypatch: pytest.MonkeyPatch, entropy: bool, dtype: torch.dtype) -> None:
     """Columns 40 to 340 of 500: the same as autograd and, where the dtype is float32, as PyTorch's operations."""
     logits, scale, slope = numbers(70, 500, scale=4), numbers(70, grad=False), numbers(70, grad=False) * entropy
     logits.data[3, 50] = 200.0  # every other logprob of the row is below -87
@@ -267,6 +266,25 @@ def test_a_row_does_not_depend_on_those_beside_it_nor_on_threads(monkeypatch: py
         assert torch.equal(decoded(compiled_backbone(model), rows), together[:rows])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(decoded(compiled_backbone(model), 13), together)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_under_autocast_it_is_as_near_to_float32_as_the_modules(
+    monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool
+) -> None:
+    """With bfloat16 weights, keys and values; in float32 on a processor without products in bfloat16."""
+    monkeypatch.setattr(grpo.kernels.cpu.decode_step, "has_bfloat16", lambda: has_bfloat16)
+    model = tiny_model("qwen3", head_dim=40, spread=2.0)
+    assert use_grpo_attention(model)
+    exact = decoded(ModuleBackbone(model), 13, steps=20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        backbone = compiled_backbone(model)
+        assert backbone.cache_dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
+        mine, modules = (decoded(kind, 13, steps=20) for kind in (backbone, ModuleBackbone(model)))
+        assert torch.equal(decoded(backbone, 3, steps=20), mine[:3])
+    assert torch.equal(mine, decoded(backbone, 13, steps=20)) != has_bfloat16
+    assert float((mine - exact).norm()) < 1.5 * float((modules - exact).norm())
 
 
 @needs_a_compiler

@@ -4,9 +4,9 @@
    Python passes pointers into torch tensors; nothing is allocated here. Weights are in panels of 16 outputs, padded
    with zeros: float32 [outputs / 16][inputs][16], or bfloat16 [outputs / 16][inputs / 2][16][2]. A panel is read once
    from memory and stays in the nearest cache while every row is multiplied with it. With bfloat16 panels, the inputs
-   of products are rounded to bfloat16; sums, norms, attention and the KV cache are float32. The sums of a row are
-   added up in the same order whatever rows are beside it and however many threads there are, so that a completion
-   does not depend on them, to the last bit. */
+   of products and the cached keys and values are rounded to bfloat16; sums, norms and attention are float32. The sums
+   of a row are added up in the same order whatever rows are beside it and however many threads there are, so that a
+   completion does not depend on them, to the last bit. */
 
 #include "simd.h"
 
@@ -316,29 +316,54 @@ static inline octet sums_of(const octet *row)
 #endif
 }
 
-/* `count` octets, a constant wherever this is inlined, of the weighted sum of `seen` values -> result, divided by the
-   total */
+/* Numbers `place` to `place` + 7 of the cache. `narrow` is a constant wherever this is inlined, as below. */
+static inline __attribute__((always_inline)) octet cached(const int narrow, const void *numbers, long place)
+{
+    if (!narrow)
+        return *(const octet *)((const float *)numbers + place);
+    uint32_t bits[8];
+    octet wide;
+    for (int lane = 0; lane < 8; lane++)
+        bits[lane] = (uint32_t)((const bfloat16 *)numbers)[place + lane] << 16;
+    memcpy(&wide, bits, sizeof wide);
+    return wide;
+}
+
+/* A key or value -> the cache */
+static void cache(int narrow, int size, const float *state, void *numbers, long place)
+{
+    if (!narrow)
+        memcpy((float *)numbers + place, state, sizeof(float) * size);
+    else
+        for (int i = 0; i < size; i++)
+            ((bfloat16 *)numbers)[place + i] = to_bfloat16(state[i]);
+}
+
+/* `count` octets, a constant wherever this is inlined, of the weighted sum of `seen` values from `place` on -> result,
+   divided by the total */
 static inline __attribute__((always_inline)) void
-weighted(const int count, int seen, int size, const float *weights, const float *values, float total, float *result)
+weighted(const int narrow, const int count, int seen, int size, const float *weights, const void *values, long place,
+         float total, float *result)
 {
     octet even[4] = {0}, odd[4] = {0}; /* two sums: the next one need not wait for the one before */
     int position = 0;
-    for (; position + 1 < seen; position += 2, values += 2 * size)
+    for (; position + 1 < seen; position += 2, place += 2 * size)
         for (int i = 0; i < count; i++) {
-            even[i] += weights[position] * *(const octet *)(values + 8 * i);
-            odd[i] += weights[position + 1] * *(const octet *)(values + size + 8 * i);
+            even[i] += weights[position] * cached(narrow, values, place + 8 * i);
+            odd[i] += weights[position + 1] * cached(narrow, values, place + size + 8 * i);
         }
     for (int i = 0; i < count; i++) {
         if (position < seen)
-            even[i] += weights[position] * *(const octet *)(values + 8 * i);
+            even[i] += weights[position] * cached(narrow, values, place + 8 * i);
         *(octet *)(result + 8 * i) = (even[i] + odd[i]) / total;
     }
 }
 
-/* One query head against `seen` keys and values -> result [head size]. `weights` is a workspace of `seen` floats,
-   rounded up to 8. */
-static void attend(const float *query, const float *keys, const float *values, int seen, int size, float scaling,
-                   float *weights, float *result)
+/* One query head against `seen` keys and values from `place` on -> result [head size]. `weights` is a workspace of
+   `seen` floats, rounded up to 8. */
+static inline __attribute__((always_inline)) void
+attend(const int narrow, const float *query, const void *keys, const void *values, long place, int seen, int size,
+       float scaling, float *weights, float *result)
 {
     float total = 0.0f;
     for (int first = 0; first < seen; first += 8) { /* scores of 8 at a time, the last key again and again at the end */
@@ -347,7 +372,7 @@ static void attend(const float *query, const float *keys, const float *values, i
             const int position = first + r < seen ? first + r : seen - 1;
             rows[r] = (octet){0};
             for (int i = 0; i < size; i += 8)
-                rows[r] += *(const octet *)(query + i) * *(const octet *)(keys + (long)position * size + i);
+                rows[r] += *(const octet *)(query + i) * cached(narrow, keys, place + (long)position * size + i);
         }
         *(octet *)(weights + first) = sums_of(rows) * scaling;
     }
@@ -358,9 +383,25 @@ static void attend(const float *query, const float *keys, const float *values, i
         total += weights[position];
     int i = 0;
     for (; i + 32 <= size; i += 32)
-        weighted(4, seen, size, weights, values + i, total, result + i);
+        weighted(narrow, 4, seen, size, weights, values, place + i, total, result + i);
     for (; i < size; i += 8)
-        weighted(1, seen, size, weights, values + i, total, result + i);
+        weighted(narrow, 1, seen, size, weights, values, place + i, total, result + i);
+}
+
+static void attend_wide(const float *query, const Layer *layer, long place, int seen, int size, float scaling,
+                        float *weights, float *result)
+{
+    attend(0, query, layer->keys, layer->values, place, seen, size, scaling, weights, result);
+}
+
+/* The result as bfloat16 */
+static void attend_narrow(const float *query, const Layer *layer, long place, int seen, int size, float scaling,
+                          float *weights, bfloat16 *result)
+{
+    float wide[MAX_HEAD_SIZE];
+    attend(1, query, layer->keys, layer->values, place, seen, size, scaling, weights, wide);
+    for (int i = 0; i < size; i++)
+        result[i] = to_bfloat16(wide[i]);
 }
 
 /* weight [outputs][inputs] -> panels, the last one filled up with zeros */
@@ -438,25 +479,22 @@ void step(const Model *model, int rows, const int64_t *tokens, const int64_t *po
             for (int row = 0; row < rows; row++)
                 for (int group = 0; group < model->key_heads; group++) {
                     const float *rotation = model->rotations + positions[row] * size;
-                    float result[MAX_HEAD_SIZE];
-                    bfloat16 *narrow_attended = (bfloat16 *)(attended + (long)row * attended_width);
+                    float *mine = weights + (long)omp_get_thread_num() * ((length + 7) / 8 * 8);
+                    float *target = attended + (long)row * attended_width;
                     float *queries = mixed + (long)row * mixed_width + group * shared * size;
                     float *key = mixed + (long)row * mixed_width + (model->heads + group) * size;
-                    float *value = key + model->key_heads * size;
-                    long cached = ((long)row * model->key_heads + group) * length;
+                    const long first = ((long)row * model->key_heads + group) * length * size;
+                    const int seen = (int)positions[row] + 1;
                     place(model, layer, model->heads + group, rotation, key);
-                    memcpy(layer->keys + (cached + positions[row]) * size, key, sizeof(float) * size);
-                    memcpy(layer->values + (cached + positions[row]) * size, value, sizeof(float) * size);
-                    for (int s = 0; s < shared; s++) {
-                        int head = group * shared + s;
-                        place(model, layer, head, rotation, queries + s * size);
-                        attend(queries + s * size, layer->keys + cached * size, layer->values + cached * size,
-                               (int)positions[row] + 1, size, model->scaling,
-                               weights + (long)omp_get_thread_num() * ((length + 7) / 8 * 8),
-                               narrow ? result : attended + (long)row * attended_width + head * size);
+                    cache(narrow, size, key, layer->keys, first + positions[row] * size);
+                    cache(narrow, size, key + model->key_heads * size, layer->values, first + positions[row] * size);
+                    for (int head = group * shared; head < (group + 1) * shared; head++, queries += size) {
+                        place(model, layer, head, rotation, queries);
                         if (narrow)
-                            for (int i = 0; i < size; i++)
-                                narrow_attended[head * size + i] = to_bfloat16(result[i]);
+                            attend_narrow(queries, layer, first, seen, size, model->scaling, mine,
+                                          (bfloat16 *)target + head * size);
+                        else
+                            attend_wide(queries, layer, first, seen, size, model->scaling, mine, target + head * size);
                     }
                 }
             gemm(narrow, rows, attended_width, width, attended, attended_width, layer->out, 0, hidden, 1);

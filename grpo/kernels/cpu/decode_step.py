@@ -19,6 +19,9 @@ from grpo.kernels.description import Model
 from grpo.kernels.kv_cache import SlotCache
 from grpo.kernels.registry import is_on
 
+MAX_HEAD_SIZE = 512
+"""As in decode_step.c."""
+
 
 class _Layer(ctypes.Structure):
     """One layer as decode_step.c reads it: addresses of weights and of cached keys and values."""
@@ -73,8 +76,9 @@ class CompiledDecoder(FusedDecoder):
             and is_on("decode_step")
             and model.embedding.is_cpu
             and model.embedding.dtype == torch.float32
-            and (dtype == torch.float32 or (dtype == torch.bfloat16 and has_bfloat16() and first.head_size <= 512))
+            and (dtype == torch.float32 or (dtype == torch.bfloat16 and has_bfloat16()))
             and first.head_size % 8 == 0
+            and first.head_size <= MAX_HEAD_SIZE
             and all(layer.rotary and all(part.bias is None for part in layer.linears[3:]) for layer in model.layers)
             and all({layer.epsilon, layer.mlp_epsilon} == {model.epsilon} for layer in model.layers)
             and all(layer.head_epsilon in (0.0, model.epsilon) for layer in model.layers)
@@ -82,7 +86,8 @@ class CompiledDecoder(FusedDecoder):
         )
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.float32
+        """Return bfloat16 if that was asked for and the processor has products for it, else float32."""
+        return torch.bfloat16 if dtype == torch.bfloat16 and has_bfloat16() else torch.float32
 
     @property
     def bias_dtype(self) -> torch.dtype:
@@ -100,6 +105,7 @@ class CompiledDecoder(FusedDecoder):
 
     def refresh(self, model: Model, head: Tensor, dtype: torch.dtype) -> None:
         self.described = None
+        dtype = self.cache_dtype(dtype)
         super().refresh(model, head, dtype)
         self.embedding = self.embedding.contiguous()
         for working, layer in zip(self.layers, model.layers, strict=True):

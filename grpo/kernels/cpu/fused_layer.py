@@ -5,7 +5,8 @@ else is float32: the residual stream, norms, rotary embedding, attention, and th
 
 Kept for the backward pass, per token: the layer's input in float32 and the attended states in the dtype of the
 products; in float32 also the joint projections, the residual stream after attention and the gates. Everything else is
-recomputed: in bfloat16, products are cheap, and the memory that a layer keeps is a quarter. Layers with adapters or with norms of heads run operation by operation (grpo/kernels/layers.py).
+recomputed: in bfloat16, products are cheap, and the memory that a layer keeps is a quarter. Layers with adapters or
+with norms of heads run operation by operation (grpo/kernels/layers.py).
 """
 
 from typing import Any

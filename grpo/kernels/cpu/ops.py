@@ -214,9 +214,7 @@ def attention_backward(
     library().attention_backward(*shape, *plan, *map(pointer, tensors))
 
 
-@operator(
-    "Tensor logits, Tensor targets, float temperature, Tensor(a!) logprobs, Tensor(b!) entropies, Tensor(c!) lse"
-)
+@operator("Tensor logits, Tensor targets, float temperature, Tensor(a!) logprobs, Tensor(b!) entropies, Tensor(c!) lse")
 def softmax(
     logits: Tensor, targets: Tensor, temperature: float, logprobs: Tensor, entropies: Tensor, lse: Tensor
 ) -> None:
