@@ -53,8 +53,9 @@ def delta_rule(
     heads = keys * shared
     width = inputs.shape[-1] - 2 * keys * size - heads * (1 + beta)
     query, key, value, *scalars = inputs.split([keys * size, keys * size, width, heads, *([heads] * beta)], dim=-1)
-    query, key = (part.unflatten(-1, (keys, size)).transpose(1, 2) for part in (query, key))  # [B, K, C, N]
-    value = value.unflatten(-1, (keys, shared, -1)).movedim(1, 3)  # [B, K, R, C, D]
+    # Contiguous: batched products of strided matrices are slow on a CPU.
+    query, key = (part.unflatten(-1, (keys, size)).transpose(1, 2).contiguous() for part in (query, key))  # [B, K, C, N]
+    value = value.unflatten(-1, (keys, shared, -1)).movedim(1, 3).contiguous()  # [B, K, R, C, D]
     log_decay, *rates = (part.unflatten(-1, (keys, shared)).movedim(1, 3) for part in scalars)  # [B, K, R, C]
     total = log_decay.cumsum(-1)
     later = torch.ones(inputs.shape[1], inputs.shape[1], dtype=torch.bool, device=inputs.device).triu(1)
@@ -64,16 +65,16 @@ def delta_rule(
     if rates:
         rate = rates[0][..., None]
         if state is not None:
-            update = update - since_start * _by_head(key @ state, shared)
-        system = (key @ key.mT)[:, :, None] * decay * rate
+            update = torch.addcmul(update, since_start, _by_head(key @ state, shared), value=-1)
+        system = (key @ key.mT)[:, :, None] * (decay * rate)
         update = torch.linalg.solve_triangular(system, rate * update, upper=False, unitriangular=True)
     output = ((query @ key.mT)[:, :, None] * decay) @ update
     if state is not None:
-        output = output + since_start * _by_head(query @ state, shared)
+        output = torch.addcmul(output, since_start, _by_head(query @ state, shared))
     until_end = (total[..., -1:] - total).exp()[..., None]
     new = key.mT @ (update * until_end).transpose(2, 3).flatten(3)
     if state is not None:
-        new = new + state * _per_column(total[..., -1].exp(), state)
+        new = torch.addcmul(new, state, _per_column(total[..., -1].exp(), state))
     return output.movedim(3, 1).flatten(2), new
 
 
