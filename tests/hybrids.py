@@ -80,10 +80,10 @@ HYBRIDS: dict[str, dict[str, object]] = {
 }
 
 
-def hybrid(family: str, spread: float = 3.0) -> PreTrainedModel:
+def hybrid(family: str, spread: float = 3.0, **changes: object) -> PreTrainedModel:
     """Return a random float32 model with transformers' own attention."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **(COMMON | HYBRIDS[family]))
+    config = AutoConfig.for_model(family, **(COMMON | HYBRIDS[family] | changes))
     attention = "eager" if family == "mamba2" else "sdpa"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -54,7 +54,9 @@ def delta_rule(
     width = inputs.shape[-1] - 2 * keys * size - heads * (1 + beta)
     query, key, value, *scalars = inputs.split([keys * size, keys * size, width, heads, *([heads] * beta)], dim=-1)
     # Contiguous: batched products of strided matrices are slow on a CPU.
-    query, key = (part.unflatten(-1, (keys, size)).transpose(1, 2).contiguous() for part in (query, key))  # [B, K, C, N]
+    query, key = (
+        part.unflatten(-1, (keys, size)).transpose(1, 2).contiguous() for part in (query, key)
+    )  # [B, K, C, N]
     value = value.unflatten(-1, (keys, shared, -1)).movedim(1, 3).contiguous()  # [B, K, R, C, D]
     log_decay, *rates = (part.unflatten(-1, (keys, shared)).movedim(1, 3) for part in scalars)  # [B, K, R, C]
     total = log_decay.cumsum(-1)

@@ -19,6 +19,7 @@ from grpo.errors import ConfigError
 from grpo.kernels.attention import NAME
 from grpo.models.logprob_model import use_grpo_attention
 from grpo.models.lora import check_quantization
+from grpo.models.mixers import use_grpo_mixers
 
 disable_progress_bar()  # "Loading weights 38/38" would interrupt our own log
 
@@ -56,6 +57,7 @@ def empty_model(config: PretrainedConfig, path: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, attn_implementation="sdpa")
     model.tie_weights()  # on the meta device, each name got a parameter of its own
     model.set_attn_implementation(attention)
+    use_grpo_mixers(model)
     return prepare_model(model, path)
 
 

@@ -63,7 +63,7 @@ def use_grpo_mixers(model: nn.Module) -> bool:
 
 def has_mixers(model: nn.Module) -> bool:
     """Return whether `model` has recurrent layers that follow a layout."""
-    return any(type(module).__name__ in KINDS for module in model.modules())
+    return any(type(module).__name__ in KINDS and "forward" in vars(module) for module in model.modules())
 
 
 def layout_arguments(model: PreTrainedModel, layout: PackedLayout | SlotLayout) -> dict[str, Any]:

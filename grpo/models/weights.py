@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from grpo.config.schema import Config
 from grpo.models.lora import delta_weight, lora_layers, plain_name
+from grpo.models.mixers import use_grpo_mixers
 
 SAVE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -103,6 +104,7 @@ class WorkingCopy:
             del config.quantization_config
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
             self.model.to(model.device).eval().set_attn_implementation(model.config._attn_implementation)
+            use_grpo_mixers(self.model)
             self.model.generation_config = model.generation_config
         else:
             # deepcopy takes what the memo holds as already copied: the parameters are not.
