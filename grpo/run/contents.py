@@ -50,7 +50,7 @@ def check_contents(before: Mapping[str, str], now: Mapping[str, str], config: Co
     base_is_used = config.lora.r is not None or (objective.beta > 0 and model.reference is None)
     for name, key, value, used in (
         ("base", "model.name", model.name, base_is_used and model.name != "starter"),
-        ("reference", "model.reference", model.reference, objective.beta > 0),
+        ("reference", "model.reference", model.reference, objective.beta > 0 and model.reference),
     ):
         if name in changed and used and key not in config.allow_changes:
             raise ConfigError(

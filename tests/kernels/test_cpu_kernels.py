@@ -370,15 +370,41 @@ def test_compiled_once_and_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @needs_a_compiler
 @pytest.mark.skipif(os.name != "posix", reason="file modes")
 def test_a_library_that_others_can_write_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRPO_CACHE", str(tmp_path))
+    """It is compiled again, in a folder of this user alone."""
+    monkeypatch.setenv("GRPO_CACHE", str(tmp_path / "shared"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     source = tmp_path / "one.c"
     source.write_text("void one(float *x) { *x = 1; }\n")
     compiled.cache_clear()
     assert compiled(source, one="p") is not None
-    (made,) = tmp_path.glob("one-*.so")
+    (made,) = (tmp_path / "shared").glob("one-*.so")
     made.chmod(made.stat().st_mode | stat.S_IWOTH)
     compiled.cache_clear()
-    assert compiled(source, one="p") is None
+    loaded = compiled(source, one="p")
+    assert loaded is not None and Path(loaded._name).parent == tmp_path / f"grpo-cache-{os.getuid()}"
+    compiled.cache_clear()
+
+
+@needs_a_compiler
+def test_a_damaged_library_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a truncated library would end the process with SIGBUS."""
+    monkeypatch.setenv("GRPO_CACHE", str(tmp_path))
+    source = tmp_path / "one.c"
+    source.write_text("void one(float *x) { *x = 1; }\n")
+    values = torch.zeros(1)
+    for damage in (lambda whole: whole[: len(whole) // 3], lambda whole: b"", lambda whole: b"\0" * len(whole)):
+        compiled.cache_clear()
+        compiled(source, one="p")
+        (made,) = tmp_path.glob("one-*.so")
+        whole = made.read_bytes()
+        damaged = tmp_path / "damaged"
+        damaged.write_bytes(damage(whole))
+        damaged.replace(made)  # the loaded file itself must not shrink
+        compiled.cache_clear()
+        loaded = compiled(source, one="p")
+        assert loaded is not None
+        loaded.one(values.data_ptr())
+        assert made.read_bytes() == whole
     compiled.cache_clear()
 
 

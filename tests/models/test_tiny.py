@@ -1,7 +1,10 @@
 import json
 import logging
+import os
 import random
+import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,6 +65,25 @@ def test_a_plain_folder_made_once_and_made_again_when_damaged(tmp_path: Path, ca
     assert "damaged (config.json has changed)" in caplog.messages[0]
     assert json.loads((folder / "config.json").read_text())
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_a_cache_of_another_user_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that this user may not read, and one that it may not write: a temporary cache takes the model."""
+    monkeypatch.setenv("GRPO_CACHE", str(tmp_path / "shared"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = make_tiny_model(seed=0, recipe=TINY)
+    assert folder.parent == tmp_path / "shared"
+    assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE((tmp_path / "shared").stat().st_mode)  # not 0700
+    real = Path.read_text
+
+    def denied(path: Path, *args: Any, **kwargs: Any) -> str:
+        if path.parent == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    assert make_tiny_model(seed=0, recipe=TINY).parent == tmp_path / f"grpo-cache-{os.getuid()}"
+    assert (folder / "model.safetensors").is_file()
 
 
 def test_made_from_other_problems(tmp_path: Path) -> None:

@@ -47,6 +47,18 @@ def test_a_server_that_is_not_there_or_not_for_training(fake: FakeVLLM) -> None:
         check_server(Server(fake.url, 5), 5000)
 
 
+def test_proxies_of_the_environment_are_not_asked(fake: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert check_server(Server(fake.url, 5), 4096) == "the-model"
+    assert Server(fake.url, 5).ask_all("/v1/models", []) == []
+    with pytest.raises(EngineError, match="as asked"):  # asked, and answered
+        fake.fails["/v1/completions"] = 400
+        Server(fake.url, 5).ask_all("/v1/completions", [{"prompt": [1]}])
+
+
 @pytest.mark.parametrize(
     ("failure", "message"),
     [

@@ -5,7 +5,16 @@ import os
 import pytest
 import torch
 
-from grpo.runtime.device import SideStream, cpu_threads, device_names, free_memory, peak_memory, widest_float
+from grpo.runtime import device
+from grpo.runtime.device import (
+    SideStream,
+    cpu_threads,
+    device_names,
+    free_memory,
+    peak_memory,
+    torch_defaults,
+    widest_float,
+)
 
 CPU = torch.device("cpu")
 
@@ -33,3 +42,34 @@ def test_a_cpu_has_no_stream_and_every_dtype() -> None:
         assert float(torch.ones(2).sum()) == 2
     assert widest_float(CPU) == torch.float64 and widest_float(torch.device("mps")) == torch.float32
     assert device_names()
+
+
+def test_limits_of_a_container_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "available_memory", lambda: 5)
+    monkeypatch.setattr(device, "usable_cores", lambda: 6)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    assert free_memory(CPU) == 5 and cpu_threads(2) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    assert cpu_threads(2) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
+    assert cpu_threads(2) == 4
+
+
+def test_settings_of_the_calling_program_do_not_change_the_run() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")
+    try:
+        with torch.no_grad(), torch.autocast("cpu"):
+            with torch_defaults():
+                value = torch.ones(2, 2, requires_grad=True)
+                product = value @ value
+                assert value.dtype == product.dtype == torch.float32 and value.device.type == "cpu"
+                assert product.requires_grad
+            assert torch.get_default_dtype() == torch.bfloat16 and torch.get_default_device().type == "meta"
+            assert torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
+        with torch.inference_mode(), torch_defaults():
+            assert not torch.is_inference_mode_enabled()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)

@@ -52,6 +52,20 @@ def test_the_first_step_says_how_long_the_rest_takes(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines() -> None:
+    """TERM=dumb: Emacs, CI services, `ssh -t` from a job. The live view would show nothing until the end."""
+    pexpect = pytest.importorskip("pexpect", reason='pip install -e ".[test]"')
+    variables = os.environ | {"TERM": "dumb"}
+    program = PROGRAM.split("display.table")[0] + "input()\n"  # still running
+    root = Path(__file__).parents[2]
+    screen = pexpect.spawn(sys.executable, ["-c", program], cwd=root, env=variables, encoding="utf-8", timeout=120)
+    screen.expect("step 1/10: reward 0.10")
+    screen.expect("step 10/10: reward 1.00")
+    screen.sendline()
+    screen.expect(pexpect.EOF)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
 def test_a_live_view_in_a_real_terminal() -> None:
     pexpect = pytest.importorskip("pexpect", reason='pip install -e ".[test]"')
     root = Path(__file__).parents[2]

@@ -1,0 +1,103 @@
+"""Signals to `accelerate launch`: what is left of the run, for each signal and one or two processes."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from shared import BY_LENGTH, ROOT, TINY_RUN, character_tokenizer, random_qwen2, write_additions
+
+from grpo.errors import GrpoError
+
+SIGNALS = ("TERM", "KILL", "HUP", "INT")
+CONFIGS = {1: "cpu.yaml", 2: "cpu_2proc.yaml"}
+SECONDS = 60
+"""Longest wait for the processes to end. torchrun itself kills its workers after 30 s."""
+
+
+def signal_table() -> list[dict[str, Any]]:
+    """Send each signal to the launcher alone, in the middle of a run. Return one row for each."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        model = random_qwen2(
+            40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        )
+        model.save_pretrained(folder / "model")
+        character_tokenizer("abcdefghijklmnopqrstuvwxyz0123456789+=").save_pretrained(folder / "model")
+        write_additions(folder, BY_LENGTH)
+        return [one_signal(folder, name, processes) for processes in CONFIGS for name in SIGNALS]
+
+
+def one_signal(folder: Path, name: str, processes: int) -> dict[str, Any]:
+    """Start a run in a session of its own, signal its launcher after the second step, and count what is left."""
+    run_dir = folder / f"{name}-{processes}"
+    settings = TINY_RUN | {
+        "model.name": str(folder / "model"),
+        "data.path": str(folder / "data.jsonl"),
+        "run_dir": str(run_dir),
+        "rewards": f'{{"{folder}/noise.py:noise": 1.0}}',
+        "steps": "1000000",
+        "save_every": "0",
+    }
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    launcher += ["--config_file", str(ROOT / "accelerate_configs" / CONFIGS[processes])]
+    command = [*launcher, str(ROOT / "launch" / "train.py"), *flags]
+    with (folder / f"{name}-{processes}.log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True, preexec_fn=_default_signals
+        )
+    try:
+        _wait(lambda: _lines(run_dir / "metrics.jsonl") >= 2 or process.poll() is not None)
+        if process.poll() is not None:
+            raise GrpoError((folder / f"{name}-{processes}.log").read_text())
+        process.send_signal(getattr(signal, f"SIG{name}"))
+        began = time.monotonic()
+        process.wait(timeout=SECONDS)
+        _wait(lambda: not _session(process.pid))
+        left = _session(process.pid)
+        return {
+            "signal": name,
+            "processes": processes,
+            "launcher": process.returncode,
+            "left": len(left),
+            "seconds": round(time.monotonic() - began, 1),
+            "checkpoint": any(run_dir.glob("checkpoints/step-*/manifest.json")),
+        }
+    finally:
+        for one in [process.pid, *_session(process.pid)]:
+            with contextlib.suppress(OSError):
+                os.kill(one, signal.SIGKILL)
+
+
+def _default_signals() -> None:
+    """A shell lets programs in the background ignore Ctrl-C; here they must not."""
+    for name in SIGNALS:
+        if name != "KILL":
+            signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_DFL)
+
+
+def _session(number: int) -> list[int]:
+    """Return the processes of a session that are alive, except its reward processes, which have one of their own."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) == number and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
+
+
+def _lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def _wait(done: Any) -> None:
+    end = time.monotonic() + SECONDS
+    while not done() and time.monotonic() < end:
+        time.sleep(0.2)
