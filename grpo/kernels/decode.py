@@ -36,6 +36,14 @@ def schedule_for(device: torch.device) -> Schedule:
     return Schedule(1 if device.type == "cpu" else 16, device.type == "cuda" and is_on("cuda_graphs"))
 
 
+def decoding_dtype(model: Model, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a decoder's products, where `dtype` is that of autocast.
+
+    float32 for layers with adapters on a CPU: the sum of weight and adapter has more digits than 16 bits hold.
+    """
+    return torch.float32 if model.embedding.is_cpu and any(layer.has_adapter for layer in model.layers) else dtype
+
+
 def padded_rows(rows: int, device: torch.device) -> int:
     """Return the number of rows to compute for `rows` rows in a model's modules."""
     return onednn.padded_rows(rows) if device.type == "cpu" else rows
@@ -51,6 +59,8 @@ class FusedDecoder:
     def __init__(self) -> None:
         self.layers: list[WorkingLayer] = []
         self.dtype = torch.float32
+        self.keeps_adapters = False
+        """Adapters stay beside their weights. Merged into a 16-bit weight, a small change of them is rounded away."""
         self.table: Tensor | None = None
         self.norm = self.embedding = torch.empty(0)
         self.head: Any = self.norm
@@ -69,6 +79,7 @@ class FusedDecoder:
             dtype: dtype of the products.
         """
         self.dtype, self.model = dtype, model
+        self.keeps_adapters = dtype != torch.float32 and any(layer.has_adapter for layer in model.layers)
         self.layers = self.layers or [WorkingLayer() for _ in model.layers]
         for working, layer in zip(self.layers, model.layers, strict=True):
             working.refresh(layer, self)
@@ -85,6 +96,19 @@ class FusedDecoder:
     def product(self, states: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         """Multiply states [B, I] by a packed weight [O, I] -> [B, O]."""
         return onednn.linear(states, weight, bias) if weight.is_mkldnn else F.linear(states, weight, bias)
+
+    def linear(self, states: Tensor, weights: dict[str, Any], name: str) -> Tensor:
+        """Multiply states [B, I] by the packed weight `name`, [O, I], add its bias, and its adapter if it is kept.
+
+        The sum with an adapter is float32: rounded to 16 bits, the weight's part would swallow the adapter's.
+        """
+        bias, low = weights.get(f"{name}_bias"), weights.get(f"{name}_low") if self.keeps_adapters else None
+        if low is None:
+            return self.product(states, weights[name], bias)
+        total = _wide_product(states, weights[name])
+        if bias is not None:
+            total += bias
+        return _add_wide_product(total, F.linear(states, low), weights[f"{name}_high"])
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of cached keys and values if products are in `dtype`."""
@@ -178,7 +202,7 @@ class FusedDecoder:
             for index, layer in enumerate(self.layers):
                 weights = layer.tensors
                 normed = _norm(hidden, weights["norm"], layer.epsilon).to(self.dtype)
-                mixed = self.product(normed, weights["qkv"], weights.get("qkv_bias")).float()
+                mixed = self.linear(normed, weights, "qkv").float()
                 mixed = mixed.unflatten(-1, (-1, layer.head_size))
                 rotated = mixed[:, : layer.heads + layer.key_heads]  # values are not rotated
                 if "head_norm" in weights:
@@ -186,10 +210,10 @@ class FusedDecoder:
                 if layer.rotary:
                     torch.view_as_complex(rotated.unflatten(-1, (-1, 2))).mul_(rotation)
                 attended = attend(layer, index, mixed.to(self.dtype)).flatten(1)
-                hidden += self.product(attended, weights["out"], weights.get("out_bias"))
+                hidden += self.linear(attended, weights, "out")
                 normed = _norm(hidden, weights["mlp_norm"], layer.mlp_epsilon).to(self.dtype)
-                gate, up = self.product(normed, weights["gate_up"], weights.get("gate_up_bias")).chunk(2, dim=-1)
-                hidden += self.product(F.silu(gate).mul_(up), weights["down"], weights.get("down_bias"))
+                gate, up = self.linear(normed, weights, "gate_up").chunk(2, dim=-1)
+                hidden += self.linear(F.silu(gate).mul_(up).to(self.dtype), weights, "down")
             return _norm(hidden, self.norm, self.model.epsilon)
 
     def _head_weight(self, head: Tensor) -> Any:
@@ -219,24 +243,53 @@ class WorkingLayer:
         self.rotary = True
 
     def refresh(self, layer: Layer, decoder: FusedDecoder) -> None:
-        """Copy the weights of `layer`, with adapters merged, in the layout of `decoder`."""
+        """Copy the weights of `layer` in the layout of `decoder`, with adapters merged unless it keeps them."""
         for name in ("heads", "key_heads", "head_size", "scaling", "epsilon", "mlp_epsilon", "head_epsilon", "rotary"):
             setattr(self, name, getattr(layer, name))
         size = layer.head_size
-        parts = (layer.query, layer.key, layer.value)
-        query, key, value = (merged(part) for part in parts)
+        query, key, value, out, gate, up, down = (
+            part.weight.detach() if decoder.keeps_adapters else merged(part) for part in layer.linears
+        )
         weights = {
             "qkv": torch.cat([_interleaved(query, size), _interleaved(key, size), value]),
-            "out": merged(layer.out),
-            "gate_up": torch.cat([merged(layer.gate), merged(layer.up)]),
-            "down": merged(layer.down),
+            "out": out,
+            "gate_up": torch.cat([gate, up]),
+            "down": down,
         }
         for name, weight in weights.items():
             self.tensors[name] = decoder.pack(weight, self.tensors.get(name))
+        if decoder.keeps_adapters:
+            for name, tensor in self._adapters(layer).items():
+                self.tensors[name] = _kept(self.tensors.get(name), tensor, decoder.dtype)
         for name, tensor in self._vectors(layer).items():
             dtype = torch.float32 if name.endswith("norm") else decoder.bias_dtype
             tensor = _norm_weight(tensor) if name.endswith("norm") else tensor
             self.tensors[name] = _kept(self.tensors.get(name), tensor, dtype)
+
+    def _adapters(self, layer: Layer) -> dict[str, Tensor]:
+        """Return the adapters of the joined weights by name: `_low` [r, I] and `_high` [O, r], with r of all parts."""
+        joined = {
+            "qkv": (layer.query, layer.key, layer.value),
+            "out": (layer.out,),
+            "gate_up": (layer.gate, layer.up),
+            "down": (layer.down,),
+        }
+        found: dict[str, Tensor] = {}
+        for name, parts in joined.items():
+            adapters = [part.adapter for part in parts]
+            if not any(adapters):
+                continue
+            high = [
+                part.weight.new_zeros(len(part.weight), 0, dtype=torch.float32)
+                if adapter is None
+                else adapter.scale * adapter.b.detach().float()
+                for part, adapter in zip(parts, adapters, strict=True)
+            ]
+            if name == "qkv":  # rows in the order of the weight's
+                high[:2] = (_interleaved(rows, layer.head_size) for rows in high[:2])
+            found[f"{name}_high"] = torch.block_diag(*high)
+            found[f"{name}_low"] = torch.cat([adapter.a.detach() for adapter in adapters if adapter is not None])
+        return found
 
     def _vectors(self, layer: Layer) -> dict[str, Tensor]:
         """Return the norms and biases by name."""
@@ -260,7 +313,23 @@ def merged(linear: Linear) -> Tensor:
     weight = linear.weight.detach()
     if linear.adapter is None:
         return weight
-    return weight + (linear.adapter.scale * (linear.adapter.b.detach() @ linear.adapter.a.detach())).to(weight.dtype)
+    return weight.float() + linear.adapter.scale * (
+        linear.adapter.b.detach().float() @ linear.adapter.a.detach().float()
+    )
+
+
+def _wide_product(states: Tensor, weight: Tensor) -> Tensor:
+    """Multiply 16-bit states [B, I] by a 16-bit weight [O, I] -> [B, O] float32."""
+    if states.is_cuda:
+        return torch.mm(states, weight.T, out_dtype=torch.float32)
+    return F.linear(states.float(), weight.float())
+
+
+def _add_wide_product(total: Tensor, states: Tensor, weight: Tensor) -> Tensor:
+    """Return `total`, [B, O] float32, plus the product of 16-bit states [B, I] and a 16-bit weight [O, I]."""
+    if states.is_cuda:
+        return torch.addmm(total, states, weight.T, out_dtype=torch.float32)
+    return total.addmm_(states.float(), weight.float().T)
 
 
 def _kept(before: Any, fresh: Tensor, dtype: torch.dtype) -> Tensor:

@@ -79,6 +79,10 @@ def build_trained_model(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()  # checkpointing is only active in train mode; every dropout is 0, so nothing else changes
     compute, rounded = compute_dtype(accelerator), strategy.holds_rounded_weights()
+    in_16_bits = compute is not None or working_copy.model.dtype != torch.float32
+    if lora is not None and has_adapter and in_16_bits and not sampled_elsewhere:
+        add_adapter(working_copy.model, lora, base=path)
+        working_copy.model.eval()
     working_copy.bind(
         model,
         accelerator.device,

@@ -48,7 +48,12 @@ class WeightReader:
         return parameter.numel()
 
     def full_weights(
-        self, model: nn.Module, names: Collection[str] | None = None, *, masters: bool = True
+        self,
+        model: nn.Module,
+        names: Collection[str] | None = None,
+        *,
+        masters: bool = True,
+        merges_adapter: bool = True,
     ) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the weights of `model` under the names of the model without adapter and wrapper.
 
@@ -59,13 +64,14 @@ class WeightReader:
             model: The live model.
             names: The plain names to read; None for all.
             masters: Read the float32 master weights where the live ones are rounded.
+            merges_adapter: Add adapters to the weights. Otherwise their parameters come under their own names.
 
         Yields:
             Plain name and full tensor. The tensor may be the live one: copy it to keep it.
         """
-        adapted = {f"{name}.base_layer.weight": layer for name, layer in lora_layers(model)}
+        adapted = {f"{name}.base_layer.weight": layer for name, layer in lora_layers(model)} if merges_adapter else {}
         for name, parameter in model.named_parameters():
-            plain = plain_name(name)
+            plain = plain_name(name) if merges_adapter else plain_name(name) or name
             if plain is None or (names is not None and plain not in names):
                 continue
             layer = adapted.get(name)
@@ -83,7 +89,9 @@ class WorkingCopy:
 
     # full fine-tuning in float32        the live model itself: no memory, no work
     # mixed precision                    linear weights in the compute dtype, as autocast would cast them at every call
-    # LoRA                               adapted layers merged, everything else shared
+    # LoRA in float32                    adapted layers merged, everything else shared
+    # LoRA in 16 bits                    as without, and the adapter beside its weights: a merged weight would round
+    #                                    small changes away
     # FSDP2, ZeRO-3                      everything, once per rank, in the compute dtype
     # sampling during training           everything (rollout.max_staleness)
 
@@ -98,6 +106,7 @@ class WorkingCopy:
         """Create a copy that shares all memory with `model`, which must not have an adapter or a wrapper yet."""
         self.live, self.reader = model, reader
         self.own: dict[str, nn.Parameter] = {}
+        self.keeps_adapter = self._holds_frozen = False
         if getattr(model, "is_quantized", False):
             config = copy.deepcopy(model.config)
             dtype = config.quantization_config.bnb_4bit_compute_dtype
@@ -123,7 +132,7 @@ class WorkingCopy:
     ) -> None:
         """Allocate the weights that `live` will not hold in the form in which sampling needs them.
 
-        Call it once `live` has its adapter and before it is wrapped.
+        Call it once `live` has its adapter and before it is wrapped. If `model` got the same adapter, it keeps it.
 
         Args:
             live: The model that is trained.
@@ -135,13 +144,26 @@ class WorkingCopy:
             allocate: False where no engine samples in this process. Only `weights` is used then.
         """
         self.live = live
-        adapted = {f"{name}.weight" for name, _ in lora_layers(live)}
+        self.keeps_adapter = any(True for _ in lora_layers(self.model))
+        adapted = set() if self.keeps_adapter else {f"{name}.weight" for name, _ in lora_layers(live)}
+        trained = dict(live.named_parameters())
         quantized = getattr(live, "is_quantized", False)
         head = self.model.get_output_embeddings()
+        head = getattr(head, "base_layer", head)
         allocated: dict[int, nn.Parameter] = {}
         for module_name, module in self.model.named_modules():
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 name = f"{module_name}.{leaf}"
+                plain = plain_name(name)
+                if plain is None:  # a parameter of the adapter
+                    if not (separate or sharded):
+                        setattr(module, leaf, trained[name])
+                        continue
+                    empty = torch.empty_like(trained[name], device=device, requires_grad=False)
+                    self.own[name] = nn.Parameter(empty, requires_grad=False)
+                    setattr(module, leaf, self.own[name])
+                    continue
+                name = plain
                 is_linear = isinstance(module, nn.Linear) and module is not head and leaf == "weight"
                 cast = compute_dtype is not None and is_linear
                 if not (separate or sharded or quantized or cast or name in adapted):
@@ -152,7 +174,7 @@ class WorkingCopy:
                     empty = torch.empty_like(parameter, dtype=dtype, device=place, requires_grad=False)
                     allocated[id(parameter)] = self.own[name] = nn.Parameter(empty, requires_grad=False)
                 setattr(module, leaf, allocated[id(parameter)])
-        self._dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        self._dtypes = {plain_name(name) or name: value.dtype for name, value in self.model.named_parameters()}
         if not allocate:
             self.own = {}
         # Layers with gradient checkpointing drop the KV cache, so sampling keeps the copy, which shares all memory.
@@ -172,9 +194,14 @@ class WorkingCopy:
         """Copy the live weights. Collective where they are sharded."""
         if not self.own:
             return
+        names: Collection[str] = self.own
+        if self.keeps_adapter and self._holds_frozen:  # only the adapter has changed
+            names = [name for name in self.own if plain_name(name) is None]
+        merges = not self.keeps_adapter
         with torch.no_grad():
-            for name, tensor in self.reader.full_weights(self.live, self.own, masters=False):
+            for name, tensor in self.reader.full_weights(self.live, names, masters=False, merges_adapter=merges):
                 self.own[name].copy_(tensor)
+        self._holds_frozen = True
 
 
 def bytes_on_disk(

@@ -18,10 +18,12 @@ from grpo.kernels import decode
 from grpo.kernels.attention import GroupSpan, PackedLayout, SlotLayout
 from grpo.kernels.cpu.decode_step import CompiledDecoder
 from grpo.kernels.decode import FusedDecoder
+from grpo.kernels.description import Model
 from grpo.kernels.head import head_logits, product_dtype
 from grpo.kernels.kv_cache import SlotCache
 from grpo.kernels.registry import switch_off
 from grpo.models.families import describe, rope_is_fixed
+from grpo.models.lora import head_weight
 from grpo.models.mixers import has_mixers, layout_arguments
 from grpo.rollout.engine import device_of
 from grpo.runtime.precision import PRECISIONS
@@ -129,7 +131,7 @@ class ModuleBackbone:
         return decode.padded_rows(rows, device_of(self.model))
 
     def logits(self, hidden_BH: Tensor) -> Tensor:
-        head = self.model.get_output_embeddings().weight.detach()
+        head = head_weight(self.model.get_output_embeddings()).detach()
         return head_logits(hidden_BH, head, product_dtype(hidden_BH.device))
 
     def release(self) -> None:
@@ -159,13 +161,17 @@ class KernelBackbone:
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        return self.decoder.cache_dtype(autocast_dtype(self.model) or torch.float32)
+        return self.decoder.cache_dtype(self._described()[1])
 
     def refresh(self) -> None:
+        described, dtype = self._described()
+        self.decoder.refresh(described, head_weight(self.model.get_output_embeddings()).detach(), dtype)
+
+    def _described(self) -> tuple[Model, torch.dtype]:
+        """Return the description of the model, and the dtype of products."""
         described = describe(self.model)
-        dtype = autocast_dtype(self.model) or torch.float32
         assert described is not None, "the model had a description when its backbone was chosen"
-        self.decoder.refresh(described, self.model.get_output_embeddings().weight.detach(), dtype)
+        return described, decode.decoding_dtype(described, autocast_dtype(self.model) or torch.float32)
 
 
 def choose_backbone(model: PreTrainedModel) -> tuple[Backbone, int]:

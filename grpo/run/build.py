@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config.schema import Config, DataConfig, flatten, to_dict
+from grpo.config.schema import Config, DataConfig, RolloutConfig, flatten, to_dict
 from grpo.config.validation import check_config
 from grpo.data.card import record_card
 from grpo.data.duplicates import repeated_prompts
@@ -30,7 +30,7 @@ from grpo.rewards.sources import changed_sources, reward_sources
 from grpo.rewards.workers import RewardWorkerPool
 from grpo.rewards.xml_format import only_answer
 from grpo.rollout.async_sampler import AsyncSampler
-from grpo.rollout.engine import RolloutEngine, build_engine, find_engine, longest_of
+from grpo.rollout.engine import RolloutEngine, build_engine, correction_of, find_engine, longest_of
 from grpo.rollout.logprob_mismatch import check_agreement, verify_weight_sync
 from grpo.run.callbacks import Callback, Callbacks, State, build_callbacks
 from grpo.run.checkpoint import check_free_space, read_state, seconds_to_write
@@ -50,7 +50,7 @@ from grpo.run.state import Run
 from grpo.runtime.device import device_kind
 from grpo.runtime.distributed import run_on_main
 from grpo.runtime.launcher import shutdown_seconds
-from grpo.runtime.precision import precision_of
+from grpo.runtime.precision import compute_dtype, precision_of
 from grpo.runtime.run_lock import RunLock, check_free
 from grpo.tracking.console import Display, show_messages
 from grpo.tracking.diagnostics import Diagnostics, patience_for
@@ -227,8 +227,22 @@ def build_checked_engine(
         )
     if engine.has_own_weights:
         verify_weight_sync(engine, policy, config)
+        if config.lora.r is not None and compute_dtype(accelerator) is not None:
+            log.info(merged_adapter_line(config.rollout))
     check_agreement(engine, policy, config.sampling.temperature, config.rollout.max_logprob_difference)
     return engine
+
+
+def merged_adapter_line(rollout: RolloutConfig) -> str:
+    """Return what the log says of an engine that gets 16-bit weights with the adapter merged in."""
+    correction = correction_of(rollout)
+    corrected = f"rollout.correction {correction} weights tokens by the difference of the two policies"
+    if correction == "none":
+        corrected = "rollout.correction none leaves the difference of the two policies as it is: truncate corrects it"
+    return (
+        f"rollout.engine {rollout.engine} samples from 16-bit weights with the adapter merged in, which rounds small "
+        f"changes of the adapter away; {corrected}"
+    )
 
 
 def build_sampler(
