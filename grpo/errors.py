@@ -55,3 +55,25 @@ class Interrupted(GrpoError):
     def __init__(self, number: int, message: str):
         super().__init__(message)
         self.exit_code = 130 if number == signal.SIGINT else 143
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_FATAL = (
+    "illegal memory access",
+    "device-side assert",
+    "unspecified launch failure",
+    "misaligned address",
+    "ECC error",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocator of CUDA, of the CPU or of Python has failed."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY)
+
+
+def is_fatal(error: BaseException) -> bool:
+    """Return whether a GPU is unusable after `error`: every later call of this process would fail as well."""
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _FATAL)

@@ -118,12 +118,13 @@ class SlotCache:
             self.keys[layer][first_slot : first_slot + samples, :, : key.shape[1]] = key
             self.values[layer][first_slot : first_slot + samples, :, : value.shape[1]] = value
 
-    def move(self, targets: list[int], sources: list[int], used: int) -> None:
-        """Copy the first `used` positions of rows `sources` to rows `targets`."""
+    def move(self, targets: Tensor, sources: Tensor, used: int) -> None:
+        """Copy the first `used` positions of rows `sources` to rows `targets`, on the device of the cache."""
         self.states.move(targets, sources)
-        for tensor in (*self.keys, *self.values):
-            for target, source in zip(targets, sources, strict=True):
-                tensor[target, :, :used] = tensor[source, :, :used]
+        whole = self._joint if len(self._joint) == len(self.keys) else [*self.keys, *self.values]
+        for tensor in whole:
+            positions, rows = tensor.narrow(-2, 0, used), tensor.ndim - 4
+            positions.index_copy_(rows, targets, positions.index_select(rows, sources))
 
     # Interface of a transformers Cache, called by attention layers.
 

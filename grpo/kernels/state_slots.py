@@ -41,10 +41,10 @@ class StateSlots:
             for slots, part in zip(self.layers[layer], pair, strict=True):
                 slots[first_slot : first_slot + samples] = part
 
-    def move(self, targets: list[int], sources: list[int]) -> None:
+    def move(self, targets: Tensor, sources: Tensor) -> None:
         """Copy rows `sources` to rows `targets`."""
         for tensor in self.tensors():
-            tensor[targets] = tensor[sources]
+            tensor.index_copy_(0, targets, tensor.index_select(0, sources))
 
     @property
     def numbers(self) -> int:

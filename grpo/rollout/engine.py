@@ -5,6 +5,7 @@ path. Its constructor takes the model, the tokenizer, and any of ARGUMENTS by na
 from rollout.engine_kwargs.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, Literal
@@ -17,11 +18,21 @@ from grpo.errors import ConfigError
 from grpo.registry import Registry, call_with_supported_args, check_arguments
 from grpo.types import Group, Prompt, SamplingPlan
 
-ARGUMENTS = ("slots", "uses_packed_attention", "cache_gib", "config", "accelerator", "weights", "longest")
+ARGUMENTS = (
+    "slots",
+    "uses_packed_attention",
+    "cache_gib",
+    "config",
+    "accelerator",
+    "weights",
+    "longest",
+    "step_completions",
+)
 """slots: number of completions at a time. uses_packed_attention: the model uses the attention of
 grpo/kernels/attention.py. cache_gib: memory for keys and values in GiB. config: the RolloutConfig. accelerator:
 the Accelerator. weights: a function that iterates over the full weights by name (collective if they are
-sharded). longest: tokens of the longest prompt and completion together, or None."""
+sharded). longest: tokens of the longest prompt and completion together, or None. step_completions: number of
+completions that a rank samples per training step; evaluations may ask for more at once."""
 
 
 class RolloutEngine(ABC):
@@ -147,6 +158,13 @@ def correction_of(rollout: RolloutConfig) -> str:
     if rollout.correction is not None:
         return rollout.correction
     return "truncate" if rollout.max_staleness else find_engine(rollout.engine).default_correction
+
+
+def step_completions(config: Config, processes: int) -> int:
+    """Return the number of completions that one of `processes` ranks samples at once in a training step."""
+    sampling = config.sampling
+    prompts = config.prompts_per_step * (sampling.oversample if sampling.dynamic_sampling else 1)
+    return math.ceil(math.ceil(prompts) / processes) * sampling.num_generations
 
 
 def longest_of(config: Config) -> int | None:

@@ -9,6 +9,7 @@ so that on CUDA the device does not wait for the host at each token. The KV cach
 memory needed is therefore known before decoding starts.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.errors import ConfigError
+from grpo.errors import ConfigError, is_out_of_memory
 from grpo.kernels.cuda.graphs import StepGraphs
 from grpo.kernels.decode import schedule_for
 from grpo.kernels.kv_cache import SlotCache
+from grpo.kernels.registry import is_on
 from grpo.kernels.sampling import draw_tokens
 from grpo.kernels.state_slots import States
 from grpo.rollout.backbones import choose_backbone
@@ -33,8 +35,10 @@ from grpo.rollout.engine import (
     register_engine,
 )
 from grpo.rollout.sampling import counted_uniform, stream_key
-from grpo.runtime.device import free_memory, return_freed_memory
+from grpo.runtime.device import empty_cache, free_memory, return_freed_memory, to_device
 from grpo.types import Completion, Group, Prompt, SamplingPlan
+
+log = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 8192
 """Maximum number of prompt tokens, padding included, in one prefill."""
@@ -76,10 +80,20 @@ class _State:
         self.new_tokens = torch.zeros(window, slots, dtype=torch.long, device=device)
         self.new_logprobs = torch.zeros(window, slots, device=device)
 
-    def move(self, targets: list[int], sources: list[int]) -> None:
+    def move(self, targets: Tensor, sources: Tensor) -> None:
         """Copy rows `sources` to rows `targets`."""
         for tensor in (self.tokens, self.positions, self.uniforms, self.drawn):
-            tensor[targets] = tensor[sources]
+            tensor.index_copy_(0, targets, tensor.index_select(0, sources))
+
+    def read(self, steps: int, first: int, rows: int) -> tuple[list[list[int]], list[list[float]]]:
+        """Return the tokens and logprobs of the last `steps` steps for `rows` rows from `first` on, row by row.
+
+        The host waits for the device once.
+        """
+        recent = slice(first, first + rows)
+        drawn = torch.stack([self.new_tokens[:steps, recent].double(), self.new_logprobs[:steps, recent].double()])
+        tokens, logprobs = drawn.cpu().mT
+        return tokens.long().tolist(), logprobs.tolist()
 
 
 @dataclass
@@ -101,6 +115,10 @@ class _Done:
         self.prompts, self.samples, self.finished = prompts, samples, finished
         self.groups: dict[int, Group] = {}
         self._completions: dict[int, dict[int, Completion]] = {}
+
+    def drop_incomplete(self) -> None:
+        """Drop the completions of groups that are not complete."""
+        self._completions.clear()
 
     def add(self, prompt: int, sample: int, completion: Completion) -> None:
         """Add one completion."""
@@ -132,6 +150,7 @@ class NativeEngine(RolloutEngine):
         slots: int,
         uses_packed_attention: bool,
         cache_gib: float | None = None,
+        step_completions: int | None = None,
     ):
         if not uses_packed_attention:
             raise ConfigError(
@@ -141,39 +160,71 @@ class NativeEngine(RolloutEngine):
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self.end_ids = set(end_token_ids(model, tokenizer))
         self.hidden_ids = hidden_token_ids(self.end_ids, tokenizer)
-        self.cache_gib = cache_gib
+        self.cache_gib, self.step_completions = cache_gib, step_completions
         self.backbone, self.position_numbers = choose_backbone(model)
         self.schedule, self.graphs = schedule_for(device_of(model)), StepGraphs()
         self._kept: tuple[SlotCache, _State] | None = None
+        self.used_slots = slots
+        """Number of slots of the last call."""
 
     @torch.no_grad()
     def generate(
         self, prompts: list[Prompt], plan: SamplingPlan, finished: Callable[[Group], None] | None = None
     ) -> list[Group]:
-        """Sample completions with the live weights. See RolloutEngine.generate."""
-        waiting = deque((p, s) for p in range(len(prompts)) for s in range(plan.num_generations))
-        if not waiting:
+        """Sample completions with the live weights. See RolloutEngine.generate.
+
+        If memory runs out, sampling is repeated with half as many slots, without the groups that are complete. Random
+        numbers depend on the prompt, sample and position, so the completions are the same.
+        """
+        if not prompts or not plan.num_generations:
             return []
+        done = _Done(prompts, plan.num_generations, finished)
+        while (error := self._try_sampling(prompts, plan, done)) is not None:
+            self.graphs.clear()
+            self._kept, smaller = None, self.used_slots // 2
+            empty_cache(device_of(self.model))
+            if smaller < 1:
+                raise error
+            log.info("out of memory while sampling with %d slots; going on with %d", self.used_slots, smaller)
+            self.slots = smaller
+        self.backbone.release()
+        return_freed_memory(device_of(self.model))
+        return [done.groups[index] for index in range(len(prompts))]
+
+    def _try_sampling(self, prompts: list[Prompt], plan: SamplingPlan, done: "_Done") -> BaseException | None:
+        """Sample all groups that are not done. Return the error if memory runs out."""
+        done.drop_incomplete()
+        try:
+            self._sample(prompts, plan, done)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return error.with_traceback(None)  # whose frames hold the memory
+        return None
+
+    def _sample(self, prompts: list[Prompt], plan: SamplingPlan, done: "_Done") -> None:
+        """Sample all groups that are not done."""
+        waiting = deque(
+            (p, s) for p in range(len(prompts)) if p not in done.groups for s in range(plan.num_generations)
+        )
+        self.schedule = schedule_for(device_of(self.model))
+        self.used_slots = min(self.slots, len(waiting))
         self.backbone.refresh()
         longest_prompt = max(len(prompt.token_ids) for prompt in prompts)
         cache, state = self._memory(len(waiting), longest_prompt, plan.max_completion_length)
-        done = _Done(prompts, plan.num_generations, finished)
+        self.used_slots = cache.slots
         prefilled: dict[int, _Prefilled] = {}
         rows: list[_Row] = []
         while waiting or rows:
             while waiting and len(rows) < cache.slots:
                 fresh = self._admit(prompts, plan, cache, state, waiting, prefilled, len(rows))
-                self._collect(fresh, state.tokens[len(rows) :][None], state.new_logprobs[:1, len(rows) :], plan)
+                self._collect(fresh, *state.read(1, len(rows), len(fresh)), plan)
                 rows += fresh
                 self._retire(rows, cache, state, plan, done)
             if rows:
                 steps = self._decode(rows, cache, state, plan)
-                self._collect(rows, state.new_tokens[:steps], state.new_logprobs[:steps], plan)
+                self._collect(rows, *state.read(steps, 0, len(rows)), plan)
                 self._retire(rows, cache, state, plan, done)
-        self.backbone.release()
-        del cache, state, prefilled
-        return_freed_memory(device_of(self.model))
-        return [done.groups[index] for index in range(len(prompts))]
 
     def _memory(self, completions: int, prompt: int, draws: int) -> tuple[SlotCache, _State]:
         """Return the cache and state for one call.
@@ -188,10 +239,13 @@ class NativeEngine(RolloutEngine):
         device = device_of(self.model)
         window, dtype = self.schedule.check_every, self.backbone.cache_dtype
         if not self.schedule.captures_graphs:
+            self._kept = None
             length = prompt + draws
             slots = self.slots_that_fit(completions, length, free_memory(device))
             return SlotCache(slots, length, dtype), _State(slots, window, draws, device)
         cache, state = self._kept or (SlotCache(0, 0, dtype), None)
+        if self.step_completions is not None:  # the cache stays: an evaluation does not make it larger
+            completions = min(completions, self.step_completions)
         length = max(cache.length, -(-(prompt + draws + window) // BUCKET) * BUCKET)
         slots = self.slots_that_fit(completions, length, free_memory(device) + cache.bytes)
         # Free memory varies from call to call. New graphs are only worth their cost for twice the slots.
@@ -247,8 +301,8 @@ class NativeEngine(RolloutEngine):
             [[*prompts[i].token_ids, *[0] * (max(lengths) - length)] for i, length in zip(wanted, lengths, strict=True)]
         )
         cache.prompt_lengths = lengths
-        hidden = self.backbone.prefill(ids.to(device), cache)
-        last = torch.tensor(lengths, device=device) - 1
+        hidden = self.backbone.prefill(to_device(ids, device), cache)
+        last = to_device(torch.tensor(lengths) - 1, device)
         logits = self.backbone.logits(hidden[torch.arange(len(wanted), device=device), last])
         return {
             index: _Prefilled(
@@ -291,12 +345,14 @@ class NativeEngine(RolloutEngine):
         rows = [_Row(prompt, sample, len(prompts[prompt].token_ids)) for prompt, sample in chosen]
         new = slice(taken, taken + len(rows))
         device = state.tokens.device
-        keys = torch.tensor([stream_key(plan.seed, prompts[prompt].draw, s) for prompt, s in chosen], device=device)
+        keys = torch.tensor([stream_key(plan.seed, prompts[prompt].draw, s) for prompt, s in chosen])
+        keys, cached = to_device(torch.stack([keys, torch.tensor([row.cached for row in rows])]), device)
         state.uniforms[new] = counted_uniform(keys[:, None], torch.arange(state.uniforms.shape[1], device=device))
-        state.positions[new] = torch.tensor([row.cached for row in rows], device=device)
+        state.positions[new] = cached
         state.drawn[new] = 1
         logits = torch.stack([prefilled[row.prompt].logits_V for row in rows])
         state.tokens[new], state.new_logprobs[0, new] = draw_tokens(logits, state.uniforms[new, 0], plan.temperature)
+        state.new_tokens[0, new] = state.tokens[new]
         slot = taken
         for prompt in dict.fromkeys(row.prompt for row in rows):
             samples = sum(row.prompt == prompt for row in rows)
@@ -317,7 +373,7 @@ class NativeEngine(RolloutEngine):
         steps = min(self.schedule.check_every, max(plan.max_completion_length - row.drawn for row in rows))
         active, longest = len(rows), max(row.cached for row in rows) + 1
         for step in range(steps):
-            if self.schedule.captures_graphs:
+            if self.schedule.captures_graphs and is_on("cuda_graphs"):
                 self._captured_step(active, longest + step, cache, state, plan.temperature)
             else:
                 running = min(self.backbone.padded_rows(active), cache.slots)
@@ -353,12 +409,14 @@ class NativeEngine(RolloutEngine):
             (active, longest, temperature),
             lambda: self._step(active, longest, cache, state, temperature),
             (state.tokens, state.positions, state.drawn, *cache.states.tensors()),
+            (state.logprobs,),
         )
 
-    def _collect(self, rows: list[_Row], tokens: Tensor, logprobs: Tensor, plan: SamplingPlan) -> None:
-        """Append the sampled tokens and logprobs, [steps, slots] each, to the rows, up to each completion's end."""
-        drawn = zip(rows, tokens[:, : len(rows)].T.tolist(), logprobs[:, : len(rows)].T.tolist(), strict=True)
-        for row, new_tokens, new_logprobs in drawn:
+    def _collect(
+        self, rows: list[_Row], tokens: list[list[int]], logprobs: list[list[float]], plan: SamplingPlan
+    ) -> None:
+        """Append the sampled tokens and logprobs of each row, up to the completion's end."""
+        for row, new_tokens, new_logprobs in zip(rows, tokens, logprobs, strict=True):
             remaining = plan.max_completion_length - len(row.tokens)
             end = self.end_of(row, new_tokens)
             count = min(len(new_tokens) if end is None else end + 1, remaining)
@@ -395,8 +453,10 @@ class NativeEngine(RolloutEngine):
         holes = [index for index in finished if index < left]
         movers = sorted(set(range(left, len(rows))) - set(finished))
         if holes:
-            cache.move(holes, movers, max(rows[index].cached for index in movers))
-            state.move(holes, movers)
+            device = state.tokens.device
+            targets, sources = to_device(torch.tensor([holes, movers]), device)
+            cache.move(targets, sources, max(rows[index].cached for index in movers))
+            state.move(targets, sources)
             for hole, mover in zip(holes, movers, strict=True):
                 rows[hole] = rows[mover]
         del rows[left:]

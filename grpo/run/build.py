@@ -30,7 +30,7 @@ from grpo.rewards.sources import changed_sources, reward_sources
 from grpo.rewards.workers import RewardWorkerPool
 from grpo.rewards.xml_format import only_answer
 from grpo.rollout.async_sampler import AsyncSampler
-from grpo.rollout.engine import RolloutEngine, build_engine, correction_of, find_engine, longest_of
+from grpo.rollout.engine import RolloutEngine, build_engine, correction_of, find_engine, longest_of, step_completions
 from grpo.rollout.logprob_mismatch import check_agreement, verify_weight_sync
 from grpo.run.callbacks import Callback, Callbacks, State, build_callbacks
 from grpo.run.checkpoint import check_free_space, read_state, seconds_to_write
@@ -222,6 +222,7 @@ def build_checked_engine(
             accelerator=accelerator,
             weights=policy.sampler_weights,
             longest=longest_of(config),
+            step_completions=step_completions(config, accelerator.num_processes),
             cache_gib=config.rollout.cache_gib,
             engine_kwargs=config.rollout.engine_kwargs,
         )

@@ -99,6 +99,19 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def empty_cache(device: torch.device) -> None:
+    """Return memory that torch's allocator holds unused to `device`."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return `tensor`, which is on the CPU, on `device`. On CUDA, the host does not wait for the copy."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def return_freed_memory(device: torch.device) -> None:
     """Return freed heap pages to the operating system at the end of a phase. Only glibc on Linux needs it.
 

@@ -3,12 +3,9 @@
 import contextlib
 from collections.abc import Iterator
 
-import torch
-
 from grpo.config.schema import Config
-from grpo.errors import OutOfMemory
+from grpo.errors import OutOfMemory, is_out_of_memory
 
-_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 MAX_SUGGESTIONS = 4
 
 
@@ -38,13 +35,6 @@ def memory_advice(config: Config) -> Iterator[None]:
             f"out of memory while {where}: {message[:300]}\nChange one of these, in this order, and start again "
             f"(--resume auto goes on from the last checkpoint):\n{edits}"
         ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocator of CUDA, of the CPU or of Python has failed."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
 
 
 def memory_edits(config: Config, phase: str) -> list[str]:

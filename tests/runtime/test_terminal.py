@@ -11,8 +11,8 @@ import torch
 import grpo.trainer
 from grpo.config.parser import load_config
 from grpo.config.schema import Config
-from grpo.errors import OutOfMemory
-from grpo.runtime.oom import is_out_of_memory, memory_edits
+from grpo.errors import OutOfMemory, is_out_of_memory
+from grpo.runtime.oom import memory_edits
 from grpo.tracking.console import Display, sparkline
 from tests.test_trainer import arguments
 
