@@ -22,7 +22,7 @@ fixed = partial(setting, resume="forbidden")
 @dataclass
 class ModelConfig:
     name: str = setting("starter", common=True, trl="model_name_or_path", path=True)
-    """Hub id, local folder, or "starter": a small model that is made here, without a download."""
+    """Hub id, local folder, GGUF file, or "starter": a small model that is made here, without a download."""
     reference: str | None = setting(None, path=True)
     """Reference policy: null = a frozen copy of the starting model; or another hub id or folder."""
     sync_ref_model: bool = fixed(False, trl="sync_ref_model")
@@ -40,7 +40,8 @@ class ModelConfig:
     """grpo = packed attention, which computes a group's shared prompt once (sdpa where a test at start-up finds that
     it is not exact for this model); or one of transformers': sdpa, eager, flash_attention_2, ..."""
     gguf_file: str | None = fixed(None, path=True)
-    """Load this GGUF file (Ollama, llama.cpp) from the folder or hub id in model.name, dequantized."""
+    """The GGUF file (Ollama, llama.cpp) to load from the folder or hub id in model.name, where it holds several.
+    docs/gguf.md"""
     load_in_4bit: bool = fixed(False, trl="load_in_4bit")
     """QLoRA: base weights in 4 bits (nf4). Needs lora.r and bitsandbytes."""
     gradient_checkpointing: bool = free(False, common=True, trl="gradient_checkpointing")
@@ -63,7 +64,7 @@ class LoraConfig:
 @dataclass
 class DataConfig:
     name: str = setting("gsm8k", common=True, trl="dataset_name")
-    """A registered dataset (gsm8k, question_answer, arithmetic, invented_language), or your own:
+    """A registered dataset (gsm8k, question_answer, arithmetic, word_problems, invented_language), or your own:
     package.module:function, file.py:function."""
     path: str | None = setting(None, common=True, path=True)
     """Training rows: a local JSONL, JSON, CSV or Parquet file, a dataset on the hub (owner/name), or a folder that
@@ -92,7 +93,13 @@ class DataConfig:
     """System message: "xml" = the reasoning/answer format that the format rewards look for, null = none, or your
     own."""
     one_shot: bool = setting(False)
-    """Show one worked example, as an earlier turn, before the question."""
+    """Show a built-in worked example, as an earlier turn, before the question."""
+    examples: list[dict[str, Any]] | str | None = setting(None, common=True, path=True)
+    """Worked examples of your own, shown as earlier turns before every question: rows of the data (a list in YAML, or
+    a JSONL, CSV or Parquet file), with a column reasoning or completion where the answer column does not show how."""
+    chat_template_kwargs: dict[str, Any] = setting({})
+    """Settings of the model's chat template: {enable_thinking: false} for Qwen3 and SmolLM3, {date_string: 1 May 2026}.
+    Training, evaluation and chat use the same."""
     card: str | None = free(None, path=True)
     """YAML file with source, licence and permission. Null = FILE.card.yaml or data_card.yaml beside data.path, if
     any."""

@@ -55,7 +55,9 @@ def read_text(text: str, kind: Any) -> Any:
     """
     if text in NULLS:
         return None
-    if str in members_of(kind):
+    members = members_of(kind)
+    rows = list[dict[str, Any]] in members and text.lstrip()[:1] == "["
+    if str in members and not rows:
         return text
     if text.lstrip()[:1] in ("[", "{"):
         return yaml.load(text, Loader=StrictLoader)  # noqa: S506 (a SafeLoader)

@@ -119,8 +119,6 @@ def check_model(model: ModelConfig, lora: LoraConfig, objective: ObjectiveConfig
             f"lost in the rounding of anything less. Set lora.r (16 is usual), or leave torch_dtype float32 and "
             "load_in_4bit false"
         )
-    if model.load_in_4bit and model.gguf_file:
-        raise ConfigError("model.load_in_4bit and model.gguf_file cannot be combined: a GGUF is loaded dequantized")
     if lora.r is not None and not lora.target_modules:
         raise ConfigError("lora.target_modules is empty: name layers, for example [q_proj, v_proj], or [all-linear]")
     if objective.beta == 0:

@@ -14,7 +14,7 @@ def converted(value: Any, kind: Any) -> Any:
     for member in members_of(kind):
         if member is float and isinstance(value, int) and not isinstance(value, bool):
             return _float(value)
-        if typing.get_origin(member) is list and isinstance(value, str):
+        if typing.get_origin(member) is list and isinstance(value, str) and str not in members_of(kind):
             return _names(value)
         if member == dict[str, float]:
             names = _names(value) if isinstance(value, str) else value
@@ -82,6 +82,7 @@ def _in_words(kind: Any) -> str:
         bool: "true or false",
         types.NoneType: "null",
         list[str]: "a list of names: [NAME, NAME]",
+        list[dict[str, Any]]: "a list of rows: [{COLUMN: VALUE}]",
         dict[str, float]: "a mapping of names to numbers: {NAME: 1.0}",
         dict[str, dict[str, Any]]: "a mapping of names to mappings: {NAME: {ARGUMENT: VALUE}}",
         dict[str, Any]: "a mapping: {NAME: VALUE}",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from grpo.config.schema import DataConfig
+from grpo.data.prompts import shown_examples
 from grpo.data.rendering import prompts_token_ids, template_arguments
 from grpo.data.rows import Example
 from grpo.errors import ConfigError
@@ -75,6 +76,7 @@ def mapped_folder(data: DataConfig, tokenizer: Any) -> Path:
     matters = dataclasses.asdict(data)
     for name in ("path", "eval_path", "eval_size", "eval_split", "cache"):
         matters.pop(name, None)
+    matters["examples"] = shown_examples(data)
     vocabulary = getattr(tokenizer, "backend_tokenizer", None)
     identity = [
         *(VERSION, digest.hexdigest(), matters, tokenizer.chat_template),

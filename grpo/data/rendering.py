@@ -1,17 +1,34 @@
-"""Rendering: messages -> chat template -> token ids -> Prompts."""
+"""Rendering: messages -> chat template -> token ids -> Prompts.
 
+Templates differ in what they do with a system message (refuse it, drop it), with the date and with thinking. Where a
+template refuses or drops the system message, its text goes into the first user turn.
+"""
+
+import json
+import logging
+import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, meta
 
 from grpo.data.rows import Example
 from grpo.errors import ConfigError
+from grpo.runtime.messages import visible
 from grpo.types import Message, Prompt
 
-DATE = "26 Jul 2024"
-"""Date for chat templates that write one into the prompt (Llama 3). A fixed one keeps prompts the same from day to day;
-this is the template's own default."""
+log = logging.getLogger(__name__)
+
+TODAY = datetime(2024, 7, 26)
+"""Date for chat templates that write one into the prompt. A fixed one keeps prompts the same from day to day, in
+training, on resume and in evaluation; this is the default of Llama 3's template."""
+_TODAY_IN_TEMPLATE = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
+_SYSTEM, _USER = "SYSTEM9TEXT", "USER9TEXT"
+_system_in_user_turn: dict[tuple[str, str], bool] = {}
+"""Template and its arguments -> whether a system message has to go into the user turn."""
+_compared: set[str] = set()
+"""Templates of which a first chat was compared with what the template made of it."""
 
 
 def render_prompts(examples: list[Example], tokenizer: Any, max_prompt_length: int | None) -> tuple[list[Prompt], int]:
@@ -74,24 +91,18 @@ def prompt_token_ids(
     """
     if isinstance(messages, str):
         return _plain_token_ids(messages, tokenizer)
-    if not tokenizer.chat_template:
+    arguments = arguments or {}
+    if not _has_template(tokenizer):
         if arguments or any("tool_calls" in message for message in messages):
             raise ConfigError(
                 "the data has tools, tool_calls or chat_template_kwargs, but the model has no chat template that "
                 "could read them: remove them, or choose a model with a chat template"
             )
         return _plain_token_ids(_plain_text(messages), tokenizer)
-    begun = messages[-1]["role"] == "assistant"
-    settings = {"date_string": DATE, **(arguments or {})}
     try:
-        token_ids = tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=not begun,
-            continue_final_message=begun,
-            tokenize=True,
-            return_dict=False,
-            **settings,
-        )
+        chat = _for_template(messages, tokenizer, arguments)
+        _warn_of_lost_text(chat, tokenizer, arguments)
+        [token_ids] = apply_template([chat], tokenizer, arguments)
     except (TemplateError, ValueError) as error:
         raise ConfigError(
             f"the model's chat template rejects the prompt: {error}; if it has no system role, set "
@@ -105,18 +116,109 @@ def prompts_token_ids(
 ) -> list[list[int]]:
     """Return `prompt_token_ids` of many prompts, in parallel."""
     each = arguments or [{}] * len(many)
-    plain = not any(each) and all(
-        not isinstance(messages, str) and messages[-1]["role"] != "assistant" for messages in many
-    )
-    if tokenizer.chat_template and plain:
+    chats = [messages for messages in many if not isinstance(messages, str) and messages[-1]["role"] != "assistant"]
+    alike = len(chats) == len(many) and all(given == each[0] for given in each)
+    if chats and alike and _has_template(tokenizer):
+        first = prompt_token_ids(many[0], tokenizer, each[0])  # its error says more
         try:
-            batch = tokenizer.apply_chat_template(
-                many, add_generation_prompt=True, tokenize=True, return_dict=False, date_string=DATE
-            )
-            return [_one_bos(list(token_ids), tokenizer) for token_ids in batch]
+            chats = [_for_template(chat, tokenizer, each[0]) for chat in chats]
+            batch = apply_template(chats[1:], tokenizer, each[0]) if chats[1:] else []
+            return [first, *(_one_bos(list(token_ids), tokenizer) for token_ids in batch)]
         except (TemplateError, ValueError):
             pass  # the error of the single prompt says more
     return [prompt_token_ids(messages, tokenizer, given) for messages, given in zip(many, each, strict=True)]
+
+
+def apply_template(
+    chats: list[list[Message]], tokenizer: Any, arguments: Mapping[str, Any], *, tokenize: bool = True
+) -> list[Any]:
+    """Return ids, or texts, of chats that end alike. Arguments win over the fixed date."""
+    begun = chats[0][-1]["role"] == "assistant"
+    given: dict[str, Any] = {"tokenize": tokenize, "return_dict": False}
+    given |= {"add_generation_prompt": not begun, "continue_final_message": begun}
+    if not _is_mistral_common(tokenizer):  # which refuses arguments that it does not know
+        given["date_string"] = f"{TODAY:%d %b %Y}"
+    template = tokenizer.chat_template
+    if isinstance(template, str) and "strftime_now" in template:
+        given["chat_template"] = _TODAY_IN_TEMPLATE.sub(lambda call: json.dumps(TODAY.strftime(call[2])), template)
+    return list(tokenizer.apply_chat_template(chats, **(given | dict(arguments))))
+
+
+def moves_system_text(tokenizer: Any, arguments: Mapping[str, Any]) -> bool:
+    """Return whether the template refuses a system message or leaves it out. Logged once for each template."""
+    if _is_mistral_common(tokenizer):
+        return False
+    key = (str(tokenizer.chat_template), json.dumps(arguments, sort_keys=True, default=str))
+    if key not in _system_in_user_turn:
+        user: Message = {"role": "user", "content": _USER}
+        what = ""
+        try:
+            [text] = apply_template(
+                [[{"role": "system", "content": _SYSTEM}, user]], tokenizer, arguments, tokenize=False
+            )
+            what = "" if _SYSTEM in text else "leaves out the system message"
+        except (TemplateError, ValueError) as error:
+            try:  # does it accept a chat without one?
+                apply_template([[user]], tokenizer, arguments, tokenize=False)
+                what = f"refuses a system message ({error})"
+            except (TemplateError, ValueError):
+                pass  # the prompt itself will say why
+        if what:
+            log.warning("the model's chat template %s: its text is put before the first question", what)
+        _system_in_user_turn[key] = bool(what)
+    return _system_in_user_turn[key]
+
+
+def check_template_kwargs(tokenizer: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a setting of data.chat_template_kwargs that the chat template does not read."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not kwargs or not isinstance(template, str):
+        return
+    try:
+        known = meta.find_undeclared_variables(Environment().parse(template))  # noqa: S701 (not rendered)
+    except TemplateError:  # a tag of transformers' own
+        return
+    for key in kwargs:
+        if key not in known:
+            own = {"messages", "tools", "documents", "add_generation_prompt"}
+            reads = ", ".join(sorted(name for name in known - own if not name.endswith("_token")))
+            raise ConfigError(
+                f"data.chat_template_kwargs: the model's chat template does not read '{key}'"
+                + (f"; it reads {reads}" if reads else "")
+            )
+
+
+def _for_template(chat: list[Message], tokenizer: Any, arguments: Mapping[str, Any]) -> list[Message]:
+    """Return the chat as the template can read it: the system text may have to begin the first user turn."""
+    if chat[0]["role"] != "system" or len(chat) < 2 or chat[1]["role"] != "user":
+        return chat
+    if not moves_system_text(tokenizer, arguments):
+        return chat
+    return [{**chat[1], "content": f"{chat[0]['content']}\n\n{chat[1]['content']}"}, *chat[2:]]
+
+
+def _warn_of_lost_text(chat: list[Message], tokenizer: Any, arguments: Mapping[str, Any]) -> None:
+    """Log once for each template that it changes or leaves out a message, such as the thinking of an earlier turn."""
+    if str(tokenizer.chat_template) in _compared or _is_mistral_common(tokenizer):
+        return
+    _compared.add(str(tokenizer.chat_template))
+    [text] = apply_template([chat], tokenizer, arguments, tokenize=False)
+    for message in chat:
+        content = str(message.get("content") or "").strip()
+        if content not in str(text):
+            shown = visible(content.replace("\n", " "))[:80]
+            log.warning(
+                "the chat template changes or leaves out a part of a turn of the %s: %r", message["role"], shown
+            )
+
+
+def _has_template(tokenizer: Any) -> bool:
+    """Return whether the tokenizer renders chats. mistral-common does so without a template in Jinja."""
+    return bool(tokenizer.chat_template) or _is_mistral_common(tokenizer)
+
+
+def _is_mistral_common(tokenizer: Any) -> bool:
+    return any(kind.__name__ in ("MistralCommonBackend", "MistralCommonTokenizer") for kind in type(tokenizer).__mro__)
 
 
 def _plain_text(messages: list[Message]) -> str:

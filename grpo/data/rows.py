@@ -12,7 +12,7 @@ from typing import Any
 from grpo.config.schema import DataConfig
 from grpo.data.extractors import EXTRACTORS, LOOKS_LIKE, extraction_rates
 from grpo.data.files import BadRows, Row, Table, table_of
-from grpo.data.prompts import messages_for
+from grpo.data.prompts import messages_for, worked_examples
 from grpo.data.registry import DATASETS, Part
 from grpo.errors import ConfigError
 from grpo.types import Message, question_of
@@ -59,7 +59,7 @@ def load_examples(data: DataConfig, part: Part, seed: int, bad: BadRows | None =
     elif not table.rows:
         raise ConfigError(f"{table.source} is empty: dataset '{data.name}' gave no rows to train on")
     if all(isinstance(row, Example) for row in table.rows):  # a custom dataset may build its Examples itself
-        return _checked_examples(table, bad)
+        return [_with_template_settings(example, data) for example in _checked_examples(table, bad)]
     examples = load_rows(table, data, bad)
     if not examples and part == "train":
         raise ConfigError(f"{table.source}: none of its {len(table.rows)} rows can be used: {bad.rejected[0]}")
@@ -80,10 +80,13 @@ def _checked_examples(table: Table, bad: BadRows) -> list[Example]:
 
 
 def load_rows(table: Table, data: DataConfig, bad: BadRows) -> list[Example]:
-    """Convert raw rows to Examples. Raises ConfigError as `load_examples` does."""
+    """Convert raw rows to Examples, without those of data.examples. Raises ConfigError as `load_examples` does."""
     extract = _extractor(data)
+    shown = {question for question, _ in worked_examples(data)}
     answered: list[tuple[Row, str, str | None]] = []
     for row, place in zip(table.rows, table.places, strict=True):
+        if row.get(data.question) in shown:  # its solution is in every prompt
+            continue
         try:
             _check_columns(row, data)
             answered.append((row, place, extract(_answer_text(row, data))))
@@ -102,7 +105,9 @@ def load_rows(table: Table, data: DataConfig, bad: BadRows) -> list[Example]:
 
 
 def example_of(row: Row, place: str, data: DataConfig, bad: BadRows) -> Example | None:
-    """Convert one row of a stream. Returns None for a row that is rejected."""
+    """Convert one row of a stream. Returns None for a row that is rejected, or is one of data.examples."""
+    if any(row.get(data.question) == question for question, _ in worked_examples(data)):
+        return None
     try:
         _check_columns(row, data)
         text = _answer_text(row, data)
@@ -238,7 +243,16 @@ def _example(row: Row, answer: str | None, data: DataConfig) -> Example:
         text = _answer_text(row, data)
         if text != answer:
             columns.setdefault("solution", text)
-    return Example(messages, columns)
+    return _with_template_settings(Example(messages, columns), data)
+
+
+def _with_template_settings(example: Example, data: DataConfig) -> Example:
+    """Return the example with data.chat_template_kwargs in its column chat_template_kwargs, whose own values win."""
+    own = example.columns.get("chat_template_kwargs")
+    if not data.chat_template_kwargs or not (own is None or isinstance(own, dict)):
+        return example
+    settings = {**data.chat_template_kwargs, **(own or {})}
+    return Example(example.messages, {**example.columns, "chat_template_kwargs": settings})
 
 
 def _trl_prompt(prompt: Any) -> str | list[Message]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from grpo.data.gguf import plain_model
 from grpo.errors import ConfigError
 
 
@@ -11,22 +12,19 @@ def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokeniz
     """Load the tokenizer of a model.
 
     Args:
-        path: Local folder or hub id.
-        gguf_file: GGUF file in that folder that holds the tokenizer.
+        path: Local folder, hub id, or GGUF file.
+        gguf_file: GGUF file in that folder or repository.
 
     Raises:
         ConfigError: It is missing, cannot be loaded, or encodes every text as nothing.
     """
     check_exists(path)
     try:
-        extra = {"gguf_file": gguf_file} if gguf_file else {}
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(
+            plain_model(path, gguf_file), padding_side="left", trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name '{path}': its tokenizer cannot be loaded: {error}") from error
-    except ImportError as error:
-        if gguf_file is None:
-            raise
-        raise ConfigError("model.gguf_file is set, but gguf is missing: pip install gguf") from error
     if not tokenizer.encode("1 + 1 = 2", add_special_tokens=False):  # transformers falls back to an empty one
         raise ConfigError(
             f"model.name '{path}': its tokenizer cannot be loaded: without tokenizer.json (or a vocabulary file) it "

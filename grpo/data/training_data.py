@@ -20,7 +20,7 @@ from grpo.data.card import check_permission
 from grpo.data.curriculum import Curriculum
 from grpo.data.files import BadRows
 from grpo.data.mapped import MappedPrompts, map_prompts, mapped_folder, open_mapped, wants_mapping
-from grpo.data.rendering import render_prompts
+from grpo.data.rendering import check_template_kwargs, render_prompts
 from grpo.data.rows import Example, extraction_report, load_examples
 from grpo.data.stream import PromptStream
 from grpo.data.streaming import StreamedPrompts, peek
@@ -71,7 +71,8 @@ def training_data(
             score.check_columns(set(prompts.record["columns"]))
             log.info(f"data: {len(prompts)} prompts from {prompts.folder}, cached for this file and these settings")
             record = prompts.record
-            return _epochs(config, config.model.name, tokenizer, prompts, record["dropped"], record["rejected"])
+            path = model_path(config, [], accelerator)
+            return _epochs(config, path, tokenizer, prompts, record["dropped"], record["rejected"])
 
     bad = BadRows(skip=data.bad_rows == "skip")
     examples = peek(data, bad) if data.streaming else load_examples(data, "train", config.seed, bad)
@@ -81,6 +82,7 @@ def training_data(
     score.check_columns(set(examples[0].columns))
     path = model_path(config, examples, accelerator)
     tokenizer = load_tokenizer(path, config.model.gguf_file)
+    check_template_kwargs(tokenizer, data.chat_template_kwargs)
     if data.streaming:
         render_prompts(examples, tokenizer, data.max_prompt_length)  # raises if all of the first ones are too long
         return TrainingData(path, tokenizer, StreamedPrompts(data, tokenizer, config.seed), None, [])

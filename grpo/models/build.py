@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from grpo.data.gguf import plain_model
 from grpo.data.tokenizer import load_tokenizer
 from grpo.models.logprob_model import LogprobModel
 from grpo.models.lora import Adapter, add_adapter
@@ -74,7 +75,9 @@ def build_trained_model(
     reference: FrozenReference | AdapterReference | None = None
     if objective.beta > 0 and (config.reference or not has_adapter):
         reference = _frozen_reference(strategy, logprob_model, path, config)
-    adapter = add_adapter(model, lora, base=path) if lora is not None and has_adapter else None
+    adapter = (
+        add_adapter(model, lora, base=plain_model(path, config.gguf_file)) if lora is not None and has_adapter else None
+    )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()  # checkpointing is only active in train mode; every dropout is 0, so nothing else changes

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from grpo.config.schema import ModelConfig
+from grpo.data.gguf import plain_model
 from grpo.data.tokenizer import check_exists
 from grpo.errors import ConfigError
 from grpo.kernels.attention import NAME
@@ -65,7 +66,7 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
     """Load a causal LM with every dropout 0 and its output head in float32.
 
     Args:
-        path: A folder or hub id.
+        path: A folder, hub id or GGUF file.
         config: torch_dtype, attn_implementation, load_in_4bit and gguf_file; None for float32 and sdpa attention.
         device: Where a 4-bit model is quantized; None for the CPU.
 
@@ -73,7 +74,8 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
         ConfigError: The model cannot be loaded, or its logprobs could not be computed exactly.
     """
     check_exists(path)
-    if Path(path).is_dir() and not (config and config.gguf_file) and not (Path(path) / "config.json").is_file():
+    path = plain_model(path, config.gguf_file if config else None)
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         hint = "copy it again, or save the model again"
         if (Path(path) / "adapter_config.json").is_file():
             hint = "it holds an adapter; merge it: python launch/export.py --run RUN --format merged"
@@ -84,8 +86,6 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
         if config.attn_implementation != NAME:  # packed attention replaces sdpa later, if a probe finds it exact
             attention = config.attn_implementation
         dtype = getattr(torch, config.torch_dtype)
-        if config.gguf_file:
-            extra["gguf_file"] = config.gguf_file
         if config.load_in_4bit:
             check_quantization()
             from transformers import BitsAndBytesConfig
@@ -112,10 +112,6 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
             f"model.name '{path}' cannot be loaded: its weights have other shapes than its config.json says: the "
             f"files are of two models"
         ) from error
-    if extra.get("gguf_file"):  # the weights are float32 now, though transformers still calls the model quantized
-        model.is_quantized = False  # type: ignore[assignment]
-        model.hf_quantizer = None  # type: ignore[assignment]
-        del model.config.quantization_config
     for (
         module
     ) in model.modules():  # bitsandbytes' packed layout for some CPUs has no gradient and cannot be dequantized

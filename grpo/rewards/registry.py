@@ -18,6 +18,13 @@ def text_of(completion: Any) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
+def after_thinking(text: str) -> str:
+    """Return the answer of a model that thinks first: the text after </think>. A thought that never ends gives ""."""
+    if "</think>" in text:
+        return text.rpartition("</think>")[2]
+    return "" if text.lstrip().startswith("<think>") else text
+
+
 def one_by_one(seconds: float, needs: str | None = None) -> Callable[[RewardFunction], RewardFunction]:
     """Decorator for a reward that scores each completion by itself.
 

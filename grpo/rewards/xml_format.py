@@ -8,13 +8,14 @@ completion's length.
 import re
 from typing import Any
 
-from grpo.rewards.registry import register_reward, text_of
+from grpo.rewards.registry import after_thinking, register_reward, text_of
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
 
 def only_answer(text: str) -> str | None:
-    """Return the stripped text inside the answer block if there is exactly one, else None."""
+    """Return the stripped text inside the answer block if there is exactly one after any thinking, else None."""
+    text = after_thinking(text)
     if text.count("<answer>") != 1 or text.count("</answer>") != 1:
         return None
     start, end = text.find("<answer>") + len("<answer>"), text.find("</answer>")
@@ -28,11 +29,15 @@ def lenient_answer(text: str) -> str:
 
 @register_reward("xml_format")
 def xml_format(completions: list[Any], **_: Any) -> list[float | None]:
-    """Return 1.0 for one reasoning block and then one answer block with only whitespace around them, else 0.0."""
+    """Return 1.0 for one reasoning block and then one answer block with only whitespace around them, else 0.0.
+
+    Thinking (<think>...</think>) before them is allowed.
+    """
     return [float(_is_xml_format(text_of(completion))) for completion in completions]
 
 
 def _is_xml_format(text: str) -> bool:
+    text = after_thinking(text)
     if any(text.count(tag) != 1 for tag in TAGS):
         return False
     open_reasoning, close_reasoning, open_answer, close_answer = (text.find(tag) for tag in TAGS)

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from grpo.rewards.number_text import last_number, parse_number
+from grpo.rewards.registry import after_thinking
 from grpo.rewards.scoring import RewardSum
 from grpo.rewards.text_match import quoted_terms, same_text
 from grpo.rewards.xml_format import lenient_answer
@@ -140,8 +141,8 @@ def is_correct_in_any_format(text: str, gold: object) -> bool:
     """
     if gold is None:
         return False
-    value = parse_number(str(gold))
-    return same_text(lenient_answer(text), str(gold)) if value is None else last_number(lenient_answer(text)) == value
+    value, given = parse_number(str(gold)), lenient_answer(after_thinking(text))
+    return same_text(given, str(gold)) if value is None else last_number(given) == value
 
 
 def intervals(rows: list[dict]) -> dict[str, tuple[float, float]]:

@@ -99,11 +99,6 @@ class VLLMEngine(RolloutEngine):
                 f"rollout.vllm_mode colocate runs in one process, {processes} were started: use --rollout.vllm_mode "
                 f"server, which any number of processes can share"
             )
-        if config.model.gguf_file:
-            raise ConfigError(
-                "rollout.vllm_mode colocate cannot read model.gguf_file: use --rollout.vllm_mode server with a plain "
-                "folder of the same model (launch/export.py), or rollout.engine native"
-            )
 
     def update_weights(self, step: int) -> None:
         """Send the weights. Collective if they are sharded.

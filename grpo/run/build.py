@@ -16,6 +16,8 @@ from grpo.config.schema import Config, DataConfig, RolloutConfig, flatten, to_di
 from grpo.config.validation import check_config
 from grpo.data.card import record_card
 from grpo.data.duplicates import repeated_prompts
+from grpo.data.gguf import gguf_path
+from grpo.data.prompts import shown_examples
 from grpo.data.rendering import render_prompts
 from grpo.data.rows import Example, load_examples
 from grpo.data.stream import PromptStream
@@ -70,6 +72,7 @@ def build_run(config: Config) -> Run:
     """
     check_config(config)
     check_components(config)
+    config.data.examples = shown_examples(config.data)  # recorded with the run, whatever becomes of the file
     rewards = build_rewards(config)
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(rewards.close)
@@ -168,9 +171,9 @@ def held_out_prompts(config: Config, rows: list[Example], data: TrainingData) ->
 
 
 def model_path(config: Config, rows: list[Example], accelerator: Accelerator) -> str:
-    """Return the folder or hub id to load. For "starter", the main process makes the folder first."""
+    """Return the folder, hub id or GGUF to load. For "starter", the main process makes the folder first."""
     if config.model.name != "starter":
-        return config.model.name
+        return str(gguf_path(config.model.name, config.model.gguf_file) or config.model.name)
     from grpo.models.tiny import make_tiny_model
 
     problems = None

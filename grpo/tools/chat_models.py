@@ -50,7 +50,7 @@ class ChatModel:
         self, question: str, *, max_completion_length: int = 512, temperature: float = 0.0, seed: int = 0
     ) -> Iterator[str]:
         """Yield the answer so far, longer each time. Temperature 0 is greedy."""
-        ids = prompt_token_ids(messages_for(question, self.data), self.tokenizer)
+        ids = prompt_token_ids(messages_for(question, self.data), self.tokenizer, self.data.chat_template_kwargs)
         streamer = _Streamer(self.tokenizer, hidden_token_ids(self.ends, self.tokenizer))
         inputs = torch.tensor([ids], device=self.model.device)
         pad = self.tokenizer.pad_token_id

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo.config.schema import Config, flatten, to_dict
 from grpo.data.card import check_permission
 from grpo.data.files import BadRows
-from grpo.data.rendering import prompt_token_ids, prompts_token_ids, template_arguments
+from grpo.data.rendering import check_template_kwargs, prompt_token_ids, prompts_token_ids, template_arguments
 from grpo.data.rows import Example, extraction_report, load_examples
 from grpo.data.streaming import peek
 from grpo.errors import ConfigError
@@ -55,6 +55,7 @@ def check(config: Config, machine: Machine | None = None) -> Check:
     held_out = load_examples(config.data, "held_out", config.seed) if config.eval_every else []
     score.check_columns(set(rows[0].columns))
     tokenizer, model = tokenizer_and_shape(config, rows)
+    check_template_kwargs(tokenizer, config.data.chat_template_kwargs)
     _check_questions(found, rows, held_out)
     _check_lengths(found, config, rows, tokenizer)
     check_rewards(found, score, rows, tokenizer)

@@ -13,6 +13,7 @@ run's settings, evaluation and data. --push uploads the folder, if the data's ca
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.config.parser import load_config
 from grpo.config.schema import Config, DataConfig
-from grpo.data.prompts import SYSTEM_PROMPT
+from grpo.data.prompts import SYSTEM_PROMPT, messages_for
+from grpo.data.rendering import apply_template, moves_system_text
 from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError, StorageError
 from grpo.models.loading import load_model
@@ -30,6 +32,7 @@ from grpo.run.checkpoint import load_checkpoint
 from grpo.run.final import final_step
 from grpo.tools.arguments import command_parser
 from grpo.tracking.run_reader import RunFolder
+from grpo.types import Message
 
 FORMATS = {
     "merged": 'from transformers import pipeline; pipeline("text-generation", "{folder}")',
@@ -166,15 +169,17 @@ def _from_checkpoint(run_dir: Path, config: Config, step: int, folder: Path, *, 
 
 
 def modelfile(tokenizer: PreTrainedTokenizerBase, config: Config) -> str:
-    """Return Ollama's Modelfile: the chat template in Go's language, the system prompt and temperature of training.
+    """Return Ollama's Modelfile: chat template in Go's language, system prompt, worked examples, temperature.
 
     Raises ConfigError for a template that is not a sequence of fixed texts and messages: Ollama supports no others.
     """
     ends = [tokenizer.eos_token] if tokenizer.eos_token else []
-    lines = ["FROM .", f"TEMPLATE {_quoted(go_template(tokenizer))}"]
+    lines = ["FROM .", f"TEMPLATE {_quoted(go_template(tokenizer, config.data.chat_template_kwargs))}"]
     system = system_prompt(config.data)
     if system:
         lines.append(f"SYSTEM {_quoted(system)}")
+    turns = [message for message in messages_for("", config.data)[:-1] if message["role"] != "system"]
+    lines += [f"MESSAGE {turn['role']} {_quoted(turn['content'])}" for turn in turns]
     lines.append(f"PARAMETER temperature {config.sampling.temperature}")
     lines += [f"PARAMETER stop {json.dumps(end)}" for end in ends]
     return "\n".join(lines) + "\n"
@@ -185,7 +190,7 @@ def system_prompt(data: DataConfig) -> str | None:
     return SYSTEM_PROMPT if data.system_prompt == "xml" else data.system_prompt
 
 
-def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
+def go_template(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None) -> str:
     """Return the chat template in Go's template language. The fixed texts are extracted from a rendered chat.
 
     # system S, user U, assistant A, user U   ->  p0 S p1 U p2 A p3 U p2
@@ -193,8 +198,12 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     if not tokenizer.chat_template:
         return "{{ .Prompt }}"
-    p0, p1, p2, p3, last = _between(tokenizer, ["system", "user", "assistant", "user"])
-    q0, opening = _between(tokenizer, ["user"])
+    kwargs = template_kwargs or {}
+    if moves_system_text(tokenizer, kwargs):  # as in training: before the first question
+        (p0, p2, p3, last), p1 = _between(tokenizer, ["user", "assistant", "user"], kwargs), "\n\n"
+    else:
+        p0, p1, p2, p3, last = _between(tokenizer, ["system", "user", "assistant", "user"], kwargs)
+    q0, opening = _between(tokenizer, ["user"], kwargs)
     if (last, opening) != (p2, p2):
         raise ConfigError(
             "--format gguf-ready: this chat template depends on a message's position, which Ollama does not support. "
@@ -211,12 +220,12 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
-def _between(tokenizer: PreTrainedTokenizerBase, roles: list[str]) -> list[str]:
+def _between(tokenizer: PreTrainedTokenizerBase, roles: list[str], kwargs: Mapping[str, Any]) -> list[str]:
     """Return the fixed texts before, between and after messages of these roles. The last one opens the answer."""
     marks = [f"MESSAGE{index}ENDS" for index in range(len(roles))]
-    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    messages: list[Message] = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
     try:
-        rest: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        [rest] = apply_template([messages], tokenizer, kwargs, tokenize=False)
     except Exception as error:  # raised by the template itself
         raise ConfigError(f"--format gguf-ready: the chat template refuses a {roles[0]} message: {error}") from error
     parts = []

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config.schema import Config
+from grpo.data.gguf import plain_model
 from grpo.data.rows import Example
 from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError
@@ -27,7 +28,7 @@ def tokenizer_and_shape(config: Config, rows: list[Example]) -> tuple[PreTrained
         return _tiny_model(config, rows)
     tokenizer = load_tokenizer(name, config.model.gguf_file)
     try:
-        shape = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        shape = AutoConfig.from_pretrained(plain_model(name, config.model.gguf_file), trust_remote_code=False)
         with torch.device("meta"):
             return tokenizer, AutoModelForCausalLM.from_config(shape)
     except (OSError, ValueError) as error:

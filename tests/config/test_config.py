@@ -140,6 +140,19 @@ def test_bare_names_make_lists_and_mappings(tmp_path: Path) -> None:
     assert config.rewards == {"accuracy": 1.0, "my.py:f": 1.0} and config.callbacks == ["a.py:C"]
 
 
+def test_rows_or_a_file_of_rows(tmp_path: Path) -> None:
+    """data.examples: a list of rows in brackets, or the name of a file, in flags and in YAML."""
+    read = lambda text: load_config(["--model.name=m", f"--data.examples={text}"]).data.examples  # noqa: E731
+    assert read("[{question: a, answer: '#### 1'}]") == [{"question": "a", "answer": "#### 1"}]
+    assert (read("rows.jsonl"), read("null")) == ("rows.jsonl", None)
+    (tmp_path / "my.yaml").write_text("data: {examples: [{question: a, answer: 2}]}")
+    assert load_config(["--model.name=m", f"--config={tmp_path}/my.yaml"]).data.examples == [
+        {"question": "a", "answer": 2}
+    ]
+    with pytest.raises(ConfigError, match=r"needs a list of rows: \[\{COLUMN: VALUE\}\] or text or null"):
+        read("[a, b]")
+
+
 def test_one_entry_of_a_mapping_is_set_by_a_flag() -> None:
     words = ["--rewards.my.py:f", "0.5", "--reward_kwargs.my.py:f.limit", "4", "--reward_kwargs.my.py:f.note=# a"]
     config = load_config(["--model.name=m", *words, "--objective.loss_kwargs.tau", "0.7"])

@@ -1,6 +1,7 @@
 """Data: rows from files to examples, errors with file and line, and the real GSM8K if it is available."""
 
 import bz2
+import dataclasses
 import gzip
 import json
 import lzma
@@ -17,9 +18,9 @@ from grpo.config.schema import DataConfig
 from grpo.data.extractors import EXTRACTORS
 from grpo.data.files import BadRows, table_of
 from grpo.data.hub import is_hub_name
-from grpo.data.prompts import SYSTEM_PROMPT
+from grpo.data.prompts import SYSTEM_PROMPT, shown_examples, worked_examples
 from grpo.data.registry import DATASETS
-from grpo.data.rows import Example, load_examples, load_rows
+from grpo.data.rows import Example, example_of, load_examples, load_rows
 from grpo.data.streaming import peek
 from grpo.errors import ConfigError
 from grpo.rewards.number_text import parse_number
@@ -140,6 +141,57 @@ def test_system_prompt_and_worked_example(tmp_path: Path) -> None:
     shown = load(path, one_shot=True)[0].messages[2]["content"]
     assert shown.startswith("<reasoning>\n") and shown.endswith("<answer>\n19\n</answer>\n")
     assert "<answer>" not in load(path, one_shot=True, system_prompt=None)[0].messages[1]["content"]
+
+
+SHOWN = {"question": "Nina has 2 hats and buys 3. How many?", "answer": "2+3=5\n#### 5"}
+
+
+def test_worked_examples_are_earlier_turns(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", ROWS)
+    turns = [
+        {"role": "user", "content": SHOWN["question"]},
+        {"role": "assistant", "content": "<reasoning>\n2+3=5\n</reasoning>\n<answer>\n5\n</answer>\n"},
+    ]
+    [first, _] = load(path, examples=[SHOWN])
+    assert first.messages[1:-1] == turns and first.messages[-1] == {"role": "user", "content": ROWS[0]["question"]}
+    [from_file, _] = load(path, examples=write(tmp_path / "shown.jsonl", [SHOWN]))
+    assert from_file == first
+    assert len(load(path, examples=[SHOWN], one_shot=True)[0].messages) == 6
+    [plain, _] = load(path, examples=[SHOWN], system_prompt=None)
+    assert [message["content"] for message in plain.messages[:-1]] == [SHOWN["question"], SHOWN["answer"]]
+    assert load(path, examples=[]) == load(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "completion"),
+    [
+        ({"answer": "5", "reasoning": "Two and three."}, {"extractor": "number"}, "Two and three.|5"),
+        ({"answer": "2 + 3 are 5"}, {"extractor": "number"}, "2 + 3 are 5|5"),
+        ({"answer": "<reasoning>a</reasoning><answer>5</answer>"}, {"extractor": "xml"},
+         "<reasoning>a</reasoning><answer>5</answer>\n"),
+        ({"completion": " as it is "}, {}, " as it is "),
+        ({"answer": "say `tâga`", "reasoning": "."}, {"extractor": "quoted_terms", "system_prompt": "Be brief"},
+         ".\nsay `tâga`"),
+    ],
+)  # fmt: skip
+def test_the_completion_of_a_worked_example(row: dict[str, str], settings: dict[str, Any], completion: str) -> None:
+    if "|" in completion:
+        reasoning, _, answer = completion.partition("|")
+        completion = f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>\n"
+    data = DataConfig(question="ask", examples=[{"ask": "q", **row}], **settings)
+    assert worked_examples(data) == [("q", completion)]
+    recorded = dataclasses.replace(data, examples=shown_examples(data), extractor="hash", system_prompt=None)
+    assert worked_examples(recorded) == [("q", completion)]
+
+
+def test_a_row_that_is_a_worked_example_is_neither_trained_on_nor_evaluated(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", [*ROWS, SHOWN])
+    shown = write(tmp_path / "shown.jsonl", [SHOWN])
+    assert [e.columns["question"] for e in load(path, examples=shown)] == [row["question"] for row in ROWS]
+    assert len(load(path, "held_out", eval_path=path, examples=shown)) == 2
+    data = DataConfig(name="question_answer", path=path, examples=shown, streaming=True)
+    assert [e.columns["question"] for e in peek(data, BadRows())] == [row["question"] for row in ROWS]
+    assert example_of(SHOWN, "here", data, BadRows()) is None
 
 
 def test_mapped_columns_and_untouched_ones(tmp_path: Path) -> None:

@@ -175,8 +175,8 @@ def test_the_limit_counts_the_chat_template(length: int) -> None:
     class Templated:
         chat_template, bos_token_id = "x", None
 
-        def apply_chat_template(self, messages: Any, **_: Any) -> list[int]:
-            return [8, *map(ord, messages[-1]["content"]), 9]
+        def apply_chat_template(self, chats: Any, **_: Any) -> list[list[int]]:
+            return [[8, *map(ord, messages[-1]["content"]), 9] for messages in chats]
 
     examples = [Example([{"role": "user", "content": text}]) for text in ("ab", "")]
     prompts, dropped = render_prompts(examples, Templated(), length)

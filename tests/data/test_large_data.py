@@ -75,10 +75,11 @@ def test_a_changed_file_setting_or_tokenizer_has_another_folder(file: Path) -> N
         mapped_folder(settings(file, system_prompt="be brief"), tokenizer),
         mapped_folder(settings(file), make_tokenizer(None)),
         mapped_folder(settings(file, max_prompt_length=99), tokenizer),
+        mapped_folder(settings(file, examples=[{"question": "q", "completion": "a"}]), tokenizer),
     }
     file.write_text(file.read_text() + "\n")
     others.add(mapped_folder(settings(file), tokenizer))
-    assert len(others - {first}) == 4
+    assert len(others - {first}) == 5
 
 
 def test_a_damaged_arrow_file_is_made_again(file: Path) -> None:

@@ -21,7 +21,8 @@ from grpo import cli
 from grpo.config.parser import load_config
 from grpo.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig
 from grpo.data.card import check_permission, publishable, record_card
-from grpo.data.rendering import render_prompts, template_arguments
+from grpo.data.gguf import plain_model
+from grpo.data.rendering import check_template_kwargs, prompt_token_ids, render_prompts, template_arguments
 from grpo.data.rows import load_examples
 from grpo.errors import ConfigError, GrpoError, NumericsError, OutOfMemory, RewardError, StorageError
 from grpo.kernels.registry import chosen
@@ -53,6 +54,8 @@ from grpo.tracking.run_dir import choose_run_dir, fingerprint
 from grpo.tracking.tracker import find_tracker
 from grpo.trainer import check_skipped
 from grpo.types import Completion, Group, Prompt
+from tests.data.test_gguf import header
+from tests.gguf_files import chat_tokenizer
 from tests.tracking.test_diagnostics import observe
 
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
@@ -102,6 +105,29 @@ def too_long(folder: Path) -> None:
     )
     examples = load_examples(DataConfig(path=str(written(folder, GOOD)), system_prompt=None), "train", 0)
     render_prompts(examples, tokenizer, 1)
+
+
+def template(text: str, **kwargs: Any) -> Callable[[Path], Any]:
+    """A prompt in a chat template of one's own."""
+
+    def provoke(_: Path) -> None:
+        tokenizer = chat_tokenizer()
+        tokenizer.chat_template = text
+        check_template_kwargs(tokenizer, kwargs)
+        prompt_token_ids([{"role": "user", "content": "a"}], tokenizer, kwargs)
+
+    return provoke
+
+
+def gguf(*content: bytes, **model: Any) -> Callable[[Path], Any]:
+    """Files a.gguf, b.gguf, ... with these contents."""
+
+    def provoke(folder: Path) -> None:
+        for letter, data in zip("abc", content, strict=False):
+            (folder / f"{letter}.gguf").write_bytes(data)
+        plain_model(f"{folder}{model.get('file', '')}", model.get("gguf_file"))
+
+    return provoke
 
 
 def card(text: str) -> Callable[[Path], Any]:
@@ -568,6 +594,66 @@ CASES: dict[str, Case] = {
         rows(GOOD, extractor="hashes"),
         ConfigError,
         "data.extractor is 'hashes', it must be one of hash, xml, boxed, quoted_terms, number, plain",
+    ),
+    "worked example without a column": Case(
+        rows(GOOD, examples=[{"question": "b"}]),
+        ConfigError,
+        "data.examples, row 1: a worked example needs the column 'answer' (columns there: question), as the data has it: add it, or set data.question and data.answer",
+    ),
+    "worked example in another form": Case(
+        rows(GOOD, examples=[{"question": "b", "answer": "2"}]),
+        ConfigError,
+        "data.examples, row 1: data.extractor hash finds no answer in '2': write the example as the data's rows are",
+    ),
+    "worked example without a reasoning": Case(
+        rows(GOOD, examples=[{"question": "b", "answer": "#### 2"}]),
+        ConfigError,
+        "data.examples, row 1: the example shows the answer '2' without a reasoning, which system_prompt xml asks for: add a column 'reasoning', or 'completion' with the whole text to show",
+    ),
+    "too many worked examples": Case(
+        rows(GOOD, examples=[GOOD] * 33),
+        ConfigError,
+        "data.examples has 33 rows, at most 32 are allowed: each of them is shown before every question. Give a file with a few rows",
+    ),
+    "chat template that refuses the prompt": Case(
+        template("{{ raise_exception('roles must alternate') }}"),
+        ConfigError,
+        "the model's chat template rejects the prompt: roles must alternate; if it has no system role, set data.system_prompt null",
+    ),
+    "setting that the chat template does not read": Case(
+        template("{{ messages }}{{ enable_thinking }}", thinking=False),
+        ConfigError,
+        "data.chat_template_kwargs: the model's chat template does not read 'thinking'; it reads enable_thinking",
+    ),
+    "several GGUF files": Case(
+        gguf(b"", b""),
+        ConfigError,
+        "model.name 'DIR' holds 2 GGUF files: set model.gguf_file to one of ['a.gguf', 'b.gguf']",
+    ),
+    "no such GGUF": Case(
+        gguf(b"", gguf_file="b.gguf"),
+        ConfigError,
+        "model.gguf_file: DIR holds no 'b.gguf'; it holds a.gguf",
+    ),
+    "not a GGUF": Case(
+        gguf(b"PK", file="/a.gguf"),
+        ConfigError,
+        "model.name 'DIR/a.gguf' is not a GGUF file: it does not begin with GGUF",
+    ),
+    "damaged GGUF": Case(
+        gguf(header(0)[:50], file="/a.gguf"),
+        ConfigError,
+        "model.name 'DIR/a.gguf' is damaged or was copied in part: copy it again",
+    ),
+    "GGUF in several parts": Case(
+        gguf(header(0, parts=2), file="/a.gguf"),
+        ConfigError,
+        "model.name 'DIR/a.gguf' is one of 2 parts, which transformers cannot read: join them with llama.cpp: llama-gguf-split --merge FIRST_PART OUTPUT",
+    ),
+    "quantization that cannot be read": Case(
+        gguf(header(0, 15), file="/a.gguf"),
+        ConfigError,
+        "model.name 'DIR/a.gguf' is quantized as Q8_K, which transformers cannot read: use another quantization of the model (Q8_0, Q6_K, Q4_K_M, F16)",
     ),
     "every prompt too long": Case(
         too_long,

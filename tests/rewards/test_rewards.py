@@ -19,6 +19,7 @@ from grpo.rewards.number_text import last_number, parse_number
 from grpo.rewards.registry import REWARDS
 from grpo.rewards.scoring import RewardSum
 from grpo.rewards.xml_format import lenient_answer
+from grpo.rollout.evaluation import is_correct_in_any_format
 from grpo.run.resume import check_changes
 from grpo.types import Completion, Group, Prompt
 
@@ -530,7 +531,16 @@ def test_built_in_names_are_found_without_importing_their_modules_first() -> Non
     shown = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     assert set(shown.split()) == {
         *("accuracy", "chrf", "correctness", "countdown", "exact_match", "feedback", "int", "language_guard"),
-        *("length_guard", "math_verify", "soft_format", "strict_format", "term_match", "token_f1", "xml_format"),
+        *(
+            "length_guard",
+            "math_verify",
+            "right_steps",
+            "soft_format",
+            "strict_format",
+            "term_match",
+            "token_f1",
+            "xml_format",
+        ),
         "xmlcount",
     }
 
@@ -540,3 +550,19 @@ def test_other_keyword_arguments_make_it_another_run() -> None:
     with pytest.raises(ConfigError, match=r"reward_kwargs .*--allow_changes '\[reward_kwargs\]'"):
         check_changes({"reward_kwargs": {}}, now, [])
     assert check_changes({}, now, []) == []  # a checkpoint of a version without the key
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "form", "flexible"),
+    [
+        ("<think>is it <answer>7</answer>?</think>\n<reasoning>a</reasoning><answer>8</answer>", 1.0, 1.0, True),
+        ("so 7</think><answer>8</answer>", 1.0, 0.0, True),  # the template has opened the thought
+        ("<think>it is <answer>8</answer>", 0.0, 0.0, False),  # cut off while thinking
+        ("<think>8</think>", 0.0, 0.0, False),
+        ("<think>7</think>It is 8.", 0.0, 0.0, True),
+    ],
+)
+def test_what_is_judged_comes_after_the_thinking(text: str, right: float, form: float, flexible: bool) -> None:
+    scores = [REWARDS.get(name)(completions=[text], answer=["8"])[0] for name in ("accuracy", "xml_format")]
+    assert scores == [right, form]
+    assert is_correct_in_any_format(text, "8") is flexible

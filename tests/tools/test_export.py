@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from grpo.config.parser import load_config
@@ -15,7 +17,13 @@ from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError
 from grpo.models.loading import load_model
 from grpo.models.lora import load_adapter
+from grpo.tools.chat_models import load_chat_models
+from grpo.tools.check_config import check
+from grpo.tools.evaluate import config_for
+from grpo.tools.evaluate_model import compare_models
 from grpo.tools.export import export, go_template
+from grpo.tools.saved_model import resolve_base
+from grpo.tracking.run_reader import RunFolder
 from grpo.trainer import train
 from tests.fakes import tiny_data, tiny_folder, tiny_model
 from tests.gguf_files import chat_tokenizer, write_gguf
@@ -73,6 +81,32 @@ def test_a_gguf_is_the_model_and_the_tokenizer_that_it_was_made_of(
     assert (again.chat_template, again.eos_token) == (tokenizer.chat_template, tokenizer.eos_token)
 
 
+def test_a_gguf_file_is_a_model_name_everywhere(tmp_path: Path) -> None:
+    """LoRA on a .gguf file, with the same file as reference: evaluate, chat, check, PEFT and export find the base."""
+    base = write_gguf(tmp_path / "base.gguf", chat_model(), chat_tokenizer(), quantized=True)
+    shown = [{"question": "1+1=", "completion": "two"}]
+    settings = {"model.name": base, "model.reference": base, "lora.r": 2, "data.examples": json.dumps(shown)}
+    run_dir = run(tmp_path, "run", steps=1, **settings)
+    assert json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["policy/kl"] == 0.0
+    final = AutoModelForCausalLM.from_pretrained(run_dir / "final")
+    adapted = AutoPeftModelForCausalLM.from_pretrained(str(run_dir / "adapter"))
+    assert torch.allclose(logits(adapted), logits(final), atol=1e-5)
+    assert RunFolder(run_dir).base_model() == str(base)
+    model = str(run_dir / "final")
+    config = config_for(model, [f"--data.path={tmp_path / 'data.jsonl'}"])
+    report, _ = compare_models(config, model, resolve_base(model, "run"), 1, Accelerator())
+    assert report["base"]["items"] == report["items"] > 0
+    models = load_chat_models(model, str(base))
+    assert models["base"].data.examples == shown
+    assert len([list(model.stream_answer("1+2=", max_completion_length=2)) for model in models.values()]) == 2
+    found = check(load_config([f"--config={run_dir / 'config.yaml'}", f"--run_dir={tmp_path / 'new'}"]))
+    assert found.rows == 12 and len(found.prompts) == 2
+    folder = export(run_dir, "gguf-ready")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(final))
+    lines = (folder / "Modelfile").read_text()
+    assert 'MESSAGE user """1+1="""\nMESSAGE assistant """two"""\n' in lines
+
+
 def test_round_trip_gguf_to_policy_to_gguf(tmp_path: Path) -> None:
     """Train a GGUF base. gguf-ready, converted like Ollama does, has the logits of the trained policy."""
     base = tmp_path / "base"
@@ -116,6 +150,19 @@ def test_the_ollama_template_says_what_the_chat_template_says() -> None:
         assert render(template, system, chat) == expected
     tokenizer.chat_template = None
     assert go_template(tokenizer) == "{{ .Prompt }}"
+
+
+def test_the_ollama_template_of_a_template_with_settings_and_without_a_system_role() -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}[{{ mode }}]"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}assistant: "
+    )
+    template = go_template(tokenizer, {"mode": "brief"})
+    chat = [("user", "2+2?"), ("assistant", "4"), ("user", "3?")]
+    turns = "2+2?;assistant: 4;user: 3?;assistant: "
+    assert render(template, "Be exact.", chat) == f"[brief]user: Be exact.\n\n{turns}"
+    assert render(template, "", chat) == f"[brief]user: {turns}"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,41 @@
+"""right_steps: the equations of a completion against those of the worked solution."""
+
+import pytest
+
+from grpo.rewards.equations import equations_in, right_steps
+
+SOLUTION = "3+4=7\n7-2=5\n5+4=9\n9-1=8\n#### 8"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("so 3 + 4 = 7, and 7-2=5.", ["3+4=7", "7-2=5"]),
+        ("2 × 3 x 4 = 24 and 8 ÷ 2 = 4", ["2*3*4=24", "8/2=4"]),
+        ("1.5 + 2 = 3.5; 3 - 5 = -2", ["1.5+2=3.5", "3-5=-2"]),
+        ("3 + 4 is 7, a = 3, 7 = 3 + 4", []),
+        ("1+" * 50_000, []),
+    ],
+)
+def test_equations_in(text: str, found: list[str]) -> None:
+    assert equations_in(text) == found
+
+
+@pytest.mark.parametrize(
+    ("completion", "share"),
+    [
+        ("<reasoning>\n3+4=7\n7-2=5\n5+4=9\n9-1=8\n</reasoning>", 1.0),
+        ("3+4=7\n7-2=6\n6+4=10\n10-1=9", 1 / 4),  # wrong from the second one on
+        ("3 + 4 = 7, then 7 - 2 = 5", 2 / 4),
+        ("7-2=5\n3+4=7", 0.0),  # not from the first one on
+        ("3+4=7\n7-2=5\n5+4=9\n9-1=8\n8+1=9", 4 / 5),  # more than there are
+        ("8", 0.0),
+    ],
+)
+def test_the_share_of_right_steps(completion: str, share: float) -> None:
+    assert right_steps([completion], solution=[SOLUTION]) == [share]
+
+
+def test_other_forms_of_completions_and_solutions() -> None:
+    chat = [{"role": "assistant", "content": "6*4 = 24"}]
+    assert right_steps([chat, "1"], solution=["so 6*4=<<6*4=24>>24\n#### 24", "no equation"]) == [1.0, None]
