@@ -1,19 +1,23 @@
 """Compare this trainer with TRL's GRPOTrainer on the same model, completions and rewards.
 
-    python benchmarks/parity.py [--output docs/results/parity.json] [--only dapo]
+    python benchmarks/parity.py [--output docs/results/parity.json] [--only dapo] [--random 300]
 
 Each case takes two optimizer steps (SGD) on the same completions, so the second one is off-policy: its ratios leave the
 clip range. Compared in float32, for both steps: the loss, the gradient norm and every parameter's gradient. A
 difference is relative: |ours - theirs| / |theirs|, for gradients divided by the norm of all gradients. Where the two
-differ on purpose, the table shows the factor: masked completions do not count in our denominators. Needs: pip install
--e ".[benchmark]"
+differ on purpose, the table shows the factor: masked completions do not count in our denominators.
+
+The random cases draw a value of each setting, with a fixed seed: losses and their parameters, temperature, correction
+of another sampler's logprobs, rewards that do not apply (None) or have weight 0, a reference of its own, tied weights,
+one to three optimizer steps. Needs: pip install -e ".[benchmark]"
 """
 
 import itertools
 import math
 import os
+import random
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,13 +59,30 @@ class Case:
     """Reward of every completion of the first prompt, instead of fixed_rewards."""
     contrast: float = 0.0
     """Difference of the flat rewards of one prompt and the next."""
+    seed: int | None = None
+    """Draw completions, their sampling logprobs and rewards with this seed, instead of the fixed ones."""
+    learning_rate: float = LEARNING_RATE
+    temperature: float = 1.0
+    correction: str = "none"
+    """Of the sampling logprobs: rollout.correction."""
+    cap: float = 2.0
+    reference: bool = False
+    """The reference is another model, not a copy of the policy."""
+    tied: bool = False
+    """The head is the embedding."""
+    weights: tuple[float, float] = (1.0, 0.5)
+    """Of the two rewards."""
+    unknown: float = 0.0
+    """Share of rewards that do not apply."""
 
     def groups(self) -> list[Group]:
         """Return the completions."""
-        return fixed_groups(*self.shape)
+        return fixed_groups(*self.shape) if self.seed is None else fixed_groups(*self.shape, seed=self.seed)
 
-    def rewards(self) -> dict[str, list[float]]:
-        """Return the values of both rewards, one per completion."""
+    def rewards(self) -> dict[str, list[Any]]:
+        """Return the values of both rewards, one per completion. None: the reward does not apply."""
+        if self.seed is not None:
+            return drawn_rewards(self)
         if self.flat is None:
             return fixed_rewards()
         prompts, generations = self.shape
@@ -71,7 +92,20 @@ class Case:
     @property
     def setting(self) -> str:
         """Describe the case in the table."""
-        return ", ".join(f"{key} {value}" for key, value in self.ours.items()) or "defaults"
+        named = {name: value for name, value in vars(self).items() if name in DRAWN and value != DRAWN[name]}
+        return ", ".join(f"{key} {value}" for key, value in (self.ours | named).items()) or "defaults"
+
+
+DRAWN = {
+    "steps": 2,
+    "temperature": 1.0,
+    "correction": "none",
+    "reference": False,
+    "tied": False,
+    "weights": (1.0, 0.5),
+    "unknown": 0.0,
+}
+"""Settings outside the objective that random cases draw, with their values in the other cases."""
 
 
 @dataclass
@@ -112,17 +146,67 @@ def cases() -> list[Case]:
     return made
 
 
-def masked_factor(loss_type: str) -> float:
+def masked_factor(loss_type: str, groups: list[Group] | None = None) -> float:
     """Return TRL's gradient over ours with masked completions, which TRL's per-completion means count."""
     from grpo.losses import LOSSES
 
-    per_completion = LOSSES.get(loss_type).per != "token"
-    sequences = P * G
-    return (
-        (sequences - sum(not c.ended for g in fixed_groups() for c in g.completions)) / sequences
-        if per_completion
-        else 1
+    if LOSSES.get(loss_type).per == "token":
+        return 1
+    ended = [completion.ended for group in groups or fixed_groups() for completion in group.completions]
+    return sum(ended) / len(ended)
+
+
+def random_cases(count: int) -> list[Case]:
+    """Return `count` cases whose settings are drawn, always the same ones."""
+    return [random_case(random.Random(number), number) for number in range(count)]
+
+
+def random_case(chance: random.Random, seed: int) -> Case:
+    """Draw one case. What TRL refuses, or defines differently on purpose, is not drawn."""
+    loss = chance.choice(["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
+    beta = chance.choice([0.0, 0.04, 0.3, 1.0])
+    ours: dict[str, Any] = {"beta": beta, "scale_rewards": chance.choice(["group", "batch", "none"])}
+    if beta:
+        ours["use_bias_correction_kl"] = chance.random() < 0.7
+    if loss in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo"):
+        ours["epsilon"] = chance.choice([0.1, 0.2, 0.4])
+        if chance.random() < 0.5:
+            ours["epsilon_high"] = chance.choice([0.28, 0.5])
+        if chance.random() < 0.3:
+            ours["delta"] = chance.choice([1.6, 3.0])
+    if loss == "cispo":
+        ours["epsilon_high"] = chance.choice([1.0, 2.0, 5.0])
+    if loss not in ("luspo", "vespo") and chance.random() < 0.25:
+        ours["importance_sampling_level"] = "sequence"
+    if loss == "sapo":
+        ours |= {f"sapo_temperature_{side}": round(chance.uniform(0.3, 3.0), 2) for side in ("pos", "neg")}
+    if loss == "vespo":
+        ours |= {f"vespo_k_{side}": round(chance.uniform(0.5, 4.0), 2) for side in ("pos", "neg")}
+        ours |= {f"vespo_lambda_{side}": round(chance.uniform(0.5, 4.0), 2) for side in ("pos", "neg")}
+    weights = chance.choice([(1.0, 0.5), (1.0, 0.0), (0.7, 1.3), (1.0, -0.5)])
+    masked = chance.random() < 0.3
+    if masked:
+        ours["mask_truncated_completions"] = True
+    elif chance.random() < 0.2:  # a masked completion dilutes TRL's loss, but not its entropy
+        ours["entropy_coef"] = chance.choice([0.01, 0.1])
+    if ours["scale_rewards"] == "group" and weights[1] and chance.random() < 0.2:
+        ours["multi_objective_aggregation"] = "normalize_then_sum"
+    case = Case(
+        loss,
+        ours,
+        steps=chance.choice([1, 2, 2, 3]),
+        shape=(chance.choice([2, 3]), chance.choice([3, 4, 6])),
+        seed=seed,
+        learning_rate=chance.choice([0.5, 2.0]),
+        temperature=chance.choice([1.0, 1.0, 0.6, 1.5]),
+        correction=chance.choice(["none", "truncate", "mask"]),
+        cap=chance.choice([1.5, 2.0, 5.0]),
+        reference=beta > 0 and chance.random() < 0.4,
+        tied=chance.random() < 0.3,
+        weights=weights,
+        unknown=chance.choice([0.0, 0.0, 0.2]) if weights[1] else 0.0,
     )
+    return replace(case, factor=masked_factor(loss, case.groups())) if masked else case
 
 
 def main() -> None:
@@ -130,13 +214,22 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--output", help="write the JSON here")
     parser.add_argument("--only", help="only cases of this loss_type")
+    parser.add_argument("--random", type=int, default=300, help="number of random cases")
     options = parser.parse_args()
-    rows = [compare(case) for case in cases() if options.only in (None, case.loss_type)]
+
+    def run(chosen: list[Case]) -> list[dict[str, Any]]:
+        found = []
+        for case in chosen:
+            if options.only in (None, case.loss_type):
+                found.append(compare(case))
+                print(line(found[-1]), flush=True)
+        return found
+
+    rows, drawn = run(cases()), run(random_cases(options.random))
     whole = compare(Case("dapo", {"beta": 0.3}, steps=5, optimizer="adamw")) if not options.only else None
-    for row in rows:
-        print(line(row))
-    worst = max(max(row["loss"], row["gradient_norm"], row["gradient"]) for row in rows)
+    worst, worst_drawn = largest(rows), largest(drawn)
     print(f"{len(rows)} cases, largest relative difference {worst:.1e}")
+    print(f"{len(drawn)} random cases, largest relative difference {worst_drawn:.1e}")
     if whole:
         print(
             f"5 AdamW steps on fixed completions: weights apart by {whole['moved']:.1e} of what they moved, "
@@ -147,10 +240,17 @@ def main() -> None:
             "command": "python benchmarks/parity.py --output docs/results/parity.json",
             "versions": {package: version(package) for package in ("torch", "transformers", "trl")},
             "cases": rows,
+            "random": drawn,
             "five_steps": whole,
             "largest": worst,
+            "largest_random": worst_drawn,
         }
         write_json(options.output, report)
+
+
+def largest(rows: list[dict[str, Any]]) -> float:
+    """Return the largest relative difference of the rows."""
+    return max((max(row["loss"], row["gradient_norm"], row["gradient"]) for row in rows), default=0.0)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -165,7 +265,9 @@ def line(row: dict[str, Any]) -> str:
 def compare(case: Case) -> dict[str, Any]:
     """Run one case. Return its row of the table: the largest relative differences over its optimizer steps."""
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder))
+        make_model(Path(folder), tied=case.tied)
+        if case.reference:
+            make_model(Path(folder) / "reference", seed=1, tied=case.tied)
         ours, theirs = run_ours(case, Path(folder)), run_trl(case, Path(folder))
     row = {"loss_type": case.loss_type, "setting": case.setting, "steps": case.steps, "factor": case.factor}
     row |= {"loss": 0.0, "gradient_norm": 0.0, "gradient": 0.0, "clipped": ours.clipped}
@@ -189,13 +291,14 @@ def total_norm(gradients: dict[str, Tensor]) -> float:
     return math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients.values()))
 
 
-def make_model(folder: Path) -> None:
+def make_model(folder: Path, seed: int = 0, tied: bool = False) -> None:
     """Save a tiny Qwen2, far from uniform, with a tokenizer of single letters."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     character_tokenizer("".join(chr(ord("a") + i) for i in range(VOCABULARY - 2))).save_pretrained(folder)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     shape = Qwen2Config(
+        tie_word_embeddings=tied,
         vocab_size=VOCABULARY,
         hidden_size=16,
         intermediate_size=32,
@@ -213,9 +316,19 @@ def make_model(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def fixed_groups(prompts: int = P, generations: int = G) -> list[Group]:
-    """Return groups of completions of uneven lengths; some are cut off at LENGTH."""
-    generator = torch.Generator().manual_seed(1)
+def other_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the weights of the reference that is no copy of the policy."""
+    from transformers import Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM.from_pretrained(folder / "reference", dtype=torch.float32).state_dict()
+
+
+def fixed_groups(prompts: int = P, generations: int = G, seed: int | None = None) -> list[Group]:
+    """Return groups of completions of uneven lengths; some are cut off at LENGTH, and the first one is not.
+
+    With a seed, the sampling logprobs are drawn too: those of another policy.
+    """
+    generator = torch.Generator().manual_seed(1 if seed is None else 1000 + seed)
 
     def draw(low: int, high: int, size: int) -> list[int]:
         return torch.randint(low, high, (size,), generator=generator).tolist()
@@ -226,9 +339,14 @@ def fixed_groups(prompts: int = P, generations: int = G) -> list[Group]:
         completions = []
         for _ in range(generations):
             [length] = draw(1, LENGTH + 3, 1)
+            if seed is not None and not (groups or completions):
+                length = min(length, LENGTH)
             ended = length <= LENGTH
             ids = draw(2, VOCABULARY, length - 1) + [0] if ended else draw(2, VOCABULARY, LENGTH)
-            completions.append(Completion(ids, [-1.0] * len(ids), ended, ""))
+            sampling = (
+                torch.rand(len(ids), generator=generator) * -6 if seed is not None else torch.full((len(ids),), -1.0)
+            )
+            completions.append(Completion(ids, sampling.tolist(), ended, ""))
         groups.append(Group(Prompt(p, "".join(chr(ord("a") + i - 2) for i in prompt), tuple(prompt)), completions))
     return groups
 
@@ -242,16 +360,36 @@ def fixed_rewards() -> dict[str, list[float]]:
     }
 
 
+def drawn_rewards(case: Case) -> dict[str, list[Any]]:
+    """Return random values of both rewards. Some do not apply, but two completions of each group have the first one."""
+    prompts, generations = case.shape
+    chance = random.Random(10_000 + int(case.seed or 0))
+    found: dict[str, list[Any]] = {"first": [], "second": []}
+    for _ in range(prompts):
+        for sample in range(generations):
+            for name, values in found.items():
+                is_known = (name == "first" and sample < 2) or chance.random() >= case.unknown
+                values.append(chance.uniform(-1, 2) if is_known else None)
+    return found
+
+
 def run_ours(case: Case, folder: Path) -> Outcome:
     """Run a case through our compute_advantages and update: advantages, packing, objective, optimizer."""
     from types import SimpleNamespace
 
     from accelerate import Accelerator
 
-    from grpo.config.schema import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, SamplingConfig
+    from grpo.config.schema import (
+        Config,
+        ModelConfig,
+        ObjectiveConfig,
+        OptimizerConfig,
+        RolloutConfig,
+        SamplingConfig,
+    )
     from grpo.experience import ExperienceCollector, Sampled
     from grpo.policy import Policy
-    from grpo.rewards.scoring import Scores
+    from grpo.rewards.scoring import RewardSum
     from grpo.runtime.timing import Clock
     from grpo.trainer import update
 
@@ -262,6 +400,7 @@ def run_ours(case: Case, folder: Path) -> Outcome:
         objective=ObjectiveConfig(loss_type=case.loss_type, num_iterations=case.steps, **case.ours),
         optimizer=OptimizerConfig(learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=1e9),
         sampling=SamplingConfig(num_generations=generations, max_completion_length=LENGTH),
+        rollout=RolloutConfig(correction=case.correction, correction_cap=case.cap),
         model=ModelConfig(name=str(folder)),
     )
     policy = Policy(
@@ -270,12 +409,16 @@ def run_ours(case: Case, folder: Path) -> Outcome:
         config.model,
         config.objective,
         config.optimizer,
-        temperature=1.0,
+        temperature=case.temperature,
         optimizer_steps=case.steps,
     )
+    if case.reference:
+        policy.reference.model.load_state_dict(other_weights(folder))  # type: ignore[union-attr]
     if case.optimizer == "sgd":
         # Where our gradient is a multiple of TRL's, the learning rate makes the steps equal.
-        policy.strategy.prepared_optimizer = torch.optim.SGD(policy.model.parameters(), lr=LEARNING_RATE * case.factor)
+        policy.strategy.prepared_optimizer = torch.optim.SGD(
+            policy.model.parameters(), lr=case.learning_rate * case.factor
+        )
     outcome = Outcome([], [], {})
     step, backward = policy.step, policy.backward
     running = [0.0]
@@ -291,8 +434,8 @@ def run_ours(case: Case, folder: Path) -> Outcome:
         return step(usable)
 
     policy.backward, policy.step = watched_backward, watched_step  # type: ignore[method-assign]
-    by_name = {name: torch.tensor(v, dtype=torch.float64).reshape(case.shape) for name, v in case.rewards().items()}
-    scores = Scores(by_name["first"] + 0.5 * by_name["second"], by_name)
+    rewards: Any = SimpleNamespace(weights=dict(zip(("first", "second"), case.weights, strict=True)))
+    scores = RewardSum.combine(rewards, case.rewards(), case.groups())
     run: Any = SimpleNamespace(
         config=config,
         accelerator=policy.accelerator,
@@ -300,7 +443,6 @@ def run_ours(case: Case, folder: Path) -> Outcome:
         beta=config.objective.beta,
     )
     unused: Any = None
-    rewards: Any = SimpleNamespace(weights={"first": 1.0, "second": 0.5})
     collector = ExperienceCollector(config, policy.accelerator, policy, unused, unused, rewards)
     sums = Sums()
     sampled = Sampled(case.groups(), scores, list(range(prompts)))
@@ -338,7 +480,7 @@ def run_trl(case: Case, folder: Path) -> Outcome:
 
     model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompts = [{"prompt": str(group.prompt.messages)} for group in case.groups()]
-    sgd = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE) if case.optimizer == "sgd" else None
+    sgd = torch.optim.SGD(model.parameters(), lr=case.learning_rate) if case.optimizer == "sgd" else None
     with tempfile.TemporaryDirectory() as temporary:
         trainer = Watched(
             model=model,
@@ -351,6 +493,14 @@ def run_trl(case: Case, folder: Path) -> Outcome:
             optimizers=(sgd, torch.optim.lr_scheduler.LambdaLR(sgd, lambda _: 1.0)) if sgd else (None, None),
         )
         outcome.start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        if case.reference:
+            trainer.ref_model.load_state_dict(other_weights(folder))
+        if case.correction != "none":  # part of TRL's vLLM path; the completions are given, so vLLM is never called
+            trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+            trainer.vllm_importance_sampling_mode = f"token_{case.correction}"
+            trainer.vllm_importance_sampling_clip_max = case.cap
+            trainer.vllm_importance_sampling_clip_min = 1 / case.cap if case.correction == "mask" else None
+            trainer._last_loaded_step = 0
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     outcome.weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -365,13 +515,14 @@ def trl_rollouts(case: Case) -> Any:
 
     def rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
         seen: dict[str, int] = {}
-        found: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "logprobs": None, "sample": []}
+        found: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "logprobs": [], "sample": []}
         for prompt in prompts:
             sample = seen[prompt] = seen.get(prompt, -1) + 1
             found["prompt_ids"].append(list(by_text[prompt].prompt.token_ids))
             found["completion_ids"].append(by_text[prompt].completions[sample].token_ids)
+            found["logprobs"].append(by_text[prompt].completions[sample].logprobs)
             found["sample"].append(sample)
-        return found
+        return found if case.correction != "none" else found | {"logprobs": None}
 
     return rollouts
 
@@ -385,10 +536,10 @@ def trl_rewards(case: Case) -> list[Any]:
         for sample in range(generations)
     }
 
-    def first(prompts: list[str], sample: list[int], **_: Any) -> list[float]:
+    def first(prompts: list[str], sample: list[int], **_: Any) -> list[float | None]:
         return [rewards[prompt, s]["first"] for prompt, s in zip(prompts, sample, strict=True)]
 
-    def second(prompts: list[str], sample: list[int], **_: Any) -> list[float]:
+    def second(prompts: list[str], sample: list[int], **_: Any) -> list[float | None]:
         return [rewards[prompt, s]["second"] for prompt, s in zip(prompts, sample, strict=True)]
 
     return [first, second]
@@ -417,13 +568,13 @@ def trl_config(case: Case, folder: str) -> Any:
         weight_decay=0.0,
         lr_scheduler_type="constant",
         max_grad_norm=1e9,
-        temperature=1.0,
+        temperature=case.temperature,
         bf16=False,
         use_cpu=True,
         gradient_checkpointing=False,
         disable_dropout=True,
         shuffle_dataset=False,
-        reward_weights=[1.0, 0.5],
+        reward_weights=list(case.weights),
         logging_steps=1,
         save_strategy="no",
         report_to=[],

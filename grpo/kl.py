@@ -13,7 +13,7 @@ its gradient, times grad log policy, is
 Hence `use_bias_correction_kl` (TRL's name; DeepSeek-V3.2, arXiv 2512.02556): the ratio pi / pi_old makes the mean of
 the estimate the KL of the current policy, so that its gradient is that KL's gradient.
 
-A new estimator is a function of the log-ratio d:
+A new estimator is a function of the log-ratio d, which has no bounds (exp overflows above 88 in float32):
 
     @register_kl("absolute")
     def absolute(log_ratio):
@@ -28,7 +28,9 @@ from torch import Tensor
 from grpo.registry import Registry
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to +-20 before exp, which would overflow."""
+"""k3 is constant above d = 20, where exp grows without bounds. Such a token is e^20 times as likely under the
+reference, and the policy practically never draws it. There is no lower bound: exp(d) goes to 0, and the gradient of k3
+to 1."""
 
 KL_ESTIMATORS: Registry[Callable[[Tensor], Tensor]] = Registry(
     "KL estimator", "grpo.objectives", key="objective.kl_estimator"
@@ -51,7 +53,8 @@ def k2(log_ratio: Tensor) -> Tensor:
 @register_kl("k3")
 def k3(log_ratio: Tensor) -> Tensor:
     """exp(d) - d - 1"""
-    return torch.exp(log_ratio) - log_ratio - 1
+    bounded = log_ratio.clamp(max=MAX_LOG_RATIO)
+    return torch.exp(bounded) - bounded - 1
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor, estimator: str = "k3") -> Tensor:
@@ -62,7 +65,7 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, estimator: str = "k3") -> T
         reference: [N] logprobs of the same tokens under the reference policy.
         estimator: a registered name, or the path of your own function.
     """
-    return KL_ESTIMATORS.get(estimator)((reference - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+    return KL_ESTIMATORS.get(estimator)(reference - logprobs)
 
 
 def adapted_beta(beta: float, kl: float, target: float, completions: int, horizon: int) -> float:

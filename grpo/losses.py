@@ -22,11 +22,15 @@ A new loss names the tensors [N] and the settings that it needs, as a reward nam
     def mine(ratio, advantages, *, epsilon, tau=1.0):
         return -ratio.clamp(max=1 + epsilon) * advantages / tau
 
-Tensors: ratio, log_ratio (per token), sequence_log_ratio (summed over n's completion), logprobs, advantages. Settings:
-the keys of the config's `objective`, and your own in objective.loss_kwargs. grpo/objectives/ has further losses.
+Tensors: ratio, log_ratio (per token), sequence_log_ratio (summed over n's completion), logprobs, advantages, and
+sequence_log_correction (log of the correction, summed over n's completion; 0 without a correction). A loss that names
+the last one applies the correction itself, and its terms are not multiplied by it. Settings: the keys of the config's
+`objective`, and your own in objective.loss_kwargs. grpo/objectives/ has further losses.
 """
 
-from collections.abc import Callable, Mapping
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,9 +38,15 @@ import torch
 from torch import Tensor
 
 from grpo.errors import ConfigError
-from grpo.kl import MAX_LOG_RATIO, kl_estimate
+from grpo.kl import kl_estimate
 from grpo.packing import PackedBatch
 from grpo.registry import Check, Registry, call_with_supported_args, check_arguments
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios of the policy are capped at 20 before exp: a ratio above e^20 counts as e^20, and its token has no
+gradient. This bounds the step where the unclipped ratio is used (A < 0 without delta), and keeps float32 finite."""
+MIN_LOG_CORRECTION = math.log(1e-8)
+"""Log of a correction that is 0, for its sum over a completion."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,8 @@ class LossFunction:
 
 
 PER = ("token", "sequence", "sequence_sum", "max_length")
-TENSORS = ("ratio", "log_ratio", "sequence_log_ratio", "logprobs", "advantages")
+SEQUENCE_CORRECTION = "sequence_log_correction"
+TENSORS = ("ratio", "log_ratio", "sequence_log_ratio", "logprobs", "advantages", SEQUENCE_CORRECTION)
 LOSSES: Registry[LossFunction] = Registry("loss", "grpo.objectives", key="objective.loss_type")
 
 
@@ -114,6 +125,22 @@ def check_loss(config: Any) -> None:
     if loss.clips is not None:
         check_arguments(label, loss.clips, (*offered, *kwargs), {}, "objective.loss_kwargs", given)
     LOSSES.check(name, config)
+
+
+def unused_settings(objective: Any, changed: Iterable[str]) -> list[str]:
+    """Return those of the `changed` keys of `objective` that other losses use, but its loss_type does not."""
+
+    def named(loss: LossFunction) -> set[str]:
+        functions = [loss.term] if loss.clips is None else [loss.term, loss.clips]
+        return {name for function in functions for name in inspect.signature(function).parameters}
+
+    used = named(find_loss(objective.loss_type))
+    of_losses = {name for known in LOSSES.names() for name in named(LOSSES.get(known))} & set(vars(objective))
+    uses_ratio = "ratio" in used or (
+        objective.beta > 0 and objective.use_bias_correction_kl and not objective.kl_in_reward
+    )
+    unused = of_losses - used | (set() if uses_ratio else {"importance_sampling_level"})
+    return [name for name in changed if name in unused]
 
 
 def clipped_by_ppo(ratio: Tensor, advantages: Tensor, *, epsilon: float, epsilon_high: float | None) -> Tensor:
@@ -182,7 +209,7 @@ def policy_loss(
         entropies_N: with a gradient; needed where entropy_coef is not 0.
         correction_N: weights of the policy term, for tokens that another policy drew (`importance_correction`).
     """
-    log_ratio = (logprobs_N - old_logprobs_N).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = (logprobs_N - old_logprobs_N).clamp(max=MAX_LOG_RATIO)
     sequence_log_ratio = per_sequence(log_ratio, batch)
     level = settings.get("importance_sampling_level") or function.implied.get("importance_sampling_level", "token")
     lengths_N = batch.lengths_S[batch.sequence_N]
@@ -196,8 +223,11 @@ def policy_loss(
         "logprobs": logprobs_N,
         "advantages": batch.advantages_N,
     }
+    applies_correction = SEQUENCE_CORRECTION in inspect.signature(function.term).parameters
+    if applies_correction:
+        offered[SEQUENCE_CORRECTION] = sequence_log_correction(correction_N, batch, like=log_ratio)
     per_token = call_with_supported_args(function.term, offered)
-    if correction_N is not None:
+    if correction_N is not None and not applies_correction:
         per_token = per_token * correction_N
     counted = (batch.weights_N != 0).to(per_token.dtype)
     kl_sum = torch.zeros((), device=per_token.device)
@@ -221,6 +251,13 @@ def per_sequence(values_N: Tensor, batch: PackedBatch) -> Tensor:
     return sums_S.index_add(0, batch.sequence_N, values_N)[batch.sequence_N]
 
 
+def sequence_log_correction(correction_N: Tensor | None, batch: PackedBatch, *, like: Tensor) -> Tensor:
+    """[N]: the log of the correction, summed over the completion that each token belongs to. 0 without a correction."""
+    if correction_N is None:
+        return torch.zeros_like(like)
+    return per_sequence(correction_N.log().clamp(MIN_LOG_CORRECTION, MAX_LOG_RATIO), batch)
+
+
 def importance_correction(
     old_logprobs_N: Tensor, sampling_logprobs_N: Tensor, mode: str, cap: float = 2.0
 ) -> Tensor | None:
@@ -231,7 +268,7 @@ def importance_correction(
     """
     if mode == "none":
         return None
-    weight = torch.exp((old_logprobs_N - sampling_logprobs_N).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+    weight = torch.exp((old_logprobs_N - sampling_logprobs_N).detach().clamp(max=MAX_LOG_RATIO))
     if mode == "truncate":
         return weight.clamp(max=cap)
     return torch.where((weight >= 1 / cap) & (weight <= cap), weight, 0.0)

@@ -78,7 +78,8 @@ def training_loop(run: Run, signals: Signals) -> None:
         rows = rollout_rows(step, sampled.groups, sampled.scores, experience.all_advantages_PG)
         run.recorder.record(step, metrics, rows)
         check_skipped(run, step)
-        check_difference(run.engine, run.policy, config.rollout, step, metrics["policy/sampling_logprob_difference"])
+        difference = metrics.get("policy/sampling_logprob_difference", 0.0)  # not measured: no token was trained
+        check_difference(run.engine, run.policy, config.rollout, step, difference)
         # 6. Save, and stop if a signal has asked for it.
         signal = max_over_ranks(run.accelerator, signals.received)  # sent to one rank or all: they stop together
         last = bool(signal) or step == config.steps

@@ -30,9 +30,20 @@ def test_batch_divides_by_the_std_of_all_rewards() -> None:
 
 
 def test_equal_rewards_give_exactly_zero_even_when_they_are_not_dyadic() -> None:
-    for size in (2, 6, 7, 12):
+    for size in (2, 3, 6, 7, 12):
         for scale in ("group", "batch", "none"):
             assert (group_advantages(torch.full((3, size), 0.3, dtype=torch.float32), scale=scale) == 0).all()
+            # Three times 0.1 in float64: their mean is not 0.1.
+            assert (group_advantages(torch.full((3, size), 0.1, dtype=torch.float64), scale=scale) == 0).all()
+
+
+def test_a_small_difference_is_a_difference() -> None:
+    assert group_advantages(torch.tensor([[1.0, 1.0 + 1e-6]], dtype=torch.float64), scale="none")[0, 1] > 0
+
+
+def test_a_reward_that_is_infinite_does_not_apply() -> None:
+    got = group_advantages(torch.tensor([[1.0, float("inf"), 0.0]]), scale="none")
+    assert got.tolist() == [[0.5, 0.0, -0.5]]
 
 
 def test_a_missing_reward_is_left_out() -> None:
@@ -112,7 +123,7 @@ def test_max_variance_is_the_best_of_all_subsets(rewards: list[int], size: int) 
 
 
 def test_overlong_penalty_by_hand() -> None:
-    assert overlong_penalty(torch.tensor([3.0, 6.0, 7.0, 10.0]), 10, 4).tolist() == [0, 0, -0.25, -1]
+    assert overlong_penalty(torch.tensor([3.0, 6.0, 7.0, 10.0, 12.0]), 10, 4).tolist() == [0, 0, -0.25, -1, -1]
 
 
 groups = st.integers(2, 6).flatmap(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grpo.config.schema import Config, ObjectiveConfig
 from grpo.errors import ConfigError
+from grpo.kl import kl_estimate
 from grpo.losses import (
     LOSSES,
     Counts,
@@ -176,6 +177,134 @@ def test_vespo_weight_by_hand() -> None:
     logprobs = torch.tensor([0.2, 0.3], requires_grad=True)
     loss_of("vespo", batch_of([2.0], [2]), logprobs, torch.zeros(2)).loss.backward()
     assert torch.allclose(logprobs.grad, torch.full((2,), -phi * 2.0 / 2))
+    # A < 0: k is 3 and lambda is 2
+    phi = math.exp(2 + 3 * 0.5 - 2 * math.exp(0.5))
+    logprobs = torch.tensor([0.2, 0.3], requires_grad=True)
+    loss_of("vespo", batch_of([-2.0], [2]), logprobs, torch.zeros(2)).loss.backward()
+    assert torch.allclose(logprobs.grad, torch.full((2,), phi * 2.0 / 2))
+
+
+def test_the_entropy_bonus_by_hand() -> None:
+    """Mean over the 3 tokens that count, times 0.5, taken off the loss: more entropy, less loss."""
+    batch = replace(batch_of([1.0, -1.0], [1, 3]), weights_N=torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    logprobs, entropies = torch.zeros(4), torch.tensor([9.0, 1.0, 2.0, 3.0], requires_grad=True)
+
+    def loss(coefficient: float) -> Tensor:
+        settings, counts = vars(replace(ObjectiveConfig(), entropy_coef=coefficient)), Counts(3.0, 1.0, 10)
+        function = LOSSES.get("grpo")
+        return policy_loss(logprobs, logprobs, None, batch, function, counts, settings, entropies_N=entropies).loss
+
+    assert math.isclose((loss(0.5) - loss(0.0)).item(), -0.5 * (1 + 2 + 3) / 3, rel_tol=1e-6)
+    loss(0.5).backward()
+    assert torch.allclose(entropies.grad, torch.tensor([0.0, -0.5 / 3, -0.5 / 3, -0.5 / 3]))
+
+
+def test_the_kl_term_by_hand() -> None:
+    """d = log 2 for both tokens, ratio 3 and 1: k3 = 2 - log 2 - 1, with the ratio as a factor or without."""
+    batch = batch_of([0.0, 0.0], [1, 1])
+    logprobs, old = torch.tensor([-1.0, -1.0]), torch.tensor([-1.0 - math.log(3), -1.0])
+    reference, k3 = logprobs + math.log(2), 2 - math.log(2) - 1
+    for corrected, ratios in [(True, 3 + 1), (False, 1 + 1)]:
+        got = loss_of("dapo", batch, logprobs, old, reference, beta=0.5, use_bias_correction_kl=corrected)
+        assert math.isclose(got.loss.item(), 0.5 * k3 * ratios / 2, rel_tol=1e-5)
+        assert math.isclose(got.kl.item(), 2 * k3, rel_tol=1e-5)
+    masked = replace(batch, weights_N=torch.tensor([1.0, 0.0]))
+    assert math.isclose(loss_of("dapo", masked, logprobs, old, reference).kl.item(), k3, rel_tol=1e-5)
+
+
+def test_the_correction_is_no_weight_of_the_kl() -> None:
+    batch, logprobs = batch_of([0.0], [1]), torch.tensor([-1.0])
+    settings, counts = vars(ObjectiveConfig()), Counts(1.0, 1.0, 10)
+    got = [
+        policy_loss(
+            logprobs, logprobs, logprobs + 1, batch, LOSSES.get("dapo"), counts, settings, correction_N=correction
+        ).loss.item()
+        for correction in (None, torch.tensor([0.25]))
+    ]
+    assert got[0] == got[1] > 0
+
+
+def test_estimators_by_hand() -> None:
+    logprobs, reference = torch.tensor([-2.0]), torch.tensor([-2.5])  # d = -0.5
+    for name, value in [("k1", 0.5), ("k2", 0.125), ("k3", math.exp(-0.5) + 0.5 - 1)]:
+        assert math.isclose(kl_estimate(logprobs, reference, name).item(), value, rel_tol=1e-6), name
+
+
+def test_clipped_tokens_by_hand() -> None:
+    """Ratio 0.5: clipped where A < 0; ratio 1.5: where A > 0. With the other sign the token keeps its gradient."""
+    for advantage, expected in [(-1.0, 1), (1.0, 1)]:
+        logprobs = torch.log(torch.tensor([0.5, 1.5]))
+        assert loss_of("dapo", batch_of([advantage], [2]), logprobs, torch.zeros(2)).clipped.item() == expected
+        one = torch.log(torch.tensor([0.5 if advantage > 0 else 1.5]))
+        assert loss_of("dapo", batch_of([advantage], [1]), one, torch.zeros(1)).clipped.item() == 0
+
+
+def test_no_denominator_is_below_1() -> None:
+    """All completions are masked, or the step has none: nothing is divided by 0."""
+    for per in ("token", "sequence", "sequence_sum", "max_length"):
+        assert Counts(0.0, 0.0, 10).denominator(per) == 1.0
+
+
+def test_vespo_corrects_the_ratio_of_the_completion_and_not_its_tokens() -> None:
+    """The correction is a factor of w, inside the weight (arXiv 2602.10693; TRL's get_gamma_weights), for each mode."""
+    sampling = torch.tensor([-0.3, -1.7, -0.2])
+    batch, logprobs, old = batch_of([2.0], [3]), torch.tensor([0.2, 0.3, -0.1]), torch.zeros(3)
+    # w(old / sampling) = e^0.3, e^1.7, e^0.2; capped at 2: 0.3 + log 2 + 0.2. Masked: the second is 0, counted as 1e-8.
+    for mode, log_correction in [("truncate", 0.5 + math.log(2)), ("mask", 0.5 + math.log(1e-8))]:
+        given = logprobs.clone().requires_grad_()
+        correction = importance_correction(old, sampling, mode, 2.0)
+        settings = vars(ObjectiveConfig())
+        policy_loss(
+            given, old, None, batch, LOSSES.get("vespo"), Counts(3.0, 1.0, 10), settings, correction_N=correction
+        ).loss.backward()
+        log_w = max(0.4 + log_correction, math.log(1e-8))
+        phi = math.exp(3 + 2 * log_w - 3 * math.exp(log_w))
+        assert torch.allclose(given.grad, torch.full((3,), -phi * 2.0 / 3), rtol=1e-4, atol=0), mode
+
+
+@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"vespo"}))
+def test_the_correction_weighs_each_token_of_the_other_losses(name: str) -> None:
+    batch, logprobs = batch_of([1.0, -1.0], [1, 1]), torch.tensor([-0.5, -1.5])
+
+    def gradient(correction: Tensor | None) -> Tensor:
+        given = logprobs.clone().requires_grad_()
+        function, settings = LOSSES.get(name), vars(ObjectiveConfig())
+        policy_loss(
+            given, logprobs, None, batch, function, Counts(2.0, 2.0, 10), settings, correction_N=correction
+        ).loss.backward()
+        return given.grad
+
+    weights = torch.tensor([0.25, 2.0])
+    assert torch.allclose(gradient(weights), gradient(None) * weights)
+
+
+def test_the_kl_pulls_back_however_far_below_the_reference_lies() -> None:
+    """d = -30: k3 = e^-30 + 30 - 1, and its gradient is 1 - e^-30 = 1. A lower bound on d would make it 0."""
+    logprobs = torch.zeros(1, requires_grad=True)
+    value = kl_estimate(logprobs, torch.tensor([-30.0]), "k3")
+    value.sum().backward()
+    assert value.item() == 29 and logprobs.grad.item() == 1
+    for estimator, gradient in [("k1", 1.0), ("k2", 30.0)]:
+        logprobs = torch.zeros(1, requires_grad=True)
+        kl_estimate(logprobs, torch.tensor([-30.0]), estimator).sum().backward()
+        assert logprobs.grad.item() == gradient, estimator
+    # Above, the estimate is held: at d = 25 and at d = 20 it is the same, and finite at any d.
+    at = [kl_estimate(torch.zeros(1), torch.tensor([d]), "k3").item() for d in (20.0, 25.0, 1e4)]
+    assert at[0] == at[1] == at[2] and math.isclose(at[0], math.exp(20) - 21, rel_tol=1e-6)
+
+
+def test_the_ratio_is_capped_at_e_to_the_20_and_has_no_floor() -> None:
+    # A = -1 and no delta: the unclipped ratio counts; beyond e^20 it is e^20, without a gradient.
+    for log_ratio, ratio, slope in [(19.0, math.exp(19), math.exp(19)), (21.0, math.exp(20), 0.0)]:
+        logprobs = torch.tensor([log_ratio], requires_grad=True)
+        got = loss_of("dapo", batch_of([-1.0], [1]), logprobs, torch.zeros(1))
+        got.loss.backward()
+        assert math.isclose(got.loss.item(), ratio, rel_tol=1e-5)
+        assert math.isclose(logprobs.grad.item(), slope, rel_tol=1e-5)
+    # Two tokens of a completion at -30 and 19: their mean is -5.5, and both have the gradient of GSPO.
+    logprobs = torch.tensor([-30.0, 19.0], requires_grad=True)
+    loss_of("gspo", batch_of([1.0], [2]), logprobs, torch.zeros(2)).loss.backward()
+    assert torch.allclose(logprobs.grad, torch.full((2,), -math.exp(-5.5) / 2))
 
 
 def test_sapo_is_soft_where_ppo_is_hard() -> None:
@@ -184,6 +313,13 @@ def test_sapo_is_soft_where_ppo_is_hard() -> None:
     logprobs = torch.log(torch.tensor([1.5])).requires_grad_()
     loss_of("sapo", batch_of([1.0], [1]), logprobs, torch.zeros(1)).loss.backward()
     assert math.isclose(logprobs.grad.item(), -4 * s * (1 - s) * 1.5, rel_tol=1e-6)
+    # A = -1, tau = 2: 4 * sigmoid(2 * 0.5) / 2, derivative 4 * s * (1 - s) * 1.5
+    s = 1 / (1 + math.exp(-1.0))
+    logprobs = torch.log(torch.tensor([1.5])).requires_grad_()
+    got = loss_of("sapo", batch_of([-1.0], [1]), logprobs, torch.zeros(1), sapo_temperature_neg=2.0)
+    got.loss.backward()
+    assert math.isclose(got.loss.item(), 4 * s / 2, rel_tol=1e-6)
+    assert math.isclose(logprobs.grad.item(), 4 * s * (1 - s) * 1.5, rel_tol=1e-6)
 
 
 def test_correction_by_hand() -> None:
@@ -192,6 +328,9 @@ def test_correction_by_hand() -> None:
     assert torch.allclose(importance_correction(old, sampling, "truncate", 2.0), torch.tensor([1.0, 2.0, 0.1]))
     assert importance_correction(old, sampling, "mask", 2.0).tolist() == [1.0, 0.0, 0.0]
     assert importance_correction(old, old, "truncate").tolist() == [1.0] * 3  # exactly
+    near = torch.log(torch.tensor([1.9, 0.6, 2.1, 0.4]))
+    kept = importance_correction(near, torch.zeros(4), "mask", 2.0)
+    assert torch.allclose(kept, torch.tensor([1.9, 0.6, 0.0, 0.0]))
 
 
 def test_a_new_variant_is_added_in_under_ten_lines(tmp_path: Path) -> None:

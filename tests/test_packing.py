@@ -29,12 +29,29 @@ def test_a_group_is_split_under_the_budget_and_nothing_is_lost() -> None:
         pack(groups, torch.ones(2, 3), max_tokens=4)
 
 
+def test_tokens_keep_their_advantage_wherever_they_are_laid() -> None:
+    """Two groups of two completions, one left out: advantages follow the completions, not their places."""
+    groups = [group(0, [5, 6], [[7, 8], [9]]), group(1, [13], [[14], [15, 16]])]
+    batches = pack(groups, torch.tensor([[0.0, 1.0], [2.0, 3.0]]), max_tokens=5, skip_flat=True)
+    got = {
+        token: advantage
+        for batch in batches
+        for token, advantage in zip(batch.tokens_N.tolist(), batch.advantages_N.tolist(), strict=True)
+    }
+    assert got == {9: 1, 14: 2, 15: 3, 16: 3}
+
+
 def test_masks_and_skips() -> None:
     cut = group(0, [5], [[6], [7]], ended=False)
     assert pack([cut], torch.ones(1, 2), max_tokens=9, mask_truncated=True)[0].weights_N.tolist() == [0, 0]
     kept = pack([group(0, [5], [[6], [7]])], torch.tensor([[0.0, 1.0]]), max_tokens=9, skip_flat=True)[0]
     assert kept.tokens_N.tolist() == [7]
     assert pack([cut], torch.zeros(1, 2), max_tokens=9, skip_flat=True) == []
+    # Only exactly 0 is left out: however small, another advantage has a gradient.
+    tiny = pack([group(0, [5], [[6], [7]])], torch.tensor([[-1e-12, 1e-9]]), max_tokens=9, skip_flat=True)[0]
+    assert tiny.tokens_N.tolist() == [6, 7] and tiny.advantages_N.tolist() == pytest.approx([-1e-12, 1e-9])
+    ended = group(0, [5], [[6], [7]])
+    assert pack([ended], torch.ones(1, 2), max_tokens=9, mask_truncated=True)[0].weights_N.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("attention", ["as on a CPU", "padded", "in one call"])

@@ -246,15 +246,20 @@ class OptimizerConfig:
     warmup_ratio: float = free(0.0, "[0, 1]", common=True, trl="warmup_steps")
     """Share of the steps in which the learning rate rises to its peak."""
     lr_scheduler_type: str = free("linear", common=True, trl="lr_scheduler_type")
-    """Schedule after the warm-up, one of transformers': linear, cosine, constant, ..."""
+    """Schedule after the warm-up, one of transformers': linear, cosine, cosine_with_restarts, polynomial, constant
+    (without warm-up), constant_with_warmup, inverse_sqrt, cosine_with_min_lr, cosine_warmup_with_min_lr,
+    warmup_stable_decay."""
+    lr_scheduler_kwargs: dict[str, Any] = free({}, trl="lr_scheduler_kwargs")
+    """Settings of the schedule, by name: {min_lr_rate: 0.1} for cosine_with_min_lr, {num_decay_steps: 100} for
+    warmup_stable_decay (in optimizer steps)."""
     max_grad_norm: float = free(
         1.0,
-        "(0, inf]",
-        why="the gradient is scaled down to this norm. .inf = no clipping",
+        "[0, inf]",
+        why="the gradient is scaled down to this norm. 0 or .inf = no clipping",
         common=True,
         trl="max_grad_norm",
     )
-    """Clip the norm of the gradient to this value. .inf (YAML's infinity) = no clipping."""
+    """Clip the norm of the gradient to this value. 0, as in TRL, or .inf (YAML's infinity) = no clipping."""
 
 
 @dataclass

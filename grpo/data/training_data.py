@@ -32,6 +32,10 @@ from grpo.types import Prompt
 log = logging.getLogger(__name__)
 
 
+MIN_PROMPTS = 10
+"""Fewer training prompts are reported."""
+
+
 @dataclass
 class TrainingData:
     """Prompts of a run, and the tokenizer that they were rendered with."""
@@ -124,6 +128,21 @@ def _make_mapped(
     return prompts
 
 
+def too_few_prompts(count: int, prompts_per_step: int) -> list[str]:
+    """Return a line about data that is too small to learn more from than these rows, otherwise none."""
+    if count >= max(MIN_PROMPTS, prompts_per_step):
+        return []
+    again = (
+        f", and draws some of them more than once in each step of {prompts_per_step}"
+        if count < prompts_per_step
+        else ""
+    )
+    return [
+        f"the data has only {count} training prompt{'s' if count != 1 else ''}: the model will learn "
+        f"{'them' if count != 1 else 'it'} by heart{again}. Add rows: some hundreds are usual"
+    ]
+
+
 def _epochs(
     config: Config,
     path: str,
@@ -135,6 +154,8 @@ def _epochs(
     """Build the stream over prompts that are all known."""
     if dropped:
         log.info(f"{dropped} prompts are longer than data.max_prompt_length {config.data.max_prompt_length}: left out")
+    for line in too_few_prompts(len(prompts), config.prompts_per_step):
+        log.warning(line)
     if config.num_train_epochs is not None:
         config.steps = math.ceil(config.num_train_epochs * len(prompts) / config.prompts_per_step)
     rule = config.curriculum

@@ -5,16 +5,21 @@ def sgd(parameters, config, *, fused):
     return torch.optim.SGD(parameters, lr=config.learning_rate, fused=fused)
 """
 
+import difflib
+import inspect
 import math
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_utils import SchedulerType
 
-from grpo.config.schema import OptimizerConfig
+from grpo.config.schema import Config, OptimizerConfig
+from grpo.errors import ConfigError
 from grpo.registry import Registry
 
 
@@ -45,10 +50,68 @@ def adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, fused:
     )
 
 
+SCHEDULES: dict[str, Any] = {
+    kind.value: function
+    for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()
+    if kind not in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # functions of a metric, not of the step
+}
+GIVEN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+"""Arguments of a schedule that the trainer gives."""
+
+
+def check_schedule(config: Config) -> None:
+    """Raise ConfigError if the schedule does not exist or cannot be computed with its settings."""
+    optimizer, name = config.optimizer, config.optimizer.lr_scheduler_type
+    if name not in SCHEDULES:
+        near = difflib.get_close_matches(name, SCHEDULES, n=1)
+        hint = f": did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"optimizer.lr_scheduler_type is '{name}', it must be one of {', '.join(SCHEDULES)}{hint}")
+    own = {key: value for key, value in inspect.signature(SCHEDULES[name]).parameters.items() if key not in GIVEN}
+    key = "optimizer.lr_scheduler_kwargs"
+    for given in optimizer.lr_scheduler_kwargs:
+        if given not in own:
+            raise ConfigError(f"{key} has '{given}', which {name} does not take: it takes {', '.join(own) or 'none'}")
+    for needed, parameter in own.items():
+        if parameter.default is parameter.empty and needed not in optimizer.lr_scheduler_kwargs:
+            raise ConfigError(
+                f"optimizer.lr_scheduler_type {name} needs {key}.{needed}: set it, for example "
+                f"--{key} '{{{needed}: {max(1, config.steps // 10)}}}'"
+            )
+    steps = config.steps * config.objective.num_iterations
+    decay = optimizer.lr_scheduler_kwargs.get("num_decay_steps")
+    if isinstance(decay, int) and decay > steps and config.num_train_epochs is None:
+        raise ConfigError(f"{key}.num_decay_steps is {decay}, but there are {steps} optimizer steps: lower it")
+    try:
+        lowest, highest = _range_of_rates(optimizer, steps)
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise ConfigError(
+            f"optimizer.lr_scheduler_type {name} cannot be computed with {key} {optimizer.lr_scheduler_kwargs}: "
+            f"{str(error).rstrip('.')}"
+        ) from error
+    if not (lowest >= 0 and highest < math.inf):
+        raise ConfigError(
+            f"optimizer.lr_scheduler_type {name} with {key} {optimizer.lr_scheduler_kwargs} gives learning rates from "
+            f"{lowest:.3g} to {highest:.3g}: they must be finite and at least 0"
+        )
+
+
+def _range_of_rates(config: OptimizerConfig, steps: int) -> tuple[float, float]:
+    """Return the lowest and the highest learning rate of a schedule, over at most 1,000 of its steps."""
+    scheduler: Any = build_scheduler(torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate), config, steps)
+    factors = [float(scheduler.lr_lambdas[0](step)) for step in range(0, steps, -(-steps // 1000))]
+    rates = [config.learning_rate * factor for factor in factors]
+    return (math.nan, math.nan) if any(map(math.isnan, rates)) else (min(rates), max(rates))
+
+
 def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimizerConfig, steps: int) -> LRScheduler:
     """Return the schedule `config.lr_scheduler_type` over `steps` optimizer steps, warm-up included."""
-    warmup = math.ceil(config.warmup_ratio * steps)
-    return get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    return get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=math.ceil(config.warmup_ratio * steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+    )
 
 
 def override_hyperparameters(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, config: OptimizerConfig) -> None:

@@ -35,7 +35,7 @@ from grpo.runtime.storage import cache_folders, share_mode
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Part of the cache key: raise it when a change here gives another model for the same recipe."""
 END, PAD = "<|end|>", "<|pad|>"
 CHAT_TEMPLATE = (
@@ -220,7 +220,10 @@ def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast
     # Each of the four tags is one token.
     tags = ["<reasoning>\n", "\n</reasoning>\n", "<answer>\n", "\n</answer>\n"]
     inner.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, pad_token=PAD, padding_side="left")
+    # Without an unk_token, AutoTokenizer would add that of Qwen2, which has no embedding. Every byte is a token, so
+    # that none is ever unknown.
+    special_tokens = {"eos_token": END, "pad_token": PAD, "unk_token": PAD}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, padding_side="left", **special_tokens)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

@@ -44,7 +44,7 @@ from grpo.run.checkpointer import (
     migrate,
     restore,
 )
-from grpo.run.components import check_components
+from grpo.run.components import check_components, settings_without_effect
 from grpo.run.contents import check_contents, contents_of
 from grpo.run.records import Recorder
 from grpo.run.resume import check_changes
@@ -87,6 +87,8 @@ def _build(config: Config, rewards: RewardSum, on_failure: contextlib.ExitStack)
 
     accelerator, run_dir = start_processes(config)
     show_messages()
+    for line in settings_without_effect(config):
+        log.warning(line)
     held_out_rows = load_examples(config.data, "held_out", config.seed) if config.eval_every else []
     before = fingerprint(run_dir)
     checkpoint = find_checkpoint(config, run_dir)

@@ -95,6 +95,8 @@ class Run:
         if objective.kl_target is None:
             return
         metrics["policy/beta"] = self.beta
+        if "policy/kl" not in metrics:  # no token was trained
+            return
         completions = self.config.prompts_per_step * self.config.sampling.num_generations
         self.beta = adapted_beta(
             self.beta, metrics["policy/kl"], objective.kl_target, completions, objective.kl_horizon

@@ -11,6 +11,14 @@ from grpo.runtime.distributed import merge_sums
 from grpo.runtime.sums import Sums
 from grpo.types import Group, question_of
 
+OVER_TRAINED_TOKENS = {
+    "policy/kl": "kl",
+    "policy/entropy": "entropy",
+    "policy/clip_fraction": "clipped",
+    "policy/sampling_logprob_difference": "mismatch",
+}
+"""Metrics that are means over the tokens of the loss -> their sums."""
+
 
 def step_metrics(
     config: Config,
@@ -50,13 +58,9 @@ def step_metrics(
         "reward/std": sums.std("reward"),
         "reward/zero_std_fraction": sums.mean("flat"),
         "policy/loss": sums.total("loss"),
-        "policy/kl": sums.mean("kl"),
-        "policy/entropy": sums.mean("entropy"),
-        "policy/clip_fraction": sums.mean("clipped"),
         "policy/grad_norm": sums.mean("grad_norm"),
         "policy/skipped_steps": sums.total("skipped") / accelerator.num_processes,
         "policy/learning_rate": sums.mean("learning_rate"),
-        "policy/sampling_logprob_difference": sums.mean("mismatch"),
         "rollout/length_mean": sums.mean("length"),
         "rollout/truncated_fraction": sums.mean("truncated"),
         "rollout/tokens_per_second": tokens / max(sampled.seconds, 1e-9),
@@ -67,6 +71,10 @@ def step_metrics(
         "time/update": laps["update"],
         "memory/peak_gib": peak_memory(accelerator.device) / 2**30,
     }
+    # A step that trained no token has no mean over trained tokens. 0 would read as a measurement.
+    metrics |= {key: sums.mean(name) for key, name in OVER_TRAINED_TOKENS.items() if sums.count(name)}
+    if config.objective.beta == 0:
+        metrics["policy/kl"] = 0.0
     if config.rollout.max_staleness:
         metrics["rollout/staleness"] = float(sampled.staleness)
     if config.sampling.dynamic_sampling:

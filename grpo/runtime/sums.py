@@ -45,6 +45,10 @@ class Sums:
         total, count = self._totals[name]
         return total / count if count else 0.0
 
+    def count(self, name: str) -> float:
+        """Return the number of values."""
+        return self._totals[name][1]
+
     def total(self, name: str) -> float:
         """Return the sum."""
         return self._totals[name][0]

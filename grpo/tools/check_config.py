@@ -10,10 +10,11 @@ from grpo.data.files import BadRows
 from grpo.data.rendering import check_template_kwargs, prompt_token_ids, prompts_token_ids, template_arguments
 from grpo.data.rows import Example, extraction_report, load_examples
 from grpo.data.streaming import peek
+from grpo.data.training_data import too_few_prompts
 from grpo.errors import ConfigError
 from grpo.models.strategies.base import Machine
 from grpo.rewards.scoring import RewardSum
-from grpo.run.components import check_components
+from grpo.run.components import check_components, settings_without_effect
 from grpo.tools.check_cost import describe_batch, least_operations, measure_matrix_rate, steps_of
 from grpo.tools.check_result import Check, PromptCheck
 from grpo.tools.check_rewards import check_rewards
@@ -41,6 +42,7 @@ def check(config: Config, machine: Machine | None = None) -> Check:
     score = RewardSum(config.rewards, config.reward_kwargs)
     check_trackers(config)
     found.run_dir = str(choose_run_dir(config, datetime.now()))
+    found.warnings += settings_without_effect(config)
     permission = check_permission(config.data)
     if permission:
         found.warnings.append(permission)
@@ -60,6 +62,8 @@ def check(config: Config, machine: Machine | None = None) -> Check:
     _check_lengths(found, config, rows, tokenizer)
     check_rewards(found, score, rows, tokenizer)
     prompts = None if streaming else round(len(rows) * (1 - found.too_long / found.measured))
+    if prompts is not None:
+        found.warnings += too_few_prompts(prompts, config.prompts_per_step)
     found.batch, found.steps = describe_batch(config, prompts), steps_of(config, prompts)
     _estimate_cost(found, config, model, machine)
     return found

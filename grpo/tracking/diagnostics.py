@@ -7,8 +7,9 @@
 Pure: no config, no model, no file.
 """
 
+import math
 import statistics
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,8 +29,17 @@ COLLAPSE_TEXTS = 0.75
 """Different texts per different prompt. A policy that answers its prompts writes at least as many texts as prompts."""
 COLLAPSE_GROUP = 1.5
 """Different texts of one prompt, on average. At a temperature of 1 a policy that is unsure writes more."""
-COLLAPSE_REWARD = 0.75
-"""Mean reward, from the worst (0) to the best (1) so far. Above it, few texts may be right (a task with yes or no)."""
+COLLAPSE_SHARED = 0.9
+"""Share of completions whose text other prompts got too. At the start it must have been at most half."""
+GOOD_REWARD = 0.75
+"""Mean reward, from the worst (0) to the best (1) so far. Above it, few texts may be right (a task with yes or no), and
+flat groups are solved ones."""
+WINDOW = 10
+"""Steps over which flat groups, and a reward that does not move, are counted."""
+MOSTLY_FLAT = 2 / 3
+"""Share of flat groups over the window. So many prompts were sampled in vain."""
+FULL, MISSED, MOVED = 0.95, 0.5, 0.03
+"""Shares of the best value of a reward so far: its mean is full, is low, has risen between the halves of the window."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +67,12 @@ class _Step:
     completions: int
     rewards: dict[str, set[float]]
     """Different values of each reward."""
-    texts: set[tuple[str, str]]
-    """Different (prompt, completion)."""
+    means: dict[str, float]
+    """Mean of each reward that applied."""
+    earned: set[float]
+    """Different sums of rewards, where they are known."""
+    texts: Counter[tuple[str, str]]
+    """Number of each (prompt, completion)."""
 
 
 @dataclass
@@ -78,8 +92,11 @@ class Diagnostics:
     """Names of findings that were reported before. A resumed run does not repeat them."""
 
     def __post_init__(self) -> None:
-        # Entropy is judged over more steps than a short run's patience.
-        self._steps: deque[_Step] = deque(maxlen=max(self.patience, 2 * MIN_STEPS))
+        # Entropy and flat groups are judged over more steps than a short run's patience.
+        self._steps: deque[_Step] = deque(maxlen=max(self.patience, 2 * MIN_STEPS, WINDOW))
+        self._first: list[_Step] = []
+        self._best_of: dict[str, float] = {}
+        self._has_varied: set[str] = set()
         self._first_rewards: list[float] = []
         self._first_entropies: list[float] = []
         self._last_entropies: deque[float] = deque(maxlen=MIN_STEPS)
@@ -103,6 +120,7 @@ class Diagnostics:
             *self._rewards(),
             *self._lengths(),
             *self._groups(),
+            *self._form_only(),
             *self._policy(),
             *self._entropy(),
             *self._collapse(),
@@ -113,13 +131,22 @@ class Diagnostics:
 
     def _add(self, step: int, metrics: Metrics, rows: Rows) -> None:
         rewards = {name: {row["rewards"][name] for row in rows} for name in rows[0]["rewards"]}
-        texts = {(str(row.get("prompt")), row["completion"]) for row in rows}
-        self._steps.append(_Step(step, metrics, len(rows), rewards, texts))
+        known = {name: [v for row in rows if (v := row["rewards"][name]) == v] for name in rewards}
+        means = {name: statistics.fmean(values) for name, values in known.items() if values}
+        earned = [row["reward"] for row in rows if row.get("reward", math.nan) == row.get("reward")]
+        texts = Counter((str(row.get("prompt")), row["completion"]) for row in rows)
+        self._steps.append(_Step(step, metrics, len(rows), rewards, means, set(earned), texts))
+        if len(self._first) < MIN_STEPS:
+            self._first.append(self._steps[-1])
+        for name, values in known.items():
+            best = self._best_of.get(name)
+            if len({*values} | ({best} if best is not None else set())) > 1:
+                self._has_varied.add(name)
+            self._best_of[name] = max([-math.inf if best is None else best, *values])
         self._seen += len(rows)
         self._ended += sum(bool(row["ended"]) for row in rows)
         if self.has_answer is not None:
             self._answers += sum(self.has_answer(row["completion"]) for row in rows)
-        earned = [row["reward"] for row in rows if "reward" in row]
         self._best, self._worst = max([self._best, *earned]), min([self._worst, *earned])
         if "reward/mean" in metrics and len(self._first_rewards) < MIN_STEPS:
             self._first_rewards.append(metrics["reward/mean"])
@@ -151,12 +178,13 @@ class Diagnostics:
             elif min(known) == max(known) == 0:
                 text = f"reward '{name}' has been 0 {where}; it teaches nothing"
                 found.append(Finding(f"dead:{name}", text, _dead_suggestion(name)))
-            elif min(known) == max(known):
+            elif min(known) == max(known) and not (name in self._has_varied and known[0] == self._best_of[name]):
+                # A reward that is full because the run has learned to earn it is no fault.
                 found.append(
                     Finding(
                         f"constant:{name}",
                         f"reward '{name}' has been {known[0]:g} {where}; it teaches nothing",
-                        "fine if it rewards a form that the model has learned already; otherwise it does not look "
+                        "fine if it rewards a form that the model knew before; otherwise it does not look "
                         "at the completion: `python launch/check.py` shows what it gives to right and wrong answers",
                     )
                 )
@@ -200,16 +228,86 @@ class Diagnostics:
 
     def _groups(self) -> list[Finding]:
         """Groups whose completions all get the same reward."""
-        steps = self._all("reward/zero_std_fraction", self.patience, lambda value: value == 1)
-        if not steps:
+        key = "reward/zero_std_fraction"
+        if steps := self._all(key, MIN_STEPS, lambda value: value == 1):
+            earned = set().union(*(step.earned for step in steps))
+            if earned and max(earned) <= max(0.0, self._worst):
+                return [
+                    Finding(
+                        "flat",
+                        f"no completion of {_range(steps)} earned anything, so every group was flat and nothing was "
+                        "learned",
+                        "add an easier reward beside it (for the form, or for a part of the answer), an example in the "
+                        "prompt (data.one_shot), or more sampling.num_generations, or take easier prompts",
+                    )
+                ]
+            if len(earned) > 1:
+                return [
+                    Finding(
+                        "flat",
+                        f"every group of {_range(steps)} was flat: completions of one prompt earned the same, those of "
+                        f"different prompts from {min(earned):.3g} to {max(earned):.3g}, so nothing was learned",
+                        "sample other prompts in their place (sampling.dynamic_sampling true), set aside solved and "
+                        "hopeless ones (curriculum.reward), or raise sampling.num_generations",
+                    )
+                ]
+        if steps := self._all(key, self.patience, lambda value: value == 1):
+            return [
+                Finding(
+                    "flat",
+                    f"every group of {_range(steps)} was flat: all completions of a prompt earned the same, so nothing "
+                    "was learned",
+                    "the task is too hard (all 0), too easy (all right), or sampling too narrow: take easier or harder "
+                    "prompts (curriculum.reward), a reward with more steps, more num_generations, or a temperature of "
+                    "1",
+                )
+            ]
+        steps = self._all(key, WINDOW, lambda value: True)
+        share = statistics.fmean(step.metrics[key] for step in steps) if steps else 0.0
+        if not MOSTLY_FLAT <= share < 1 or "flat" in self.said or self._is_good(steps):
             return []
         return [
             Finding(
-                "flat",
-                f"every group of {_range(steps)} was flat: all completions of a prompt earned the same, so nothing "
-                "was learned",
-                "the task is too hard (all 0), too easy (all right), or sampling too narrow: take easier or harder "
-                "prompts (curriculum.reward), a reward with more steps, more num_generations, or a temperature of 1",
+                "mostly_flat",
+                f"{share:.0%} of the groups of {_range(steps)} were flat: all completions of a prompt earned the same, "
+                "so these prompts taught nothing",
+                "sample other prompts in their place (sampling.dynamic_sampling true), raise sampling.num_generations, "
+                "or take easier or harder prompts (curriculum.reward)",
+            )
+        ]
+
+    def _form_only(self) -> list[Finding]:
+        """A reward that the run has learned to earn each time, beside one that stays low."""
+        steps = self._last(WINDOW)
+        if len(steps) < WINDOW:
+            return []
+
+        def means(name: str, of: list[_Step]) -> list[float]:
+            best = self._best_of[name]
+            return [step.means[name] / best for step in of if name in step.means] if best > 0 else []
+
+        def is_learned(name: str) -> bool:
+            now, first = means(name, steps), means(name, self._first)
+            return len(now) == WINDOW and min(now) >= FULL and bool(first) and statistics.fmean(first) <= MISSED
+
+        def is_missed(name: str) -> bool:
+            now = means(name, steps)
+            if len(now) < WINDOW or statistics.fmean(now) > MISSED:
+                return False
+            return statistics.fmean(now[WINDOW // 2 :]) - statistics.fmean(now[: WINDOW // 2]) < MOVED
+
+        full = [name for name in steps[-1].means if is_learned(name)]
+        low = [name for name in steps[-1].means if is_missed(name)]
+        if not full or not low:
+            return []
+        mean = statistics.fmean(step.means[low[0]] for step in steps)
+        return [
+            Finding(
+                "form_only",
+                f"reward '{full[0]}' is full since step {steps[0].number}, while '{low[0]}' stays at {mean:.2g} on "
+                "average",
+                f"look at the completions: the policy may write what earns '{full[0]}' whatever the prompt. Lower the "
+                "weight of that reward, lower optimizer.learning_rate, or raise objective.beta",
             )
         ]
 
@@ -285,25 +383,36 @@ class Diagnostics:
         It is judged by the completions, because the entropy is not measured if all groups are flat.
         """
         steps = self._last(2 * MIN_STEPS)
-        if len(steps) < 2 * MIN_STEPS or not self._worst < self._best:
+        if len(steps) < 2 * MIN_STEPS or not self._worst < self._best or self._is_good(steps):
             return []
-        answers = set().union(*(step.texts for step in steps))
+        answers = _all_texts(steps)
         prompts, texts = (len(set(part)) for part in zip(*answers, strict=True))
-        reward = statistics.fmean(step.metrics.get("reward/mean", self._best) for step in steps)
-        is_good = (reward - self._worst) / (self._best - self._worst) >= COLLAPSE_REWARD
-        if texts > COLLAPSE_TEXTS * prompts or len(answers) > COLLAPSE_GROUP * prompts or is_good:
+        shared = _shared(answers)
+        are_few = texts <= COLLAPSE_TEXTS * prompts and len(answers) <= COLLAPSE_GROUP * prompts
+        are_shared = shared >= COLLAPSE_SHARED and _shared(_all_texts(self._first)) <= 0.5
+        if not are_few and not are_shared:
             return []
+        count = answers.total()
+        reward = statistics.fmean(step.metrics.get("reward/mean", self._best) for step in steps)
+        these = f"all {count}" if are_few else f"{shared:.0%} of the {count}"
+        texts_are = f"one of {texts} texts" if are_few else f"texts that other prompts got too ({texts} texts in all)"
         return [
             Finding(
                 "collapse",
-                f"the policy has collapsed: all {sum(step.completions for step in steps)} completions of {prompts} "
-                f"prompts in {_range(steps)} are one of {texts} texts, and earn {reward:.2g} on average; the best "
-                f"earned {self._best:.2g}",
+                f"the policy has collapsed: {these} completions of {prompts} prompts in {_range(steps)} are "
+                f"{texts_are}, and earn {reward:.2g} on average; the best earned {self._best:.2g}",
                 "it writes what earns something for any prompt: go back to an earlier checkpoint, lower "
                 "optimizer.learning_rate, raise objective.beta or objective.entropy_coef, or lower the weight of a "
                 "reward for the form",
             )
         ]
+
+    def _is_good(self, steps: list[_Step]) -> bool:
+        """Is the mean reward of the steps near the best that was earned so far?"""
+        if not self._worst < self._best:
+            return False
+        reward = statistics.fmean(step.metrics.get("reward/mean", self._best) for step in steps)
+        return (reward - self._worst) / (self._best - self._worst) >= GOOD_REWARD
 
     def _last(self, count: int) -> list[_Step]:
         return list(self._steps)[-count:]
@@ -330,6 +439,19 @@ def _without_policy(metrics: Metrics) -> Metrics:
     return {
         key: value for key, value in metrics.items() if not key.startswith("policy/") or key == "policy/learning_rate"
     }
+
+
+def _all_texts(steps: list[_Step]) -> Counter[tuple[str, str]]:
+    """Return the number of each (prompt, completion) over the steps."""
+    return sum((step.texts for step in steps), Counter())
+
+
+def _shared(texts: Counter[tuple[str, str]]) -> float:
+    """Return the share of completions whose text was given to another prompt too."""
+    prompts = defaultdict(set)
+    for prompt, text in texts:
+        prompts[text].add(prompt)
+    return sum(count for (_, text), count in texts.items() if len(prompts[text]) > 1) / max(1, texts.total())
 
 
 def _range(steps: list[_Step]) -> str:

@@ -57,6 +57,8 @@ def markdown_table() -> list[str]:
 
 
 _NATS = "nats per token"
+_TRAINED = ". Mean over the tokens of the loss"
+_FIRST = ". Mean over the tokens of the loss, in the first of `objective.num_iterations` passes"
 _DYNAMIC = "only with `sampling.dynamic_sampling`: "
 _CURRICULUM = "only with `curriculum.reward`: "
 _PROSE = "only with `data.extractor quoted_terms`: "
@@ -78,16 +80,28 @@ for _metric in (
         "reward/zero_std_fraction", "share", "groups whose advantages are all 0: nothing to learn from", "flat", ".0%"
     ),
     Metric("policy/loss", "", "the objective, summed over the optimizer steps of this step"),
-    Metric("policy/kl", _NATS, "KL estimate to the reference; 0 if `objective.beta` is 0", "KL", ".4f"),
-    Metric("policy/entropy", _NATS, "entropy of the token distribution", "entropy", ".2f"),
+    Metric(
+        "policy/kl",
+        _NATS,
+        "KL estimate to the reference; 0 if `objective.beta` is 0" + _TRAINED + ", over all passes (with "
+        "`objective.kl_in_reward`: over all tokens of the completions to train on, before the update)",
+        "KL",
+        ".4f",
+    ),
+    Metric("policy/entropy", _NATS, "entropy of the token distribution" + _FIRST, "entropy", ".2f"),
     Metric(
         "policy/clip_fraction",
         "share",
-        "tokens whose ratio was clipped; 0 with one iteration, by definition",
+        "tokens whose ratio was clipped; 0 with one iteration, by definition" + _TRAINED + ", over all passes. With "
+        "the ratio of whole completions, every token of a clipped completion counts",
         "clipped",
         ".0%",
     ),
-    Metric("policy/grad_norm", "", "norm of the gradient before clipping"),
+    Metric(
+        "policy/grad_norm",
+        "",
+        "norm of the gradient before clipping, mean over the optimizer steps; 0 in a step without one",
+    ),
     Metric(
         "policy/skipped_steps",
         "optimizer steps",
@@ -97,7 +111,7 @@ for _metric in (
     Metric(
         "policy/sampling_logprob_difference",
         _NATS,
-        "mean absolute difference between sampling and training logprobs: rounding, or a bug",
+        "absolute difference between sampling and training logprobs: rounding, or a bug" + _FIRST,
     ),
     Metric("policy/beta", "", "only with `objective.kl_target`, which adapts it: weight of the KL in this step"),
     Metric("rollout/sampling_rounds", "rounds", _DYNAMIC + "rounds of sampling in this step"),

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import re
 import shlex
 import subprocess
@@ -34,7 +35,7 @@ LAUNCH = Path(__file__).parents[2] / "launch"
         (["--rewards", "{}"], "rewards is empty"),
         (["--tokens_per_batch", "10"], "tokens_per_batch is 10"),
         (["--optimizer.adam_beta1", "1"], "optimizer.adam_beta1 is 1.0, needs at least 0 and below 1"),
-        (["--optimizer.max_grad_norm", "-1"], "optimizer.max_grad_norm is -1.0, needs to be above 0"),
+        (["--optimizer.max_grad_norm", "-1"], "optimizer.max_grad_norm is -1.0, needs at least 0"),
         (["--optimizer.learning_rate", ".nan"], "optimizer.learning_rate is nan, needs at least 0"),
         (["--optimizer.learning_rate", ".inf"], "optimizer.learning_rate is inf, needs at least 0"),
         (["--data.eval_size", "-5"], "data.eval_size is -5, needs at least 1"),
@@ -60,6 +61,20 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 def test_errors_say_what_and_how_to_mend(flags: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config(["--model.name", "m", *flags])
+
+
+def test_every_number_refuses_what_is_no_number_of_its_range() -> None:
+    """NaN, and the nearest values outside each declared range, whatever the key."""
+    for name, key in keys_of(Config).items():
+        interval = key.setting.range
+        if interval is None:
+            continue
+        low, high = interval.ends
+        outside = [math.nan, *([low - 1] if low > -math.inf else [-math.inf]), *([high + 1] if high < math.inf else [])]
+        outside += [low] * (interval.text[0] == "(") + [high] * (interval.text[-1] == ")")
+        for value in outside:
+            with pytest.raises(ConfigError, match=re.escape(f"{name} is {value}")):
+                key.check(value)
 
 
 def test_files_are_read_left_to_right_and_flags_win(tmp_path: Path) -> None:

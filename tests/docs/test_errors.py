@@ -509,10 +509,39 @@ CASES: dict[str, Case] = {
         ConfigError,
         "objective.loss_kwargs has 'tau', which is no argument of objective.loss_type 'dapo': its own arguments are: none",
     ),
-    "clipping everything": Case(
-        flags("--optimizer.max_grad_norm=0"),
+    "negative clipping": Case(
+        flags("--optimizer.max_grad_norm=-1"),
         ConfigError,
-        "optimizer.max_grad_norm is 0.0, needs to be above 0: the gradient is scaled down to this norm. .inf = no clipping",
+        "optimizer.max_grad_norm is -1.0, needs at least 0: the gradient is scaled down to this norm. 0 or .inf = no clipping",
+    ),
+    "schedule that does not exist": Case(
+        components("--optimizer.lr_scheduler_type=reduce_lr_on_plateau"),
+        ConfigError,
+        "optimizer.lr_scheduler_type is 'reduce_lr_on_plateau', it must be one of linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup, inverse_sqrt, cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay",
+    ),
+    "schedule without what it needs": Case(
+        components("--optimizer.lr_scheduler_type=warmup_stable_decay"),
+        ConfigError,
+        "optimizer.lr_scheduler_type warmup_stable_decay needs optimizer.lr_scheduler_kwargs.num_decay_steps: set it, for example --optimizer.lr_scheduler_kwargs '{num_decay_steps: 50}'",
+    ),
+    "setting that no schedule takes": Case(
+        components("--optimizer.lr_scheduler_kwargs={min_lr: 1e-7}"),
+        ConfigError,
+        "optimizer.lr_scheduler_kwargs has 'min_lr', which linear does not take: it takes none",
+    ),
+    "schedule that cannot be computed": Case(
+        components("--optimizer.lr_scheduler_type=cosine_with_min_lr"),
+        ConfigError,
+        "optimizer.lr_scheduler_type cosine_with_min_lr cannot be computed with optimizer.lr_scheduler_kwargs {}: One of min_lr or min_lr_rate should be set through the `lr_scheduler_kwargs`",
+    ),
+    "schedule below zero": Case(
+        components(
+            "--optimizer.lr_scheduler_type=cosine_warmup_with_min_lr",
+            "--optimizer.warmup_ratio=0.1",
+            "--optimizer.lr_scheduler_kwargs={min_lr_rate: 0, warmup_lr_rate: -1}",
+        ),
+        ConfigError,
+        "optimizer.lr_scheduler_type cosine_warmup_with_min_lr with optimizer.lr_scheduler_kwargs {'min_lr_rate': 0, 'warmup_lr_rate': -1} gives learning rates from -1e-06 to 1e-06: they must be finite and at least 0",
     ),
     "no such data file": Case(
         lambda _: load_examples(DataConfig(path="none.jsonl"), "train", 0),
@@ -898,6 +927,17 @@ FINDINGS: dict[str, dict[str, Any]] = {
     "constant": {"rewards": [{"a": 0.5}] * 2},
     "silent": {"rewards": [{"a": math.nan}] * 2},
     "flat": {"reward/zero_std_fraction": 1.0},
+    "flat, nothing earned": {
+        "reward/zero_std_fraction": 1.0,
+        "rewards": [{"a": 0.0}] * 2,
+        "prompts": ["x", "y"],
+        "said": {"dead:a"},
+    },
+    "flat, prompts differ": {"reward/zero_std_fraction": 1.0, "prompts": ["x", "y"], "said": {"collapse"}},
+    "mostly_flat": {"reward/zero_std_fraction": 0.75},
+    "form_only": {
+        "rewards": lambda step: [{"a": 1.0, "b": 0.0}] if step == 1 else [{"a": step % 2 / 4, "b": float(step > 4)}]
+    },
     "truncated": {"rollout/truncated_fraction": 1.0},
     "no_end_token": {"ended": False},
     "no_answer_found": {"text": "It is 4."},
@@ -943,9 +983,9 @@ def test_the_page_lists_every_exit_code() -> None:
 def test_the_page_shows_every_finding_as_the_run_says_it() -> None:
     found = {}
     for name, changes in FINDINGS.items():
-        [(_, finding)] = observe(
-            Diagnostics(max_completion_length=512, has_answer=lambda text: "<answer>" in text), **changes
-        )
+        said = {"said": set(changes["said"])} if "said" in changes else {}
+        watch = Diagnostics(max_completion_length=512, has_answer=lambda text: "<answer>" in text, **said)
+        [(_, finding)] = observe(watch, **{key: value for key, value in changes.items() if key != "said"})
         assert finding.name.partition(":")[0] == name.partition(",")[0]
         found[name] = str(finding)
     assert dict(explained(PAGE.read_text().partition(NO_LEARNING)[2])) == found

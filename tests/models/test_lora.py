@@ -15,7 +15,7 @@ from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError
 from grpo.models.loading import load_model
 from grpo.models.logprob_model import probe_batch
-from grpo.models.lora import add_adapter, load_adapter, lora_layers
+from grpo.models.lora import add_adapter, delta_weight, load_adapter, lora_layers
 from grpo.models.weights import WeightReader, WorkingCopy
 from grpo.policy import Policy
 from grpo.trainer import train
@@ -67,6 +67,19 @@ def test_off_is_the_start_and_the_copy_is_the_policy(folder: Path, targets: list
     assert (after - start).abs().max() > 0.01
     assert torch.allclose(sampled, after, atol=2e-5)
     assert not list(lora_layers(policy.sampler))  # no wrapper of peft's: plain layers
+
+
+def test_the_scale_of_an_adapter_by_hand() -> None:
+    """lora_alpha / r times B A, or lora_alpha / sqrt(r) with rslora. No dropout."""
+    for rank_scaled, scale in [(False, 6 / 4), (True, 6 / 2)]:
+        model = tiny_model()
+        config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], use_rslora=rank_scaled)
+        add_adapter(model, config, base="base")
+        for _, layer in lora_layers(model):
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            torch.nn.init.normal_(b)
+            assert torch.allclose(delta_weight(layer), scale * (b @ a), atol=1e-6)
+            assert not any(isinstance(part, torch.nn.Dropout) and part.p for part in layer.lora_dropout.values())
 
 
 def test_only_the_adapter_learns_and_the_copy_shares_what_it_can(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Optimizers by name: AdamW by hand, a user's own optimizer, and hyperparameters overridden by the config."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 from accelerate import Accelerator
 
 from grpo.config.parser import load_config
-from grpo.config.schema import ModelConfig, ObjectiveConfig, OptimizerConfig
+from grpo.config.schema import Config, ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.errors import ConfigError
-from grpo.models.optimizers import ADAMW, OPTIMIZERS, build_scheduler, override_hyperparameters
+from grpo.models.optimizers import ADAMW, OPTIMIZERS, SCHEDULES, build_scheduler, override_hyperparameters
+from grpo.models.strategies.base import Strategy
+from grpo.models.strategies.registry import strategy_for
 from grpo.policy import Policy
 from grpo.run.components import check_components
 from tests.fakes import tiny_folder
@@ -75,3 +78,102 @@ def test_hyperparameters_of_the_config_replace_restored_ones() -> None:
     [group] = optimizer.param_groups
     assert (group["lr"], group["betas"], group["weight_decay"]) == (pytest.approx(1.0), (0.9, 0.999), 0.0)
     assert scheduler.get_last_lr() == pytest.approx([1.0])
+
+
+def rates(config: OptimizerConfig, steps: int) -> list[float]:
+    """Return the learning rate of each step, and that after the last one."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.learning_rate)
+    scheduler, found = build_scheduler(optimizer, config, steps), []
+    for _ in range(steps + 1):
+        found.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+NEEDED = {
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "cosine_warmup_with_min_lr": {"min_lr": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 4},
+}
+
+
+def test_schedules_by_hand() -> None:
+    """Ten steps, learning rate 1, two of them warm-up."""
+
+    def of(name: str, warmup: float = 0.2, **settings: object) -> list[float]:
+        given = OptimizerConfig(
+            learning_rate=1.0, warmup_ratio=warmup, lr_scheduler_type=name, lr_scheduler_kwargs=settings
+        )
+        check_components(Config(steps=10, optimizer=given))
+        return rates(given, 10)
+
+    assert of("linear") == pytest.approx([0, 0.5, *[1 - n / 8 for n in range(9)]])
+    assert of("constant_with_warmup") == pytest.approx([0, 0.5, *[1.0] * 9])
+    assert of("constant", warmup=0.0) == [1.0] * 11
+    assert of("cosine")[2:] == pytest.approx([0.5 + 0.5 * math.cos(math.pi * n / 8) for n in range(9)])
+    floor = of("cosine_with_min_lr", min_lr_rate=0.1)
+    assert floor[2] == 1 and floor[10] == pytest.approx(0.1)
+    decay = of("warmup_stable_decay", num_decay_steps=4, decay_type="linear")
+    assert decay == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+    assert of("polynomial", lr_end=0.2, power=1.0)[10] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_that_is_offered_runs(name: str) -> None:
+    given = OptimizerConfig(learning_rate=1.0, lr_scheduler_type=name, lr_scheduler_kwargs=NEEDED.get(name, {}))
+    check_components(Config(steps=10, optimizer=given))
+    assert all(0 <= rate <= 1 for rate in rates(given, 10))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("cosin", {}, "lr_scheduler_type is 'cosin', it must be one of linear, .*: did you mean 'cosine'"),
+        ("reduce_lr_on_plateau", {}, "lr_scheduler_type is 'reduce_lr_on_plateau', it must be one of"),
+        ("greedy", {}, "lr_scheduler_type is 'greedy', it must be one of"),
+        ("cosine_with_min_lr", {}, "cosine_with_min_lr cannot be computed .*min_lr or min_lr_rate should be set"),
+        ("cosine_with_min_lr", {"min_lr": "low"}, "cosine_with_min_lr cannot be computed"),
+        ("cosine_warmup_with_min_lr", {"min_lr_rate": 0, "warmup_lr_rate": -1}, "gives learning rates from -1 to 1"),
+        ("warmup_stable_decay", {}, "warmup_stable_decay needs optimizer.lr_scheduler_kwargs.num_decay_steps"),
+        ("warmup_stable_decay", {"num_decay_steps": 11}, "num_decay_steps is 11, but there are 10 optimizer steps"),
+        ("warmup_stable_decay", {"num_decay_steps": 1, "decay_type": "fast"}, "Unknown decay type: fast"),
+        ("linear", {"min_lr": 0.1}, "lr_scheduler_kwargs has 'min_lr', which linear does not take: it takes none"),
+        ("constant", {"num_cycles": 2}, "which constant does not take"),
+        ("polynomial", {"lr_end": 2.0}, "polynomial cannot be computed .*lr_end"),
+        ("inverse_sqrt", {"timescale": 0}, "inverse_sqrt cannot be computed|timescale"),
+    ],
+)
+def test_a_schedule_that_cannot_be_computed_is_refused_early(name: str, settings: dict, message: str) -> None:
+    given = OptimizerConfig(learning_rate=1.0, warmup_ratio=0.2, lr_scheduler_type=name, lr_scheduler_kwargs=settings)
+    with pytest.raises(ConfigError, match=message):
+        check_components(Config(steps=10, optimizer=given))
+
+
+def stepped(max_grad_norm: float, gradient: float, usable: bool = True) -> tuple[float, bool, float]:
+    """Return the norm and the verdict of a step of SGD at learning rate 1, and by how much it moved a weight."""
+    strategy, layer = strategy_for(Accelerator(cpu=True)), torch.nn.Linear(1, 1, bias=False)
+    strategy.configure(ModelConfig(), OptimizerConfig(max_grad_norm=max_grad_norm))
+    strategy.module, strategy.prepared_optimizer = layer, torch.optim.SGD(layer.parameters(), lr=1.0)
+    before = layer.weight.item()
+    layer.weight.grad = torch.full((1, 1), gradient)
+    norm, taken = Strategy.clip_and_step(strategy, usable)
+    assert layer.weight.grad is None or layer.weight.grad.item() == 0  # nothing is left for the next step
+    return norm, taken, before - layer.weight.item()
+
+
+def test_the_gradient_is_clipped_to_max_grad_norm() -> None:
+    assert stepped(2.0, 300.0) == (300.0, True, pytest.approx(2.0, rel=1e-4))
+    assert stepped(2.0, 1.5) == (1.5, True, pytest.approx(1.5, rel=1e-4))
+
+
+@pytest.mark.parametrize("value", [0.0, math.inf])
+def test_no_clipping(value: float) -> None:
+    """0 means no clipping, as in TRL and transformers. torch would scale the gradient to 0."""
+    assert stepped(value, 300.0) == (300.0, True, pytest.approx(300.0))
+
+
+@pytest.mark.parametrize(("gradient", "usable"), [(math.inf, True), (math.nan, True), (1.0, False)])
+def test_a_step_that_is_not_finite_moves_no_weight(gradient: float, usable: bool) -> None:
+    _, taken, moved = stepped(1.0, gradient, usable)
+    assert not taken and moved == 0

@@ -56,6 +56,11 @@ def test_a_plain_folder_made_once_and_made_again_when_damaged(tmp_path: Path, ca
     )
     assert tokenizer.decode(ids) == "<|user|>Tom has 12 pens.<|assistant|>"
     assert tokenizer.decode(tokenizer("ẖ â 😀")["input_ids"]) == "ẖ â 😀"
+    # Every token has an embedding, also those that other tokenizers of the family know.
+    assert len(tokenizer) == model.get_input_embeddings().num_embeddings == len(tokenizer.get_vocab())
+    foreign = "<|endoftext|><|im_start|>user<unk><s>"
+    assert tokenizer.decode(tokenizer(foreign)["input_ids"]) == foreign
+    assert max(tokenizer(foreign)["input_ids"]) < model.config.vocab_size
     assert caplog.messages
     caplog.clear()
     assert make_tiny_model(seed=0, cache=tmp_path, recipe=TINY) == folder

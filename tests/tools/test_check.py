@@ -47,6 +47,12 @@ def test_what_a_sound_config_shows(flags: list[str], tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_two_rows_of_data_are_reported(flags: list[str], tmp_path: Path) -> None:
+    tiny_data(tmp_path / "data.jsonl", rows=2)
+    [warning] = check(load_config(flags)).warnings
+    assert warning.startswith("the data has only 2 training prompts")
+
+
 def test_a_dead_reward_is_named_and_one_that_pays_wrong_answers_is_a_problem(flags: list[str]) -> None:
     found = check(load_config([*flags, '--rewards={"accuracy": 1.0, "soft_format": 0.5}']))
     assert found.rewards["soft_format"].problem == (

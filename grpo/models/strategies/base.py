@@ -144,7 +144,7 @@ class Strategy(WeightReader, ABC):
         Raises:
             ConfigError: The accelerate config asks for something that is not supported.
         """
-        self.max_grad_norm = optimizer.max_grad_norm
+        self.max_grad_norm = optimizer.max_grad_norm or math.inf
 
     def load(self, path: str, config: ModelConfig) -> tuple[PreTrainedModel, bool]:
         """Load a model that `prepare` will take. Collective.

@@ -1,0 +1,187 @@
+"""Mutations: small faults are put into a copy of the code, one at a time, and the fast tests must notice each.
+
+    python benchmarks/mutations.py [--area rollout] [--file grpo/losses.py] [--only NAME ...] [--output FILE.json]
+
+The mutations are data: benchmarks/mutations/*.yaml, each with a file, a text in it, its replacement, and the tests of
+that file. First the tests run without a mutation, and must pass. Then each mutation is applied, its tests run until the
+first failure, and the file is restored. killed: a test failed. survived: none did. A mutation that changes nothing that
+can be observed is equivalent: its entry gives the reason, and it is not run.
+"""
+
+import contextlib
+import importlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+from shared import script_parser, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+LISTS = ROOT / "benchmarks" / "mutations"
+PRELOADED = ("torch", "transformers", "accelerate", "peft", "safetensors.torch", "datasets", "hypothesis", "rich")
+"""Imported once: each run of tests is a fork of this process, and only imports the project and the tests."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One fault."""
+
+    name: str
+    file: str
+    old: str
+    """A text that the file holds exactly once."""
+    new: str
+    tests: str
+    """Arguments of pytest: the fast tests that should notice."""
+    equivalent: str = ""
+    """Reason why no test can notice."""
+
+
+@dataclass
+class Result:
+    """What became of a mutation: killed, survived or equivalent."""
+
+    name: str
+    file: str
+    verdict: str
+    tests: str
+    seconds: float = 0.0
+    reason: str = field(default="")
+
+
+def mutations(area: str = "*") -> list[Mutation]:
+    """Return the mutations of benchmarks/mutations/AREA.yaml; default: of all files there."""
+    entries = [entry for path in sorted(LISTS.glob(f"{area}.yaml")) for entry in yaml.safe_load(path.read_text())]
+    return [Mutation(**entry) for entry in entries]
+
+
+def main() -> None:
+    """Run the mutations and print the table."""
+    parser = script_parser(__doc__)
+    parser.add_argument("--area", default="*", help="only those of one list: " + ", ".join(names_of_lists()))
+    parser.add_argument("--only", nargs="+", help="only the mutations of these names")
+    parser.add_argument("--file", help="only the mutations of this file")
+    parser.add_argument("--output", help="write the JSON here")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for the tests of one mutation")
+    options = parser.parse_args()
+    chosen = [m for m in mutations(options.area) if options.only is None or m.name in options.only]
+    chosen = [m for m in chosen if options.file is None or m.file == options.file]
+    for name in PRELOADED:
+        importlib.import_module(name)
+    results = []
+    with copied_tree() as tree:
+        for tests in dict.fromkeys(m.tests for m in chosen if not m.equivalent):
+            if run_tests(tree, tests, options.timeout) != 0:
+                sys.exit(f"the tests fail without a mutation: pytest {tests}")
+        for mutation in chosen:
+            results.append(judge(tree, mutation, options.timeout))
+            print(line(results[-1]), flush=True)
+    verdicts = Counter(result.verdict for result in results)
+    judged = verdicts["killed"] + verdicts["survived"]
+    print(f"{len(results)} mutations: {', '.join(f'{count} {verdict}' for verdict, count in verdicts.items())}")
+    print(f"{verdicts['killed'] / max(1, judged):.1%} of those that are not equivalent were killed")
+    if options.output:
+        report = {
+            "command": "python benchmarks/mutations.py --output docs/results/mutations.json",
+            "verdicts": dict(verdicts),
+            "mutations": [asdict(result) for result in results],
+        }
+        write_json(options.output, report)
+
+
+def names_of_lists() -> list[str]:
+    """Return the names of the lists."""
+    return sorted(path.stem for path in LISTS.glob("*.yaml"))
+
+
+def line(result: Result) -> str:
+    """Return a row of the table as text."""
+    reason = f" ({result.reason})" if result.reason else ""
+    return f"{result.verdict:10} {result.seconds:5.1f} s  {result.file}: {result.name}{reason}"
+
+
+@contextlib.contextmanager
+def copied_tree() -> Iterator[Path]:
+    """Copy the files of the repository into a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        )
+        for name in filter(None, listed.stdout.decode().split("\0")):
+            source, target = ROOT / name, Path(folder) / name
+            if source.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target)
+        yield Path(folder)
+
+
+def judge(tree: Path, mutation: Mutation, timeout: float) -> Result:
+    """Apply a mutation, run its tests, and restore the file."""
+    if mutation.equivalent:
+        return Result(mutation.name, mutation.file, "equivalent", mutation.tests, reason=mutation.equivalent)
+    path, start = tree / mutation.file, time.perf_counter()
+    original = path.read_text(encoding="utf-8")
+    check_applies(mutation, original)
+    path.write_text(original.replace(mutation.old, mutation.new), encoding="utf-8")
+    try:
+        code = run_tests(tree, mutation.tests, timeout)
+    finally:
+        path.write_text(original, encoding="utf-8")
+    verdict = "survived" if code == 0 else "killed"
+    return Result(mutation.name, mutation.file, verdict, mutation.tests, round(time.perf_counter() - start, 1))
+
+
+def check_applies(mutation: Mutation, text: str) -> None:
+    """Raise ValueError unless the file holds the old text exactly once."""
+    found = text.count(mutation.old)
+    if found != 1 or mutation.old == mutation.new:
+        raise ValueError(f"{mutation.file}: '{mutation.name}' applies {found} times: update benchmarks/mutations/")
+
+
+def run_tests(tree: Path, tests: str, timeout: float) -> int:
+    """Run pytest in a fork of this process. Return its exit code; -1 if it took too long or died."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os._exit(_in_child(tree, tests))
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            if code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+                sys.exit(f"no tests: pytest {tests}")
+            return code if code >= 0 else -1
+        time.sleep(0.02)
+    os.killpg(child, 9)
+    os.waitpid(child, 0)
+    return -1
+
+
+def _in_child(tree: Path, tests: str) -> int:
+    os.setpgid(0, 0)
+    os.chdir(tree)
+    sys.path.insert(0, str(tree))
+    sys.dont_write_bytecode = True  # a stale .pyc could hide a mutation of the same size and second
+    os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    log = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]))
+
+
+if __name__ == "__main__":
+    main()

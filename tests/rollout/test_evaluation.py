@@ -1,0 +1,76 @@
+"""Evaluation of given completions: the plan, the share of each rank, and the metrics by hand."""
+
+import contextlib
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from grpo.rollout.evaluation import evaluate, is_correct_in_any_format, summarize
+from grpo.types import Completion, Group, Prompt, SamplingPlan
+
+RIGHT, WRONG = "<reasoning>x</reasoning><answer>4</answer>", "it is 4"
+
+
+class Engine:
+    """Answers even draws in the right form, odd ones without it, and cuts off the second of several samples."""
+
+    def generate(self, prompts: list[Prompt], plan: SamplingPlan, finished: Any = None) -> list[Group]:
+        self.plan, self.draws = plan, [prompt.draw for prompt in prompts]
+        samples = range(plan.num_generations)
+        return [
+            Group(
+                p,
+                [
+                    Completion([1] * (2 + s), [-1.0] * (2 + s), s != 1, WRONG if p.draw % 2 or s else RIGHT)
+                    for s in samples
+                ],
+            )
+            for p in prompts
+        ]
+
+
+def evaluated(monkeypatch: pytest.MonkeyPatch, samples: int = 1, rank: int = 0, world: int = 1) -> tuple[Engine, Any]:
+    monkeypatch.setattr("grpo.rollout.evaluation.gather_rows", lambda accelerator, rows: rows)
+    accelerator: Any = SimpleNamespace(process_index=rank, num_processes=world, autocast=contextlib.nullcontext)
+    prompts = [Prompt(draw, "q", (5,), {"answer": "4"}) for draw in range(4)]
+    engine: Any = Engine()
+    return engine, evaluate(engine, prompts, accelerator, max_completion_length=9, samples=samples)
+
+
+def test_one_greedy_completion_of_each_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, found = evaluated(monkeypatch)
+    assert engine.plan == SamplingPlan(1, 9, 0.0, 0) and engine.draws == [0, 1, 2, 3]
+    expected = {
+        "eval/accuracy": 0.5,
+        "eval/accuracy_ci95": 1.96 * math.sqrt(0.25 / 4),
+        "eval/accuracy_flexible": 1.0,
+        "eval/format": 0.5,
+        "eval/length_mean": 2.0,
+        "eval/truncated_fraction": 0.0,
+    }
+    assert expected.items() <= found.metrics.items()
+
+
+def test_several_samples_of_each_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4 samples one is right for even draws: pass@2 is 1 - 3/4 * 2/3 = 0.5, pass@4 is 1; 0 for odd ones."""
+    _, found = evaluated(monkeypatch, samples=4)
+    assert found.metrics["eval/pass@2"] == pytest.approx(0.25) and found.metrics["eval/pass@4"] == 0.5
+    assert "eval/pass@3" not in found.metrics
+    assert found.metrics["eval/truncated_fraction"] == 0.25 and found.metrics["eval/length_mean"] == 3.5
+
+
+def test_ranks_share_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert evaluated(monkeypatch, rank=1, world=2)[0].draws == [1, 3]
+
+
+def test_rows_without_a_gold_answer_are_not_judged() -> None:
+    row = {"draw": 0, "format": 1.0, "length": 2, "ended": True}
+    rows = [row | {"accuracy": 1.0, "flexible": 1.0}, row | {"draw": 1, "accuracy": None, "flexible": None}]
+    assert summarize(rows, 1)["eval/accuracy"] == 1.0
+    assert summarize(rows, 1)["eval/format"] == 1.0
+
+
+def test_the_last_number_counts_in_any_format() -> None:
+    assert is_correct_in_any_format("first 3, then 4", "4") and not is_correct_in_any_format("4, no: 3", "4")
