@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from grpo.errors import ConfigError, StorageError
-from grpo.runtime.storage import cache_folders, cache_root
+from grpo.runtime.storage import cache_folders, cache_root, replace_folder, share_mode
 
 log = logging.getLogger(__name__)
 
@@ -203,8 +202,8 @@ def _find_or_make(folder: Path, path: Path, source: dict[str, Any]) -> Path:
                 made = Path(temporary) / "model"
                 _convert(path, made)
                 (made / MARK).write_text(json.dumps(source), encoding="utf-8")
-                shutil.rmtree(folder, ignore_errors=True)
-                made.rename(folder)
+                share_mode(made)
+                replace_folder(made, folder)
     return folder
 
 

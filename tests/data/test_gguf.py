@@ -107,6 +107,8 @@ def test_the_converted_folder(tmp_path: Path) -> None:
     for name in ("chat_template", "eos_token_id", "pad_token_id", "bos_token_id"):
         assert getattr(again, name) == getattr(tokenizer, name), name
     made = (folder / "model.safetensors").stat().st_mtime_ns
+    (tmp_path / "new").touch()
+    assert (folder / "model.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
     assert plain_model(str(base)) == plain_model(str(folder)) == plain_model(str(folder), "base.gguf") == str(folder)
     assert (folder / "model.safetensors").stat().st_mtime_ns == made
     write_gguf(base, model, tokenizer, quantized=True)
