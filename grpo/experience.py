@@ -22,6 +22,7 @@ from grpo.data.stream import PromptStream
 from grpo.data.streaming import StreamedPrompts
 from grpo.kl import kl_estimate
 from grpo.losses import find_loss, per_sequence
+from grpo.models.architecture import vocabulary_size
 from grpo.models.logprob_model import probe_batch
 from grpo.packing import PackedBatch, pack
 from grpo.policy import Policy
@@ -181,7 +182,7 @@ class ExperienceCollector:
             share_prompts=policy.shares_prompts,
         )
         rounds, real = max_over_ranks(self.accelerator, len(batches)), len(batches)
-        batches += [probe_batch(policy.model.config.vocab_size)] * (rounds - real)
+        batches += [probe_batch(vocabulary_size(policy.model))] * (rounds - real)
         return Packed([batch.to(policy.device) for batch in batches], real)
 
     def _with_references(self, packed: Packed) -> Packed:

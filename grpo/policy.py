@@ -15,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.errors import ConfigError, NumericsError
+from grpo.models.adapter_check import check_merge
+from grpo.models.architecture import vocabulary_size
 from grpo.models.build import build_trained_model
 from grpo.models.logprob_model import probe_batch, run_self_test
 from grpo.models.lora import save_adapter
@@ -123,7 +125,11 @@ class Policy:
             NumericsError: They are not. A kernel that is wrong is switched off instead.
         """
         run_self_test(self.model, compute_dtype(self.accelerator))
-        batch = probe_batch(self.model.config.vocab_size).to(self.device)
+        if self.adapter is not None and self.strategy.exposes_weights and self.working_copy.is_allocated:
+            plain, tolerance = self.strategy.logprob_model, precision_of(self.accelerator, self.model.dtype).logprob
+            with self.strategy.autocast():
+                check_merge(self.logprob_model, plain, self.working_copy, tolerance)
+        batch = probe_batch(vocabulary_size(self.model)).to(self.device)
         with torch.no_grad():
             logprobs = self.logprobs(batch)[0]
         reference = self.reference_logprobs([batch])[0]

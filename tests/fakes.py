@@ -76,8 +76,8 @@ def group(draw: int, prompt: list[int], completions: list[list[int]], ended: boo
     return Group(Prompt(draw, "text", tuple(prompt)), made)
 
 
-def tiny_folder(path: Path, seed: int = 0, **changes: object) -> Path:
-    """Save a model folder for `model.name`: a tiny random Qwen2 with a tokenizer of single characters."""
+def save_tokenizer(path: Path) -> int:
+    """Save a tokenizer of single characters. Returns the size of its vocabulary."""
     characters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + list("0123456789 +=?")
     vocabulary = {"<end>": 0, "<pad>": 1} | {character: 2 + i for i, character in enumerate(characters)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
@@ -85,7 +85,12 @@ def tiny_folder(path: Path, seed: int = 0, **changes: object) -> Path:
     inner.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", pad_token="<pad>", unk_token="?")
     tokenizer.save_pretrained(path)
-    model = tiny_model(seed=seed, spread=2.0, vocab_size=len(vocabulary), **changes)
+    return len(vocabulary)
+
+
+def tiny_folder(path: Path, seed: int = 0, **changes: object) -> Path:
+    """Save a model folder for `model.name`: a tiny random Qwen2 with a tokenizer of single characters."""
+    model = tiny_model(seed=seed, spread=2.0, vocab_size=save_tokenizer(path), **changes)
     model.set_attn_implementation("sdpa")
     model.save_pretrained(path)
     return path

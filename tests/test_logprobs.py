@@ -84,3 +84,50 @@ def test_all_logits_at_once_never_exist() -> None:
 
     assert peak(ours) < 250  # chunks of 16 MiB and what is made of them, and a gradient of 10 MB
     assert peak(plain) > 600  # so the measure sees what it is for
+
+
+@pytest.mark.parametrize(("entropy_gradient", "chunk_rows"), [(False, 3), (False, 100), (True, 3)])
+@pytest.mark.parametrize(
+    ("scale", "softcap", "has_bias"),
+    [(0.25, None, False), (1.0, 2.0, False), (1.0, None, True), (0.5, 3.0, True), (4.0, None, True)],
+    ids=["scale", "softcap", "bias", "all", "scale and bias"],
+)
+def test_scale_softcap_and_bias_of_the_logits(
+    monkeypatch: pytest.MonkeyPatch,
+    scale: float,
+    softcap: float | None,
+    has_bias: bool,
+    chunk_rows: int,
+    entropy_gradient: bool,
+) -> None:
+    torch.manual_seed(0)
+    vocabulary, tokens, size, temperature = 150, 17, 8, 0.7
+    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 4 * vocabulary * chunk_rows})
+    hidden, head = torch.randn(tokens, size, requires_grad=True), torch.randn(vocabulary, size, requires_grad=True)
+    bias = torch.randn(vocabulary, requires_grad=True) if has_bias else None
+    targets, first, second = torch.randint(vocabulary, (tokens,)), torch.randn(tokens), torch.randn(tokens)
+    logits = hidden @ head.T if bias is None else hidden @ head.T + bias
+    logits = logits * scale
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    plain = torch.log_softmax(logits / temperature, -1)
+    expected = plain.gather(1, targets[:, None]).squeeze(1)
+    expected_entropies = -(plain.exp() * plain).sum(-1)
+    got, entropies = token_logprobs(
+        hidden,
+        head,
+        targets,
+        temperature,
+        bias_V=bias,
+        transform=module.LogitTransform(scale, softcap),
+        entropy_gradient=entropy_gradient,
+    )
+    assert torch.allclose(got, expected, atol=1e-5)
+    assert torch.allclose(entropies, expected_entropies, atol=1e-5)
+    leaves = [hidden, head] if bias is None else [hidden, head, bias]
+    tolerance = 1e-5 * max(1.0, scale / temperature)  # logits, and with them their rounding errors, grow by the scale
+    loss, ours = expected @ first, got @ first
+    if entropy_gradient:
+        loss, ours = loss + expected_entropies @ second, ours + entropies @ second
+    for mine, theirs in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(loss, leaves), strict=True):
+        assert torch.allclose(mine, theirs, atol=5 * tolerance)

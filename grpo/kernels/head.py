@@ -3,6 +3,8 @@
 All logits [N, V] never exist at once. Sampling and training both compute logits with `head_logits`.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +23,35 @@ CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 ROW_MULTIPLE = 32
 """oneDNN products round their rows up to a multiple of this: oneDNN compiles and keeps half a megabyte of code for
 each number of rows."""
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """Transformation of the head's product: logits = c tanh(scale (W h + b) / c), or scale (W h + b) without softcap.
+
+    The bias b is a parameter of the head and is passed separately.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    """c"""
+
+    def apply_(self, logits: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Transform logits [n, V] in place. `bias`: [V], float32."""
+        if bias is not None:
+            logits.add_(bias)
+        if self.softcap is not None:
+            return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
+        return logits if self.scale == 1.0 else logits.mul_(self.scale)
+
+    def slope(self, transformed: Tensor) -> Tensor | float:
+        """Return d transformed / d (W h + b), from the transformed logits."""
+        if self.softcap is None:
+            return self.scale
+        return (1 - (transformed / self.softcap).square()).mul_(self.scale)
+
+
+IDENTITY = LogitTransform()
 
 
 def training_dtypes(device: torch.device) -> tuple[torch.dtype, torch.dtype]:
@@ -73,7 +104,9 @@ def head_logits(hidden_NH: Tensor, head_VH: Tensor, dtype: torch.dtype = torch.f
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """Token logprobs: hidden [N, H], head [V, H], targets [N] -> logprobs [N] and entropies [N], float32, in nats.
+    """Token logprobs: hidden [N, H], head [V, H], bias [V] or None, targets [N] -> logprobs [N] and entropies [N].
+
+    Both results are float32, in nats.
 
     The vocabulary is processed in blocks. Each pass reads each block of the head once, and writes its gradient once,
     for any number of tokens. The backward pass recomputes the logits of every block but the last, which are kept. This
@@ -81,16 +114,28 @@ class TokenLogprobs(torch.autograd.Function):
 
     d logp / d logits = (onehot(target) - p) / temperature
     d H    / d logits = -p * (log p + H) / temperature
+    d logits / d (W h + b) = scale, times 1 - (logits / c)^2 with a softcap c
     """
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, hidden, head, targets, temperature, entropy_gradient, dtypes, accumulate_grads_inplace
+        ctx,
+        hidden,
+        head,
+        bias,
+        targets,
+        temperature,
+        entropy_gradient,
+        dtypes,
+        accumulate_grads_inplace,
+        transform,
     ):
         weight, blocks = _cast(head, dtypes[0]), _blocks(len(targets), head)
+        if transform.softcap is None:  # one division for both
+            temperature, transform = temperature / transform.scale, IDENTITY
         lse_BN, logprob_BN, entropy_BN = hidden.new_empty(3, len(blocks), len(targets), dtype=torch.float32)
         for index, block in enumerate(blocks):
-            logits = head_logits(hidden, weight[block], dtypes[0])
+            logits = transform.apply_(head_logits(hidden, weight[block], dtypes[0]), _part(bias, block))
             own = targets.sub(block.start).clamp_(0, block.stop - block.start - 1)
             lse_BN[index], logprob_BN[index], entropy_BN[index] = softmax(logits, own, temperature)
         lses, logprobs, entropies = lse_BN[0], logprob_BN[0], entropy_BN[0]
@@ -101,7 +146,8 @@ class TokenLogprobs(torch.autograd.Function):
             place = targets.div(blocks[0].stop, rounding_mode="floor")[None]
             logprobs = (logprob_BN + log_share_BN).gather(0, place)[0]
         ctx.last = logits if any(ctx.needs_input_grad) else None
-        ctx.save_for_backward(hidden, head, targets, lses, entropies)
+        ctx.save_for_backward(hidden, head, bias, targets, lses, entropies)
+        ctx.transform = transform
         ctx.head = head  # the parameter itself: saved-tensor hooks may replace `head` by a copy
         ctx.temperature, ctx.entropy_gradient, ctx.dtypes = temperature, entropy_gradient, dtypes
         ctx.in_place = accumulate_grads_inplace
@@ -111,31 +157,45 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropies):  # type: ignore[no-untyped-def]
-        hidden, head, targets, lses, entropies = ctx.saved_tensors
+        hidden, head, bias, targets, lses, entropies = ctx.saved_tensors
         forward_dtype, dtype = ctx.dtypes
         weight, narrow = _cast(head, forward_dtype), hidden.to(dtype)
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_head = buffer = gradient_buffer(ctx.head, ctx.in_place) if ctx.needs_input_grad[1] else None
         if ctx.needs_input_grad[1] and buffer is None:
             grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         scale, slope = grad_logprobs.float() / ctx.temperature, None
         if ctx.entropy_gradient:
             slope = grad_entropies.float() / ctx.temperature
         logits, ctx.last = ctx.last, None
         for block in reversed(_blocks(len(targets), head)):
             if logits is None:
-                logits = head_logits(hidden, weight[block], forward_dtype)
+                logits = ctx.transform.apply_(head_logits(hidden, weight[block], forward_dtype), _part(bias, block))
             own = targets - block.start
             own = torch.where((own >= 0) & (targets < block.stop), own, -1)
-            grad_logits = softmax_backward(logits, own, ctx.temperature, lses, scale, slope, entropies, dtype)
+            capped = ctx.transform.softcap is not None
+            product_slope = ctx.transform.slope(logits) if capped else None
+            made_dtype = torch.float32 if capped or bias is not None else dtype
+            grad_logits = softmax_backward(logits, own, ctx.temperature, lses, scale, slope, entropies, made_dtype)
             logits = None
+            if product_slope is not None:
+                grad_logits.mul_(product_slope)
+            if grad_bias is not None:
+                grad_bias[block] = grad_logits.sum(0)
+            grad_logits = grad_logits.to(dtype)
             if grad_hidden is not None:
                 _add_product(grad_hidden, grad_logits, weight[block].to(dtype))
             if grad_head is not None:
                 _add_product(grad_head[block], grad_logits.T, narrow)
         made = grad_head.to(head.dtype) if grad_head is not None and buffer is None else None
         grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
-        return grad_hidden, made, None, None, None, None, None
+        made_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, made, made_bias, None, None, None, None, None, None
+
+
+def _part(bias: Tensor | None, block: slice) -> Tensor | None:
+    return None if bias is None else bias[block].float()
 
 
 def _cast(head: Tensor, dtype: torch.dtype) -> Tensor:

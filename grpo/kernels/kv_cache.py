@@ -136,5 +136,9 @@ class SlotCache:
             return key, value
         return self.write(self._numbered[layer], key[:, :, 0], value[:, :, 0])
 
+    @property
+    def is_initialized(self) -> bool:
+        return not self.prefilling
+
     def get_seq_length(self, *_: object) -> int:
         return 0  # positions are always given explicitly

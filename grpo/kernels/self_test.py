@@ -21,7 +21,7 @@ from grpo.kernels.attention import GroupSpan, PackedLayout
 from grpo.kernels.cpu import ops
 from grpo.kernels.cpu.compiler import library
 from grpo.kernels.description import Layer, Linear, Model
-from grpo.kernels.head import TokenLogprobs
+from grpo.kernels.head import IDENTITY, TokenLogprobs
 from grpo.kernels.registry import is_on, switch_off
 from grpo.kernels.sampling import draw_tokens
 
@@ -121,7 +121,7 @@ def _check_head(vocabulary: int) -> float:
 
     def ours(states: Tensor) -> Tensor:
         logprobs: Tensor = TokenLogprobs.apply(
-            states, weight, targets, 0.9, False, (torch.float32, torch.float32), False
+            states, weight, None, targets, 0.9, False, (torch.float32, torch.float32), False, IDENTITY
         )[0]
         return logprobs
 

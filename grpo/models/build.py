@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.data.gguf import plain_model
 from grpo.data.tokenizer import load_tokenizer
+from grpo.models.architecture import vocabulary_size
 from grpo.models.logprob_model import LogprobModel
 from grpo.models.lora import Adapter, add_adapter
 from grpo.models.optimizers import OPTIMIZERS, build_scheduler
@@ -80,7 +81,10 @@ def build_trained_model(
     )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()  # checkpointing is only active in train mode; every dropout is 0, so nothing else changes
+        for module in model.modules():
+            # Checkpointing is active in train mode only. The modules below a layer stay in eval mode, which switches
+            # off whatever they would do otherwise (dropout, noise in a router).
+            module.training = bool(getattr(module, "gradient_checkpointing", False))
     compute, rounded = compute_dtype(accelerator), strategy.holds_rounded_weights()
     in_16_bits = compute is not None or working_copy.model.dtype != torch.float32
     if lora is not None and has_adapter and in_16_bits and not sampled_elsewhere:
@@ -125,8 +129,8 @@ def _frozen_reference(
         plain = ModelConfig(attn_implementation=config.attn_implementation)
         model, uses_packed_attention = strategy.load(config.reference, plain)
         check_vocabulary(
-            logprob_model.model.config.vocab_size,
-            model.config.vocab_size,
+            vocabulary_size(logprob_model.model),
+            vocabulary_size(model),
             load_tokenizer(path, config.gguf_file),
             load_tokenizer(config.reference),
             config.reference,

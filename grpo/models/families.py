@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo.kernels.description import Adapter, Layer, Linear, Model
+from grpo.models.architecture import text_config, text_decoder
 from grpo.models.lora import ADAPTER_NAME
 
 
@@ -52,11 +53,12 @@ def describe(model: PreTrainedModel) -> Model | None:
     quantized, hooks on a module that would not be called, an activation other than SiLU, or a layer that differs from
     its family.
     """
-    family = FAMILIES.get(model.config.model_type)
-    base: Any = model.base_model
+    config = text_config(model.config)
+    family = FAMILIES.get(config.model_type)
+    base = text_decoder(model)
     if family is None or not type(model).__module__.startswith("transformers.models."):
         return None
-    if getattr(model.config, "hidden_act", None) != "silu":
+    if getattr(config, "hidden_act", None) != "silu":
         return None
     try:
         embedding: Any = base.embed_tokens
@@ -80,7 +82,7 @@ def describe(model: PreTrainedModel) -> Model | None:
 
 def rope_is_fixed(model: PreTrainedModel) -> bool:
     """Return whether one table of cosines and sines by position is valid for all lengths."""
-    rope = getattr(model.config, "rope_parameters", None) or {}
+    rope = getattr(text_config(model.config), "rope_parameters", None) or {}
     return rope.get("rope_type", "default") in FIXED_ROPE_TYPES
 
 

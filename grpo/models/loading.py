@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from grpo.config.schema import ModelConfig
@@ -18,19 +18,14 @@ from grpo.data.gguf import plain_model
 from grpo.data.tokenizer import check_exists
 from grpo.errors import ConfigError
 from grpo.kernels.attention import NAME
+from grpo.kernels.head import IDENTITY, LogitTransform
+from grpo.models.architecture import auto_class, create_model, find_transform, float32_head, frozen_parts
 from grpo.models.logprob_model import use_grpo_attention
 from grpo.models.lora import check_quantization
 from grpo.models.mixers import use_grpo_mixers
+from grpo.runtime.precision import PRECISIONS
 
 disable_progress_bar()  # "Loading weights 38/38" would interrupt our own log
-
-
-class Float32Head(nn.Linear):
-    """The output head, always in float32: logits rounded to bfloat16 put an error of 1e-2 on every logprob."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.float(), self.weight.float())
 
 
 def load_for_training(path: str, config: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, bool]:
@@ -51,15 +46,21 @@ def load_for_training(path: str, config: ModelConfig, device: torch.device) -> t
     return model, config.attn_implementation == NAME and use_grpo_attention(model)
 
 
-def empty_model(config: PretrainedConfig, path: str) -> PreTrainedModel:
-    """Create the model of `config` with parameters on the meta device. Buffers have memory: RoPE's are in no file."""
+def empty_model(config: PretrainedConfig, path: str, transform: LogitTransform) -> PreTrainedModel:
+    """Create the model of `config` with parameters on the meta device. Buffers have memory: RoPE's are in no file.
+
+    Args:
+        config: The config of a model that another process has loaded.
+        path: Its name, for messages.
+        transform: What it does with the product of its head (`logit_transform`).
+    """
     attention = config._attn_implementation
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, attn_implementation="sdpa")
+        model = create_model(config, path=path)
     model.tie_weights()  # on the meta device, each name got a parameter of its own
     model.set_attn_implementation(attention)
     use_grpo_mixers(model)
-    return prepare_model(model, path)
+    return prepare_model(model, transform)
 
 
 def load_model(path: str, config: ModelConfig | None = None, device: torch.device | None = None) -> PreTrainedModel:
@@ -81,10 +82,11 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
             hint = "it holds an adapter; merge it: python launch/export.py --run RUN --format merged"
         raise ConfigError(f"model.name '{path}' cannot be loaded: the folder holds no config.json: {hint}")
     extra: dict[str, object] = {}
-    dtype, attention = torch.float32, "sdpa"
+    dtype = torch.float32
     if config is not None:
-        if config.attn_implementation != NAME:  # packed attention replaces sdpa later, if a probe finds it exact
-            attention = config.attn_implementation
+        # Packed attention replaces the model's own later, if a probe finds it exact.
+        if config.attn_implementation != NAME:
+            extra["attn_implementation"] = config.attn_implementation
         dtype = getattr(torch, config.torch_dtype)
         if config.load_in_4bit:
             check_quantization()
@@ -95,9 +97,8 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
             )
             extra["device_map"] = {"": device or torch.device("cpu")}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, trust_remote_code=False, **extra
-        )
+        kind = auto_class(AutoConfig.from_pretrained(path, trust_remote_code=False), path)
+        model = kind.from_pretrained(path, dtype=dtype, trust_remote_code=False, **extra)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model.name '{path}' cannot be loaded: {error}") from error
     except SafetensorError as error:
@@ -117,28 +118,26 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
     ) in model.modules():  # bitsandbytes' packed layout for some CPUs has no gradient and cannot be dequantized
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    return prepare_model(model, path)
+    if model.get_output_embeddings() is None:
+        raise ConfigError(f"model.name '{path}': {type(model).__name__} has no output head: use a model for text")
+    prepare_model(model, IDENTITY)
+    model.get_output_embeddings().transform = find_transform(model, PRECISIONS[model.dtype].hidden, path)
+    return model
 
 
-def prepare_model(model: PreTrainedModel, path: str) -> PreTrainedModel:
-    """Set every dropout to 0, so that sampling and training see one policy, and put the output head in float32.
+def prepare_model(model: PreTrainedModel, transform: LogitTransform) -> PreTrainedModel:
+    """Put the output head in float32, set every dropout to 0, so that sampling and training see one policy, and
+    freeze what text does not reach.
 
-    Raises:
-        ConfigError: The model transforms its logits in a way that the logprobs do not support.
+    The noise of routers is left alone: it is off in eval mode, and some read its size in eval mode too.
     """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        raise ConfigError(f"model.name '{path}': the output head has a bias, which the chunked logprobs do not support")
-    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config, key, None) not in (None, 1.0):
-            raise ConfigError(f"model.name '{path}': config.{key} changes the logits in a way that is not supported")
-    if type(head) is nn.Linear:
-        float32_head = Float32Head(head.in_features, head.out_features, bias=False, device="meta")
-        float32_head.weight = head.weight  # the same parameter: a tied head stays tied
-        model.set_output_embeddings(float32_head.train(head.training))
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
+    for _, parameter in frozen_parts(model):
+        parameter.requires_grad_(False)
+    float32_head(model, transform)
     return model.eval()

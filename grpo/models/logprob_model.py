@@ -3,6 +3,9 @@
 `use_grpo_attention` selects the attention by a probe, and `run_self_test` checks the kernels.
 """
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -12,14 +15,17 @@ from grpo.kernels.attention import NAME, GroupSpan, PackedLayout, grpo_attention
 from grpo.kernels.head import training_dtypes
 from grpo.kernels.registry import switch_off
 from grpo.logprobs import token_logprobs
+from grpo.models.architecture import head_bias, logit_transform, text_config, text_decoder, vocabulary_size
 from grpo.models.families import describe
 from grpo.models.lora import head_weight
-from grpo.models.mixers import layout_arguments, use_grpo_mixers
+from grpo.models.mixers import has_mixers, layout_arguments, use_grpo_mixers
 from grpo.models.shared_prompt import SharedPrompts
 from grpo.packing import PackedBatch
 from grpo.runtime.precision import PRECISIONS
 
 AttentionInterface.register(NAME, grpo_attention)
+PROBE = "grpo_probe"
+"""Name of the same attention during the probe."""
 
 
 class LogprobModel(nn.Module):
@@ -64,9 +70,9 @@ class LogprobModel(nn.Module):
             hidden_NH = hidden_TH.index_select(0, batch.predictor_N)
         else:
             ids, predictor = batch.rows()
-            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = text_decoder(self.model)(input_ids=ids, use_cache=False).last_hidden_state
             hidden_NH = hidden.flatten(0, 1).index_select(0, predictor)
-        head = self.model.get_output_embeddings()
+        head, bias = self.model.get_output_embeddings(), head_bias(self.model)
         dtypes = training_dtypes(hidden_NH.device)
         with torch.autocast(hidden_NH.device.type, enabled=False):  # the head in float32: see Float32Head
             return token_logprobs(
@@ -77,6 +83,8 @@ class LogprobModel(nn.Module):
                 entropy_gradient=self.entropy_gradient,
                 accumulate_grads_inplace=self.accumulate_grads_inplace,
                 dtypes=dtypes,
+                bias_V=bias,
+                transform=logit_transform(self.model),
             )
 
     def hidden_states(self, ids_T: Tensor, positions_T: Tensor, layout: PackedLayout) -> Tensor:
@@ -90,7 +98,7 @@ class LogprobModel(nn.Module):
                 layout,
                 accumulate_grads_inplace=self.accumulate_grads_inplace,
             )
-        return self.model.base_model(
+        return text_decoder(self.model)(
             input_ids=ids_T[None],
             position_ids=positions_T[None],
             use_cache=False,
@@ -99,19 +107,31 @@ class LogprobModel(nn.Module):
 
 
 def use_grpo_attention(model: PreTrainedModel) -> bool:
-    """Switch the model to the attention of grpo/kernels if a probe gives the same logprobs as the model's own
-    attention.
+    """Switch the model to the attention of grpo/kernels if a probe finds it exact.
 
     The probe is two groups with prompts and completions of different lengths. It runs through the modules with their
-    own attention, through the modules with the new one, and through kernels that read the model's description. If the
-    last differ, the description is not used. If the second differ, the model keeps its own attention.
+    own attention as plain rows, through the modules with the new one as a packed row, and through kernels that read
+    the model's description. The model keeps its own attention unless
+
+    - its layers are attention or recurrent layers that follow a layout (mixers.py), and those with a sliding window
+      pass it to the attention function (the probe is shorter than most windows);
+    - plain rows and the packed row give the same logprobs up to rounding;
+    - nothing flows from one group into the next (`is_isolated`), as the state of a recurrent layer would.
+
+    If only the kernels differ, the description is not used.
 
     Returns:
         True if the attention was switched.
     """
+    own = model.config._attn_implementation
     # 16-bit weights round differently: in bfloat16, both attentions differ equally from float32.
     tolerance = PRECISIONS[model.dtype].logprob
-    batch = probe_batch(model.config.vocab_size).to(next(model.parameters()).device)
+    batch = probe_batch(vocabulary_size(model)).to(next(model.parameters()).device)
+    windows: list[int | None] = []
+
+    def observed(*args: Any, **settings: Any) -> Any:
+        windows.append(settings.get("sliding_window"))
+        return grpo_attention(*args, **settings)
 
     def logprobs(**settings: bool) -> Tensor:
         found: Tensor = LogprobModel(model, temperature=1.0, **settings)(batch)[0]
@@ -119,20 +139,88 @@ def use_grpo_attention(model: PreTrainedModel) -> bool:
 
     with torch.no_grad():
         plain = logprobs(uses_packed_attention=False)
+        AttentionInterface.register(PROBE, observed)
         try:
-            model.set_attn_implementation(NAME)
+            model.set_attn_implementation(PROBE)
             use_grpo_mixers(model)
             packed = logprobs(uses_packed_attention=True, uses_kernels=False)
+            exact = _has_windows(model, windows) and torch.allclose(plain, packed, atol=tolerance, rtol=1e-3)
+            exact = exact and is_isolated(model, batch)
         except (NotImplementedError, TypeError, ValueError):
-            packed = None
-        if packed is None or not torch.allclose(plain, packed, atol=tolerance, rtol=1e-3):
-            model.set_attn_implementation("sdpa")
+            exact = False
+        model.set_attn_implementation(NAME if exact else own)
+        if not exact:
             return False
         described = logprobs(uses_packed_attention=True)
     if not torch.allclose(plain, described, atol=tolerance, rtol=1e-3):
         distance = float((plain - described).abs().max())
         switch_off("fused_ops", f"logprobs differ by {distance:.2g} from those of the model's modules")
     return True
+
+
+def _has_windows(model: PreTrainedModel, observed: list[int | None]) -> bool:
+    """Return whether as many layers as the config says passed a sliding window, and the trainer knows all others."""
+    config = text_config(model.config)
+    types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if not types:
+        types = ["full_attention" if window is None else "sliding_attention"]
+    attention = [kind for kind in types if kind in ("full_attention", "sliding_attention", "attention")]
+    if len(attention) < len(types) and not has_mixers(model):
+        return False
+    # Of all calls, since some models call their layers several times.
+    passed = sum(found is not None for found in observed)
+    return passed * len(attention) == attention.count("sliding_attention") * len(observed)
+
+
+ROUNDING = 1e-5
+"""Largest change of a logprob, in nats, that another order of the same sums explains."""
+
+
+def is_isolated(model: PreTrainedModel, batch: PackedBatch) -> bool:
+    """Return whether nothing flows from the first group of `batch` into the last.
+
+    In most models the last group's logprobs then do not change at all. Experts compute the tokens of all groups
+    together, and may add up the same numbers in another order. There, the gradient with respect to the first group has
+    to be exactly 0.
+    """
+    change = leak(model, batch)
+    return change == 0 or (change <= ROUNDING and gradient_leak(model, batch) == 0)
+
+
+def gradient_leak(model: PreTrainedModel, batch: PackedBatch) -> float:
+    """Return the largest gradient of the last group's hidden states with respect to the embeddings before it."""
+    first, leaves = batch.spans[-1].start, list[Tensor]()
+
+    def detach(module: nn.Module, args: object, embedded: Tensor) -> Tensor:
+        leaves.append(embedded.detach().requires_grad_())
+        return leaves[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(detach)
+    try:
+        with torch.enable_grad():
+            probe = LogprobModel(model, temperature=1.0, uses_packed_attention=True, uses_kernels=False)
+            hidden_TH = probe.hidden_states(batch.input_ids_T, batch.positions_T, batch.layout)
+            [gradient] = torch.autograd.grad(hidden_TH[first:].float().square().sum(), leaves[:1])
+    finally:
+        hook.remove()
+    return float(gradient[0, :first].abs().max())
+
+
+@torch.no_grad()
+def leak(model: PreTrainedModel, batch: PackedBatch) -> float:
+    """Return the largest change of a logprob of the last group when the tokens of the other groups change.
+
+    Args:
+        model: a model whose attention reads the layout of a packed row.
+        batch: two groups or more.
+    """
+    first, vocabulary = batch.spans[-1].start, vocabulary_size(model)
+    ids = batch.input_ids_T.clone()
+    ids[:first] = (ids[:first] + vocabulary // 2) % vocabulary
+    probe = LogprobModel(model, temperature=1.0, uses_packed_attention=True, uses_kernels=False)
+    before, after = (probe(version)[0] for version in (batch, replace(batch, input_ids_T=ids)))
+    return float((after - before)[batch.predictor_N >= first].abs().max())
 
 
 def run_self_test(model: PreTrainedModel, autocast: torch.dtype | None) -> None:
@@ -145,7 +233,7 @@ def run_self_test(model: PreTrainedModel, autocast: torch.dtype | None) -> None:
     """
     tolerance = 0.0 if autocast is None else PRECISIONS[autocast].hidden
     head = model.get_output_embeddings()
-    self_test.run(describe(model), head.weight.device, model.config.vocab_size, autocast, tolerance)
+    self_test.run(describe(model), head.weight.device, vocabulary_size(model), autocast, tolerance)
 
 
 def probe_batch(vocabulary: int) -> PackedBatch:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from grpo.config.schema import LoraConfig
 from grpo.errors import ConfigError
+from grpo.models.architecture import frozen_parts
 
 Adapter = Any
 """A `peft.PeftModel`. The annotation does not import peft, which is optional."""
@@ -52,6 +53,7 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, base: str) -> Adapte
         r=config.r,
         lora_alpha=config.lora_alpha,
         target_modules=targets,
+        exclude_modules=_excluded(model, config.target_modules == ["all-linear"]) or None,
         use_rslora=config.use_rslora,
         lora_dropout=0.0,  # with dropout, the policy that trains would differ from the one that samples
         bias="none",
@@ -78,6 +80,28 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, base: str) -> Adapte
     return adapted
 
 
+def _excluded(model: PreTrainedModel, all_linear: bool) -> list[str]:
+    """Return the names of linear layers that get no adapter.
+
+    These are the layers that text does not reach, layers that return more than a product (the routers of some
+    families) and, with all-linear, those of Mamba whose weights its kernels read directly: they would not see the
+    adapter.
+    """
+    frozen = {name for name, _ in frozen_parts(model)}
+    excluded = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (f"{name}.weight" in frozen or _is_router(module)):
+            excluded.append(name)
+        if all_linear and hasattr(module, "A_log") and hasattr(module, "D"):
+            excluded += [f"{name}.{part}" for part in ("out_proj", "dt_proj") if hasattr(module, part)]
+    return excluded
+
+
+def _is_router(module: nn.Linear) -> bool:
+    kind = type(module)
+    return kind.__module__.startswith("transformers.models.") and kind.forward is not nn.Linear.forward
+
+
 @contextlib.contextmanager
 def adapter_disabled(adapter: Adapter) -> Iterator[None]:
     """Disable the adapter within: the model computes what it did before `add_adapter`."""
@@ -90,6 +114,12 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and hasattr(module, "get_delta_weight"):
             yield name, module
+
+
+def adapted_parameter(layer: Any) -> nn.Parameter:
+    """Return the parameter that the adapter of `layer` is added to: a weight, or the matrices of all experts."""
+    parameter: nn.Parameter = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+    return parameter
 
 
 def delta_weight(layer: Any) -> Tensor:
@@ -113,7 +143,7 @@ def plain_name(name: str) -> str | None:
     """
     if ".lora_" in name:
         return None
-    return name.replace(".base_layer.", ".")
+    return name.replace(".base_layer", "")
 
 
 def save_adapter(adapter: Adapter, folder: Path, weights: dict[str, Tensor] | None = None) -> None:

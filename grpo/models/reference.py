@@ -51,6 +51,8 @@ class FrozenReference:
         """Set reference <- alpha * policy + (1 - alpha) * reference (TR-DPO, arXiv 2404.09656, eq. 4)."""
         parameters = dict(self.model.named_parameters())
         for name, tensor in policy_weights:
+            if name not in parameters:  # a buffer: the policy does not train it
+                continue
             parameters[name].lerp_(tensor.to(parameters[name].device), alpha)
 
 

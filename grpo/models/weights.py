@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from grpo.config.schema import Config
-from grpo.models.lora import delta_weight, lora_layers, plain_name
+from grpo.models.architecture import create_model, float32_head, logit_transform
+from grpo.models.lora import adapted_parameter, delta_weight, lora_layers, plain_name
 from grpo.models.mixers import use_grpo_mixers
 
 SAVE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,7 +58,8 @@ class WeightReader:
     ) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the weights of `model` under the names of the model without adapter and wrapper.
 
-        Parameters are gathered where they are sharded, and adapters are merged in. Tied weights come once. Collective
+        Parameters are gathered where they are sharded, and adapters are merged in. Tied weights come once. Buffers
+        that belong to the model's file (the routing bias of DeepSeek-V3, the layer scale of Gemma 4) follow. Collective
         where the model is sharded: every rank must exhaust the iterator.
 
         Args:
@@ -69,12 +71,12 @@ class WeightReader:
         Yields:
             Plain name and full tensor. The tensor may be the live one: copy it to keep it.
         """
-        adapted = {f"{name}.base_layer.weight": layer for name, layer in lora_layers(model)} if merges_adapter else {}
+        adapted = {id(adapted_parameter(layer)): layer for _, layer in lora_layers(model)} if merges_adapter else {}
         for name, parameter in model.named_parameters():
             plain = plain_name(name) if merges_adapter else plain_name(name) or name
             if plain is None or (names is not None and plain not in names):
                 continue
-            layer = adapted.get(name)
+            layer = adapted.get(id(parameter))
             with torch.no_grad(), self.gathered([parameter] if layer is None else list(layer.parameters())):
                 if layer is not None:
                     tensor = self.full_tensor(parameter)
@@ -82,6 +84,12 @@ class WeightReader:
                 else:
                     tensor = self.master_weight(parameter) if masters else self.full_tensor(parameter)
             yield plain, tensor
+        for module_name, module in model.named_modules():
+            for leaf, buffer in module.named_buffers(recurse=False):
+                plain = plain_name(f"{module_name}.{leaf}")
+                persistent = leaf not in module._non_persistent_buffers_set
+                if persistent and plain is not None and (names is None or plain in names):
+                    yield plain, self.full_tensor(buffer)
 
 
 class WorkingCopy:
@@ -100,6 +108,7 @@ class WorkingCopy:
     Attributes:
         model: The plain model.
         own: The parameters with memory of their own, by name. All others are parameters of the live model.
+        is_allocated: `model` has weights. False where no engine samples in this process.
     """
 
     def __init__(self, model: PreTrainedModel, reader: WeightReader) -> None:
@@ -111,10 +120,15 @@ class WorkingCopy:
             config = copy.deepcopy(model.config)
             dtype = config.quantization_config.bnb_4bit_compute_dtype
             del config.quantization_config
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-            self.model.to(model.device).eval().set_attn_implementation(model.config._attn_implementation)
+            self.model = create_model(config, dtype)
+            float32_head(self.model, logit_transform(model))
+            self.model.to(model.device).eval()  # type: ignore[arg-type]
+            self.model.set_attn_implementation(model.config._attn_implementation)
             use_grpo_mixers(self.model)
             self.model.generation_config = model.generation_config
+            buffers = dict(self.model.named_buffers())
+            for name, buffer in model.named_buffers():
+                buffers[name].copy_(buffer)
         else:
             # deepcopy takes what the memo holds as already copied: the parameters are not.
             self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
@@ -145,7 +159,10 @@ class WorkingCopy:
         """
         self.live = live
         self.keeps_adapter = any(True for _ in lora_layers(self.model))
-        adapted = set() if self.keeps_adapter else {f"{name}.weight" for name, _ in lora_layers(live)}
+        parameters = {id(adapted_parameter(layer)) for _, layer in lora_layers(live)}
+        adapted = {plain_name(name) for name, parameter in live.named_parameters() if id(parameter) in parameters}
+        if self.keeps_adapter:
+            adapted = set()
         trained = dict(live.named_parameters())
         quantized = getattr(live, "is_quantized", False)
         head = self.model.get_output_embeddings()
@@ -175,6 +192,7 @@ class WorkingCopy:
                     allocated[id(parameter)] = self.own[name] = nn.Parameter(empty, requires_grad=False)
                 setattr(module, leaf, allocated[id(parameter)])
         self._dtypes = {plain_name(name) or name: value.dtype for name, value in self.model.named_parameters()}
+        self.is_allocated = allocate
         if not allocate:
             self.own = {}
         # Layers with gradient checkpointing drop the KV cache, so sampling keeps the copy, which shares all memory.
@@ -228,10 +246,7 @@ def save_live_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype = t
     if dtype != torch.float32:
         save_full_weights(model, WeightReader(), folder, dtype=dtype)
         return
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
     model.save_pretrained(folder)
-    model.set_attn_implementation(attention)
 
 
 def save_full_weights(
@@ -253,8 +268,7 @@ def save_full_weights(
     if not write:
         return
     with torch.device("meta"):  # `save_pretrained` needs the architecture, not the memory
-        empty = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=dtype)
-    empty.set_attn_implementation("sdpa")
+        empty = create_model(copy.deepcopy(model.config), dtype)
     empty.generation_config = model.generation_config
     if getattr(empty.config, "tie_word_embeddings", False):
         embedding = empty.get_input_embeddings()

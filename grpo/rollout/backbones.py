@@ -22,6 +22,7 @@ from grpo.kernels.description import Model
 from grpo.kernels.head import head_logits, product_dtype
 from grpo.kernels.kv_cache import SlotCache
 from grpo.kernels.registry import switch_off
+from grpo.models.architecture import head_bias, logit_transform, text_decoder, vocabulary_size
 from grpo.models.families import describe, rope_is_fixed
 from grpo.models.lora import head_weight
 from grpo.models.mixers import has_mixers, layout_arguments
@@ -132,7 +133,7 @@ class ModuleBackbone:
 
     def logits(self, hidden_BH: Tensor) -> Tensor:
         head = head_weight(self.model.get_output_embeddings()).detach()
-        return head_logits(hidden_BH, head, product_dtype(hidden_BH.device))
+        return transformed(self.model, head_logits(hidden_BH, head, product_dtype(hidden_BH.device)))
 
     def release(self) -> None:
         pass
@@ -141,7 +142,7 @@ class ModuleBackbone:
         self, ids: Tensor, positions: Tensor, cache: SlotCache, layout: SlotLayout | PackedLayout | None
     ) -> Tensor:
         arguments = {} if layout is None else layout_arguments(self.model, layout)
-        return self.model.base_model(
+        return text_decoder(self.model)(
             input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **arguments
         ).last_hidden_state
 
@@ -157,11 +158,14 @@ class KernelBackbone:
     def __init__(self, model: PreTrainedModel, decoder: FusedDecoder):
         self.model, self.decoder, self.state_numbers = model, decoder, 0
         self.prefill, self.step = decoder.prefill, decoder.step
-        self.padded_rows, self.logits, self.release = decoder.padded_rows, decoder.logits, decoder.release
+        self.padded_rows, self.release = decoder.padded_rows, decoder.release
 
     @property
     def cache_dtype(self) -> torch.dtype:
         return self.decoder.cache_dtype(self._described()[1])
+
+    def logits(self, hidden_BH: Tensor) -> Tensor:
+        return transformed(self.model, self.decoder.logits(hidden_BH))
 
     def refresh(self) -> None:
         described, dtype = self._described()
@@ -172,6 +176,12 @@ class KernelBackbone:
         described = describe(self.model)
         assert described is not None, "the model had a description when its backbone was chosen"
         return described, decode.decoding_dtype(described, autocast_dtype(self.model) or torch.float32)
+
+
+def transformed(model: PreTrainedModel, product_BV: Tensor) -> Tensor:
+    """Return the logits [B, V] of `model` from the product of its head, which is overwritten."""
+    bias = head_bias(model)
+    return logit_transform(model).apply_(product_BV, None if bias is None else bias.detach().float())
 
 
 def choose_backbone(model: PreTrainedModel) -> tuple[Backbone, int]:
@@ -209,7 +219,7 @@ def choose_backbone(model: PreTrainedModel) -> tuple[Backbone, int]:
 def _probe(backbone: Backbone) -> tuple[Tensor, int]:
     """Return the hidden states of a prefill and one step, and the number of cached elements per position."""
     model = backbone.model
-    ids = torch.arange(3, 3 + 12, device=device_of(model)).reshape(2, 6) % model.config.vocab_size
+    ids = torch.arange(3, 3 + 12, device=device_of(model)).reshape(2, 6) % vocabulary_size(model)
     dtype = linear_dtype(model)
     # 16-bit weights belong to mixed precision, so autocast is on here as in every later call.
     with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype != torch.float32):

@@ -11,6 +11,7 @@ from torch import nn
 
 from grpo.config.schema import Config, RolloutConfig
 from grpo.errors import NumericsError
+from grpo.models.architecture import vocabulary_size
 from grpo.models.logprob_model import probe_batch
 from grpo.packing import pack
 from grpo.policy import Policy
@@ -54,7 +55,7 @@ def difference(engine: RolloutEngine, policy: Policy, temperature: float, length
 
     Collective if weights are sharded.
     """
-    vocabulary = policy.model.config.vocab_size
+    vocabulary = vocabulary_size(policy.model)
     probe = probe_batch(vocabulary).input_ids_T[:5].tolist()
     prompt_ids = tuple(probe + [(5 * i + 2) % vocabulary for i in range(length - len(probe))])
     plan = SamplingPlan(SAMPLES, TOKENS, temperature, seed=0)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.kernels.sampling import draw_tokens
+from grpo.models.architecture import own_attention
 from grpo.rollout.engine import (
     RolloutEngine,
     completion_text,
@@ -39,12 +40,22 @@ class _Draw(LogitsProcessor):
 
 @register_engine("transformers")
 class TransformersEngine(RolloutEngine):
-    """model.generate with transformers' own attention, for one prompt's group at a time."""
+    """model.generate with transformers' own attention, for one prompt's group at a time.
+
+    `use_cache` false (rollout.engine_kwargs) computes the whole sequence again at each token, for models whose cache
+    is not exact.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, slots: int, uses_packed_attention: bool
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        uses_packed_attention: bool,
+        use_cache: bool = True,
     ):
         self.model, self.tokenizer, self.uses_packed_attention = model, tokenizer, uses_packed_attention
+        self.use_cache = use_cache
         self.end_ids = end_token_ids(model, tokenizer)
         self.hidden_ids = hidden_token_ids(self.end_ids, tokenizer)
 
@@ -55,7 +66,7 @@ class TransformersEngine(RolloutEngine):
         """See RolloutEngine."""
         before = self.model.config._attn_implementation
         if self.uses_packed_attention:
-            self.model.set_attn_implementation("sdpa")
+            self.model.set_attn_implementation(own_attention(self.model))
         try:
             groups = []
             for prompt in prompts:
@@ -75,6 +86,7 @@ class TransformersEngine(RolloutEngine):
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
+            use_cache=self.use_cache,
             max_new_tokens=plan.max_completion_length,
             eos_token_id=self.end_ids,
             pad_token_id=self.end_ids[0],

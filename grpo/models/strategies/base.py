@@ -103,6 +103,8 @@ class Strategy(WeightReader, ABC):
     """`load_state_dict` takes the tensors of the main process; other ranks pass none."""
     exposes_gradients: ClassVar[bool] = True
     """Parameters have `.grad` when the optimizer steps."""
+    exposes_weights: ClassVar[bool] = True
+    """Writing to a parameter, or to this process's shard of it, changes the live weights."""
     uses_kernels: ClassVar[bool] = True
     """Layers may be computed from their description instead of by their modules (grpo/kernels/layers.py)."""
 

@@ -43,6 +43,7 @@ class Zero2(Strategy):
     shards_gradients = True
     casts_weights = True
     exposes_gradients = False
+    exposes_weights = False  # ZeRO-3 partitions them, and masters are what the optimizer updates
     # ZeRO-3 gathers a weight while its own module runs. Both stages sum gradients in the order in which they arrive.
     uses_kernels = False
 

@@ -25,6 +25,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from grpo.config.schema import ModelConfig, OptimizerConfig
 from grpo.errors import ConfigError
+from grpo.kernels.head import LogitTransform
+from grpo.models.architecture import logit_transform
 from grpo.models.loading import empty_model, load_for_training
 from grpo.models.logprob_model import LogprobModel
 from grpo.models.strategies.base import (
@@ -88,11 +90,11 @@ class FullyShardedDataParallel(Strategy):
         """With loading on the main process, parameters are on its CPU, and on the meta device of the others."""
         if not self.loads_on_main:
             return super().load(path, config)
-        found: tuple[PretrainedConfig, GenerationConfig | None, bool] | ConfigError | None = None
+        found: tuple[PretrainedConfig, GenerationConfig | None, LogitTransform, bool] | ConfigError | None = None
         if self.accelerator.is_main_process:
             try:
                 model, uses_packed_attention = load_for_training(path, config, self.accelerator.device)
-                found = (model.config, model.generation_config, uses_packed_attention)
+                found = (model.config, model.generation_config, logit_transform(model), uses_packed_attention)
             except ConfigError as error:
                 found = error
         [found] = broadcast_object_list([found])
@@ -100,13 +102,15 @@ class FullyShardedDataParallel(Strategy):
             raise found
         assert found is not None
         if not self.accelerator.is_main_process:
-            settings, generation, uses_packed_attention = found
-            model = empty_model(settings, path)
+            settings, generation, transform, uses_packed_attention = found
+            model = empty_model(settings, path, transform)
             model.generation_config = generation  # type: ignore[assignment]
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    module._buffers[name] = buffer.to(self.accelerator.device)
+                    module._buffers[name] = moved = buffer.to(self.accelerator.device)
+                    if name not in module._non_persistent_buffers_set:  # it is in the file, like a weight
+                        torch.distributed.broadcast(moved, src=0)
         return model, uses_packed_attention
 
     def replicate(self, model: PreTrainedModel) -> None:
