@@ -117,7 +117,7 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
         module
     ) in model.modules():  # bitsandbytes' packed layout for some CPUs has no gradient and cannot be dequantized
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False
     if model.get_output_embeddings() is None:
         raise ConfigError(f"model.name '{path}': {type(model).__name__} has no output head: use a model for text")
     prepare_model(model, IDENTITY)
