@@ -204,7 +204,7 @@ def test_nothing_flows_between_the_groups_of_attention_models(name: str, dtype: 
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3_5_text", "qwen3_next", "lfm2", "falcon_h1", "granitemoehybrid", "nemotron_h", "bamba", "jamba"]
+    "name", ["qwen3_5_text", "qwen3_next", "lfm2", "falcon_h1", "granitemoehybrid", "nemotron_h", "bamba"]
 )
 def test_what_flows_between_the_groups_of_hybrids_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # As for a recurrent layer that grpo/models/mixers.py does not know: transformers' own forward pass runs.
@@ -235,7 +235,7 @@ def test_dropout_and_router_noise_are_off_under_gradient_checkpointing(tmp_path:
 
 
 def test_an_adapter_that_the_forward_pass_does_not_see_is_refused(tmp_path: Path) -> None:
-    folder = zoo_folder("jamba", tmp_path)
+    folder = zoo_folder("mamba", tmp_path)
     assert not {"out_proj", "dt_proj"} & {
         name.split(".")[-1] for name, _ in lora_layers(policy_of(folder, LoraConfig(r=4)).model)
     }
