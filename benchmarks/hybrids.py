@@ -2,8 +2,9 @@
 
     python benchmarks/hybrids.py [--output docs/results/hybrids.json] [--rounds 3] [--shapes tiny 135m-wide]
 
-Qwen3.5 models with random weights: `tiny` has the width of the tiny model, `135m-wide` that of SmolLM2-135M with 4
-layers. Both paths sample the same completions of the same prompts with the same weights, and train on the same groups:
+Qwen3.5 models with random weights: `tiny` has the width of the tiny model, `135m-wide` that of SmolLM2-135M, with 4 of
+its 30 layers and as much of its vocabulary, so that layers and head have their share of the work. Both paths sample
+the same completions of the same prompts with the same weights, and train on the same groups:
 
     rows      rollout.engine transformers, and padded rows, each with its prompt
     grpo      rollout.engine native, and packed rows that share prompts
@@ -27,7 +28,7 @@ from grpo.runtime.command import run_main
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 128, "layers": 4, "heads": 4, "key_heads": 2, "head_dim": 64, "vocab_size": 1024},
-    "135m-wide": {"hidden_size": 576, "layers": 4, "heads": 9, "key_heads": 3, "head_dim": 128, "vocab_size": 49152},
+    "135m-wide": {"hidden_size": 576, "layers": 4, "heads": 9, "key_heads": 3, "head_dim": 128, "vocab_size": 6144},
 }
 PROMPTS, SAMPLES, NEW_TOKENS, BUDGET = 8, 8, 96, 4096
 """Prompts, completions of each, tokens of a completion at most, tokens of a batch at most."""

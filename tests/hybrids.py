@@ -1,5 +1,6 @@
 """Tiny random hybrid models: layers of every kind, with odd sizes where the family allows it."""
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -78,6 +79,19 @@ HYBRIDS: dict[str, dict[str, object]] = {
     },
     "mamba2": {"num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 8, "chunk_size": 16},
 }
+HYBRIDS |= {
+    "lfm2_moe": HYBRIDS["lfm2"]
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_dense_layers": 1},
+    "lfm3": HYBRIDS["lfm2"],
+    "olmo_hybrid": DELTA_NET,
+    "qwen3_5_moe_text": HYBRIDS["qwen3_5_text"]
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+}
+FAST = ("qwen3_5_text", "lfm2", "granitemoehybrid", "jamba")
+"""One family for each kind of recurrence. The tests of the others are slow."""
+families = pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[] if family in FAST else pytest.mark.slow) for family in HYBRIDS]
+)
 
 
 def hybrid(family: str, spread: float = 3.0, **changes: object) -> PreTrainedModel:

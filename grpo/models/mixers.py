@@ -55,10 +55,15 @@ def use_grpo_mixers(model: nn.Module) -> bool:
     Returns:
         True if the model has such layers.
     """
-    found = [module for module in model.modules() if type(module).__name__ in KINDS]
+    found = [module for module in model.modules() if _is_supported(module)]
     for module in found:
         module.forward = MethodType(_forward, module)
     return bool(found)
+
+
+def _is_supported(module: nn.Module) -> bool:
+    known = type(module).__name__ in KINDS and type(module).__module__.startswith("transformers.models.")
+    return known and getattr(module, "activation", "silu") in ("silu", "swish")
 
 
 def has_mixers(model: nn.Module) -> bool:
@@ -160,13 +165,19 @@ def _project_qwen3_next(mixer: Any, hidden: Tensor) -> tuple[Tensor, Context]:
     return torch.cat([query, key, value], dim=1), (z, b, a)
 
 
+def _project_olmo(mixer: Any, hidden: Tensor) -> tuple[Tensor, Context]:
+    channels = torch.cat([mixer.q_proj(hidden), mixer.k_proj(hidden), mixer.v_proj(hidden)], dim=-1)
+    return channels[0], (mixer.g_proj(hidden)[0], mixer.b_proj(hidden)[0], mixer.a_proj(hidden)[0])
+
+
 def _delta_net_inputs(mixer: Any, convolved_TE: Tensor, context: Context) -> Tensor:
     _, rate, step = context
     sizes = [mixer.key_dim, mixer.key_dim, mixer.value_dim]
     query, key, value = convolved_TE.split(sizes, dim=1)
     query, key = (_unit_length(part.unflatten(1, (-1, mixer.head_k_dim))) for part in (query, key))
     log_decay = -mixer.A_log.float().exp() * F.softplus(step.float() + mixer.dt_bias.float())
-    return join(query * mixer.head_k_dim**-0.5, key, value, log_decay, rate.float().sigmoid())
+    rate = rate.float().sigmoid() * (2.0 if getattr(mixer, "allow_neg_eigval", False) else 1.0)
+    return join(query * mixer.head_k_dim**-0.5, key, value, log_decay, rate)
 
 
 def _unit_length(vectors: Tensor) -> Tensor:
@@ -182,6 +193,12 @@ def _finish_delta_net(mixer: Any, output: Tensor, convolved_TE: Tensor, context:
     gate = context[0]
     heads = output.to(gate.dtype).view(-1, mixer.head_v_dim)
     return cast(Tensor, mixer.out_proj(mixer.norm(heads, gate.reshape(heads.shape)).view(len(gate), -1)))
+
+
+def _finish_olmo(mixer: Any, output: Tensor, convolved_TE: Tensor, context: Context) -> Tensor:
+    gate = context[0]
+    heads = output.to(gate.dtype).view(-1, mixer.head_v_dim)
+    return cast(Tensor, mixer.o_proj(mixer.o_norm(heads, gate.reshape(heads.shape)).view(len(gate), -1)))
 
 
 # Mamba-2
@@ -216,7 +233,7 @@ def _finish_mamba2(mixer: Any, output: Tensor, convolved_TE: Tensor, context: Co
     return cast(Tensor, mixer.out_proj(output.to(gate.dtype)))
 
 
-# Mamba
+# Mamba, with Jamba's norms
 
 
 def _project_mamba(mixer: Any, hidden: Tensor) -> tuple[Tensor, Context]:
@@ -272,17 +289,21 @@ DELTA_NET = _matrix_kind(
     _delta_net_shape, project=_project_delta_net, inputs=_delta_net_inputs, finish=_finish_delta_net
 )
 MAMBA2 = _matrix_kind(_mamba2_shape, project=_project_mamba2, inputs=_mamba2_inputs, finish=_finish_mamba2)
+MAMBA = Kind(_project_mamba, _finish_mamba, _mamba_inputs, _mamba_advance, _mamba_step)
+SHORT = Kind(_project_short, _finish_short, convolution="conv", activates=False)
 KINDS = {
-    "Qwen3_5GatedDeltaNet": DELTA_NET,
-    "Qwen3_5MoeGatedDeltaNet": DELTA_NET,
-    "Qwen3NextGatedDeltaNet": replace(DELTA_NET, project=_project_qwen3_next),
     "BambaMixer": MAMBA2,
     "FalconH1Mixer": MAMBA2,
     "GraniteMoeHybridMambaLayer": MAMBA2,
+    "JambaMambaMixer": MAMBA,
+    "Lfm2MoeShortConv": SHORT,
+    "Lfm2ShortConv": SHORT,
+    "Lfm3ShortConv": SHORT,
     "Mamba2Mixer": MAMBA2,
     "NemotronHMamba2Mixer": MAMBA2,
-    "JambaMambaMixer": Kind(_project_mamba, _finish_mamba, _mamba_inputs, _mamba_advance, _mamba_step),
-    "Lfm2ShortConv": Kind(_project_short, _finish_short, convolution="conv", activates=False),
-    "Lfm2MoeShortConv": Kind(_project_short, _finish_short, convolution="conv", activates=False),
+    "OlmoHybridGatedDeltaNet": replace(DELTA_NET, project=_project_olmo, finish=_finish_olmo),
+    "Qwen3NextGatedDeltaNet": replace(DELTA_NET, project=_project_qwen3_next),
+    "Qwen3_5GatedDeltaNet": DELTA_NET,
+    "Qwen3_5MoeGatedDeltaNet": DELTA_NET,
 }
 """Class of a recurrent layer in transformers -> its parts."""

@@ -1,6 +1,5 @@
 """Hybrid models through the native engine: equal to plain rows without a cache, whatever the number of slots."""
 
-import pytest
 import torch
 from transformers import PreTrainedModel
 
@@ -10,7 +9,7 @@ from grpo.rollout.engine import build_engine
 from grpo.rollout.sampling import counted_uniform, stream_key
 from grpo.types import Group, Prompt, SamplingPlan
 from tests.fakes import CharTokenizer
-from tests.hybrids import HYBRIDS, hybrid
+from tests.hybrids import families, hybrid
 
 PLAN = SamplingPlan(2, 7, 1.0, seed=5)
 
@@ -40,7 +39,7 @@ def sampled_without_cache(model: PreTrainedModel, prompt: Prompt, sample: int) -
     return ids[len(prompt.token_ids) :], logprobs
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
+@families
 def test_native_equals_plain_rows(family: str) -> None:
     """With slots for all, and with 2 slots, where rows leave, move and join while others decode."""
     model = hybrid(family)
