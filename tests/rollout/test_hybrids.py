@@ -11,7 +11,9 @@ from grpo.types import Group, Prompt, SamplingPlan
 from tests.fakes import CharTokenizer
 from tests.hybrids import families, hybrid
 
-PLAN = SamplingPlan(2, 7, 1.0, seed=5)
+PLAN = SamplingPlan(3, 10, 1.0, seed=5)
+ENDS = list(range(8))
+"""One token in five ends a completion, so that rows leave at different times."""
 
 
 def prompts() -> list[Prompt]:
@@ -34,18 +36,21 @@ def sampled_without_cache(model: PreTrainedModel, prompt: Prompt, sample: int) -
         token, logprob = draw_tokens(logits, counted_uniform(key, torch.tensor([position])), PLAN.temperature)
         ids.append(int(token))
         logprobs.append(float(logprob))
-        if ids[-1] == 0:
+        if ids[-1] in ENDS:
             break
     return ids[len(prompt.token_ids) :], logprobs
 
 
 @families
 def test_native_equals_plain_rows(family: str) -> None:
-    """With slots for all, and with 2 slots, where rows leave, move and join while others decode."""
+    """With slots for all and with 4, where rows leave, move and join while others decode."""
     model = hybrid(family)
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = ENDS
     plain = [[sampled_without_cache(model, prompt, s) for s in range(PLAN.num_generations)] for prompt in prompts()]
+    assert len({len(tokens) for group in plain for tokens, _ in group}) > 2
     assert use_grpo_attention(model)
-    for slots in (64, 2):
+    for slots in (64, 4):
         for group, expected in zip(decoded(model, slots), plain, strict=True):
             for completion, (tokens, logprobs) in zip(group.completions, expected, strict=True):
                 assert completion.token_ids == tokens
