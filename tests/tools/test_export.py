@@ -89,6 +89,10 @@ def test_a_gguf_file_is_a_model_name_everywhere(tmp_path: Path) -> None:
     run_dir = run(tmp_path, "run", steps=1, **settings)
     assert json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["policy/kl"] == 0.0
     final = AutoModelForCausalLM.from_pretrained(run_dir / "final")
+    saved, original = AutoTokenizer.from_pretrained(run_dir / "final"), chat_tokenizer()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "chat_template"):
+        assert getattr(saved, name) == getattr(original, name), name
+    assert final.generation_config.eos_token_id == original.eos_token_id
     adapted = AutoPeftModelForCausalLM.from_pretrained(str(run_dir / "adapter"))
     assert torch.allclose(logits(adapted), logits(final), atol=1e-5)
     assert RunFolder(run_dir).base_model() == str(base)
