@@ -53,6 +53,12 @@ def test_two_rows_of_data_are_reported(flags: list[str], tmp_path: Path) -> None
     assert warning.startswith("the data has only 2 training prompts")
 
 
+def test_worked_examples_are_in_the_prompts_that_are_shown(flags: list[str]) -> None:
+    found = check(load_config([*flags, "--data.examples=[{question: what, completion: this}]"]))
+    assert found.prompts[0].text.replace("\n", "").startswith("whatthis0+1=")
+    assert found.lengths["shortest"] > 4
+
+
 def test_a_dead_reward_is_named_and_one_that_pays_wrong_answers_is_a_problem(flags: list[str]) -> None:
     found = check(load_config([*flags, '--rewards={"accuracy": 1.0, "soft_format": 0.5}']))
     assert found.rewards["soft_format"].problem == (

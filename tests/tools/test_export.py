@@ -23,6 +23,7 @@ from grpo.tools.evaluate import config_for
 from grpo.tools.evaluate_model import compare_models
 from grpo.tools.export import export, go_template
 from grpo.tools.saved_model import resolve_base
+from grpo.tracking.model_card import model_card
 from grpo.tracking.run_reader import RunFolder
 from grpo.trainer import train
 from tests.fakes import tiny_data, tiny_folder, tiny_model
@@ -108,6 +109,7 @@ def test_a_gguf_file_is_a_model_name_everywhere(tmp_path: Path) -> None:
     folder = export(run_dir, "gguf-ready")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(final))
     lines = (folder / "Modelfile").read_text()
+    assert "completion: two" in str(model_card(run_dir))
     assert 'MESSAGE user """1+1="""\nMESSAGE assistant """two"""\n' in lines
 
 
