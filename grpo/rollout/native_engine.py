@@ -377,7 +377,7 @@ class NativeEngine(RolloutEngine):
                 self._captured_step(active, longest + step, cache, state, plan.temperature)
             else:
                 running = min(self.backbone.padded_rows(active), cache.slots)
-                self._step(running, longest + step, cache, state, plan.temperature)
+                self._step(running, min(longest + step, cache.length), cache, state, plan.temperature)
             state.new_tokens[step], state.new_logprobs[step] = state.tokens, state.logprobs
         for row in rows:
             row.cached += steps

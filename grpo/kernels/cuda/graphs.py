@@ -94,15 +94,18 @@ class StepGraphs:
         for tensor, value in zip(state, before, strict=True):
             tensor.copy_(value)
         graph.replay()
-        same = [_equal(ours, other) for ours, other in zip((*state, *results), expected, strict=True)]
-        if not bool(torch.stack(same).all()):
+        if not are_equal((*state, *results), expected):
             return "the first replay of a graph differs from the step without it"
         self._graphs[key] = graph
         return None
 
 
-def _equal(ours: Tensor, other: Tensor) -> Tensor:
-    """Return on the device whether two tensors are equal: to the bit for integers, to rounding for logprobs."""
-    if ours.dtype.is_floating_point:
-        return torch.isclose(ours, other, rtol=1e-2, atol=1e-2, equal_nan=True).all()
-    return (ours == other).all()
+def are_equal(ours: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Return whether tensors are equal in pairs: integers to the bit, other numbers to rounding."""
+    same = [
+        torch.isclose(mine, other, rtol=1e-2, atol=1e-2, equal_nan=True).all()
+        if mine.dtype.is_floating_point
+        else (mine == other).all()
+        for mine, other in zip(ours, others, strict=True)
+    ]
+    return bool(torch.stack(same).all())
