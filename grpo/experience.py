@@ -9,6 +9,7 @@ The default path is short. Each of these settings adds one thing to it:
     rollout.max_staleness          later steps are sampled meanwhile (grpo/rollout/async_sampler.py)
 """
 
+import logging
 import math
 from dataclasses import dataclass, replace
 
@@ -34,6 +35,8 @@ from grpo.runtime.oom import phase
 from grpo.runtime.sums import Sums
 from grpo.runtime.timing import Clock
 from grpo.types import Group, Prompt
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Experience:
     packed: Packed
     all_advantages_PG: Tensor
     """Advantages of everything that was sampled, 0 for what was dropped: for the records."""
+    advantages_PG: Tensor | None = None
+    """Advantages of `groups`, to pack them again."""
 
 
 @dataclass
@@ -86,9 +91,14 @@ class ExperienceCollector:
     sampler: AsyncSampler
     prompts: PromptStream | StreamedPrompts
     rewards: RewardSum
+    tokens_per_batch: int = 0
+    """The config's, or less after memory ran out."""
     prompts_drawn: int = 0
     """Prompts drawn so far, over all ranks. It determines the next ones, so that a resumed run, and any number of
     ranks, sample the same."""
+
+    def __post_init__(self) -> None:
+        self.tokens_per_batch = self.tokens_per_batch or self.config.tokens_per_batch
 
     @phase("sampling")
     def sample(self, step: int, clock: Clock) -> Sampled:
@@ -152,7 +162,34 @@ class ExperienceCollector:
         everything = torch.zeros_like(sampled.scores.rewards_PG)
         for row, chosen, advantages in zip(sampled.kept, chosen_PK, advantages_PG, strict=True):
             everything[row, chosen] = advantages
-        return Experience(groups, replace(packed, batches=batches), everything)
+        return Experience(groups, replace(packed, batches=batches), everything, advantages_PG)
+
+    def limits(self) -> dict[str, int]:
+        """Return the sizes that were lowered when memory ran out, for the checkpoint."""
+        return {"tokens_per_batch": self.tokens_per_batch, **self.sampler.engine.state_dict()}
+
+    def load_limits(self, limits: dict[str, int]) -> None:
+        """Restore what `limits` returned."""
+        self.tokens_per_batch = min(self.tokens_per_batch, limits.get("tokens_per_batch", self.tokens_per_batch))
+        self.sampler.engine.load_state_dict(limits)
+
+    def repack(self, experience: Experience) -> Experience | None:
+        """Pack the completions again with half of tokens_per_batch, from now on. Collective.
+
+        Returns:
+            None if the longest completion does not fit into a smaller batch.
+        """
+        lengths = [
+            len(group.prompt.token_ids) + len(completion.token_ids)
+            for group in experience.groups
+            for completion in group.completions
+        ]
+        before = self.tokens_per_batch
+        self.tokens_per_batch = max(before // 2, max_over_ranks(self.accelerator, max(lengths, default=0)))
+        if self.tokens_per_batch >= before:
+            return None
+        log.info("out of memory in the update: tokens_per_batch is %d instead of %d", self.tokens_per_batch, before)
+        return replace(experience, packed=self._pack(experience.groups, experience.advantages_PG))
 
     def _next_prompts(self, count: int) -> list[Prompt]:
         """Draw the next `count` prompts and return this rank's share."""
@@ -176,7 +213,7 @@ class ExperienceCollector:
         batches = pack(
             groups,
             advantages_PG,
-            max_tokens=self.config.tokens_per_batch,
+            max_tokens=self.tokens_per_batch,
             mask_truncated=objective.mask_truncated_completions,
             skip_flat=not kl_in_loss(objective) and objective.entropy_coef == 0,
             share_prompts=policy.shares_prompts,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from grpo.kernels.attention import GroupSpan, PackedLayout, SplitGroup
+from grpo.kernels.transfer import to_device
 from grpo.types import Group
 
 
@@ -51,12 +52,12 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Return the batch with its tensors on `device`."""
-        moved = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {key: to_device(value, device) for key, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)  # type: ignore[arg-type]
 
     def with_advantages(self, advantages_PG: Tensor) -> "PackedBatch":
         """Return the batch with the advantages [P, G] of the completions that were packed."""
-        advantages_S = advantages_PG.flatten().to(self.completion_S.device)[self.completion_S].float()
+        advantages_S = to_device(advantages_PG.flatten().float(), self.completion_S.device)[self.completion_S]
         return replace(self, advantages_N=advantages_S[self.sequence_N])
 
     def rows(self) -> tuple[Tensor, Tensor]:

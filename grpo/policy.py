@@ -25,7 +25,7 @@ from grpo.models.optimizers import override_hyperparameters
 from grpo.models.reference import FrozenReference
 from grpo.models.weights import bytes_on_disk, save_full_weights, save_live_model
 from grpo.packing import PackedBatch
-from grpo.runtime.device import return_freed_memory
+from grpo.runtime.device import empty_cache, return_freed_memory
 from grpo.runtime.distributed import run_on_main
 from grpo.runtime.precision import compute_dtype, precision_of
 
@@ -154,6 +154,19 @@ class Policy:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, a sum divided by counts over all ranks, to the gradients of all ranks."""
         self.strategy.backward(loss)
+
+    def discard_gradients(self) -> None:
+        """Drop the gradients of an optimizer step that was not completed."""
+        self.strategy.discard_gradients()
+        empty_cache(self.device)
+
+    def may_fail_alone(self, last: bool) -> bool:
+        """Return whether a batch may run out of memory on this rank without leaving others waiting for it.
+
+        Args:
+            last: it is the last batch of a step, in which ranks exchange gradients.
+        """
+        return self.accelerator.num_processes == 1 or (self.strategy.batches_are_local and not last)
 
     def step(self, usable: bool = True) -> float:
         """Clip gradients, update weights, clear gradients, advance the learning rate.

@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 
 from grpo.config.schema import Config
-from grpo.errors import EngineError, Interrupted, NumericsError
-from grpo.experience import Experience, kl_in_loss
+from grpo.errors import EngineError, Interrupted, NumericsError, is_out_of_memory
+from grpo.experience import Experience, Packed, kl_in_loss
 from grpo.losses import Counts, find_loss, importance_correction, policy_loss
+from grpo.packing import PackedBatch
 from grpo.rollout.engine import correction_of
 from grpo.rollout.logprob_mismatch import check_difference
 from grpo.run.build import build_run
@@ -94,61 +95,122 @@ def update(run: Run, experience: Experience, sums: Sums, clock: Clock) -> None:
     """Take num_iterations optimizer steps on one set of completions. Token sums for the logs go to `sums`.
 
     Losses are sums, divided once by a count over all ranks and the whole mini-batch. So the gradient does not depend
-    on the packing.
+    on the packing. If memory runs out on a rank, all ranks pack smaller batches and start the update again.
     """
-    config, policy, packed = run.config.objective, run.policy, experience.packed
-    batches, use_kl = packed.batches, kl_in_loss(config)
-    counts = count_tokens(run, experience.groups)
-    sums.add("tokens_trained", sum(len(batch.tokens_N) for batch in batches[: packed.real]))
-    references: list[torch.Tensor | None] = [None] * len(batches)
-    if use_kl:
-        references = packed.references or policy.reference_logprobs(batches)
-    clock.lap("reference")
+    policy, counts = run.policy, count_tokens(run, experience.groups)
+    references: list[torch.Tensor | None] = []
     old: list[torch.Tensor] = []  # logprobs before this step: the first pass computes them anyway
-    finite = True
-    for iteration in range(config.num_iterations):
-        for index, batch in enumerate(batches):
-            with policy.accumulate(sync=index == len(batches) - 1):
-                logprobs, entropies = policy.logprobs(batch)
-                if iteration == 0:
-                    old.append(logprobs.detach())
-                correction = importance_correction(
-                    old[index],
-                    batch.sampling_logprobs_N,
-                    correction_of(run.config.rollout),
-                    run.config.rollout.correction_cap,
-                )
-                loss = policy_loss(
-                    logprobs,
-                    old[index],
-                    references[index],
-                    batch,
-                    find_loss(config.loss_type),
-                    counts,
-                    vars(config) | {"beta": run.beta},
-                    entropies_N=entropies,
-                    correction_N=correction,
-                )
-                policy.backward(loss.loss)
-            finite = finite and bool(torch.isfinite(loss.loss))
-            counted = batch.weights_N != 0
-            count = float(counted.sum())
-            sums.add("loss", loss.loss.detach(), 0)
-            sums.add("clipped", loss.clipped, count)
-            if use_kl:
-                sums.add("kl", loss.kl, count)
-            if iteration == 0:
-                sums.add("entropy", entropies[counted].detach().sum(), count)
-                sums.add("mismatch", (logprobs.detach() - batch.sampling_logprobs_N)[counted].abs().sum(), count)
+    for iteration in range(run.config.objective.num_iterations):
+        while True:
+            passed = Sums()
+            error = run_batches(run, experience.packed, references, counts, old, iteration, passed, clock)
+            if error is None:
+                break
+            policy.discard_gradients()
+            references.clear()
+            old.clear()
+            smaller = run.collector.repack(experience)
+            if smaller is None:
+                raise error
+            experience = smaller
+        sums.merge(passed)
         sums.add("learning_rate", policy.learning_rate, 1)
-        if batches:
+        if experience.packed.batches:
             # If the loss is not finite on any rank, all ranks skip the step.
-            usable = max_over_ranks(run.accelerator, not finite) == 0
+            usable = max_over_ranks(run.accelerator, passed.total("infinite") > 0) == 0
             sums.add("grad_norm", policy.step(usable), 1)
             sums.add("skipped", policy.skipped_in_a_row > 0)
         else:  # all groups are flat: a step would only apply weight decay and momentum
             policy.skip_step()
+    real = experience.packed.batches[: experience.packed.real]
+    sums.add("tokens_trained", sum(len(batch.tokens_N) for batch in real))
     clock.lap("update")
+
+
+def run_batches(
+    run: Run,
+    packed: Packed,
+    references: list[torch.Tensor | None],
+    counts: Counts,
+    old: list[torch.Tensor],
+    iteration: int,
+    sums: Sums,
+    clock: Clock,
+) -> BaseException | None:
+    """Add the gradients of all batches. In the first iteration, `references` and `old` get the logprobs of each.
+
+    Returns:
+        None, or the error if memory ran out on any rank, on every rank.
+    """
+    policy, batches = run.policy, packed.batches
+    error: BaseException | None = None
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        if last and max_over_ranks(run.accelerator, error is not None):  # the last batch exchanges gradients
+            return error or MemoryError("out of memory on another rank")
+        if error is None:
+            try:
+                if not references:
+                    references += reference_logprobs(run, packed)
+                    clock.lap("reference")
+                run_batch(run, batch, references[index], counts, old, index, iteration, last, sums)
+            except (RuntimeError, MemoryError) as caught:
+                if iteration or not is_out_of_memory(caught) or not policy.may_fail_alone(last):
+                    raise
+                error = caught.with_traceback(None)  # whose frames hold the memory
+    return error
+
+
+def run_batch(
+    run: Run,
+    batch: PackedBatch,
+    reference: torch.Tensor | None,
+    counts: Counts,
+    old: list[torch.Tensor],
+    index: int,
+    iteration: int,
+    sync: bool,
+    sums: Sums,
+) -> None:
+    """Add the gradient of one batch."""
+    config, policy, rollout = run.config.objective, run.policy, run.config.rollout
+    with policy.accumulate(sync=sync):
+        logprobs, entropies = policy.logprobs(batch)
+        if iteration == 0:
+            old.append(logprobs.detach())
+        correction = importance_correction(
+            old[index], batch.sampling_logprobs_N, correction_of(rollout), rollout.correction_cap
+        )
+        loss = policy_loss(
+            logprobs,
+            old[index],
+            reference,
+            batch,
+            find_loss(config.loss_type),
+            counts,
+            vars(config) | {"beta": run.beta},
+            entropies_N=entropies,
+            correction_N=correction,
+        )
+        policy.backward(loss.loss)
+    counted = batch.weights_N != 0
+    count = counted.sum()
+    sums.add("infinite", ~torch.isfinite(loss.loss.detach()), 0)
+    sums.add("loss", loss.loss.detach(), 0)
+    sums.add("clipped", loss.clipped, count)
+    if kl_in_loss(config):
+        sums.add("kl", loss.kl, count)
+    if iteration == 0:
+        difference = (logprobs.detach() - batch.sampling_logprobs_N).abs()
+        sums.add("entropy", torch.where(counted, entropies.detach(), 0.0).sum(), count)
+        sums.add("mismatch", torch.where(counted, difference, 0.0).sum(), count)
+
+
+def reference_logprobs(run: Run, packed: Packed) -> list[torch.Tensor | None]:
+    """Return the reference logprobs of each batch for the KL in the loss. None for each without one."""
+    if not kl_in_loss(run.config.objective):
+        return [None] * len(packed.batches)
+    return packed.references or run.policy.reference_logprobs(packed.batches)
 
 
 def count_tokens(run: Run, groups: list[Group]) -> Counts:

@@ -84,6 +84,13 @@ class RolloutEngine(ABC):
             One group per prompt, in the order of the prompts.
         """
 
+    def state_dict(self) -> dict[str, int]:
+        """Return what a resumed run must know of the engine, as plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:  # noqa: B027 (optional)
+        """Restore what `state_dict` returned."""
+
     def update_weights(self, step: int) -> None:  # noqa: B027 (no-op for engines that read the live weights)
         """Copy the model's weights, which are those after `step`. Collective if they are sharded."""
 

@@ -25,6 +25,7 @@ from grpo.kernels.kv_cache import SlotCache
 from grpo.kernels.registry import is_on
 from grpo.kernels.sampling import draw_tokens
 from grpo.kernels.state_slots import States
+from grpo.kernels.transfer import to_device
 from grpo.rollout.backbones import choose_backbone
 from grpo.rollout.engine import (
     RolloutEngine,
@@ -35,7 +36,7 @@ from grpo.rollout.engine import (
     register_engine,
 )
 from grpo.rollout.sampling import counted_uniform, stream_key
-from grpo.runtime.device import empty_cache, free_memory, return_freed_memory, to_device
+from grpo.runtime.device import empty_cache, free_memory, return_freed_memory
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 
 log = logging.getLogger(__name__)
@@ -167,6 +168,12 @@ class NativeEngine(RolloutEngine):
         self.used_slots = slots
         """Number of slots of the last call."""
 
+    def state_dict(self) -> dict[str, int]:
+        return {"slots": self.slots}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.slots = min(self.slots, state.get("slots", self.slots))
+
     @torch.no_grad()
     def generate(
         self, prompts: list[Prompt], plan: SamplingPlan, finished: Callable[[Group], None] | None = None
@@ -185,7 +192,7 @@ class NativeEngine(RolloutEngine):
             empty_cache(device_of(self.model))
             if smaller < 1:
                 raise error
-            log.info("out of memory while sampling with %d slots; going on with %d", self.used_slots, smaller)
+            log.info("out of memory while sampling: rollout.slots is %d instead of %d", smaller, self.used_slots)
             self.slots = smaller
         self.backbone.release()
         return_freed_memory(device_of(self.model))

@@ -114,6 +114,7 @@ def _build(config: Config, rewards: RewardSum, on_failure: contextlib.ExitStack)
     collector = ExperienceCollector(
         config, accelerator, policy, sampler, data.stream, rewards, prompts_drawn=point.prompts_drawn
     )
+    collector.load_limits(point.limits)
     sizes = policy.bytes_on_disk()
     if accelerator.is_main_process:
         check_free_space(run_dir, *sizes, config.save_total_limit)

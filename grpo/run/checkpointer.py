@@ -39,6 +39,8 @@ class ResumePoint:
     """The KL coefficient."""
     sampled_ahead: list[dict[str, Any]] = field(default_factory=list)
     """Completions that were sampled in advance and not trained on yet: rows of `AsyncSampler.state_dict`."""
+    limits: dict[str, int] = field(default_factory=dict)
+    """tokens_per_batch and slots, which are lower than the config's after memory ran out."""
     first_eval: dict[str, float] = field(default_factory=dict)
     last_eval: dict[str, float] = field(default_factory=dict)
 
@@ -122,6 +124,7 @@ class Checkpointer:
                 "format": FORMAT,
                 "step": step,
                 "progress": {"draws": self.collector.prompts_drawn, "beta": self.completed.beta},
+                "limits": self.collector.limits(),
                 "sampled_ahead": sampled_ahead,
                 "stream": self.collector.prompts.state_dict(),
                 "config": flatten(to_dict(self.config)),
@@ -201,6 +204,7 @@ def migrate(state: dict[str, Any]) -> dict[str, Any]:
             "beta": config.get("objective.beta", 0.0),
         }
     defaults: dict[str, Any] = {
+        "limits": {},
         "sampled_ahead": [],
         "stream": {},
         "skipped_in_a_row": 0,
@@ -228,8 +232,20 @@ def restore(checkpoint: Path, config: Config, policy: Policy, stream: Any) -> Re
     start, progress = state["step"], state["progress"]
     log.info("resuming from %s: %d of %d steps are done", checkpoint, start, config.steps)
     return ResumePoint(
-        start, progress["draws"], progress["beta"], state["sampled_ahead"], state["first_eval"], state["last_eval"]
+        start,
+        progress["draws"],
+        progress["beta"],
+        state["sampled_ahead"],
+        {name: value for name, value in state["limits"].items() if _is_unchanged(name, state["config"], config)},
+        state["first_eval"],
+        state["last_eval"],
     )
+
+
+def _is_unchanged(limit: str, saved: dict[str, Any], config: Config) -> bool:
+    """Return whether the config still has the value that `limit` was lowered from."""
+    key = {"slots": "rollout.slots"}.get(limit, limit)
+    return bool(saved.get(key) == flatten(to_dict(config))[key])
 
 
 def read_checkpoint(checkpoint: Path, policy: Policy) -> tuple[Tensors, dict[str, Any]]:

@@ -105,13 +105,6 @@ def empty_cache(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return `tensor`, which is on the CPU, on `device`. On CUDA, the host does not wait for the copy."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
 def return_freed_memory(device: torch.device) -> None:
     """Return freed heap pages to the operating system at the end of a phase. Only glibc on Linux needs it.
 

@@ -6,6 +6,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from grpo.runtime.device import widest_float
+
 
 class Sums:
     """Named pairs of (sum, count). All ranks' pairs are added in one collective.
@@ -14,13 +16,34 @@ class Sums:
     """
 
     def __init__(self) -> None:
-        self._totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._read: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._waiting: list[tuple[str, float | Tensor, float | Tensor]] = []
+        """Pairs with tensors, which are read together: each read of its own would wait for the device."""
 
     def add(self, name: str, total: float | Tensor, count: float | Tensor = 1.0) -> None:
         """Add a sum of `count` values."""
-        pair = self._totals[name]
-        pair[0] += float(total)
-        pair[1] += float(count)
+        if isinstance(total, Tensor) or isinstance(count, Tensor):
+            self._waiting.append((name, total, count))
+        else:
+            pair = self._totals[name]
+            pair[0] += float(total)
+            pair[1] += float(count)
+
+    def merge(self, other: "Sums") -> None:
+        """Add all pairs of `other`."""
+        for name, (total, count) in other._totals.items():
+            self.add(name, total, count)
+
+    @property
+    def _totals(self) -> dict[str, list[float]]:
+        """The pairs as numbers, by name."""
+        waiting, self._waiting = self._waiting, []
+        tensors = [value.detach() for _, *pair in waiting for value in pair if isinstance(value, Tensor)]
+        numbers = iter(_numbers(tensors))
+        for name, *pair in waiting:
+            for index, value in enumerate(pair):
+                self._read[name][index] += next(numbers) if isinstance(value, Tensor) else float(value)
+        return self._read
 
     def add_values(self, name: str, values: Tensor) -> None:
         """Add all values that are not NaN, and their squares (for `std`)."""
@@ -60,3 +83,14 @@ class Sums:
         if count < 2:
             return 0.0
         return math.sqrt(max(0.0, (squares - total * total / count) / (count - 1)))
+
+
+def _numbers(tensors: list[Tensor]) -> list[float]:
+    """Return the values of scalar tensors, read from each device at once."""
+    values = [0.0] * len(tensors)
+    for device in {tensor.device for tensor in tensors}:
+        here = [index for index, tensor in enumerate(tensors) if tensor.device == device]
+        stacked = torch.stack([tensors[index].to(widest_float(device)) for index in here]).tolist()
+        for index, value in zip(here, stacked, strict=True):
+            values[index] = value
+    return values

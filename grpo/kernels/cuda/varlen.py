@@ -19,6 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from grpo.kernels.cpu.attention import Join, Sequences
 from grpo.kernels.registry import is_on
+from grpo.kernels.transfer import to_device
 
 MAX_HEAD_SIZE = 256
 MIN_CAPABILITY = (8, 0)
@@ -89,17 +90,18 @@ class VarlenPlan:
         column = torch.arange(int(copies_E.max()) if len(copies_E) else 0)
         index_MW = (begin_E[shared_M, None] + column).clamp(max=len(order_R) - 1)
         is_copy = column < copies_E[shared_M, None]
-        return cls(
-            keys_R.to(device),
-            F.pad(length.cumsum(0), (1, 0)).int().to(device),
-            F.pad((length + prompt).cumsum(0), (1, 0)).int().to(device),
-            int(length.max()),
-            sequences.longest,
-            order_R[begin_E.clamp(max=len(order_R) - 1)].to(device),
-            shared_M.to(device),
-            order_R[index_MW].to(device),
-            None if bool(is_copy.all()) else is_copy[:, :, None, None].to(device),
-        )
+        index = [
+            keys_R,
+            F.pad(length.cumsum(0), (1, 0)).int(),
+            F.pad((length + prompt).cumsum(0), (1, 0)).int(),
+            order_R[begin_E.clamp(max=len(order_R) - 1)],
+            shared_M,
+            order_R[index_MW],
+        ]
+        keys_R, query_starts, key_starts, first_E, shared_M, copies_MW = (to_device(part, device) for part in index)
+        mask = None if bool(is_copy.all()) else to_device(is_copy[:, :, None, None], device)
+        longest = int(length.max())
+        return cls(keys_R, query_starts, key_starts, longest, sequences.longest, first_E, shared_M, copies_MW, mask)
 
 
 def packed_attention(

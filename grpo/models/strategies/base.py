@@ -101,6 +101,8 @@ class Strategy(WeightReader, ABC):
     """Live weights are rounded to the compute dtype, with float32 masters behind them."""
     broadcasts_checkpoint: ClassVar[bool] = False
     """`load_state_dict` takes the tensors of the main process; other ranks pass none."""
+    batches_are_local: ClassVar[bool] = False
+    """Batches before the last one of a step involve no other process, so that one may run out of memory alone."""
     exposes_gradients: ClassVar[bool] = True
     """Parameters have `.grad` when the optimizer steps."""
     exposes_weights: ClassVar[bool] = True
@@ -201,6 +203,11 @@ class Strategy(WeightReader, ABC):
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Return the context of mixed precision. FSDP2's wrapper, unlike DDP's, does not enter it by itself."""
         return self.accelerator.autocast()
+
+    def discard_gradients(self) -> None:
+        """Drop the gradients of an optimizer step that was not completed."""
+        self.prepared_optimizer.zero_grad()
+        self.logprob_model.prompts.forget()
 
     @contextlib.contextmanager
     def accumulate(self, *, sync: bool) -> Iterator[None]:

@@ -24,6 +24,7 @@ class DistributedDataParallel(Strategy):
     """Every process holds the whole model; gradients are summed over processes."""
 
     kind = "ddp"
+    batches_are_local = True
 
     @classmethod
     def is_requested(cls) -> bool:
@@ -36,6 +37,12 @@ class DistributedDataParallel(Strategy):
     @property
     def fused_optimizer(self) -> bool | None:
         return True if is_cpu(self.accelerator.device) and self.accelerator.scaler is None else None
+
+    def discard_gradients(self) -> None:
+        super().discard_gradients()
+        if isinstance(self.module, nn.parallel.DistributedDataParallel):
+            # A forward pass that failed did not clear it, and all ranks must agree on whether buffers are sent.
+            self.module.require_forward_param_sync = True
 
     def state_dict(self) -> tuple[Weights, OptimizerState]:
         weights = dict(self.model.state_dict())

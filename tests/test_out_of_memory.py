@@ -1,0 +1,144 @@
+"""Out of memory is survived: in sampling with fewer slots, in the update with smaller batches, with the same result."""
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from grpo.config.schema import Config, RolloutConfig
+from grpo.experience import Experience, ExperienceCollector, Packed
+from grpo.packing import PackedBatch, pack
+from grpo.rollout.engine import build_engine
+from grpo.run.checkpointer import _is_unchanged
+from grpo.runtime.sums import Sums
+from grpo.runtime.timing import Clock
+from grpo.trainer import update
+from grpo.types import Group, Prompt, SamplingPlan
+from tests.fakes import CharTokenizer, group, tiny_folder, tiny_model
+from tests.test_update import run_of, weights
+
+ADVANTAGES = torch.tensor([[1.0, -0.5], [0.5, -1.0]], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("model"))
+
+
+def groups() -> list[Group]:
+    return [group(0, [5, 6], [[7, 8, 9], [10, 11]]), group(1, [4], [[12, 13], [14, 15, 16]])]
+
+
+def learn(run: Any, room: float, processes: int = 1) -> Sums:
+    """Update once on a device that has memory for `room` tokens. tokens_per_batch is 16."""
+    engine = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
+    sampler, parts = SimpleNamespace(engine=engine), (run.config, run.accelerator, run.policy)
+    run.collector = ExperienceCollector(*parts, sampler, None, None, tokens_per_batch=16)  # type: ignore[arg-type]
+    logprobs = type(run.policy).logprobs
+
+    def limited(batch: PackedBatch) -> Any:
+        if len(batch.input_ids_T) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return logprobs(run.policy, batch)
+
+    run.policy.logprobs = limited
+    packed = pack(groups(), ADVANTAGES, max_tokens=16, skip_flat=True)
+    sums = Sums()
+    update(run, Experience(groups(), Packed(packed, len(packed)), ADVANTAGES, ADVANTAGES), sums, Clock())
+    return sums
+
+
+def test_the_update_is_the_same_in_smaller_batches(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected, ours = run_of(folder), run_of(folder)
+    sums = [learn(expected, room=99)]
+    with caplog.at_level(logging.INFO, logger="grpo"):
+        sums.append(learn(ours, room=8))
+    assert ours.collector.limits() == {"tokens_per_batch": 8}
+    assert "out of memory in the update: tokens_per_batch is 8 instead of 16" in caplog.text
+    for name in ("loss", "entropy", "mismatch", "grad_norm", "tokens_trained"):
+        assert sums[1].total(name) == pytest.approx(sums[0].total(name), rel=1e-5), name
+    for name, weight in weights(expected).items():
+        assert torch.allclose(weight, weights(ours)[name], atol=1e-5), name
+
+
+def test_a_completion_that_does_not_fit_ends_the_run(folder: Path) -> None:
+    """The longest prompt and completion have 5 tokens: 16, 8 and 5 are tried."""
+    run = run_of(folder)
+    before = weights(run)
+    with pytest.raises(torch.OutOfMemoryError):
+        learn(run, room=3)
+    assert run.collector.tokens_per_batch == 5
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(run).items())
+
+
+def test_all_ranks_start_again_if_one_of_them_has_no_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rank, which this test stands in for, reports an error at the last batch of its first attempt."""
+    answers, asked = iter([True]), []
+
+    def largest(accelerator: object, value: int) -> int:
+        asked.append(value)
+        return max(value, next(answers, False)) if isinstance(value, bool) else value
+
+    monkeypatch.setattr("grpo.trainer.max_over_ranks", largest)
+    run = run_of(folder)
+    learn(run, room=99)
+    assert run.collector.tokens_per_batch == 8
+    assert asked[:2] == [False, False]  # this rank was fine both times
+
+
+def test_who_may_fail_alone(folder: Path) -> None:
+    policy = run_of(folder).policy
+    assert policy.may_fail_alone(last=True)
+    policy.accelerator = SimpleNamespace(num_processes=2)
+    assert policy.may_fail_alone(last=False) and not policy.may_fail_alone(last=True)
+    policy.strategy = SimpleNamespace(batches_are_local=False)  # FSDP and ZeRO gather weights in every batch
+    assert not policy.may_fail_alone(last=False)
+
+
+def test_sampling_is_the_same_with_fewer_slots(caplog: pytest.LogCaptureFixture) -> None:
+    prompts, plan = [Prompt(draw, "", (3 + draw, 5, 7)) for draw in range(3)], SamplingPlan(4, 12, 1.0, seed=7)
+    model, early = tiny_model(), list[Group]()
+    expected, ours = (
+        build_engine("native", model, CharTokenizer(), slots=8, uses_packed_attention=True) for _ in range(2)
+    )
+    wanted = expected.generate(prompts, plan)
+    step, counted = ours._step, 0  # type: ignore[attr-defined]
+
+    def limited(active: int, *rest: Any) -> None:
+        nonlocal counted
+        counted += 1
+        if active > 4 and counted > 6:  # in the middle, when some groups may be complete
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        step(active, *rest)
+
+    ours._step = limited  # type: ignore[attr-defined]
+    with caplog.at_level(logging.INFO, logger="grpo"):
+        found = ours.generate(prompts, plan, early.append)
+    assert [[c.token_ids for c in g.completions] for g in found] == [
+        [c.token_ids for c in g.completions] for g in wanted
+    ]
+    assert sorted(group.prompt.draw for group in early) == [0, 1, 2]  # each once
+    assert ours.state_dict() == {"slots": 4} and "rollout.slots is 4 instead of 8" in caplog.text
+    expected.load_state_dict({"slots": 4})
+    assert expected.state_dict() == {"slots": 4}
+
+
+def test_sampling_that_never_fits_raises() -> None:
+    engine = build_engine("native", tiny_model(), CharTokenizer(), slots=4, uses_packed_attention=True)
+
+    def never(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    engine._step = never  # type: ignore[attr-defined]
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.generate([Prompt(0, "", (3, 5))], SamplingPlan(4, 12, 1.0, seed=7))
+    assert engine.state_dict() == {"slots": 1}
+
+
+def test_a_limit_holds_until_its_key_is_changed() -> None:
+    saved = {"tokens_per_batch": 64, "rollout.slots": 8}
+    config = Config(tokens_per_batch=64, rollout=RolloutConfig(slots=16))
+    assert _is_unchanged("tokens_per_batch", saved, config) and not _is_unchanged("slots", saved, config)
