@@ -48,6 +48,7 @@ TRIES: dict[str, list[list[str]]] = {  # accelerate config -> the launcher flags
     "deepspeed_zero3": [TWO + FLOAT32, TWO],
     "multi_node_fsdp2": [["--num_machines", "2", *TWO, *FLOAT32]],
     "mps": [[]],
+    "one_process": [[]],
 }
 WAYS = {"full": {}, "LoRA": {"lora.r": "4"}}
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}

@@ -2,6 +2,7 @@
 
 python benchmarks/reliability.py            all rows; --rows R2 R4: these, the others keep their last result
 python benchmarks/reliability.py --trl      the same faults on TRL; needs: pip install -e ".[benchmark]"
+python benchmarks/reliability.py --signals  the table of signals to the launcher
 python benchmarks/reliability.py --page     write the page again from the stored results
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from reliability_rows import NOT_HERE, ROWS
+from reliability_signals import signal_table
 from reliability_trl import OURS, TRL_FAULTS, run_fault
 from shared import DOCS, RESULTS, ROOT, markdown, read_json, script_parser, write_json
 
@@ -31,11 +33,14 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--rows", nargs="*", help="only these rows")
     parser.add_argument("--trl", action="store_true", help="the faults on TRL instead")
+    parser.add_argument("--signals", action="store_true", help="the signals to the launcher instead")
     parser.add_argument("--page", action="store_true", help="write the page from the stored results")
     options = parser.parse_args()
     results = read_json(STORED) if STORED.exists() else {"rows": {}, "trl": {}}
     if options.trl:
         results["trl"] = {"version": version("trl"), **{name: run_fault(name) for name in TRL_FAULTS}}
+    elif options.signals:
+        results["signals"] = signal_table()
     elif not options.page:
         for name in options.rows or ROWS:
             if name not in ROWS:
@@ -108,13 +113,34 @@ def page(results: dict[str, Any]) -> str:
         for figure, values in (row or {}).get("figures", {}).items():
             shown += f"; {figure}: {_combined(figure, values)}"
         lines.append(f"| {name} | {fault} | {', '.join(f'`{test}`' for test in tests)} | {shown} |")
-    lines += ["", *(f"- {name}: {why}." for name, why in NOT_HERE.items()), "", "## The same faults on TRL", ""]
+    lines += ["", *(f"- {name}: {why}." for name, why in NOT_HERE.items()), ""]
+    lines += _signals(results.get("signals", [])) + ["## The same faults on TRL", ""]
     trl = results["trl"]
     if not trl:
         return markdown([*lines, "Not measured."])
     lines += [f"TRL {trl['version']}, a tiny random model on the CPU.", "", "| fault | TRL | ours |", "|---|---|---|"]
     lines += [f"| {fault} | {trl[name]} | {OURS[name]} |" for name, fault in TRL_FAULTS.items()]
     return markdown(lines)
+
+
+def _signals(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the section about signals to the launcher."""
+    lines = [
+        "## Signals to the launcher",
+        "",
+        "`kill PID`, `timeout`, `Popen.terminate()` and Kubernetes signal `accelerate launch` alone, in the middle of "
+        "a run. Each process notices the end of its launcher, saves after its step and ends. The exit code is that of "
+        "the launcher (negative: ended by this signal); the trainer's own is 130 after Ctrl-C, otherwise 143. "
+        "`python benchmarks/reliability.py --signals` measures this table.",
+        "",
+        "| signal | processes | processes left | checkpoint | exit code of the launcher | seconds to the end |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        saved = "written" if row["checkpoint"] else "none"
+        counts = f"SIG{row['signal']} | {row['processes']} | {row['left']}"
+        lines.append(f"| {counts} | {saved} | {row['launcher']} | {row['seconds']} |")
+    return [*lines, *(["", "Not measured."] if not rows else []), ""]
 
 
 def _combined(figure: str, values: list[str]) -> str:

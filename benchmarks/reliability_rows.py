@@ -202,6 +202,63 @@ ROWS: dict[str, tuple[str, list[str]]] = {
             "tracking/test_trackers.py",
         ],
     ),
+    "R27": (
+        "the launcher ends (SIGKILL, or a signal that it does not pass on): each process saves and ends; SIGHUP, "
+        "nohup, SIGUSR2, SIGXCPU; a second Ctrl-C in a notebook ends the cell, not the kernel",
+        ["runtime/test_launcher.py"],
+    ),
+    "R28": (
+        "killed between the last checkpoint and final/: a resume writes it; an older final/ is not exported as the "
+        "run's model; a last checkpoint that does not fit: final/ is written; no half final/",
+        ["run/test_final.py"],
+    ),
+    "R29": (
+        "file systems that refuse fsync or removal, checkpoints that are links or may not be read, all checkpoints "
+        "damaged, nothing to resume",
+        [
+            "runtime/test_storage.py",
+            "run/test_checkpoint.py::test_a_pruned_link_costs_nothing",
+            "run/test_checkpoint.py::test_an_old_checkpoint_that_cannot_be_removed_stays_with_one_line",
+            "run/test_checkpoint.py::test_a_file_system_that_syncs_no_folders",
+            "run/test_checkpoint.py::test_a_checkpoint_that_may_not_be_read_is_no_damaged_one",
+            "run/test_checkpoint.py::test_damaged_checkpoints_are_not_none",
+            "run/test_checkpoint.py::test_nothing_to_resume_is_said_with_the_runs_beside_it",
+        ],
+    ),
+    "R30": (
+        "two runs in one directory without flock, on two machines, or where the second one loads slowly; names that "
+        "collide; records of an earlier start",
+        ["runtime/test_run_lock.py", "tracking/test_run_dir.py"],
+    ),
+    "R31": (
+        "limits of containers and batch systems on memory and cores",
+        ["runtime/test_limits.py", "runtime/test_device.py::test_limits_of_a_container_count"],
+    ),
+    "R32": (
+        "a cache that cannot be read, written or trusted; a truncated library",
+        [
+            "runtime/test_storage.py::test_without_a_cache_folder_a_temporary_one_is_used",
+            "models/test_tiny.py::test_a_cache_of_another_user_is_left_alone",
+            "kernels/test_cpu_kernels.py::test_a_damaged_library_is_compiled_again",
+            "kernels/test_cpu_kernels.py::test_a_library_that_others_can_write_is_not_loaded",
+        ],
+    ),
+    "R33": (
+        "odd environments: .env unreadable or in UTF-16, empty variables and lists of numbers, proxies, a dumb "
+        "terminal, another default dtype, a long TMPDIR, a library named like a script in launch/",
+        [
+            "runtime/test_env.py",
+            "rollout/test_vllm_client.py::test_proxies_of_the_environment_are_not_asked",
+            "runtime/test_terminal.py::test_a_terminal_that_cannot_move_its_cursor_gets_lines",
+            "runtime/test_device.py::test_settings_of_the_calling_program_do_not_change_the_run",
+            "rewards/test_workers.py::test_a_long_temporary_folder",
+            "tools/test_cli.py::test_scripts_hide_no_library",
+        ],
+    ),
+    "R34": (
+        "data, base model or reference changed under the same name: said or refused on resume",
+        ["run/test_contents.py"],
+    ),
     "X1": (
         "code in a model folder",
         [

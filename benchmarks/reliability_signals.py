@@ -1,7 +1,6 @@
 """Signals to `accelerate launch`: what is left of the run, for each signal and one or two processes."""
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -53,27 +52,29 @@ def one_signal(folder: Path, name: str, processes: int) -> dict[str, Any]:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True, preexec_fn=_default_signals
         )
+    below: list[psutil.Process] = []
     try:
         _wait(lambda: _lines(run_dir / "metrics.jsonl") >= 2 or process.poll() is not None)
         if process.poll() is not None:
             raise GrpoError((folder / f"{name}-{processes}.log").read_text())
+        below = psutil.Process(process.pid).children(recursive=True)  # torchrun gives each worker a session of its own
         process.send_signal(getattr(signal, f"SIG{name}"))
         began = time.monotonic()
         process.wait(timeout=SECONDS)
-        _wait(lambda: not _session(process.pid))
-        left = _session(process.pid)
+        _wait(lambda: not _alive(below))
         return {
             "signal": name,
             "processes": processes,
             "launcher": process.returncode,
-            "left": len(left),
+            "left": len(_alive(below)),
             "seconds": round(time.monotonic() - began, 1),
             "checkpoint": any(run_dir.glob("checkpoints/step-*/manifest.json")),
         }
     finally:
-        for one in [process.pid, *_session(process.pid)]:
-            with contextlib.suppress(OSError):
-                os.kill(one, signal.SIGKILL)
+        process.kill()
+        for one in _alive(below):
+            with contextlib.suppress(psutil.Error):
+                one.kill()
 
 
 def _default_signals() -> None:
@@ -83,13 +84,12 @@ def _default_signals() -> None:
             signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_DFL)
 
 
-def _session(number: int) -> list[int]:
-    """Return the processes of a session that are alive, except its reward processes, which have one of their own."""
+def _alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     found = []
-    for process in psutil.process_iter(["status"]):
-        with contextlib.suppress(psutil.Error, OSError):
-            if os.getsid(process.pid) == number and process.info["status"] != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
     return found
 
 

@@ -49,6 +49,7 @@ def test_no_is_a_word_not_false(path: Path) -> None:
         ("deepspeed_zero2", "DEEPSPEED", False, 8, "bf16"),
         ("deepspeed_zero3", "DEEPSPEED", False, 8, "bf16"),
         ("mps", "NO", False, 1, "no"),
+        ("one_process", "NO", False, 1, "no"),
     ],
 )
 def test_values(name: str, distributed_type: str, use_cpu: bool, processes: int, precision: str) -> None:
@@ -63,7 +64,7 @@ def test_values(name: str, distributed_type: str, use_cpu: bool, processes: int,
 def test_every_file_has_its_row_above() -> None:
     assert {path.stem for path in FILES} == {
         *("cpu", "cpu_2proc", "single_gpu", "single_gpu_fp16", "multi_gpu", "fsdp2", "multi_node_fsdp2"),
-        *("deepspeed_zero2", "deepspeed_zero3", "mps"),
+        *("deepspeed_zero2", "deepspeed_zero3", "mps", "one_process"),
     }
 
 

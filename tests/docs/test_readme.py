@@ -17,7 +17,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{name
 
 
 def test_the_two_commands_are_one_line_each() -> None:
-    assert BLOCKS[0] == "pip install -r requirements.txt && accelerate launch launch/train.py\n"
+    launch = "accelerate launch --quiet --config_file accelerate_configs/one_process.yaml launch/train.py"
+    assert BLOCKS[0] == f"pip install -r requirements.txt && {launch}\n"
     assert BLOCKS[1] == 'pip install -r requirements.txt && pip install -e ".[test]" && pytest\n'
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -99,6 +100,25 @@ def test_a_hang_is_killed_and_only_it_is_masked(
     assert scores.rewards_PG[0, [0, 1, 3]].tolist() == [1, 3, 2]
     left = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", "1000"]]
     assert left == []
+
+
+def test_a_long_temporary_folder(tmp_path: Path) -> None:
+    """The socket of the fork server does not fit into it. In a process of its own: there is one server per process."""
+    folder = tmp_path / ("x" * 125)
+    folder.mkdir()
+    program = (
+        "from grpo.rewards.workers import RewardWorkerPool\n"
+        "if __name__ == '__main__':\n"
+        f"    pool = RewardWorkerPool({{{FAULTY!r}: 1.0}}, deadline=60.0)\n"
+        "    pool.start()\n"
+        "    pool.close()\n"
+        "    print('done')\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    variables = os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(Path(__file__).parents[2])}
+    words = [sys.executable, str(tmp_path / "program.py")]
+    ended = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "done\n", ended.stderr
 
 
 def test_a_slow_reward_makes_no_other_one_wait(pools: list[RewardWorkerPool]) -> None:

@@ -1,6 +1,7 @@
 """One command line: `grpo NAME`, the scripts in launch/ and the functions of grpo/tools are the same code."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,21 @@ def test_every_command_has_a_launch_script_of_a_few_lines() -> None:
     for name, path in LAUNCH.items():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
         assert lines[-1] == f'    run("{name}")' and len(lines) <= 8, path
+
+
+def test_scripts_hide_no_library(tmp_path: Path) -> None:
+    """`import evaluate` in a reward is the library, not launch/evaluate.py."""
+    (tmp_path / "evaluate.py").write_text("name = 'the library'\n")
+    program = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv[1:] = ['--help']\n"
+        "import grpo.cli\n"
+        "grpo.cli.main = lambda words: print(__import__('evaluate').name)\n"
+        "grpo.cli.run('train')\n"
+    )
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    words = [sys.executable, "-c", program, str(ROOT / "launch")]
+    shown = subprocess.run(words, cwd=tmp_path / "..", env=variables, capture_output=True, text=True, check=True)
+    assert shown.stdout == "the library\n"
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
