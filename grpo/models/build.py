@@ -13,6 +13,7 @@ from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, Optimiz
 from grpo.data.gguf import plain_model
 from grpo.data.tokenizer import load_tokenizer
 from grpo.models.architecture import vocabulary_size
+from grpo.models.loading import recompute_activations
 from grpo.models.logprob_model import LogprobModel
 from grpo.models.lora import Adapter, add_adapter
 from grpo.models.optimizers import OPTIMIZERS, build_scheduler
@@ -80,7 +81,7 @@ def build_trained_model(
         add_adapter(model, lora, base=plain_model(path, config.gguf_file)) if lora is not None and has_adapter else None
     )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
         for module in model.modules():
             # Checkpointing is active in train mode only. The modules below a layer stay in eval mode, which switches
             # off whatever they would do otherwise (dropout, noise in a router).

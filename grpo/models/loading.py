@@ -4,6 +4,7 @@ A strategy may load on the main process alone, create `empty_model` on the other
 (grpo/models/strategies/fsdp.py).
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -123,6 +124,13 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
     prepare_model(model, IDENTITY)
     model.get_output_embeddings().transform = find_transform(model, PRECISIONS[model.dtype].hidden, path)
     return model
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Switch on gradient checkpointing. transformers warns of its own older name for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def prepare_model(model: PreTrainedModel, transform: LogitTransform) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """final/: the trained model of a run, complete or not at all, with the step that its weights are of.
 
 .tmp-final/final, .tmp-final/adapter     written first, then put in the place of final/ and adapter/
-final/grpo.json                          {"format": 1, "step": 200, "steps": 200}
+final/training.json                          {"format": 1, "step": 200, "steps": 200}
 """
 
 import json
@@ -14,7 +14,7 @@ from grpo.runtime.storage import remove, replace_folder, share_mode, sync, unuse
 
 log = logging.getLogger(__name__)
 
-RECORD = "grpo.json"
+RECORD = "training.json"
 FORMAT = 1
 
 

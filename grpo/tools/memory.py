@@ -27,6 +27,7 @@ from grpo.config.schema import Config, LoraConfig
 from grpo.kernels.attention import NAME, PackedLayout
 from grpo.kernels.head import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
 from grpo.models.families import describe
+from grpo.models.loading import recompute_activations
 from grpo.models.logprob_model import LogprobModel
 from grpo.models.lora import add_adapter
 from grpo.models.strategies.base import Machine, ModelSize
@@ -229,7 +230,7 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
         if config.lora.r is not None:
             add_adapter(made, config.lora, base="")
         if config.model.gradient_checkpointing:
-            made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_activations(made)
     trained = sum(parameter.numel() for parameter in made.parameters() if parameter.requires_grad)
     # Gradients of earlier batches exist, and this one's are added to them. Sharded gradients never exist as a whole:
     # only one layer's, and the shard that it is added to.

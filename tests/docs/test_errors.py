@@ -347,7 +347,7 @@ def final_without_room(folder: Path) -> None:
 def older_final(folder: Path) -> None:
     (folder / "config.yaml").write_text("model:\n  name: m\n")
     (folder / "final").mkdir()
-    (folder / "final" / "grpo.json").write_text('{"step": 100}')
+    (folder / "final" / "training.json").write_text('{"step": 100}')
     (folder / "checkpoints" / "step-200").mkdir(parents=True)
     export(folder, "merged")
 

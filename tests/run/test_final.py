@@ -73,7 +73,7 @@ def test_a_run_killed_before_its_final_is_finished_and_no_older_one_is_exported(
     with pytest.raises(ConfigError, match="has done all 2 steps"):
         train(load_config(arguments(tmp_path, "run", steps=2, resume="auto", **SETTINGS)))
 
-    (folder / "final" / "grpo.json").unlink()  # as an older version wrote it
+    (folder / "final" / "training.json").unlink()  # as an older version wrote it
     os.utime(folder / "final" / "config.json", (1, 1))
     with pytest.raises(ConfigError, match="final is of an earlier step, and the run has a checkpoint of step 3"):
         export(folder, "merged", tmp_path / "again")
@@ -106,8 +106,8 @@ def test_final_is_whole_or_not_there(tmp_path: Path) -> None:
     (tmp_path / "final" / "old").touch()
     write_final(tmp_path, 2, 2, save, main=True)
     assert sorted(os.listdir(tmp_path)) == ["adapter", "final"]
-    assert sorted(os.listdir(tmp_path / "final")) == ["grpo.json", "model"]
-    assert json.loads((tmp_path / "final" / "grpo.json").read_text()) == {"format": 1, "step": 2, "steps": 2}
+    assert sorted(os.listdir(tmp_path / "final")) == ["model", "training.json"]
+    assert json.loads((tmp_path / "final" / "training.json").read_text()) == {"format": 1, "step": 2, "steps": 2}
     assert (tmp_path / "adapter" / "model").read_text() == "new adapter"
 
 
