@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from grpo.kernels import head
 from grpo.kernels.cpu import fused_layer, ops
@@ -27,6 +27,7 @@ def small_model(kind: type) -> PreTrainedModel:
         num_hidden_layers=2,
         num_attention_heads=6,
         num_key_value_heads=2,
+        head_dim=8,
         tie_word_embeddings=True,
     )
     model = AutoModelForCausalLM.from_config(config).float()
@@ -53,7 +54,7 @@ def furthest(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 @needs_c
-@pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config])
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config, Qwen3Config])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_fused_layer_gives_the_reference_in_float32(
     monkeypatch: pytest.MonkeyPatch, kind: type, in_place: bool
@@ -72,7 +73,7 @@ def test_fused_layer_gives_the_reference_in_float32(
 
 
 @needs_c
-@pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config])
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config, Qwen3Config])
 def test_under_autocast_the_fused_layer_is_as_near_to_float32_as_the_modules(
     monkeypatch: pytest.MonkeyPatch, kind: type
 ) -> None:

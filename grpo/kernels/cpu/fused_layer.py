@@ -5,8 +5,8 @@ else is float32: the residual stream, norms, rotary embedding, attention, and th
 
 Kept for the backward pass, per token: the layer's input in float32 and the attended states in the dtype of the
 products; in float32 also the joint projections, the residual stream after attention and the gates. Everything else is
-recomputed: in bfloat16, products are cheap, and the memory that a layer keeps is a quarter. Layers with adapters or
-with norms of heads run operation by operation (grpo/kernels/layers.py).
+recomputed: in bfloat16, products are cheap, and the memory that a layer keeps is a quarter. Layers with adapters run
+operation by operation (grpo/kernels/layers.py).
 """
 
 from typing import Any
@@ -27,15 +27,13 @@ from grpo.kernels.registry import is_on
 def is_supported(layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Return whether `fused_layer` can compute this layer.
 
-    It needs the C library with its attention, float32 on a CPU, no adapters, no norms of heads, and biases only for
-    query, key and value.
+    It needs the C library with its attention, float32 on a CPU, no adapters, and biases only for query, key and value.
     """
     weights = [part.weight for part in layer.linears] + [
         part.bias for part in layer.linears[:3] if part.bias is not None
     ]
     return (
         not layer.has_adapter
-        and layer.query_norm is None
         and all(part.bias is None for part in layer.linears[3:])
         and layer.head_size % 8 == 0
         and _product_dtype() in (torch.float32, torch.bfloat16)
@@ -64,8 +62,7 @@ def fused_layer(
     Returns:
         [T, hidden_size]
     """
-    biases = [part.bias for part in layer.linears[:3]]
-    parameters = (*layer.norms, *(part.weight for part in layer.linears), *biases)
+    parameters = _parameters(layer)
     outside = layout.outside()
     result: Tensor = FusedLayer.apply(
         hidden, cos, sin, layout, layer, _product_dtype(), accumulate_grads_inplace, *parameters, *outside
@@ -73,8 +70,13 @@ def fused_layer(
     return result
 
 
-PARAMETERS = 12
-"""Two norms, seven weights and three biases."""
+PARAMETERS = 14
+"""Two norms, seven weights, three biases and the norms of query and key."""
+
+
+def _parameters(layer: Layer) -> tuple[Tensor | None, ...]:
+    linears, biases = layer.linears, (part.bias for part in layer.linears[:3])
+    return (layer.norm, layer.mlp_norm, *(part.weight for part in linears), *biases, layer.query_norm, layer.key_norm)
 
 
 class FusedLayer(torch.autograd.Function):
@@ -100,7 +102,7 @@ class FusedLayer(torch.autograd.Function):
         weights = [part.weight for part in layer.linears]
         with torch.autocast("cpu", enabled=False):
             mixed, _, _ = _projected(layer, hidden, weights, dtype)
-            query, key, value = _split(layer, mixed, cos, sin)
+            query, key, value, _ = _split(layer, mixed, cos, sin)
             joins = layout.watch(*(part.transpose(0, 1)[None] for part in (key, value))) if layout.watched else []
             sequences = layout.sequences
             attended, lse = attend(query, key, value, prompts, sequences, layer.scaling, layer.window)
@@ -141,13 +143,18 @@ class FusedLayer(torch.autograd.Function):
             to.add_weights((5,), narrow, attended)
             grad_attended = _joint_product_backward(narrow, weights[3:4]).float().view(len(hidden), -1, layer.head_size)
             mixed, normed, scale = _projected(layer, hidden, weights, dtype, mixed)
-            query, key, value = _split(layer, mixed, cos, sin)
+            query, key, value, raw = _split(layer, mixed, cos, sin)
             plan = (prompts, ctx.sequences, layer.scaling, layer.window)
             result = attended.float().view_as(query)
             *grads, outside = attend_backward(query, key, value, *plan, result, lse, grad_attended, ctx.joins)
-            grad_mixed = torch.empty_like(mixed)
+            grads = [grad.contiguous() for grad in grads]
             rotation = (cos, sin) if layer.rotary else (None, None)
-            ops.join_heads(*(grad.contiguous() for grad in grads), *rotation, grad_mixed)
+            for index, (states, weight, head_scale) in enumerate(raw):
+                if layer.rotary:
+                    ops.rotate(grads[index], cos, sin, True, grads[index])
+                grads[index] = to.norm_backward(12 + index, states, weight, head_scale, grads[index], None)
+            grad_mixed = torch.empty_like(mixed)
+            ops.join_heads(*grads, *((None, None) if raw else rotation), grad_mixed)
             to.add_weights((2, 3, 4), grad_mixed, normed)
             to.add_biases((9, 10, 11), grad_mixed)
             grad_normed = _joint_product_backward(grad_mixed, weights[:3])
@@ -159,8 +166,7 @@ class _Gradients:
     """Gradients of a layer's parameters, by index in the arguments: added to `.grad`, or returned to autograd."""
 
     def __init__(self, layer: Layer, wanted: tuple[bool, ...], *, in_place: bool):
-        linears = layer.linears
-        self.parameters = (*layer.norms, *(part.weight for part in linears), *(part.bias for part in linears[:3]))
+        self.parameters = _parameters(layer)
         self.wanted, self.in_place = wanted, in_place
         self.made: list[Tensor | None] = [None] * PARAMETERS
 
@@ -208,9 +214,9 @@ class _Gradients:
                 first += len(parameter)
 
     def norm_backward(
-        self, place: int, hidden: Tensor, weight: Tensor, scale: Tensor, gradient: Tensor, add: Tensor
+        self, place: int, hidden: Tensor, weight: Tensor, scale: Tensor, gradient: Tensor, add: Tensor | None
     ) -> Tensor:
-        """Add the gradient of a norm's weight and return the gradient of `hidden`, plus `add`."""
+        """Add the gradient of a norm's weight and return the gradient of `hidden`, plus `add` if there is one."""
         grad_hidden, shares = torch.empty_like(hidden), hidden.new_zeros(threads_for(hidden.numel()), hidden.shape[-1])
         ops.rms_norm_backward(hidden, weight, scale, gradient, add, grad_hidden, shares)
         if self.wanted[place]:
@@ -245,14 +251,31 @@ def _normed(hidden: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) 
     return result, scale
 
 
-def _split(layer: Layer, mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return query [T, H, D], key and value [T, K, D], rotated, in float32."""
+def _split(
+    layer: Layer, mixed: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+    """Return query [T, H, D], key and value [T, K, D], normed and rotated, in float32.
+
+    If there are norms of heads, the last result has, for query and key, the states before the norm, its weight, and
+    1 / rms of each head.
+    """
     query, key, value = (
         mixed.new_empty(len(mixed), heads, layer.head_size, dtype=torch.float32)
         for heads in (layer.heads, layer.key_heads, layer.key_heads)
     )
-    ops.split_heads(mixed, *((cos, sin) if layer.rotary else (None, None)), query, key, value)
-    return query, key, value
+    if layer.query_norm is None or layer.key_norm is None:
+        ops.split_heads(mixed, *((cos, sin) if layer.rotary else (None, None)), query, key, value)
+        return query, key, value, []
+    ops.split_heads(mixed, None, None, query, key, value)
+    raw, made = [], []
+    for states, weight in ((query, layer.query_norm), (key, layer.key_norm)):
+        normed, scale = torch.empty_like(states), states.new_empty(states.shape[:2])
+        ops.rms_norm(states, weight, layer.head_epsilon, scale, normed)
+        if layer.rotary:
+            ops.rotate(normed, cos, sin, False, normed)
+        raw.append((states, weight, scale))
+        made.append(normed)
+    return made[0], made[1], value, raw
 
 
 def _gated(gates_ups: Tensor) -> Tensor:
