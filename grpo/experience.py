@@ -28,7 +28,8 @@ from grpo.models.logprob_model import probe_batch
 from grpo.packing import PackedBatch, pack
 from grpo.policy import Policy
 from grpo.registry import call_with_supported_args
-from grpo.rewards.scoring import RewardSum, Scores
+from grpo.rewards.context import TrainerState
+from grpo.rewards.scoring import RewardSum, Scores, concatenate_scores
 from grpo.rollout.async_sampler import AsyncSampler
 from grpo.runtime.distributed import gather_rows, max_over_ranks, sum_over_ranks
 from grpo.runtime.oom import phase
@@ -109,6 +110,7 @@ class ExperienceCollector:
         """
         config = self.config
         dynamic, wanted = config.sampling.dynamic_sampling, config.prompts_per_step
+        self.rewards.state = TrainerState(step - 1, config.steps, num_train_epochs=config.num_train_epochs)
         groups: list[Group] = []
         scores: list[Scores] = []
         kept: list[int] = []
@@ -134,7 +136,7 @@ class ExperienceCollector:
             everyone = gather_rows(self.accelerator, [{"draw": groups[row].prompt.draw} for row in kept])
             taken = set(sorted(row["draw"] for row in everyone)[:wanted])
             kept = [row for row in kept if groups[row].prompt.draw in taken]
-        return Sampled(groups, _concatenate(scores), kept, rounds, packed, seconds, step - 1 - version)
+        return Sampled(groups, concatenate_scores(scores), kept, rounds, packed, seconds, step - 1 - version)
 
     @phase("learning")
     def compute_advantages(self, sampled: Sampled, beta: float, sums: Sums) -> Experience:
@@ -295,13 +297,3 @@ def lengths_of(groups: list[Group]) -> Tensor:
 def _varies(rewards_G: Tensor) -> bool:
     known = rewards_G[~rewards_G.isnan()]
     return len(known) > 0 and bool(known.min() < known.max())
-
-
-def _concatenate(parts: list[Scores]) -> Scores:
-    """Concatenate the scores of several rounds of sampling, without those in which this rank had no prompt."""
-    real = [part for part in parts if len(part.rewards_PG)] or parts[:1]
-    return Scores(
-        torch.cat([part.rewards_PG for part in real]),
-        {name: torch.cat([part.by_name[name] for part in real]) for name in real[0].by_name},
-        [failure for part in real for failure in part.failures],
-    )

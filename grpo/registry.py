@@ -6,6 +6,7 @@ REWARDS.get("my_package.scores:brevity")    # by import path
 REWARDS.get("my_rewards.py:brevity")        # by file
 """
 
+import contextlib
 import difflib
 import fnmatch
 import hashlib
@@ -14,7 +15,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -121,32 +122,59 @@ class Registry(Generic[T]):
         if not hasattr(module, attribute):
             raise ConfigError(f"{self.kind} '{name}': {place} has no '{attribute}'")
         found = getattr(module, attribute)
+        if not callable(found):
+            raise ConfigError(
+                f"{self.kind} '{name}': {attribute} is {found!r:.60} ({type(found).__name__}), it must be a function "
+                f"or a class"
+            )
         return next((self._entries[known] for known, source in self._sources.items() if source is found), found)
 
     def _import_module(self, name: str, place: str) -> ModuleType:
         try:
-            return importlib.import_module(place)
-        except ImportError as error:
-            raise ConfigError(f"{self.kind} '{name}': module '{place}' cannot be imported: {error}") from error
+            with _folder_on_path(Path.cwd()):
+                return importlib.import_module(place)
+        except (Exception, SystemExit) as error:
+            reason = error if isinstance(error, ImportError) else repr(error)
+            raise ConfigError(f"{self.kind} '{name}': module '{place}' cannot be imported: {reason}") from error
 
     def _import_file(self, name: str, place: str) -> ModuleType:
         path = Path(place).expanduser().resolve()
         if not path.is_file():
             raise ConfigError(f"{self.kind} '{name}': there is no file {path}")
         # One module per file, however many entries are taken from it, so that its own @register_... runs once.
-        module_name = "grpo_file_" + hashlib.sha256(str(path).encode()).hexdigest()[:12]
+        folder = "grpo_file_" + hashlib.sha256(str(path.parent).encode()).hexdigest()[:12]
+        module_name = f"{folder}.{path.stem}"
         if module_name in sys.modules:
             return sys.modules[module_name]
+        if folder not in sys.modules:  # a package, so that `from .sibling import x` works too
+            package = ModuleType(folder)
+            package.__path__ = [str(path.parent)]
+            sys.modules[folder] = package
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module
         try:
-            spec.loader.exec_module(module)
-        except Exception as error:
+            with _folder_on_path(path.parent):
+                spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
             del sys.modules[module_name]
             raise ConfigError(f"{self.kind} '{name}': {path} cannot be imported: {error!r}") from error
         return module
+
+
+@contextlib.contextmanager
+def _folder_on_path(folder: Path) -> Iterator[None]:
+    """Let code import the modules beside it: first of all while it is imported, as a script does, and last later on."""
+    text = str(folder)
+    known = text in sys.path
+    sys.path.insert(0, text)
+    try:
+        yield
+    finally:
+        sys.path.remove(text)
+        if not known:
+            sys.path.append(text)
 
 
 def call_with_supported_args(function: Callable[..., T], offered: Mapping[str, Any], *args: Any) -> T:
@@ -195,4 +223,8 @@ def check_arguments(
 
 
 def _origin(source: object) -> str:
-    return f"{getattr(source, '__module__', '?')}.{getattr(source, '__qualname__', repr(source))}"
+    """Return file and name. A module that was imported under two names is one origin."""
+    module = sys.modules.get(getattr(source, "__module__", None) or "")
+    place = getattr(module, "__file__", None) or getattr(source, "__module__", "?")
+    name = getattr(source, "__qualname__", repr(source))
+    return f"{place}:{name}" if getattr(module, "__file__", None) else f"{place}.{name}"

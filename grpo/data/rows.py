@@ -17,7 +17,7 @@ from grpo.data.registry import DATASETS, Part
 from grpo.errors import ConfigError
 from grpo.types import Message, question_of
 
-RESERVED = ("prompts", "completions", "completion_ids")
+RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments of every reward: a column of that name could not be passed on."""
 
 

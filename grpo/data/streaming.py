@@ -4,6 +4,7 @@ For data that does not fit on the disk or in memory, and for an immediate start.
 the hub's shards), shuffled in a buffer: less thoroughly than in PromptStream, and reproducibly.
 """
 
+import logging
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,8 @@ from grpo.data.rendering import prompt_token_ids, template_arguments
 from grpo.data.rows import Example, example_of, load_rows
 from grpo.errors import ConfigError
 from grpo.types import Prompt
+
+log = logging.getLogger(__name__)
 
 PEEK_ROWS = 1000
 """Rows that are checked before training."""
@@ -30,6 +33,7 @@ class StreamedPrompts:
         """The epoch, and the number of its rows that have been read, usable or not."""
         self._next_draw = 0
         self._usable = 0
+        self._told = False
         self._iterator: Iterator[tuple[Row, str]] | None = None
 
     def take(self, step: int, count: int, rank: int = 0, world_size: int = 1) -> list[Prompt]:
@@ -80,6 +84,13 @@ class StreamedPrompts:
             if self.data.max_prompt_length is None or len(token_ids) <= self.data.max_prompt_length:
                 self._usable += 1
                 return Prompt(draw, example.messages, tuple(token_ids), example.columns)
+            if not self._told:
+                self._told = True
+                limit = self.data.max_prompt_length
+                log.warning(
+                    "%s has %d tokens, more than data.max_prompt_length %s: such rows are left out",
+                    *(found[1], len(token_ids), limit),
+                )
 
     def _read(self) -> Iterator[tuple[Row, str]]:
         return read_rows(self.data, BadRows(skip=self.bad.skip))

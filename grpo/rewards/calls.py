@@ -1,11 +1,15 @@
 """One call of one reward function: groups of completions -> one checked number per completion."""
 
+import asyncio
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from grpo.errors import RewardError
+from grpo.rewards.context import Notes, TrainerState, context_arguments
 from grpo.rewards.registry import RewardFunction
 from grpo.rewards.signature import column_arguments
 from grpo.types import Group
@@ -15,13 +19,21 @@ MAX_REWARD = 1e6
 
 
 def call_reward(
-    name: str, function: RewardFunction, groups: list[Group], kwargs: Mapping[str, Any] | None = None
+    name: str,
+    function: RewardFunction,
+    groups: list[Group],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    state: TrainerState | None = None,
+    notes: Notes | None = None,
 ) -> list[float | None]:
     """Call one reward on P groups of G completions.
 
     Args:
         name: The reward's name in error messages.
         kwargs: Keyword arguments from `reward_kwargs`.
+        state: The state of the run, for a reward that reads it.
+        notes: Collects what the reward records.
 
     Returns:
         P * G numbers, or None where the reward does not apply.
@@ -31,10 +43,11 @@ def call_reward(
             reward, the place and the completion.
     """
     kwargs = dict(kwargs or {})
+    kwargs |= context_arguments(function, state or TrainerState(), notes if notes is not None else Notes())
     arguments = column_arguments(function, groups, kwargs)
     texts = [completion.text for group in groups for completion in group.completions]
     try:
-        values: Any = function(**arguments, **kwargs)
+        values: Any = finished(function(**arguments, **kwargs))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # BaseException: some timeouts (math_verify's) are not Exceptions.
@@ -55,6 +68,18 @@ def call_reward(
     return [_checked(name, value, index, texts) for index, value in enumerate(values)]
 
 
+def finished(values: Any) -> Any:
+    """Return the values of a call, after waiting for those of an async function."""
+    if not inspect.isawaitable(values):
+        return values
+
+    async def wait() -> Any:
+        return await values
+
+    with ThreadPoolExecutor(1) as threads:  # a thread has no event loop yet, whoever calls (a notebook has one)
+        return threads.submit(asyncio.run, wait()).result()
+
+
 def values_or_error(
     function: Callable[..., Any], arguments: dict[str, list[Any]], kwargs: Mapping[str, Any]
 ) -> list[float | None | str] | str:
@@ -65,7 +90,7 @@ def values_or_error(
     """
     count = len(next(iter(arguments.values()), []))
     try:
-        values = as_list(function(**arguments, **kwargs))
+        values = as_list(finished(function(**arguments, **kwargs)))
         if not isinstance(values, list | tuple):
             return f"returned a {type(values).__name__}: it must return a list of numbers"
         if len(values) != count:
@@ -122,7 +147,7 @@ def _first_that_raises(
     """Call the failed function again, one completion at a time: the traceback does not name the completion."""
     for index in range(len(texts)):
         try:
-            function(**{key: [column[index]] for key, column in arguments.items()}, **kwargs)
+            finished(function(**{key: [column[index]] for key, column in arguments.items()}, **kwargs))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo.errors import ConfigError
 from grpo.rewards.calls import call_reward
+from grpo.rewards.context import Notes, TrainerState
 from grpo.rewards.registry import REWARDS, RewardFunction
 from grpo.rewards.signature import check_columns, check_kwargs
 from grpo.types import Group
@@ -44,6 +45,8 @@ class Scores:
     failures: list[Failure] = field(default_factory=list)
     """Completions that could not be scored. Their total is NaN: they are left out of the mean and standard deviation of
     their group, and their advantage is 0."""
+    notes: Notes = field(default_factory=Notes)
+    """What the rewards have recorded, by index among the P * G completions."""
 
 
 class RewardSum:
@@ -63,6 +66,8 @@ class RewardSum:
             if not math.isfinite(weight):
                 raise ConfigError(f"rewards: the weight of '{name}' is {weight}, it must be a finite number")
         self.weights = dict(weights)
+        self.state = TrainerState()
+        """The state of the run that rewards are given; set by the trainer before each step."""
         self.functions: dict[str, RewardFunction] = {name: REWARDS.get(name) for name in weights}
         for name, function in self.functions.items():
             needs = getattr(function, "needs", None)
@@ -83,10 +88,12 @@ class RewardSum:
 
     def __call__(self, groups: list[Group]) -> Scores:
         """Score every completion with every reward."""
-        values = {
-            name: call_reward(name, function, groups, self.kwargs[name]) for name, function in self.functions.items()
-        }
-        return self.combine(values, groups)
+        values, notes = {}, Notes()
+        for name, function in self.functions.items():
+            found = Notes()
+            values[name] = call_reward(name, function, groups, self.kwargs[name], state=self.state, notes=found)
+            notes.add(found)
+        return self.combine(values, groups, notes=notes)
 
     def start(self) -> None:
         """Do nothing: only RewardWorkerPool has processes to start."""
@@ -106,7 +113,11 @@ class RewardSum:
         """Do nothing: only RewardWorkerPool has processes to end."""
 
     def combine(
-        self, values: Mapping[str, list[float | None]], groups: list[Group], failures: list[Failure] | None = None
+        self,
+        values: Mapping[str, list[float | None]],
+        groups: list[Group],
+        failures: list[Failure] | None = None,
+        notes: Notes | None = None,
     ) -> Scores:
         """Return the Scores of one flat list of P * G values per reward, and of the completions that failed.
 
@@ -132,4 +143,21 @@ class RewardSum:
             if self.weights[failure.reward] != 0 and by_name[failure.reward].flatten()[failure.index].isnan():
                 # Without this term the sum is off by an unknown amount: NaN masks the completion instead.
                 total_PG.view(-1)[failure.index] = math.nan
-        return Scores(total_PG, by_name, failures or [])
+        return Scores(total_PG, by_name, failures or [], notes or Notes())
+
+
+def concatenate_scores(parts: list[Scores]) -> Scores:
+    """Concatenate the scores of several rounds of sampling, without those in which this rank had no prompt."""
+    import torch
+
+    real = [part for part in parts if len(part.rewards_PG)] or parts[:1]
+    notes, start = Notes(), 0
+    for part in real:
+        notes.add(part.notes, start=start)
+        start += part.rewards_PG.numel()
+    return Scores(
+        torch.cat([part.rewards_PG for part in real]),
+        {name: torch.cat([part.by_name[name] for part in real]) for name in real[0].by_name},
+        [failure for part in real for failure in part.failures],
+        notes,
+    )

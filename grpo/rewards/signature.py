@@ -11,6 +11,7 @@ from typing import Any
 
 from grpo.config.values import has_type
 from grpo.errors import ConfigError
+from grpo.rewards.context import CONTEXT_ARGUMENTS
 from grpo.rewards.registry import RewardFunction
 from grpo.types import Group, prefill_of
 
@@ -26,7 +27,8 @@ def check_kwargs(name: str, function: RewardFunction, kwargs: Mapping[str, Any])
     """
     parameters = inspect.signature(function).parameters
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    accepted = [key for key, p in parameters.items() if p.kind in by_name and key not in STANDARD_ARGUMENTS]
+    given = (*STANDARD_ARGUMENTS, *CONTEXT_ARGUMENTS)
+    accepted = [key for key, p in parameters.items() if p.kind in by_name and key not in given]
     annotations = _annotations(function)
     for key, value in kwargs.items():
         if key not in accepted:
@@ -54,7 +56,7 @@ def check_columns(name: str, function: RewardFunction, kwargs: Mapping[str, Any]
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
-        given = {*STANDARD_ARGUMENTS, *columns, *kwargs}
+        given = {*STANDARD_ARGUMENTS, *CONTEXT_ARGUMENTS, *columns, *kwargs}
         if parameter.name not in given and parameter.default is parameter.empty:
             raise ConfigError(
                 f"reward '{name}' needs the column '{parameter.name}', which the data does not have "

@@ -5,6 +5,7 @@ Neither an endless loop in C code nor 9**9**9**9 can be stopped from inside a pr
 
 import atexit
 import contextlib
+import dataclasses
 import faulthandler
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -21,13 +23,18 @@ from typing import Any
 
 from grpo.errors import ConfigError, RewardError
 from grpo.rewards.calls import values_or_error
+from grpo.rewards.context import Notes, TrainerState, context_arguments
 from grpo.rewards.registry import REWARDS, RewardFunction
+from grpo.rewards.sources import source_hashes
 from grpo.runtime.signals import CAUGHT
 
 MAX_TEMPORARY_PATH = 60
 """Bytes of the temporary folder; multiprocessing adds about 35, and macOS takes 103 in all."""
 START_TIMEOUT = 120.0
 """Seconds for a worker to start and to import the file of its reward."""
+
+PARENT_SECONDS = 1.0
+"""Seconds between two checks whether the parent is alive."""
 
 _STARTING = threading.Lock()
 _TRAINER_ENDS: "weakref.WeakSet[Connection]" = weakref.WeakSet()
@@ -46,6 +53,7 @@ class Worker:
 
     def __init__(self, name: str, function: RewardFunction, kwargs: dict[str, Any]):
         self.name, self.function, self.kwargs = name, function, kwargs
+        self._sources = source_hashes([function])
         self._process: Any = None
         self._pipe: Connection | None = None
 
@@ -77,23 +85,36 @@ class Worker:
                 self._process.start()
             theirs.close()
         try:
-            ready = self._pipe.poll(START_TIMEOUT) and self._pipe.recv_bytes() == b"ready"
+            loaded = json.loads(self._pipe.recv_bytes()) if self._pipe.poll(START_TIMEOUT) else None
         except (EOFError, OSError):
-            ready = False
-        if not ready:
+            loaded = None
+        if loaded is None:
             raise RewardError(f"reward '{self.name}': its process does not start ({self.exit_reason()})")
+        self._check_sources(loaded)
 
-    def send(self, arguments: dict[str, list[Any]], seconds: float) -> None:
+    def _check_sources(self, loaded: dict[str, str]) -> None:
+        """Raise RewardError if a file that the reward was loaded from has changed since the run began."""
+        for file, sha256 in loaded.items():
+            if self._sources.setdefault(file, sha256) != sha256:
+                self.kill()
+                raise RewardError(
+                    f"reward '{self.name}': {file} was changed during the run (sha256 {self._sources[file][:12]} -> "
+                    f"{sha256[:12]}), so its restarted process would judge by another rule. Put the old file back, or "
+                    f"go on with the new one: --resume auto --allow_changes '[rewards]'"
+                )
+
+    def send(self, arguments: dict[str, list[Any]], state: TrainerState, seconds: float) -> None:
         """Send a request, starting the process first where needed. `seconds`: the deadline of the request."""
         self.start()
         assert self._pipe is not None
-        self._pipe.send((arguments, seconds))
+        self._pipe.send((arguments, dataclasses.asdict(state), seconds))
 
-    def receive(self, seconds: float) -> list[float | None | str] | str | None:
+    def receive(self, seconds: float) -> tuple[list[float | None | str] | str, Notes] | None:
         """Wait for the answer to the last request.
 
         Returns:
-            The values, one error text for all of them, or None if the deadline has passed.
+            The values, or one error text for all of them, and what the reward recorded. None if the deadline has
+            passed.
 
         Raises:
             EOFError: The process has ended.
@@ -101,7 +122,9 @@ class Worker:
         assert self._pipe is not None
         if not self._pipe.poll(seconds):
             return None
-        return json.loads(self._pipe.recv_bytes())  # JSON, not pickle: data from a reward process is not trusted
+        # JSON, not pickle: data from a reward process is not trusted.
+        answer, metrics, extra = json.loads(self._pipe.recv_bytes())
+        return answer, Notes(metrics, {column: dict(enumerate(values)) for column, values in extra.items()})
 
     def exit_reason(self) -> str:
         """Return how the process ended, and clear it away."""
@@ -144,23 +167,34 @@ def serve(pipe: Connection, reward: str | RewardFunction, kwargs: dict[str, Any]
         os.setsid()
     for number in CAUGHT:
         signal.signal(number, signal.SIG_IGN)  # the trainer handles Ctrl-C: it saves first, and still needs the rewards
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     sys.stdout, sys.stderr = _ForgivingStream(sys.stdout), _ForgivingStream(sys.stderr)
     function: Callable[..., Any] = REWARDS.get(reward) if isinstance(reward, str) else reward
-    pipe.send_bytes(b"ready")
+    pipe.send_bytes(json.dumps(source_hashes([function]) if isinstance(reward, str) else {}).encode())
     with open(os.devnull, "w") as devnull:
         while True:
             try:
-                arguments, seconds = pipe.recv()
+                arguments, state, seconds = pipe.recv()
             except (EOFError, OSError):
                 return
             # If the trainer is gone by then, this ends the process even inside C code that never returns.
             faulthandler.dump_traceback_later(seconds + 10, exit=True, file=devnull)
-            answer = values_or_error(function, arguments, kwargs)
+            notes = Notes()
+            given = {**kwargs, **context_arguments(function, TrainerState(**state), notes)}
+            answer = values_or_error(function, arguments, given)
             faulthandler.cancel_dump_traceback_later()
+            extra = {column: list(values.values()) for column, values in notes.extra.items()}
             try:
-                pipe.send_bytes(json.dumps(answer).encode())
+                pipe.send_bytes(json.dumps([answer, notes.metrics, extra], default=str).encode())
             except OSError:
                 return
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process soon after its parent: a forked worker may have inherited the other end of its own pipe."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os._exit(1)
 
 
 def _use_short_socket_paths() -> None:

@@ -15,6 +15,7 @@ are masked (no advantage, left out of their group's mean) and counted, never sco
 import atexit
 import contextlib
 import dataclasses
+import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from typing import Any
 
 from grpo.errors import RewardError
 from grpo.rewards.calls import excerpt
+from grpo.rewards.context import Notes, TrainerState
 from grpo.rewards.registry import RewardFunction
 from grpo.rewards.scoring import Failure, RewardSum, Scores
 from grpo.rewards.signature import column_arguments
@@ -39,6 +41,14 @@ MAX_KILLS = 8
 one only to find the slow ones, each gets the deadline divided by this number."""
 
 Values = list[float | None | Failure]
+
+
+@dataclasses.dataclass
+class Scored:
+    """The values of one reward, one per completion, and what it recorded."""
+
+    values: Values
+    notes: Notes = dataclasses.field(default_factory=Notes)
 
 
 class RewardWorkerPool(RewardSum):
@@ -67,9 +77,9 @@ class RewardWorkerPool(RewardSum):
             RewardExecutor(name, function, self.kwargs[name], deadline, workers)
             for name, function in self.functions.items()
         ]
-        self._offered: dict[int, tuple[Group, dict[str, Future[Values]]]] = {}
+        self._offered: dict[int, tuple[Group, dict[str, Future[Scored]]]] = {}
         self._steps_without_values = dict.fromkeys(weights, 0)
-        self._pending: tuple[list[Group], list[list[Future[Values]]]] | None = None
+        self._pending: tuple[list[Group], list[list[Future[Scored]]]] | None = None
         _POOLS.add(self)
 
     def start(self) -> None:
@@ -114,15 +124,17 @@ class RewardWorkerPool(RewardSum):
         texts = [completion.text for group in groups for completion in group.completions]
         values: dict[str, list[float | None]] = {}
         failures: list[Failure] = []
+        notes = Notes()
         for reward, parts in zip(self._rewards, futures, strict=True):
-            scored = concatenate([part.result() for part in parts])
+            scored, recorded = concatenate([part.result() for part in parts])
+            notes.add(recorded)
             reward.seconds_used = 0.0
             failed = [value for value in scored if isinstance(value, Failure)]
             self._check(reward.name, failed, texts)
             failures += failed
             replacement = 0.0 if self.on_error == "zero" else None
             values[reward.name] = [replacement if isinstance(value, Failure) else value for value in scored]
-        return self.combine(values, groups, failures)
+        return self.combine(values, groups, failures, notes)
 
     def close(self) -> None:
         """End every process. Idempotent."""
@@ -130,9 +142,10 @@ class RewardWorkerPool(RewardSum):
             reward.kill()
             reward.thread.shutdown(wait=False, cancel_futures=True)
 
-    def _submit_to(self, reward: "RewardExecutor", groups: list[Group]) -> Future[Values]:
+    def _submit_to(self, reward: "RewardExecutor", groups: list[Group]) -> Future[Scored]:
         count = sum(len(group.completions) for group in groups)
-        return reward.thread.submit(reward.score, column_arguments(reward.function, groups, reward.kwargs), count)
+        arguments = column_arguments(reward.function, groups, reward.kwargs)
+        return reward.thread.submit(reward.score, arguments, count, self.state)
 
     def _check(self, name: str, failed: list[Failure], texts: list[str]) -> None:
         """Raise RewardError if a reward failed too often. Timeouts can be due to completions, others are bugs."""
@@ -164,6 +177,7 @@ class RewardExecutor:
         """Deadline for one completion, for rewards that score completions one by one."""
         self.workers = [Worker(name, function, kwargs) for _ in range(max(1, workers))]
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"reward {name}")
+        self._state, self._notes, self._recording = TrainerState(), Notes(), threading.Lock()
         self.seconds_used = 0.0
         """Part of `deadline` that this step's completions have taken so far, where they are scored group by group."""
 
@@ -178,8 +192,12 @@ class RewardExecutor:
         for worker in self.workers:
             worker.kill()
 
-    def score(self, arguments: dict[str, list[Any]], count: int) -> Values:
-        """Return one value or Failure for each of the `count` completions."""
+    def score(self, arguments: dict[str, list[Any]], count: int, state: TrainerState | None = None) -> Scored:
+        """Return one value or Failure for each of the `count` completions, and what the reward recorded."""
+        self._state, self._notes = state or TrainerState(), Notes()
+        return Scored(self._score(arguments, count), self._notes)
+
+    def _score(self, arguments: dict[str, list[Any]], count: int) -> Values:
         everyone = list(range(count))
         if count == 0:
             return []
@@ -202,6 +220,7 @@ class RewardExecutor:
         good = [index for index in everyone if not isinstance(alone[index], Failure)]
         if failure.timed_out or not good:
             return alone
+        self._notes = Notes()  # those of the calls with one completion each do not count either
         again: Failure | Values = failure if len(good) == len(everyone) else self._together(arguments, good)
         if isinstance(again, Failure):
             return [Failure(self.name, index, again.reason, again.timed_out) for index in everyone]
@@ -260,28 +279,36 @@ class RewardExecutor:
     ) -> list[float | None | str] | str | None:
         """Ask a worker. Returns the values, one error text for all, or None after the deadline, when it is killed."""
         try:
-            worker.send({key: [column[i] for i in indices] for key, column in arguments.items()}, seconds)
-            answer = worker.receive(seconds)
+            chosen = {key: [column[i] for i in indices] for key, column in arguments.items()}
+            worker.send(chosen, self._state, seconds)
+            received = worker.receive(seconds)
         except (EOFError, OSError):
             return worker.exit_reason()
-        if answer is None:
+        if received is None:
             worker.kill()
+            return None
+        answer, notes = received
+        if not isinstance(answer, str):
+            with self._recording:
+                self._notes.add(notes, indices)
         return answer
 
     def _value(self, index: int, value: float | None | str) -> float | None | Failure:
         return Failure(self.name, index, value) if isinstance(value, str) else value
 
 
-def concatenate(parts: list[Values]) -> Values:
-    """Join the values of several groups; failures get their index among all completions."""
+def concatenate(parts: list[Scored]) -> tuple[Values, Notes]:
+    """Join the values and notes of several groups; failures get their index among all completions."""
     values: Values = []
+    notes = Notes()
     for part in parts:
         start = len(values)
         values += [
             dataclasses.replace(value, index=start + value.index) if isinstance(value, Failure) else value
-            for value in part
+            for value in part.values
         ]
-    return values
+        notes.add(part.notes, start=start)
+    return values, notes
 
 
 def _with_completion(failure: Failure, texts: list[str]) -> str:

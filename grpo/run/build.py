@@ -160,13 +160,25 @@ def check_resume(config: Config, saved: dict[str, Any], rewards: RewardSum, proc
     )
     for line in changes:
         log.info(line)
-    for line in changed_sources(saved["reward_sources"], reward_sources(rewards.functions)):
-        log.warning(line)
+    changed = changed_sources(saved["reward_sources"], reward_sources(rewards.functions))
+    if changed and "rewards" not in config.allow_changes:
+        raise ConfigError(
+            f"resume: {'; '.join(changed)}: that would be another run. Put the old file back, or go on with "
+            f"--allow_changes '[rewards]'"
+        )
+    for line in changed:
+        log.warning("resume: %s: further steps use the new version", line)
 
 
 def held_out_prompts(config: Config, rows: list[Example], data: TrainingData) -> list[Prompt]:
-    """Return the prompts of the evaluation. Warns of those that are also trained on."""
-    held_out = render_prompts(rows, data.tokenizer, config.data.max_prompt_length)[0] if rows else []
+    """Return the prompts of the evaluation. Warns of those that are left out, and of those that are also trained on."""
+    limit = config.data.max_prompt_length
+    held_out, too_long = render_prompts(rows, data.tokenizer, limit) if rows else ([], 0)
+    if too_long:
+        log.warning(
+            "%d of %d held-out prompts are longer than data.max_prompt_length %s tokens, and are not evaluated",
+            *(too_long, len(rows), limit),
+        )
     if isinstance(data.stream, PromptStream) and isinstance(data.stream.prompts, list):  # large files: launch/check.py
         for line in repeated_prompts(data.stream.prompts, held_out):
             log.warning(line)

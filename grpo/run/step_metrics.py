@@ -5,9 +5,10 @@ from torch import Tensor
 
 from grpo.config.schema import Config
 from grpo.experience import Sampled
+from grpo.rewards.context import Notes
 from grpo.rewards.scoring import Scores
 from grpo.runtime.device import peak_memory
-from grpo.runtime.distributed import merge_sums
+from grpo.runtime.distributed import gather_rows, merge_sums
 from grpo.runtime.sums import Sums
 from grpo.types import Group, question_of
 
@@ -86,12 +87,23 @@ def step_metrics(
         metrics[f"reward/{name}/std"] = sums.std(f"reward/{name}")
         metrics[f"reward/{name}/errors"] = sums.total(f"errors/{name}")
         metrics[f"reward/{name}/timeouts"] = sums.total(f"timeouts/{name}")
+    for name, value in recorded_metrics(accelerator, scores.notes).items():
+        metrics[f"custom/{name}" if name in metrics else name] = value
     return metrics
 
 
+def recorded_metrics(accelerator: Accelerator, notes: Notes) -> dict[str, float]:
+    """Return the means of what rewards recorded with `log_metric`, over all ranks. Collective."""
+    values: dict[str, list[float]] = {}
+    for row in gather_rows(accelerator, [notes.metrics]):
+        for name, found in row.items():
+            values.setdefault(name, []).extend(found)
+    return {name: sum(found) / len(found) for name, found in sorted(values.items()) if found}
+
+
 def rollout_rows(step: int, groups: list[Group], scores: Scores, advantages_PG: Tensor) -> list[dict]:
-    """Return one row per completion of this rank."""
-    rows = []
+    """Return one row per completion of this rank. What rewards recorded with `log_extra` is in `extra`."""
+    rows: list[dict] = []
     for p, group in enumerate(groups):
         prompt = question_of(group.prompt.messages)
         for s, completion in enumerate(group.completions):
@@ -110,4 +122,8 @@ def rollout_rows(step: int, groups: list[Group], scores: Scores, advantages_PG: 
                     "columns": {key: value for key, value in group.prompt.columns.items() if key != "question"},
                 }
             )
+            index = p * len(group.completions) + s
+            extra = {name: found[index] for name, found in scores.notes.extra.items() if index in found}
+            if extra:
+                rows[-1]["extra"] = extra
     return rows

@@ -60,6 +60,7 @@ def check(config: Config, machine: Machine | None = None) -> Check:
     check_template_kwargs(tokenizer, config.data.chat_template_kwargs)
     _check_questions(found, rows, held_out)
     _check_lengths(found, config, rows, tokenizer)
+    _check_held_out_lengths(found, config, held_out, tokenizer)
     check_rewards(found, score, rows, tokenizer)
     prompts = None if streaming else round(len(rows) * (1 - found.too_long / found.measured))
     if prompts is not None:
@@ -103,6 +104,22 @@ def _check_lengths(found: Check, config: Config, rows: list[Example], tokenizer:
     if found.too_long:
         of = "" if len(lengths) == len(rows) else f" of the {len(lengths):,} measured"
         found.warnings.append(f"{found.too_long}{of} prompts are longer than data.max_prompt_length {limit}: left out")
+
+
+def _check_held_out_lengths(
+    found: Check, config: Config, rows: list[Example], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Count the held-out prompts over the limit, which are not evaluated."""
+    limit = config.data.max_prompt_length
+    if limit is None or not rows:
+        return
+    arguments = [template_arguments(row.columns) for row in rows]
+    lengths = map(len, prompts_token_ids([row.messages for row in rows], tokenizer, arguments))
+    too_long = sum(length > limit for length in lengths)
+    if too_long:
+        found.warnings.append(
+            f"{too_long} of {len(rows)} held-out prompts are longer than data.max_prompt_length {limit}: not evaluated"
+        )
 
 
 def _check_questions(found: Check, rows: list[Example], held_out: list[Example]) -> None:

@@ -8,12 +8,13 @@ from grpo.config.schema import Config
 from grpo.data.files import read_table
 from grpo.errors import ConfigError
 from grpo.rewards.scoring import RewardSum
+from grpo.tracking.rollout_reader import with_columns
 from grpo.types import Completion, Group, Prompt
 
 
 def score_file(config: Config, path: str, output: str | None) -> None:
     """Write the rows of `path` with their rewards to `output`, or print them."""
-    scored = score_rows(config, read_table(path, "--completions").rows)
+    scored = score_rows(config, with_columns(read_table(path, "--completions").rows))
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored)
     if output:
         Path(output).write_text(lines, encoding="utf-8")

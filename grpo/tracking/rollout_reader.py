@@ -1,14 +1,15 @@
 """Rollout reader: rollouts.jsonl -> the completions of one step, or those of many steps that meet a condition.
 
-Steps only increase in the file, so `rows_of_step` finds a step by bisection. `search` reads blocks from the end of the
-file, the newest step first, until it has enough rows or its time is over.
+The columns of a prompt are in the first row of its group; readers get them in each. Steps only increase in the file, so
+`rows_of_step` finds a step by bisection. `search` reads blocks from the end of the file, the newest step first, until
+it has enough rows or its time is over.
 """
 
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,7 +31,7 @@ def rows_of_step(path: Path, step: int) -> list[Row]:
     try:
         with path.open("rb") as file:
             file.seek(_first_at_least(file, step))
-            return list(_rows_while(file, step))
+            return with_columns(_rows_while(file, step))
     except OSError:
         return []
 
@@ -65,7 +66,38 @@ def search(
     except OSError:
         return [], newest
     found.sort(key=lambda row: -int(row.get("step", 0)))
-    return found[:most], reached
+    return _complete(path, found[:most]), reached
+
+
+def with_columns(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows with the columns of their prompt, which only its first row holds. Older runs have them in each.
+
+    The rows of one step and draw must follow one another.
+    """
+    complete: list[Row] = []
+    last: tuple[Any, Any] | None = None
+    columns: Any = None
+    for row in rows:
+        if "columns" in row:
+            last, columns = (row.get("step"), row.get("draw")), row["columns"]
+        elif last == (row.get("step"), row.get("draw")):
+            row = {**row, "columns": columns}
+        complete.append(row)
+    return complete
+
+
+def _complete(path: Path, found: list[Row]) -> list[Row]:
+    """Return found rows with the columns of their prompts, which may be in rows that were not found."""
+    columns: dict[Any, Any] = {}
+    for step in {row.get("step") for row in found if "columns" not in row}:
+        for row in rows_of_step(path, step) if isinstance(step, int) else []:
+            if "columns" in row:
+                columns[step, row.get("draw")] = row["columns"]
+    complete = []
+    for row in found:
+        key = (row.get("step"), row.get("draw"))
+        complete.append({**row, "columns": columns[key]} if "columns" not in row and key in columns else row)
+    return complete
 
 
 def _blocks_back(file: BinaryIO, start: int, end: int) -> Iterator[list[bytes]]:

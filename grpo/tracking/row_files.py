@@ -9,9 +9,31 @@ from typing import Any
 
 from grpo.runtime.storage import remove, sync
 
+MAX_NUMBERS = 1000
+"""Numbers of an array that are written into a row."""
+
+
+def columns_once(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of one step, the columns of a prompt only in the first row of its group."""
+    seen: set[Any] = set()
+    once = []
+    for row in rows:
+        draw = row.get("draw")
+        once.append({key: value for key, value in row.items() if key != "columns"} if draw in seen else row)
+        if draw is not None:
+            seen.add(draw)
+    return once
+
 
 def plain(value: Any) -> Any:
-    """Return a value that JSON can hold: tensors and arrays as numbers, NaN and infinity (no JSON) as None."""
+    """Return a value that JSON can hold: tensors and arrays as numbers, NaN and infinity (no JSON) as None.
+
+    Bytes, and arrays of more than MAX_NUMBERS (pictures, sound), are only described.
+    """
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"<{len(value)} bytes>"
+    if math.prod(getattr(value, "shape", ())) > MAX_NUMBERS:
+        return f"<{type(value).__name__} of shape {tuple(value.shape)}>"
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

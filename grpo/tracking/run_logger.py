@@ -28,7 +28,7 @@ from grpo.runtime.redaction import redacted
 from grpo.tracking.background_writer import CALL_SECONDS, BackgroundWriter
 from grpo.tracking.diagnostics import Finding
 from grpo.tracking.environment import environment
-from grpo.tracking.row_files import drop_rows_from, last_step, plain, set_aside, write_whole
+from grpo.tracking.row_files import columns_once, drop_rows_from, last_step, plain, set_aside, write_whole
 from grpo.tracking.run_dir import EVALUATIONS, FINDINGS, METRICS, ROLLOUTS
 from grpo.tracking.tracker import TrackedRun, Tracker, completions_table, find_tracker
 
@@ -86,7 +86,7 @@ class RunLogger:
             rows: completions, each with its "step".
             table: log the completions to the trackers, too.
         """
-        self._write(ROLLOUTS, rows)
+        self._write(ROLLOUTS, columns_once(rows))
         self._write(METRICS, [{"step": step, **metrics}])
         numbers = {key: float(value) for key, value in metrics.items() if value is not None}
         completions = completions_table(plain(list(rows))) if table and rows else None

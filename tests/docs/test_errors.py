@@ -156,10 +156,16 @@ def reward(body: str, count: int = 2) -> Callable[[Path], Any]:
     def provoke(folder: Path) -> None:
         (folder / "mine.py").write_text(f"def score(completions, **columns):\n    {body}\n")
         name = f"{folder}/mine.py:score"
-        sys.modules.pop(next((key for key in sys.modules if key.startswith("grpo_file_")), ""), None)
+        for key in [key for key in sys.modules if key.startswith("grpo_file_") and key.endswith(".mine")]:
+            del sys.modules[key]
         call_reward(name, RewardSum({name: 1.0}).functions[name], [group(count)])
 
     return provoke
+
+
+def reward_that_is_a_number(folder: Path) -> None:
+    (folder / "mine.py").write_text("RATE = 0.5\n")
+    RewardSum({f"{folder}/mine.py:RATE": 1.0})
 
 
 def reward_kwargs(**kwargs: Any) -> Callable[[Path], Any]:
@@ -730,6 +736,11 @@ CASES: dict[str, Case] = {
         lambda folder: RewardSum({f"{folder}/my.py:score": 1.0}),
         ConfigError,
         "reward 'DIR/my.py:score': there is no file DIR/my.py",
+    ),
+    "reward that is no function": Case(
+        reward_that_is_a_number,
+        ConfigError,
+        "reward 'DIR/mine.py:RATE': RATE is 0.5 (float), it must be a function or a class",
     ),
     "keyword argument of a reward that is not one of the rewards": Case(
         lambda _: RewardSum({"accuracy": 1.0}, {"brevity": {"limit": 20}}),

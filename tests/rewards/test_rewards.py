@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -18,6 +19,7 @@ from grpo.rewards.calls import call_reward
 from grpo.rewards.number_text import last_number, parse_number
 from grpo.rewards.registry import REWARDS
 from grpo.rewards.scoring import RewardSum
+from grpo.rewards.worker_process import address_of
 from grpo.rewards.xml_format import lenient_answer
 from grpo.rollout.evaluation import is_correct_in_any_format
 from grpo.run.resume import check_changes
@@ -566,3 +568,42 @@ def test_what_is_judged_comes_after_the_thinking(text: str, right: float, form: 
     scores = [REWARDS.get(name)(completions=[text], answer=["8"])[0] for name in ("accuracy", "xml_format")]
     assert scores == [right, form]
     assert is_correct_in_any_format(text, "8") is flexible
+
+
+def test_a_file_finds_the_modules_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name and relatively, while it is imported and later; a registered name survives a second import."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "beside_a.py").write_text(
+        "from grpo import register_reward\n@register_reward('beside_test')\n"
+        "def one(completions, **_):\n    return [1.0 for _ in completions]\n"
+    )
+    (tmp_path / "lib" / "beside_b.py").write_text(
+        "from beside_a import one\nfrom .beside_c import TWO\n"
+        "def two(completions, **_):\n    import beside_d as d\n    return [TWO + d.ZERO for _ in completions]\n"
+    )
+    (tmp_path / "lib" / "beside_c.py").write_text("TWO = 2.0\n")
+    (tmp_path / "lib" / "beside_d.py").write_text("ZERO = 0.0\n")
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    try:
+        two, one = REWARDS.get("lib/beside_b.py:two"), REWARDS.get("lib/beside_a.py:one")
+        assert call_reward("two", two, [group("a")]) == [2.0] and call_reward("one", one, [group("a")]) == [1.0]
+        assert sys.path[: len(path)] == path  # nothing is shadowed
+        assert address_of(two) == f"{tmp_path}/lib/beside_b.py:two"
+    finally:
+        sys.path[:] = path
+
+
+def test_a_module_is_found_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_package_of_scores").mkdir()
+    (tmp_path / "my_package_of_scores" / "scores.py").write_text("def f(completions, **_):\n    return [1.0]\n")
+    (tmp_path / "broken_module_here.py").write_text("raise ValueError('no')\n")
+    (tmp_path / "values_of_mine.py").write_text("RATE = 0.5\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    assert call_reward("f", REWARDS.get("my_package_of_scores.scores:f"), [group("a")]) == [1.0]
+    with pytest.raises(ConfigError, match=r"module 'broken_module_here' cannot be imported: ValueError\('no'\)"):
+        REWARDS.get("broken_module_here:f")
+    for name in ("values_of_mine:RATE", "values_of_mine.py:RATE"):
+        with pytest.raises(ConfigError, match=r"RATE is 0.5 \(float\), it must be a function or a class"):
+            RewardSum({name: 1.0})

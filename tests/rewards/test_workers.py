@@ -17,13 +17,16 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 
 from grpo.advantages import group_advantages
 from grpo.errors import RewardError
+from grpo.rewards.context import Notes, TrainerState
 from grpo.rewards.registry import REWARDS
-from grpo.rewards.scoring import RewardSum
+from grpo.rewards.scoring import RewardSum, Scores, concatenate_scores
 from grpo.rewards.worker_process import address_of
 from grpo.rewards.workers import RewardWorkerPool
+from grpo.run.step_metrics import recorded_metrics, rollout_rows
 from tests import faulty_rewards
 from tests.rewards.test_rewards import group
 
@@ -87,6 +90,11 @@ def test_none_does_not_apply_and_is_no_failure(pools: list[RewardWorkerPool]) ->
     assert scores.failures == [] and scores.rewards_PG.isnan().tolist() == [[False, True]]
 
 
+def sleeping() -> list[psutil.Process]:
+    """The programs that the fault "child" starts."""
+    return [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", "1000"]]
+
+
 @pytest.mark.parametrize("fault", ["hang", "spin", "child"])
 def test_a_hang_is_killed_and_only_it_is_masked(
     pools: list[RewardWorkerPool], record_property: Any, fault: str
@@ -98,7 +106,9 @@ def test_a_hang_is_killed_and_only_it_is_masked(
     in_words = {"hang": "asleep", "spin": "in C code", "child": "waiting for a program that it started"}
     record_property("killed while", in_words[fault])
     assert scores.rewards_PG[0, [0, 1, 3]].tolist() == [1, 3, 2]
-    left = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", "1000"]]
+    deadline = time.monotonic() + 10  # a killed process that waits for a core is still listed
+    while (left := sleeping()) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert left == []
 
 
@@ -128,7 +138,7 @@ def test_a_slow_reward_makes_no_other_one_wait(pools: list[RewardWorkerPool]) ->
     pool.submit([group("hang", "b", messages="text")])
     assert pool._pending is not None
     [slow], [fast] = pool._pending[1]
-    assert fast.result(timeout=20) == [1.0, 1.0]  # there, while the other one still hangs
+    assert fast.result(timeout=20).values == [1.0, 1.0]  # there, while the other one still hangs
     assert not slow.done()
 
 
@@ -387,6 +397,97 @@ def test_keyword_arguments_reach_the_processes(pools: list[RewardWorkerPool], tm
     pool = RewardWorkerPool({name: 1.0}, kwargs={name: {"limit": 7}})
     pools.append(pool)
     assert pool([group("a", "b", messages="text")]).rewards_PG.tolist() == [[7.0, 7.0]]
+
+
+RECORDING = """
+async def mine(prompts, completions, trainer_state, log_extra, log_metric, **columns):
+    log_metric("my/length", sum(map(len, completions)) / len(completions))
+    log_extra("length", [len(text) for text in completions])
+    if "x" in "".join(completions):
+        raise ValueError("x")
+    return [float(trainer_state.global_step + trainer_state.max_steps) for _ in completions]
+"""
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("each", [True, False])
+def test_async_rewards_and_what_trl_gives_to_them(tmp_path: Any, apart: bool, each: bool) -> None:
+    """trainer_state, log_extra and log_metric, in worker processes and in this one, all together and one by one."""
+    marked = f"from grpo.rewards.registry import one_by_one\n{RECORDING}\nmine = one_by_one(5.0)(mine)\n"
+    (tmp_path / "mine.py").write_text(marked if each else RECORDING)
+    kind: Any = RewardWorkerPool if apart else RewardSum
+    pool = kind({f"{tmp_path}/mine.py:mine": 1.0})
+    try:
+        pool.state = TrainerState(global_step=3, max_steps=10)
+        groups = [group("a", "abc", messages="text"), group("", "ab", messages="text")]
+        for one in groups[: each and apart]:
+            pool.offer(one)
+        scores = pool(groups)
+        assert scores.rewards_PG.tolist() == [[13.0, 13.0], [13.0, 13.0]]
+        assert scores.notes.extra == {"length": {0: 1, 1: 3, 2: 0, 3: 2}}
+        values = scores.notes.metrics["my/length"]
+        assert sum(values) / len(values) == 1.5
+        rows = rollout_rows(1, groups, scores, scores.rewards_PG)
+        assert [row["extra"] for row in rows] == [{"length": length} for length in (1, 3, 0, 2)]
+        assert recorded_metrics(Accelerator(cpu=True), scores.notes) == {"my/length": 1.5}
+    finally:
+        pool.close()
+
+
+def test_notes_of_completions_that_failed_do_not_count(pools: list[RewardWorkerPool], tmp_path: Any) -> None:
+    (tmp_path / "mine.py").write_text(RECORDING)
+    scores = run(pools, "aa", "x", "b", name=f"{tmp_path}/mine.py:mine")
+    assert scores.rewards_PG[0].isnan().tolist() == [False, True, False]
+    assert scores.notes.extra == {"length": {0: 2, 2: 1}} and scores.notes.metrics == {"my/length": [1.5]}
+
+
+def test_notes_of_several_rounds_count_on() -> None:
+    parts = []
+    for size in (2, 1):
+        notes = Notes({"m": [float(size)]}, {"c": dict.fromkeys(range(size), size)})
+        parts.append(Scores(torch.zeros(1, size, dtype=torch.float64), {}, [], notes))
+    joined = concatenate_scores([parts[0], dataclasses.replace(parts[0])])
+    assert joined.notes == Notes({"m": [2.0, 2.0]}, {"c": {0: 2, 1: 2, 2: 2, 3: 2}})
+
+
+def test_a_file_that_changes_during_the_run_is_refused(pools: list[RewardWorkerPool], tmp_path: Any) -> None:
+    """The reward's own file, and one that it imports. The process in which it is loaded goes on."""
+    program = (
+        "from factors_of_mine import FACTOR\ndef mine(completions, **_):\n    return [FACTOR for _ in completions]\n"
+    )
+    for changed in ("mine.py", "factors_of_mine.py"):
+        (tmp_path / "mine.py").write_text(program)
+        (tmp_path / "factors_of_mine.py").write_text("FACTOR = 2.0\n")
+        pool = RewardWorkerPool({f"{tmp_path}/mine.py:mine": 1.0})
+        pools.append(pool)
+        groups = [group("a", messages="text")]
+        assert pool(groups).rewards_PG.tolist() == [[2.0]]
+        (tmp_path / changed).write_text((tmp_path / changed).read_text().replace("FACTOR ", "FACTOR  "))
+        assert pool(groups).rewards_PG.tolist() == [[2.0]]
+        pool._rewards[0].workers[0].kill()
+        with pytest.raises(RewardError, match=rf"{changed} was changed during the run .*--allow_changes '\[rewards\]'"):
+            pool(groups)
+        (tmp_path / changed).write_text((tmp_path / changed).read_text().replace("FACTOR  ", "FACTOR "))
+        assert pool(groups).rewards_PG.tolist() == [[2.0]]  # the old file is back
+
+
+def test_a_forked_worker_ends_with_its_parent() -> None:
+    """It has inherited the other end of its own pipe, as a second forked worker would."""
+    program = (
+        "import os, signal\n"
+        "from grpo.rewards.worker_process import Worker\n"
+        "workers = [Worker(name, (lambda completions: [1.0 for _ in completions]), {}) for name in 'ab']\n"
+        "for worker in workers: worker.start()\n"
+        "print(*(worker._process.pid for worker in workers), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60)
+    left = [int(pid) for pid in done.stdout.split()]
+    assert len(left) == 2
+    deadline = time.monotonic() + 20
+    while any(psutil.pid_exists(pid) for pid in left) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in left)
 
 
 def test_workers_end_with_a_trainer_that_is_killed() -> None:

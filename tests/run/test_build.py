@@ -1,12 +1,15 @@
 """Config errors are raised before any weight loads: `model.name` does not exist, and no test reaches it."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from grpo.config.parser import load_config
+from grpo.data.rows import Example
 from grpo.errors import ConfigError
-from grpo.run.build import build_run, derived_values
+from grpo.run.build import build_run, derived_values, held_out_prompts
 from tests.fakes import tiny_data, tiny_folder
 
 
@@ -77,3 +80,15 @@ def test_effective_values_for_the_trackers() -> None:
     assert values["num_train_epochs"] == 2.0
     assert values["learning_rate"] == 1e-6
     assert values["run_name"] == "run-1"
+
+
+def test_held_out_prompts_over_the_limit_are_announced(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = SimpleNamespace(chat_template=None, bos_token_id=None, encode=lambda text, **_: list(text))
+    data = cast(Any, SimpleNamespace(tokenizer=tokenizer, stream=None))
+    rows = [Example(text) for text in ("a", "abc", "ab", "abcd")]
+    config = load_config(["--model.name=m", "--data.max_prompt_length=2"])
+    with caplog.at_level("WARNING"):
+        assert len(held_out_prompts(config, rows, data)) == 2
+    assert caplog.messages == [
+        "2 of 4 held-out prompts are longer than data.max_prompt_length 2 tokens, and are not evaluated",
+    ]

@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused_before_weights(folder: Path, monkeypatch: 
         resume(folder, "adapter", **{"lora.r": 4, "allow_changes": "[lora.r]"})
 
 
-def test_a_changed_reward_file_is_warned_about(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_reward_file_needs_a_flag(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = json.loads((folder / "whole" / "checkpoints" / "step-2" / "state.json").read_text())
     [name] = state["reward_sources"]
     assert state["reward_sources"][name]["file"] == str(folder / "count_a.py")
@@ -156,9 +156,14 @@ def test_a_changed_reward_file_is_warned_about(folder: Path, capsys: pytest.Capt
             f"def own(completions, **_):\n    return [len(str(c)) / {factor} for c in completions]\n"
         )
         shas.append(sha256_of(folder / "own.py")[:12])
+        if len(shas) == 2:
+            message = r"own.py:own' has changed .* that would be another run.*--allow_changes '\[rewards\]'"
+            with pytest.raises(ConfigError, match=message):
+                run(folder, "own", **own | settings)
+            settings = settings | {"allow_changes": "[rewards]"}
         run(folder, "own", **own | settings)
     out = capsys.readouterr().out
-    assert f"warning: reward '{folder}/own.py:own' has changed since the checkpoint was written" in out
+    assert f"warning: resume: reward '{folder}/own.py:own' has changed since the checkpoint was written" in out
     assert f"sha256 {shas[0]} -> {shas[1]}" in out and shas[0] != shas[1]
 
 

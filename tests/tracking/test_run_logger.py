@@ -18,7 +18,9 @@ from grpo.config.parser import load_config
 from grpo.config.schema import Config, TrackingConfig
 from grpo.errors import ConfigError, StorageError
 from grpo.runtime.messages import visible
+from grpo.tools.score_completions import score_rows
 from grpo.tracking.console import Display
+from grpo.tracking.rollout_reader import rows_of_step, search, with_columns
 from grpo.tracking.run_dir import choose_run_dir
 from grpo.tracking.run_logger import RunLogger
 from grpo.tracking.tracker import CompletionsTable, Tracker, check_trackers
@@ -233,3 +235,30 @@ def test_exit_code_stays_0_when_stdout_is_gone(shell: str) -> None:
     command = shell.format(f'"{sys.executable}" -c "{program}"')
     result = subprocess.run(["bash", "-c", command], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_columns_of_a_prompt_are_written_once_without_binary(tmp_path: Path) -> None:
+    """Readers get them in each row, from a step, from a search, and from files of older runs."""
+    columns = {"answer": "4", "image": b"x" * 100_000, "pixels": torch.zeros(64, 64), "few": torch.ones(2)}
+    made = [
+        {"step": step, "draw": 2 * step + p, "sample": s, "prompt": "q", "completion": f"c{s}", "columns": columns}
+        for step in (1, 2)
+        for p in (0, 1)
+        for s in range(4)
+    ]
+    logger = RunLogger(tmp_path, quiet(), {}, 0)
+    for step in (1, 2):
+        logger.log(step, {}, [row for row in made if row["step"] == step])
+    logger.finish()
+    path = tmp_path / "rollouts.jsonl"
+    assert path.stat().st_size < 4_000
+    assert [("columns" in row) for row in rows(path)] == [True, False, False, False] * 4
+    expected = {"answer": "4", "image": "<100000 bytes>", "pixels": "<Tensor of shape (64, 64)>", "few": [1.0, 1.0]}
+    assert [row["columns"] for row in rows_of_step(path, 2)] == [expected] * 8
+    found, _ = search(path, 2, 1, lambda rows: [row for row in rows if row["completion"] == "c3"], 10)
+    assert len(found) == 4 and all(row["columns"] == expected for row in found)
+    [scored] = score_rows(Config(rewards={"exact_match": 1.0}), with_columns(rows(path))[1:2])
+    assert scored["columns"] == expected
+    old = [{**row, "columns": {"answer": str(row["draw"])}} for row in rows(path)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in old))
+    assert rows_of_step(path, 1) == [row for row in old if row["step"] == 1]
