@@ -131,8 +131,10 @@ class Registry(Generic[T]):
 
     def _import_module(self, name: str, place: str) -> ModuleType:
         try:
-            with _folder_on_path(Path.cwd()):
+            with _folder_on_path(Path.cwd()), _while_importing(place):
                 return importlib.import_module(place)
+        except ConfigError:
+            raise
         except (Exception, SystemExit) as error:
             reason = error if isinstance(error, ImportError) else repr(error)
             raise ConfigError(f"{self.kind} '{name}': module '{place}' cannot be imported: {reason}") from error
@@ -155,12 +157,36 @@ class Registry(Generic[T]):
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module
         try:
-            with _folder_on_path(path.parent):
+            with _folder_on_path(path.parent), _while_importing(str(path)):
                 spec.loader.exec_module(module)
+        except ConfigError:
+            del sys.modules[module_name]
+            raise
         except (Exception, SystemExit) as error:
             del sys.modules[module_name]
             raise ConfigError(f"{self.kind} '{name}': {path} cannot be imported: {error!r}") from error
         return module
+
+
+_importing: list[str] = []
+
+
+@contextlib.contextmanager
+def _while_importing(place: str) -> Iterator[None]:
+    _importing.append(place)
+    try:
+        yield
+    finally:
+        _importing.pop()
+
+
+def check_is_no_import() -> None:
+    """Raise ConfigError if training starts while a file is imported for one of its functions."""
+    if _importing:
+        raise ConfigError(
+            f"{_importing[-1]} starts to train while it is imported for one of its functions: put the call below "
+            f"`if __name__ == '__main__':`"
+        )
 
 
 @contextlib.contextmanager

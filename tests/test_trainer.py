@@ -78,7 +78,8 @@ def test_a_run_leaves_everything_behind(tmp_path: Path) -> None:
         assert key == "step" or key in documented or "count_a" in key, f"{key} is not in docs/metrics.md"
     rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
     assert len(rollouts) == 4 * 3 * 4
-    assert {row["columns"]["pair_id"] for row in rollouts} <= set(range(12))
+    assert {row["columns"]["pair_id"] for row in rollouts if row["sample"] == 0} <= set(range(12))
+    assert all(("columns" in row) == (row["sample"] == 0) for row in rollouts)
     assert load_config([f"--config={folder / 'config.yaml'}"]) == load_config(arguments(tmp_path, "run"))
     model = AutoModelForCausalLM.from_pretrained(folder / "final")
     AutoTokenizer.from_pretrained(folder / "final")

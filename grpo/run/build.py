@@ -27,6 +27,7 @@ from grpo.experience import ExperienceCollector
 from grpo.models.strategies.registry import start_accelerator
 from grpo.models.weights import save_dtype
 from grpo.policy import Policy
+from grpo.registry import check_is_no_import
 from grpo.rewards.scoring import RewardSum
 from grpo.rewards.sources import changed_sources, reward_sources
 from grpo.rewards.workers import RewardWorkerPool
@@ -70,6 +71,7 @@ def build_run(config: Config) -> Run:
     Raises:
         ConfigError: Before any weight loads, for whatever can be known by then.
     """
+    check_is_no_import()
     check_config(config)
     check_components(config)
     config.data.examples = shown_examples(config.data)  # recorded with the run, whatever becomes of the file

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Literal
 
+import psutil
 import torch
 
 from grpo.runtime.env import env_count
@@ -59,12 +60,24 @@ def device_kind(device: torch.device) -> str:
 def cpu_threads(processes_here: int) -> int:
     """Return the number of threads for each process: the cores of this machine divided among its processes.
 
-    OMP_NUM_THREADS above 1 is the user's choice and is kept. 1 is what `accelerate launch` sets by default.
+    OMP_NUM_THREADS is the user's choice and is kept, except for the 1 that `accelerate launch` and torchrun set where
+    nobody chose.
     """
-    chosen = env_count("OMP_NUM_THREADS", 1)
-    if chosen > 1:
+    chosen = env_count("OMP_NUM_THREADS", 0)
+    if chosen > 1 or (chosen == 1 and not _set_by_launcher("OMP_NUM_THREADS")):
         return chosen
     return max(1, usable_cores() // max(1, env_count("LOCAL_WORLD_SIZE", processes_here)))
+
+
+def _set_by_launcher(name: str) -> bool:
+    """Return whether the launcher of this process has set an environment variable that it was not given."""
+    try:
+        parent = psutil.Process(os.getppid())
+        command = " ".join(parent.cmdline()[:6])
+        launches = any(word in command for word in ("accelerate", "torchrun", "torch.distributed"))
+        return launches and name not in parent.environ()
+    except psutil.Error:
+        return False
 
 
 def set_threads(device: torch.device, processes: int) -> None:

@@ -163,6 +163,11 @@ def reward(body: str, count: int = 2) -> Callable[[Path], Any]:
     return provoke
 
 
+def trains_when_imported(folder: Path) -> None:
+    (folder / "mine.py").write_text("from grpo import Config, train\ntrain(Config())\n")
+    RewardSum({f"{folder}/mine.py:score": 1.0})
+
+
 def reward_that_is_a_number(folder: Path) -> None:
     (folder / "mine.py").write_text("RATE = 0.5\n")
     RewardSum({f"{folder}/mine.py:RATE": 1.0})
@@ -741,6 +746,11 @@ CASES: dict[str, Case] = {
         reward_that_is_a_number,
         ConfigError,
         "reward 'DIR/mine.py:RATE': RATE is 0.5 (float), it must be a function or a class",
+    ),
+    "script that trains while it is imported": Case(
+        trains_when_imported,
+        ConfigError,
+        "DIR/mine.py starts to train while it is imported for one of its functions: put the call below `if __name__ == '__main__':`",
     ),
     "keyword argument of a reward that is not one of the rewards": Case(
         lambda _: RewardSum({"accuracy": 1.0}, {"brevity": {"limit": 20}}),

@@ -1,6 +1,9 @@
 """Threads and memory of the machine."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +24,26 @@ CPU = torch.device("cpu")
 
 def test_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = len(os.sched_getaffinity(0))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # what accelerate launch sets when nobody chose
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert cpu_threads(1) == cores
     assert cpu_threads(cores) == 1
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert cpu_threads(2) == 3
+    for chosen in (1, 3):
+        monkeypatch.setenv("OMP_NUM_THREADS", str(chosen))
+        assert cpu_threads(2) == chosen
+
+
+@pytest.mark.parametrize("chosen", [None, "1", "3"])
+def test_one_thread_is_a_choice_unless_the_launcher_made_it(tmp_path: Path, chosen: str | None) -> None:
+    """A launcher as `accelerate launch` is: it sets OMP_NUM_THREADS to 1 where the variable is not set."""
+    launcher = tmp_path / "accelerate"
+    launcher.write_text(
+        "import os, subprocess, sys\nos.environ.setdefault('OMP_NUM_THREADS', '1')\n"
+        "subprocess.run([sys.executable, '-c', 'from grpo.runtime.device import cpu_threads; print(cpu_threads(1))'])\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": chosen} if chosen else {}
+    done = subprocess.run([sys.executable, launcher], env=environment, capture_output=True, text=True)
+    assert int(done.stdout) == int(chosen or len(os.sched_getaffinity(0))), done.stderr
 
 
 def test_memory_of_this_process() -> None:

@@ -57,6 +57,17 @@ def test_both_must_hold(tmp_path: Path, feedback: int, lost: int, promoted: bool
     assert promote(tmp_path, decision, "old", "new", "v2").name == "gate-2.md"
 
 
+def test_too_few_questions_can_never_pass(tmp_path: Path) -> None:
+    """2 / 2^5 > 0.05 > 2 / 2^6: with six questions that are all gained, and with no five."""
+    same = compare(answers(9, 9), answers(9, 9))
+    assert decide(compare(answers(0, 6), answers(6, 6)), same).promote
+    for count in (1, 3, 5):
+        decision = decide(compare(answers(0, count), answers(count, count)), same)
+        assert not decision.promote and decision.reasons[0].startswith(f"{count} held-back questions are too few")
+    report = promote(tmp_path, decision, "old", "new", "v2").read_text()
+    assert "| none: at least 100.0 points gained |" in report and "| none |" in report and "-100" not in report
+
+
 def test_nothing_is_in_use_at_first(tmp_path: Path) -> None:
     assert current(tmp_path) is None
 

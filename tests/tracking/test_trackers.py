@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from grpo.config.schema import Config, TrackingConfig
+from grpo.config.schema import Config, TrackingConfig, flatten, to_dict
 from grpo.tracking.run_logger import RunLogger
-from grpo.tracking.tracker import completions_table
+from grpo.tracking.tracker import TrackedRun, completions_table
+from grpo.tracking.trackers.wandb import names_of
 from tests.test_trainer import run
 
 HOSTILE = "<img src=x onerror=alert(1)> [x](javascript:alert(1)) ``` \x1b[2J"
@@ -157,3 +158,18 @@ def test_trackio_holds_every_step_once_and_the_completions(
     [table] = [row["completions"]["_value"] for row in stored if "completions" in row]
     assert table[0]["completion"] == "2" and table[0]["reward/format"] is None
     assert table[1]["completion"].startswith("&lt;img src=x") and "\x1b" not in table[1]["completion"]
+
+
+def test_names_from_the_environment_of_wandb_win_over_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(**settings: Any) -> dict[str, str | None]:
+        config = flatten(to_dict(Config(tracking=TrackingConfig(**settings))))
+        project, name = config["tracking.project"], config["tracking.run_name"] or "model-data-time"
+        return names_of(TrackedRun(tmp_path, project, name, config))
+
+    for variable in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_RUN_GROUP"):
+        monkeypatch.delenv(variable, raising=False)
+    assert names() == {"project": "GRPO-Fine-Tuning", "name": "model-data-time", "group": None}
+    for variable, value in {"WANDB_PROJECT": "p", "WANDB_NAME": "n", "WANDB_RUN_GROUP": "g"}.items():
+        monkeypatch.setenv(variable, value)
+    assert names() == {"project": "p", "name": "n", "group": "g"}
+    assert names(project="mine", run_name="run") == {"project": "mine", "name": "run", "group": "g"}

@@ -16,7 +16,7 @@ from grpo.errors import ConfigError
 from grpo.models.strategies.registry import start_accelerator
 from grpo.rewards.prose import words
 from grpo.tools.community.feedback_file import read_feedback
-from grpo.tools.community.gate import compare, current, decide, promote, set_current
+from grpo.tools.community.gate import NEEDED, compare, current, decide, promote, set_current
 from grpo.tools.community.merge import merge, read_rows_of, versions_in, write_version
 from grpo.tools.community.supervised import Continuation, continue_training
 from grpo.tools.evaluate_model import Evaluator
@@ -73,6 +73,12 @@ def run_cycle(
     if output.exists():
         print(f"{version} was tried already: {output}")
         return None
+    held_back = len(split_rows(version)[1])
+    if held_back < NEEDED:
+        print(
+            f"warning: {held_back} corrected rows are held back for the gate, which can only promote with at least "
+            f"{NEEDED}: the candidate will be trained and compared, and the model in use stays. Collect more feedback"
+        )
     candidate = train_candidate(root, in_use["model"], output, recipe)
     report = gate_candidate(root, in_use["model"], str(candidate), regression, max_completion_length)
     print(report.read_text(encoding="utf-8"))

@@ -23,6 +23,8 @@ from grpo.runtime.statistics import mcnemar
 TOLERANCE = 0.01
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+NEEDED = 6
+"""Fewest held-back questions with which the gate can pass: 2 / 2^6 = 0.031, but 2 / 2^5 = 0.0625."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,12 @@ def compare(old: list[bool], new: list[bool], seed: int = 0) -> Comparison:
 def decide(feedback: Comparison, regression: Comparison) -> Decision:
     """Decide on promotion, with a reason for each condition that fails."""
     reasons = []
-    if not (feedback.gained > feedback.lost and feedback.mcnemar_p < 1 - CONFIDENCE):
+    if feedback.questions < NEEDED:
+        reasons.append(
+            f"{feedback.questions} held-back questions are too few: even if all were gained, p would be "
+            f"{2 / 2**feedback.questions:.3f}; {NEEDED} are needed. Collect more feedback"
+        )
+    elif not (feedback.gained > feedback.lost and feedback.mcnemar_p < 1 - CONFIDENCE):
         reasons.append(
             f"held-out feedback did not improve: {feedback.old:.1%} -> {feedback.new:.1%} of {feedback.questions} "
             f"({feedback.gained} gained, {feedback.lost} lost, p = {feedback.mcnemar_p:.3f}, needs < 0.05)"
@@ -120,12 +127,18 @@ def promote(root: Path, decision: Decision, old: str, new: str, data: str) -> Pa
     number = len(list(root.glob("gate-*.json"))) + 1
     in_use = new if decision.promote else old
     verdict = f"promoted: {new}" if decision.promote else f"kept: {old}. {'; '.join(decision.reasons)}"
-    lines = ["# Gate", "", verdict, "", "| set | questions | old | new | gained | lost | p (McNemar) | loss at most |"]
+    lines = [
+        "# Gate",
+        "",
+        verdict,
+        "",
+        "| set | questions | old | new | gained | lost | p (McNemar) | largest loss at 95 % |",
+    ]
     lines.append("|---|---|---|---|---|---|---|---|")
     for name, found in (("held-out feedback", decision.feedback), ("frozen regression", decision.regression)):
         lines.append(
             f"| {name} | {found.questions} | {found.old:.1%} | {found.new:.1%} | {found.gained} | {found.lost} | "
-            f"{found.mcnemar_p:.2g} | {100 * found.largest_loss:.1f} points |"
+            f"{found.mcnemar_p:.2g} | {_loss(found)} |"
         )
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -137,6 +150,18 @@ def promote(root: Path, decision: Decision, old: str, new: str, data: str) -> Pa
     except OSError as error:
         raise StorageError(f"cannot write the gate's decision to {root}: {error}") from error
     return report
+
+
+def _loss(found: Comparison) -> str:
+    """Return the bound of the loss in words: "1.2 points", "none: at least 3.0 points gained"."""
+    points = 100 * found.largest_loss
+    return (
+        f"{points:.1f} points"
+        if points > 0
+        else f"none: at least {-points:.1f} points gained"
+        if points < 0
+        else "none"
+    )
 
 
 def set_current(root: Path, model: str, data: str | None = None) -> None:

@@ -6,10 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from grpo.config.schema import TrackingConfig
 from grpo.runtime.env import load_keys
 from grpo.tracking.tracker import CompletionsTable, TrackedRun, Tracker, register_tracker
 
 log = logging.getLogger(__name__)
+
+
+def names_of(run: TrackedRun) -> dict[str, str | None]:
+    """Return project, name and group of a run. W&B's environment variables win over defaults, not over the config."""
+    chosen_project = run.settings.get("tracking.project") != TrackingConfig().project
+    chosen_name = run.settings.get("tracking.run_name") is not None
+    return {
+        "project": run.project if chosen_project else os.environ.get("WANDB_PROJECT") or run.project,
+        "name": run.name if chosen_name else os.environ.get("WANDB_NAME") or run.name,
+        "group": os.environ.get("WANDB_RUN_GROUP") or None,
+    }
 
 
 @register_tracker("wandb")
@@ -41,9 +53,7 @@ class Wandb(Tracker):
         if run.resume_step > 0 and known:
             resumed = {"id": known[-1].name.rpartition("-")[2], "resume": "allow"}
         self._table = wandb.Table
-        self._wandb_run = wandb.init(
-            project=run.project, name=run.name, config=run.settings, dir=str(run.run_dir), mode=mode, **resumed
-        )
+        self._wandb_run = wandb.init(**names_of(run), config=run.settings, dir=str(run.run_dir), mode=mode, **resumed)
 
     @classmethod
     def upload_hint(cls, run_dir: Path) -> str:
