@@ -13,7 +13,7 @@ from grpo.tracking.tracker import CompletionsTable, TrackedRun, Tracker, registe
 log = logging.getLogger(__name__)
 
 
-def names_of(run: TrackedRun) -> dict[str, str | None]:
+def names_of(run: TrackedRun) -> dict[str, Any]:
     """Return project, name and group of a run. W&B's environment variables win over defaults, not over the config."""
     chosen_project = run.settings.get("tracking.project") != TrackingConfig().project
     chosen_name = run.settings.get("tracking.run_name") is not None
