@@ -183,8 +183,9 @@ class GroupScan:
         ends = [[token if token >= prompt.start else zero for token in self._end(prompt)] for prompt in prompts]
         self.ends = self._index([token for end in ends for token in end])
         self.wide, self.narrow = self._convolution(prompts, completions, zero)
-        self.stages = (self._stage(prompts, zero), self._stage(completions, zero))
-        places = [token for stage in self.stages for chunk in stage.chunks for token in chunk.flatten().tolist()]
+        places: list[int] = []
+        """Token at each place of the chunks' outputs."""
+        self.stages = (self._stage(prompts, zero, places), self._stage(completions, zero, places))
         back = [0] * zero
         for place, token in enumerate(places):
             if token < zero:
@@ -275,12 +276,14 @@ class GroupScan:
             wide += [*history, *sequence]
         return self._index(wide), self._index(windows)
 
-    def _stage(self, sequences: list[range], padding: int) -> _Stage:
+    def _stage(self, sequences: list[range], padding: int, places: list[int]) -> _Stage:
         order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
         chunks = []
         for start in range(0, len(sequences[order[0]]) if order else 0, CHUNK):
             rows = [sequences[index][start : start + CHUNK] for index in order if len(sequences[index]) > start]
-            chunks.append(self._index([[*row, *[padding] * (len(rows[0]) - len(row))] for row in rows]))
+            padded = [[*row, *[padding] * (len(rows[0]) - len(row))] for row in rows]
+            places += [token for row in padded for token in row]
+            chunks.append(self._index(padded))
         return _Stage(order, chunks)
 
     def _index(self, values: list[int] | list[list[int]]) -> Tensor:

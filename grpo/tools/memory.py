@@ -30,6 +30,7 @@ from grpo.models.families import describe
 from grpo.models.loading import recompute_activations
 from grpo.models.logprob_model import LogprobModel
 from grpo.models.lora import add_adapter
+from grpo.models.mixers import use_grpo_mixers
 from grpo.models.strategies.base import Machine, ModelSize
 from grpo.models.strategies.registry import strategy_class
 from grpo.packing import PackedBatch, pack
@@ -227,6 +228,7 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation="sdpa").train()
         made.set_attn_implementation(NAME)
+        use_grpo_mixers(made)
         if config.lora.r is not None:
             add_adapter(made, config.lora, base="")
         if config.model.gradient_checkpointing:
