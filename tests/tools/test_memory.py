@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from grpo.config.parser import load_config
-from grpo.models.logprob_model import LogprobModel
+from grpo.models.logprob_model import LogprobModel, use_grpo_attention
 from grpo.models.strategies.base import Machine
 from grpo.models.strategies.registry import machine_of
 from grpo.tools.memory import LiveBytes, cache_per_slot, estimate, simulate, step_batches
 from tests.fakes import tiny_model
+from tests.hybrids import hybrid
 
 ROOT = Path(__file__).parents[2]
 FLAGS = [
@@ -95,3 +96,18 @@ def test_offloading_is_read_from_the_profile(tmp_path: Path) -> None:
     path = tmp_path / "offloaded.yaml"
     path.write_text(text.replace("fsdp_offload_params: false", "fsdp_offload_params: true"))
     assert machine_of(str(path)) == Machine("fsdp2", 8, "bf16", False, True, True)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "jamba"])
+def test_a_hybrid_is_simulated_with_the_layers_that_train(family: str) -> None:
+    model, config = hybrid(family).train(), load_config(FLAGS)
+    assert use_grpo_attention(model)
+    batch = max(step_batches(config, 6, 1), key=lambda batch: len(batch.input_ids_T))
+    logprob_model, live = LogprobModel(model, uses_packed_attention=True, temperature=1.0), LiveBytes()
+    logprob_model.accumulate_grads_inplace = True
+    with live:
+        logprobs, _ = logprob_model(batch)
+    with live:
+        logprobs.sum().backward()
+    gradients = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert simulate(model, config, 6, Machine()).activations == pytest.approx(live.peak - gradients, rel=0.05)
