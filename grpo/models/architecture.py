@@ -40,6 +40,14 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return int(text_config(model.config).vocab_size)
 
 
+def probe_ids(count: int, vocabulary: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return `count` token ids spread over the vocabulary, for comparisons of two implementations.
+
+    Small ids are special tokens. Those that training never saw amplify the rounding of 16-bit products in a real model.
+    """
+    return torch.arange(1, count + 1, device=device) * vocabulary // (count + 1)
+
+
 def text_decoder(model: PreTrainedModel) -> Any:
     """Return the module that turns token ids into last hidden states."""
     base: Any = model.base_model
@@ -148,7 +156,7 @@ def find_transform(model: PreTrainedModel, tolerance: float, path: str) -> Logit
     """
     config = text_config(model.config)
     device = next(model.parameters()).device
-    ids = (torch.arange(2, 2 + 16, device=device) * 7 % vocabulary_size(model))[None]
+    ids = probe_ids(16, vocabulary_size(model), device)[None]
     logits = model(input_ids=ids, use_cache=False).logits[0].float()
     hidden = text_decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0].float()
     head: Any = model.get_output_embeddings()

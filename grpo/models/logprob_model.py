@@ -15,7 +15,7 @@ from grpo.kernels.attention import NAME, GroupSpan, PackedLayout, grpo_attention
 from grpo.kernels.head import training_dtypes
 from grpo.kernels.registry import switch_off
 from grpo.logprobs import token_logprobs
-from grpo.models.architecture import head_bias, logit_transform, text_config, text_decoder, vocabulary_size
+from grpo.models.architecture import head_bias, logit_transform, probe_ids, text_config, text_decoder, vocabulary_size
 from grpo.models.families import describe
 from grpo.models.lora import head_weight
 from grpo.models.mixers import has_mixers, layout_arguments, use_grpo_mixers
@@ -243,14 +243,15 @@ def probe_batch(vocabulary: int) -> PackedBatch:
     predictor: list[int] = []
     tokens: list[int] = []
     spans, lengths = [], []
+    spread = iter(probe_ids(17, vocabulary).tolist())
     for prompt_length, completion_lengths in ((5, (4, 2)), (3, (3,))):
         start = len(ids)
         spans.append(GroupSpan(start, prompt_length, completion_lengths))
         positions += range(prompt_length)
-        ids += [(7 * (start + i) + 3) % vocabulary for i in range(prompt_length)]
+        ids += [next(spread) for _ in range(prompt_length)]
         for length in completion_lengths:
             first = len(ids)
-            new = [(11 * (first + i) + 5) % vocabulary for i in range(length)]
+            new = [next(spread) for _ in range(length)]
             predictor += [start + prompt_length - 1, *range(first, first + length - 1)]
             ids += new
             tokens += new

@@ -19,7 +19,7 @@ class Precision:
     copy: float
     """Two copies of one model (policy and reference before the first step): largest difference of a token."""
     hidden: float
-    """Two implementations of one model: norm of the difference of their hidden states over the norm of the states."""
+    """Two implementations of one model: relative difference of their hidden states (norms), median over tokens."""
     sync_factor: float
     """Verification of weight sync, with all weights scaled: multiple of `logprob` that is allowed."""
     sync_scale: float = 2.0
