@@ -28,8 +28,14 @@ from shared import script_parser, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ROOT / "benchmarks" / "mutations"
-PRELOADED = ("torch", "transformers", "accelerate", "peft", "safetensors.torch", "datasets", "hypothesis", "rich")
-"""Imported once: each run of tests is a fork of this process, and only imports the project and the tests."""
+PROJECT = ("grpo", "tests", "benchmarks")
+LISTED = (
+    "import sys, hypothesis, tests.fakes, grpo.run.build, transformers.models.qwen2.modeling_qwen2;"
+    "print('\\n'.join(name for name in sys.modules if name.partition('.')[0] not in "
+    + repr((*PROJECT, "__main__"))
+    + "))"
+)
+"""Program that lists the libraries that the project imports."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +82,9 @@ def main() -> None:
     options = parser.parse_args()
     chosen = [m for m in mutations(options.area) if options.only is None or m.name in options.only]
     chosen = [m for m in chosen if options.file is None or m.file == options.file]
-    for name in PRELOADED:
-        importlib.import_module(name)
     results = []
     with copied_tree() as tree:
+        import_libraries(tree)
         for tests in dict.fromkeys(m.tests for m in chosen if not m.equivalent):
             if run_tests(tree, tests, options.timeout) != 0:
                 sys.exit(f"the tests fail without a mutation: pytest {tests}")
@@ -126,6 +131,19 @@ def copied_tree() -> Iterator[Path]:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target)
         yield Path(folder)
+
+
+def import_libraries(tree: Path) -> None:
+    """Import the libraries once: each run of tests is a fork of this process, and imports only the project and tests."""
+    listed = subprocess.run([sys.executable, "-c", LISTED], cwd=tree, env=_environment(tree), capture_output=True)
+    for name in listed.stdout.decode().split():
+        with contextlib.suppress(Exception):  # some modules can only be imported by their own package
+            importlib.import_module(name)
+
+
+def _environment(tree: Path) -> dict[str, str]:
+    """Return the environment of processes that use the copy."""
+    return {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def judge(tree: Path, mutation: Mutation, timeout: float) -> Result:
@@ -176,7 +194,7 @@ def _in_child(tree: Path, tests: str) -> int:
     os.chdir(tree)
     sys.path.insert(0, str(tree))
     sys.dont_write_bytecode = True  # a stale .pyc could hide a mutation of the same size and second
-    os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ |= _environment(tree)
     log = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(log, stream)
