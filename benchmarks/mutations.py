@@ -3,9 +3,12 @@
     python benchmarks/mutations.py [--area rollout] [--file grpo/losses.py] [--only NAME ...] [--output FILE.json]
 
 The mutations are data: benchmarks/mutations/*.yaml, each with a file, a text in it, its replacement, and the tests of
-that file. First the tests run without a mutation, and must pass. Then each mutation is applied, its tests run until the
-first failure, and the file is restored. killed: a test failed. survived: none did. A mutation that changes nothing that
-can be observed is equivalent: its entry gives the reason, and it is not run.
+that file. First the tests run without a mutation, and must pass. Then each mutation is applied, its tests run until
+the first failure, and the file is restored. killed: a test failed. survived: none did. stale: the text is no longer
+there, and the entry must be updated. A mutation that changes nothing that can be observed is equivalent: its entry
+gives the reason, and it is not run.
+
+    python benchmarks/mutations.py --page            docs/results/mutations.json -> docs/mutations.md
 """
 
 import contextlib
@@ -21,21 +24,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from shared import script_parser, write_json
+from shared import DOCS, RESULTS, markdown, read_json, script_parser, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ROOT / "benchmarks" / "mutations"
-PROJECT = ("grpo", "tests", "benchmarks")
-LISTED = (
-    "import sys, hypothesis, tests.fakes, grpo.run.build, transformers.models.qwen2.modeling_qwen2;"
-    "print('\\n'.join(name for name in sys.modules if name.partition('.')[0] not in "
-    + repr((*PROJECT, "__main__"))
-    + "))"
-)
-"""Program that lists the libraries that the project imports."""
+PAGE = DOCS / "mutations.md"
+PRELOADED = ("torch", "transformers", "accelerate", "peft", "safetensors.torch", "datasets", "hypothesis", "rich")
+"""Imported once: each run of tests is a fork of this process, and imports only the project and the tests."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Mutation:
 
 @dataclass
 class Result:
-    """What became of a mutation: killed, survived or equivalent."""
+    """What became of a mutation: killed, survived, stale or equivalent."""
 
     name: str
     file: str
@@ -79,29 +78,69 @@ def main() -> None:
     parser.add_argument("--file", help="only the mutations of this file")
     parser.add_argument("--output", help="write the JSON here")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for the tests of one mutation")
+    parser.add_argument("--page", action="store_true", help="write docs/mutations.md from the stored results")
     options = parser.parse_args()
+    if options.page:
+        PAGE.write_text(page(read_json(RESULTS / "mutations.json")), encoding="utf-8")
+        return
     chosen = [m for m in mutations(options.area) if options.only is None or m.name in options.only]
     chosen = [m for m in chosen if options.file is None or m.file == options.file]
+    for name in PRELOADED:
+        importlib.import_module(name)
     results = []
     with copied_tree() as tree:
-        import_libraries(tree)
         for tests in dict.fromkeys(m.tests for m in chosen if not m.equivalent):
             if run_tests(tree, tests, options.timeout) != 0:
                 sys.exit(f"the tests fail without a mutation: pytest {tests}")
         for mutation in chosen:
             results.append(judge(tree, mutation, options.timeout))
             print(line(results[-1]), flush=True)
-    verdicts = Counter(result.verdict for result in results)
-    judged = verdicts["killed"] + verdicts["survived"]
-    print(f"{len(results)} mutations: {', '.join(f'{count} {verdict}' for verdict, count in verdicts.items())}")
-    print(f"{verdicts['killed'] / max(1, judged):.1%} of those that are not equivalent were killed")
+    report = {
+        "command": "python benchmarks/mutations.py --output docs/results/mutations.json",
+        "mutations": [asdict(result) for result in results],
+    }
+    print(summary(report))
     if options.output:
-        report = {
-            "command": "python benchmarks/mutations.py --output docs/results/mutations.json",
-            "verdicts": dict(verdicts),
-            "mutations": [asdict(result) for result in results],
-        }
         write_json(options.output, report)
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Return the counts in a sentence."""
+    verdicts = Counter(row["verdict"] for row in report["mutations"])
+    judged = verdicts["killed"] + verdicts["survived"]
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
+    return (
+        f"{verdicts.total()} mutations: {counts}. {verdicts['killed'] / max(1, judged):.1%} of those that are not "
+        f"equivalent were killed."
+    )
+
+
+def page(report: dict[str, Any]) -> str:
+    """Return docs/mutations.md."""
+    rows = report["mutations"]
+    lines = [
+        "# Mutation tests",
+        "",
+        f"`{report['command']}` puts small faults into a copy of the code, one at a time, and runs the fast tests of "
+        "the mutated file. A fault is killed if a test fails. The faults are in `benchmarks/mutations/*.yaml`.",
+        "",
+        summary(report),
+        "",
+        "| file | faults | killed | survived | equivalent |",
+        "|---|---|---|---|---|",
+    ]
+    for file in dict.fromkeys(row["file"] for row in rows):
+        of_file = Counter(row["verdict"] for row in rows if row["file"] == file)
+        counts = " | ".join(str(of_file[verdict]) for verdict in ("killed", "survived", "equivalent"))
+        lines.append(f"| `{file}` | {of_file.total()} | {counts} |")
+    for verdict, title in (("survived", "Not noticed"), ("equivalent", "Equivalent")):
+        found = [row for row in rows if row["verdict"] == verdict]
+        if found:
+            lines += ["", f"## {title}", "", "| file | fault | reason |", "|---|---|---|"]
+            lines += [f"| `{row['file']}` | {row['name']} | {row['reason']} |" for row in found]
+    lines += ["", "## Killed", "", "| file | fault |", "|---|---|"]
+    lines += [f"| `{row['file']}` | {row['name']} |" for row in rows if row["verdict"] == "killed"]
+    return markdown(lines)
 
 
 def names_of_lists() -> list[str]:
@@ -133,26 +172,14 @@ def copied_tree() -> Iterator[Path]:
         yield Path(folder)
 
 
-def import_libraries(tree: Path) -> None:
-    """Import the libraries once: each run of tests is a fork of this process, and imports only the project and tests."""
-    listed = subprocess.run([sys.executable, "-c", LISTED], cwd=tree, env=_environment(tree), capture_output=True)
-    for name in listed.stdout.decode().split():
-        with contextlib.suppress(Exception):  # some modules can only be imported by their own package
-            importlib.import_module(name)
-
-
-def _environment(tree: Path) -> dict[str, str]:
-    """Return the environment of processes that use the copy."""
-    return {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-
-
 def judge(tree: Path, mutation: Mutation, timeout: float) -> Result:
     """Apply a mutation, run its tests, and restore the file."""
     if mutation.equivalent:
         return Result(mutation.name, mutation.file, "equivalent", mutation.tests, reason=mutation.equivalent)
     path, start = tree / mutation.file, time.perf_counter()
     original = path.read_text(encoding="utf-8")
-    check_applies(mutation, original)
+    if not applies(mutation, original):
+        return Result(mutation.name, mutation.file, "stale", mutation.tests)
     path.write_text(original.replace(mutation.old, mutation.new), encoding="utf-8")
     try:
         code = run_tests(tree, mutation.tests, timeout)
@@ -162,11 +189,9 @@ def judge(tree: Path, mutation: Mutation, timeout: float) -> Result:
     return Result(mutation.name, mutation.file, verdict, mutation.tests, round(time.perf_counter() - start, 1))
 
 
-def check_applies(mutation: Mutation, text: str) -> None:
-    """Raise ValueError unless the file holds the old text exactly once."""
-    found = text.count(mutation.old)
-    if found != 1 or mutation.old == mutation.new:
-        raise ValueError(f"{mutation.file}: '{mutation.name}' applies {found} times: update benchmarks/mutations/")
+def applies(mutation: Mutation, text: str) -> bool:
+    """Return whether the file holds the old text exactly once."""
+    return text.count(mutation.old) == 1 and mutation.old != mutation.new
 
 
 def run_tests(tree: Path, tests: str, timeout: float) -> int:
@@ -194,7 +219,7 @@ def _in_child(tree: Path, tests: str) -> int:
     os.chdir(tree)
     sys.path.insert(0, str(tree))
     sys.dont_write_bytecode = True  # a stale .pyc could hide a mutation of the same size and second
-    os.environ |= _environment(tree)
+    os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     log = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(log, stream)
