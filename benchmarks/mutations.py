@@ -89,12 +89,14 @@ def main() -> None:
         importlib.import_module(name)
     results = []
     with copied_tree() as tree:
-        for tests in dict.fromkeys(m.tests for m in chosen if not m.equivalent):
-            if run_tests(tree, tests, options.timeout) != 0:
-                sys.exit(f"the tests fail without a mutation: pytest {tests}")
+        tests = dict.fromkeys(m.tests for m in chosen if not m.equivalent)
+        failing = [given for given in tests if run_tests(tree, given, options.timeout) != 0]
+        if failing:
+            print("these tests fail without a mutation:", *failing, sep="\n  ", file=sys.stderr)
         for mutation in chosen:
-            results.append(judge(tree, mutation, options.timeout))
-            print(line(results[-1]), flush=True)
+            if mutation.tests not in failing:
+                results.append(judge(tree, mutation, options.timeout))
+                print(line(results[-1]), flush=True)
     report = {
         "command": "python benchmarks/mutations.py --output docs/results/mutations.json",
         "mutations": [asdict(result) for result in results],
@@ -102,6 +104,8 @@ def main() -> None:
     print(summary(report))
     if options.output:
         write_json(options.output, report)
+    if failing:
+        sys.exit(1)
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -185,6 +189,8 @@ def judge(tree: Path, mutation: Mutation, timeout: float) -> Result:
         code = run_tests(tree, mutation.tests, timeout)
     finally:
         path.write_text(original, encoding="utf-8")
+    if code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+        return Result(mutation.name, mutation.file, "stale", mutation.tests, reason="there are no such tests")
     verdict = "survived" if code == 0 else "killed"
     return Result(mutation.name, mutation.file, verdict, mutation.tests, round(time.perf_counter() - start, 1))
 
@@ -205,8 +211,6 @@ def run_tests(tree: Path, tests: str, timeout: float) -> int:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             code = os.waitstatus_to_exitcode(status)
-            if code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
-                sys.exit(f"no tests: pytest {tests}")
             return code if code >= 0 else -1
         time.sleep(0.02)
     os.killpg(child, 9)
