@@ -94,8 +94,9 @@ def test_gdpo_leaves_out_what_does_not_apply() -> None:
     got = per_reward_advantages(
         {"a": torch.tensor([[1.0, 0.0, nan]]), "b": torch.tensor([[nan, nan, nan]])}, {"a": 1.0, "b": 1.0}
     )
+    # Reward a gives +-0.5 / 0.7072 = +-0.70701. Their standard deviation is 0.99986, without the one without a reward.
     assert got[0, 2] == 0
-    assert got[0, 0] == -got[0, 1] > 0
+    assert got[0, 0] == -got[0, 1] and abs(got[0, 0] - 0.70701 / (0.99986 + 1e-4)) < 1e-4
 
 
 def test_subsets_by_hand() -> None:

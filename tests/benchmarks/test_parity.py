@@ -18,6 +18,7 @@ from benchmarks.parity import (
     compare,
     make_model,
     masked_factor,
+    random_cases,
     run_ours,
     run_trl,
     total_norm,
@@ -50,6 +51,13 @@ def test_losses_and_gradients_are_trls(loss_type: str) -> None:
     for row in rows:
         assert max(row["loss"], row["gradient_norm"], row["gradient"]) <= 1e-5, row
         assert loss_type in ("sapo", "vespo") or row["clipped"] > 0 or "epsilon_high" not in row["setting"], row
+
+
+def test_random_settings_are_trls_too() -> None:
+    """The first 24 of the 300 of benchmarks/parity.py."""
+    for case in random_cases(24):
+        row = compare(case)
+        assert max(row["loss"], row["gradient_norm"], row["gradient"]) <= 1e-5, row
 
 
 def test_five_adamw_steps_end_with_equal_weights() -> None:
