@@ -71,8 +71,8 @@ def test_tensorboard_holds_metrics_jsonl_and_the_completions(tmp_path: Path, res
     written = log_four_steps(tmp_path, "tensorboard", resume)
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0})
     events.Reload()
-    read = {event.step: event.tensor_proto.double_val[0] for event in events.Tensors("reward/mean")}
-    assert read == {row["step"]: row["reward/mean"] for row in written} and len(read) == 4
+    read = {event.step: event.value for event in events.Scalars("reward/mean")}  # float32
+    assert read == pytest.approx({row["step"]: row["reward/mean"] for row in written}, rel=1e-6) and len(read) == 4
     [text] = events.Tensors("completions/text_summary")
     markdown = text.tensor_proto.string_val[0].decode()
     assert text.step == 1 and "reward/accuracy 1.0" in markdown
@@ -85,14 +85,15 @@ def test_a_whole_run_in_tensorboard_equals_metrics_jsonl(tmp_path: Path) -> None
 
     extra = {"tracking.report_to": "[tensorboard]", "tracking.log_completions": "true", "steps": 3}
     written = run(tmp_path, "run", **extra)
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"tensors": 0})
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0})
     events.Reload()
     read: dict[int, dict[str, Any]] = {row["step"]: {"step": row["step"]} for row in written}
-    for key in events.Tags()["tensors"]:
-        if key != "completions/text_summary":
-            for event in events.Tensors(key):
-                read[event.step][key] = event.tensor_proto.double_val[0]
-    assert list(read.values()) == written
+    assert events.Tags()["tensors"] == ["completions/text_summary"]
+    for key in events.Tags()["scalars"]:
+        for event in events.Scalars(key):
+            read[event.step][key] = event.value
+    for row, logged in zip(read.values(), written, strict=True):
+        assert row == pytest.approx(logged, rel=1e-6)
     assert [event.step for event in events.Tensors("completions/text_summary")] == [1, 2, 3]
 
 

@@ -24,7 +24,7 @@ class TensorBoard(Tracker):
 
     def log(self, step: int, metrics: Mapping[str, float], table: CompletionsTable | None) -> None:
         for key, value in metrics.items():
-            self._writer.add_scalar(key, value, step, new_style=True, double_precision=True)
+            self._writer.add_scalar(key, value, step)  # plain: EventAccumulator.Scalars does not read the new style
         if table is not None:
             self._writer.add_text("completions", _markdown(table), step)
 
