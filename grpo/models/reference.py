@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from grpo.errors import ConfigError
+from grpo.kernels.transfer import on_host, to_device
 from grpo.models.lora import Adapter, adapter_disabled
 from grpo.packing import PackedBatch
 
@@ -29,7 +30,10 @@ class FrozenReference:
         self.logprob_model, self.device, self.offload = logprob_model, device, offload
         logprob_model.requires_grad_(False).eval()
         if offload:
-            logprob_model.to("cpu")
+            for buffer in logprob_model.buffers():
+                buffer.data = buffer.data.to(device)
+            for parameter in logprob_model.parameters():
+                parameter.data = on_host(parameter.data, device)
 
     @property
     def model(self) -> nn.Module:
@@ -40,11 +44,15 @@ class FrozenReference:
         """Return logprobs [N] of each batch. Offloaded weights are moved to the device once for all batches."""
         if not self.offload:
             return _logprobs(self.logprob_model, batches)
-        self.logprob_model.to(self.device)
+        parameters = list(self.logprob_model.parameters())
+        on_cpu = [parameter.data for parameter in parameters]
         try:
+            for parameter, tensor in zip(parameters, on_cpu, strict=True):
+                parameter.data = to_device(tensor, self.device)
             return _logprobs(self.logprob_model, batches)
-        finally:
-            self.logprob_model.to("cpu")
+        finally:  # they were only read: nothing is copied back
+            for parameter, tensor in zip(parameters, on_cpu, strict=True):
+                parameter.data = tensor
 
     @torch.no_grad()
     def sync(self, policy_weights: Iterable[tuple[str, Tensor]], alpha: float) -> None:

@@ -14,12 +14,15 @@ from typing import Literal
 import psutil
 import torch
 
+from grpo.errors import ConfigError
 from grpo.runtime.env import env_count
 from grpo.runtime.limits import available_memory, usable_cores
 
 # Transparent huge pages (2 MB) for large tensors on Linux: the first access to a page of 4 KB costs one to two
 # microseconds. torch reads the variable at its first CPU tensor, so it is set when this module is imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+BFLOAT16_CAPABILITY = (8, 0)
 
 
 @contextlib.contextmanager
@@ -84,6 +87,36 @@ def set_threads(device: torch.device, processes: int) -> None:
     """Divide the cores among `processes` that compute on the CPU. Other devices keep torch's default."""
     if is_cpu(device):
         torch.set_num_threads(cpu_threads(processes))
+
+
+def has_fused_optimizer(device: torch.device) -> bool:
+    """Return whether torch's optimizers have a fused implementation for `device` that this trainer uses."""
+    return device.type in ("cpu", "cuda")
+
+
+def check_gpus(processes_here: int, mixed_precision: str | None) -> None:
+    """Check the GPUs of this machine against what the launch requested. Does nothing without a GPU.
+
+    Raises:
+        ConfigError: there are fewer GPUs than processes, or they have no bfloat16.
+    """
+    if not torch.cuda.is_available():
+        return
+    found = torch.cuda.device_count()
+    if processes_here > found:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        limit = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
+        raise ConfigError(
+            f"num_processes starts {processes_here} processes on this machine, which shows {found} GPUs{limit}: set "
+            f"num_processes to {found} in the file of --config_file, or with accelerate launch --num_processes"
+        )
+    capability = torch.cuda.get_device_capability(0)
+    if mixed_precision == "bf16" and torch.version.hip is None and capability < BFLOAT16_CAPABILITY:
+        raise ConfigError(
+            f"mixed_precision is bf16, which {torch.cuda.get_device_name(0)} (compute capability {capability[0]}."
+            f"{capability[1]}) only emulates; 8.0 is needed: use --config_file accelerate_configs/single_gpu_fp16.yaml, "
+            f'or set mixed_precision to fp16 or "no"'
+        )
 
 
 def configure(device: torch.device) -> None:

@@ -42,6 +42,7 @@ from grpo.run.checkpointer import find_checkpoint
 from grpo.run.components import check_components
 from grpo.run.contents import check_contents
 from grpo.run.final import write_final
+from grpo.runtime.device import check_gpus
 from grpo.runtime.env import env_count
 from grpo.runtime.oom import memory_advice, phase
 from grpo.runtime.run_lock import RunLock, check_free
@@ -302,6 +303,16 @@ def accelerate_setting(_: Path) -> None:
         check_accelerate_settings()
 
 
+def two_turing_gpus(processes: int, precision: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
+        patch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+        patch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+        check_gpus(processes, precision)
+
+
 def no_number(_: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", "two")
@@ -376,6 +387,16 @@ def no_cache(folder: Path) -> None:
 CARD = "source: the committee\nlicence: cc-by-4.0\npermission: {}\nsteward: committee@example.org\n"
 
 CASES: dict[str, Case] = {
+    "more processes than GPUs": Case(
+        lambda _: two_turing_gpus(8, "fp16"),
+        ConfigError,
+        "num_processes starts 8 processes on this machine, which shows 2 GPUs: set num_processes to 2 in the file of --config_file, or with accelerate launch --num_processes",
+    ),
+    "GPU without bfloat16": Case(
+        lambda _: two_turing_gpus(2, "bf16"),
+        ConfigError,
+        'mixed_precision is bf16, which Tesla T4 (compute capability 7.5) only emulates; 8.0 is needed: use --config_file accelerate_configs/single_gpu_fp16.yaml, or set mixed_precision to fp16 or "no"',
+    ),
     "unknown command": Case(
         lambda _: cli.main(["evalute"]),
         ConfigError,

@@ -13,7 +13,7 @@ from grpo.models.strategies.base import Machine, Strategy
 from grpo.models.strategies.deepspeed import Zero2, Zero3
 from grpo.models.strategies.fsdp import FullyShardedDataParallel
 from grpo.models.strategies.single import DistributedDataParallel, SingleProcess
-from grpo.runtime.device import configure, set_threads
+from grpo.runtime.device import check_gpus, configure, set_threads
 from grpo.runtime.env import drop_empty_variables
 from grpo.runtime.launch import find_local_peers, requested_processes
 
@@ -41,6 +41,9 @@ def start_accelerator(timeout: float = 1800.0) -> Accelerator:
             "mixed_precision is fp16, which accelerate computes on GPUs only, and this run is on the CPU: set it to "
             'bf16 or "no" in the file of --config_file, or with accelerate launch --mixed_precision'
         )
+    if not on_cpu:
+        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        check_gpus(processes_here, os.environ.get("ACCELERATE_MIXED_PRECISION"))
     strategy = next(strategy for strategy in STRATEGIES if strategy.is_requested())
     process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
     on_cpu = strategy.before_start(on_cpu, process_group)

@@ -17,7 +17,7 @@ from grpo.models.strategies.base import (
     Strategy,
     Weights,
 )
-from grpo.runtime.device import is_cpu
+from grpo.runtime.device import has_fused_optimizer
 
 
 class DistributedDataParallel(Strategy):
@@ -36,7 +36,7 @@ class DistributedDataParallel(Strategy):
 
     @property
     def fused_optimizer(self) -> bool | None:
-        return True if is_cpu(self.accelerator.device) and self.accelerator.scaler is None else None
+        return True if has_fused_optimizer(self.accelerator.device) and self.accelerator.scaler is None else None
 
     def discard_gradients(self) -> None:
         super().discard_gradients()
