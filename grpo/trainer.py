@@ -54,7 +54,7 @@ def training_loop(run: Run, signals: Signals) -> None:
     if run.start == 0 and config.eval_every:
         run.recorder.record(0, run.evaluate(0))
     for step in range(run.start + 1, config.steps + 1):
-        clock, sums = Clock(), Sums()
+        clock, sums = Clock(run.accelerator.device), Sums()
         # 1. Sample G completions of each prompt. 2. Score them.
         sampled = collector.sample(step, clock)
         # 3. Compare each completion with the others of its group.

@@ -73,7 +73,7 @@ def product_dtype(device: torch.device) -> torch.dtype:
 
     There, 16-bit inputs with float32 sums and a float32 result are many times faster. The softmax is always float32.
     """
-    if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+    if device.type == "cuda" and torch.is_autocast_enabled("cuda") and is_on("narrow_head"):
         return torch.get_autocast_dtype("cuda")
     return torch.float32
 

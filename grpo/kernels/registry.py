@@ -27,6 +27,7 @@ KERNELS = {
     "onednn": "cpu, torch: products with weights in oneDNN's own layout",
     "fused_decode": "all devices, torch: a decoding step in a few large operations per layer",
     "varlen_attention": "cuda, torch: attention of packed groups in one call per layer, in 16 bits",
+    "narrow_head": "cuda, torch: products of the output head in the dtype of autocast, with float32 sums",
     "cuda_graphs": "cuda: decoding steps replayed from captured graphs",
 }
 """Name -> device, implementation and purpose."""
@@ -54,6 +55,14 @@ def switch_off(name: str, reason: str) -> None:
     if name not in _failed:
         _failed[name] = reason
         log.info(f"kernel {name} is off: {reason}; using the reference in PyTorch (slower)")
+
+
+def report(device: str) -> str:
+    """Return which kernels are on for a kind of device, and which are off and why, in one line."""
+    mine = [name for name, text in KERNELS.items() if text.startswith((device, "all"))]
+    on = [name for name in mine if is_on(name)]
+    off = [f"{name} ({_failed.get(name, VARIABLE)})" for name in mine if name not in on]
+    return f"kernels: {', '.join(on) or 'none'}" + (f"; off: {', '.join(off)}" if off else "")
 
 
 @functools.cache

@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grpo.errors import is_fatal, is_out_of_memory
 from grpo.kernels import layers, reference
-from grpo.kernels.attention import GroupSpan, PackedLayout
+from grpo.kernels.attention import GroupSpan, PackedLayout, packed_attention
 from grpo.kernels.cpu import ops
 from grpo.kernels.cpu.compiler import library
+from grpo.kernels.cuda import varlen
 from grpo.kernels.description import Layer, Linear, Model
 from grpo.kernels.head import IDENTITY, TokenLogprobs
 from grpo.kernels.registry import is_on, switch_off
@@ -43,10 +45,11 @@ def run(
     vocabulary: int,
     autocast: torch.dtype | None = None,
     tolerance: float = 0.0,
+    heads: tuple[int, int, int] | None = None,
 ) -> None:
     """Compare the kernels of training and sampling with the reference, and switch off those that fail.
 
-    Does nothing on devices other than a CPU, or without the C library.
+    Does nothing on a CPU without the C library.
 
     Args:
         model: description of the model to be trained. None if its modules are used.
@@ -54,7 +57,10 @@ def run(
         vocabulary: number of rows of the output head, of which this process may hold a shard only.
         autocast: dtype of autocast in the layers. None: float32.
         tolerance: maximum relative error of a layer under autocast, instead of FLOAT32_TOLERANCE.
+        heads: numbers of query heads and key heads, and head size. None: not known.
     """
+    if device.type == "cuda":
+        _run_on_cuda(device, vocabulary, autocast, tolerance or FLOAT32_TOLERANCE, heads)
     if device.type != "cpu":
         return
     if library() is None and autocast is None:
@@ -69,6 +75,90 @@ def run(
             _judge(name, functools.partial(check, vocabulary), FLOAT32_TOLERANCE)
 
 
+def _run_on_cuda(
+    device: torch.device,
+    vocabulary: int,
+    autocast: torch.dtype | None,
+    tolerance: float,
+    heads: tuple[int, int, int] | None,
+) -> None:
+    """Check packed attention and the head on `device`, in the dtype of the run."""
+    if heads is not None and autocast is not None and varlen.is_available(device):
+        _judge("varlen_attention", lambda: attention_error(heads, device, autocast), tolerance)
+        if is_on("varlen_attention"):
+            _judge("varlen_attention", lambda: attention_leak(heads, device, autocast), 0.0)
+    if autocast is not None and is_on("narrow_head"):
+        _judge("narrow_head", lambda: head_error(vocabulary, device, autocast), tolerance)
+
+
+def attention_error(heads: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> float:
+    """Return the relative error of packed attention in `dtype`: of the result and of all gradients.
+
+    The reference is float32 attention with a mask over the whole row. The row has two groups of different sizes.
+    """
+    spans = _spans(1)
+    tensors = _random_heads(heads, spans[-1].start + spans[-1].length, device, dtype)
+    visible = _visible(spans, None).to(device)
+    upstream = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(9)).to(device)
+
+    def results(made: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            output = made(*leaves)
+            return [output.detach(), *torch.autograd.grad(output, leaves, upstream.to(output.dtype))]
+
+    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return packed_attention(query, key, value, PackedLayout(spans, device), None, None)
+
+    def theirs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = (part.repeat_interleave(heads[0] // heads[1], dim=1) for part in (key, value))
+        scores = (query @ key.mT * query.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
+        return scores.softmax(-1) @ value
+
+    pairs = zip(results(ours, tensors), results(theirs, [tensor.float() for tensor in tensors]), strict=True)
+    return max(float((mine.float() - other).norm() / other.norm().clamp(min=1e-30)) for mine, other in pairs)
+
+
+def attention_leak(heads: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> float:
+    """Return how much the result of the first group changes with the tokens of the second: 0 if groups are isolated."""
+    spans = _spans(1)
+    tensors = _random_heads(heads, spans[-1].start + spans[-1].length, device, dtype)
+    first, results = spans[1].start, []
+    for _ in range(2):
+        query, key, value = tensors
+        with torch.no_grad():
+            attended = packed_attention(query, key, value, PackedLayout(spans, device), None, None)
+        results.append(attended[:, :, :first].float())
+        tensors = [torch.cat([tensor[:, :, :first], -3 * tensor[:, :, first:]], 2) for tensor in tensors]
+    return float((results[0] - results[1]).abs().max())
+
+
+def head_error(vocabulary: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Return the relative error of logprobs and gradients, with products of the head in `dtype`."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(16, 64, generator=generator), torch.randn(vocabulary, 64, generator=generator) / 8
+    targets = torch.randint(vocabulary, (16,), generator=generator).to(device)
+    upstream = torch.randn(16, generator=generator).to(device)
+    hidden, weight = (tensor.to(device, dtype).float() for tensor in (hidden, weight))
+    weight.requires_grad_()
+
+    def logprobs(states: Tensor, narrow: bool) -> Tensor:
+        kind = dtype if narrow else torch.float32
+        made: Tensor = TokenLogprobs.apply(states, weight, None, targets, 1.0, False, (kind, kind), False, IDENTITY)[0]
+        return made
+
+    return _distance(
+        lambda states: logprobs(states, True), lambda states: logprobs(states, False), hidden, upstream, [weight]
+    )
+
+
+def _random_heads(heads: tuple[int, int, int], tokens: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Return random queries [1, H, T, D], keys and values [1, K, T, D]."""
+    generator, size = torch.Generator().manual_seed(0), heads[2]
+    counts = (heads[0], heads[1], heads[1])
+    return [torch.randn(1, count, tokens, size, generator=generator).to(device, dtype) for count in counts]
+
+
 def _judge(name: str, check: Callable[[], float], tolerance: float) -> None:
     """Switch off kernel `name` if `check` raises or returns more than `tolerance`.
 
@@ -78,13 +168,17 @@ def _judge(name: str, check: Callable[[], float], tolerance: float) -> None:
     try:
         distance = check()
     except RuntimeError as error:
+        if is_fatal(error) or is_out_of_memory(error):
+            raise
         switch_off(name, f"the self-test failed ({str(error).splitlines()[0]})")
         return
     if not distance <= tolerance:  # NaN included
         switch_off(name, f"the self-test differs from the reference by {distance:.1g}")
         if name == "decoder_layer":
             switch_off("attention", "it is a part of decoder_layer")
-    elif tolerance == FLOAT32_TOLERANCE and any(ops.calls[function] == before[function] for function in REACHED[name]):
+    elif tolerance == FLOAT32_TOLERANCE and any(
+        ops.calls[function] == before[function] for function in REACHED.get(name, ())
+    ):
         switch_off(name, "the self-test did not reach it")
 
 

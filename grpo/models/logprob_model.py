@@ -233,7 +233,17 @@ def run_self_test(model: PreTrainedModel, autocast: torch.dtype | None) -> None:
     """
     tolerance = 0.0 if autocast is None else PRECISIONS[autocast].hidden
     head = model.get_output_embeddings()
-    self_test.run(describe(model), head.weight.device, vocabulary_size(model), autocast, tolerance)
+    self_test.run(describe(model), head.weight.device, vocabulary_size(model), autocast, tolerance, _heads(model))
+
+
+def _heads(model: PreTrainedModel) -> tuple[int, int, int] | None:
+    """Return the numbers of query heads and key heads, and the head size. None if the config does not say."""
+    config = model.config.get_text_config()
+    heads, size = getattr(config, "num_attention_heads", None), getattr(config, "head_dim", None)
+    if not isinstance(heads, int):
+        return None
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, key_heads, size or config.hidden_size // heads
 
 
 def probe_batch(vocabulary: int) -> PackedBatch:

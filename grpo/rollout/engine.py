@@ -84,6 +84,10 @@ class RolloutEngine(ABC):
             One group per prompt, in the order of the prompts.
         """
 
+    def description(self) -> str:
+        """Return what the log says of how the engine computes, after a comma, or nothing."""
+        return ""
+
     def state_dict(self) -> dict[str, int]:
         """Return what a resumed run must know of the engine, as plain values."""
         return {}

@@ -26,7 +26,7 @@ from grpo.kernels.registry import is_on
 from grpo.kernels.sampling import draw_tokens
 from grpo.kernels.state_slots import States
 from grpo.kernels.transfer import to_device
-from grpo.rollout.backbones import choose_backbone
+from grpo.rollout.backbones import ModuleBackbone, choose_backbone
 from grpo.rollout.engine import (
     RolloutEngine,
     completion_text,
@@ -167,6 +167,11 @@ class NativeEngine(RolloutEngine):
         self._kept: tuple[SlotCache, _State] | None = None
         self.used_slots = slots
         """Number of slots of the last call."""
+
+    def description(self) -> str:
+        cached = str(self.backbone.cache_dtype).removeprefix("torch.")
+        by = "modules" if isinstance(self.backbone, ModuleBackbone) else "kernels"
+        return f", decoding by {by}, KV cache in {cached}"
 
     def state_dict(self) -> dict[str, int]:
         return {"slots": self.slots}

@@ -24,6 +24,7 @@ from grpo.data.stream import PromptStream
 from grpo.data.training_data import TrainingData, training_data
 from grpo.errors import ConfigError, StorageError
 from grpo.experience import ExperienceCollector
+from grpo.kernels.registry import report
 from grpo.models.strategies.registry import start_accelerator
 from grpo.models.weights import save_dtype
 from grpo.policy import Policy
@@ -250,8 +251,18 @@ def build_checked_engine(
         verify_weight_sync(engine, policy, config)
         if config.lora.r is not None and compute_dtype(accelerator) is not None:
             log.info(merged_adapter_line(config.rollout))
+    log.info(kernels_line(accelerator, engine))
     check_agreement(engine, policy, config.sampling.temperature, config.rollout.max_logprob_difference)
     return engine
+
+
+def kernels_line(accelerator: Accelerator, engine: RolloutEngine) -> str:
+    """Return what the log says of kernels, dtypes and the backend of collectives."""
+    dtype = str(compute_dtype(accelerator) or torch.float32).removeprefix("torch.")
+    backend = ""
+    if accelerator.num_processes > 1:
+        backend = f"; collectives: {torch.distributed.get_backend()}"
+    return f"{report(device_kind(accelerator.device).lower())}; layers in {dtype}{engine.description()}{backend}"
 
 
 def merged_adapter_line(rollout: RolloutConfig) -> str:

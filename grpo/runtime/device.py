@@ -8,6 +8,7 @@ import ctypes
 import os
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from typing import Literal
 
@@ -114,8 +115,8 @@ def check_gpus(processes_here: int, mixed_precision: str | None) -> None:
     if mixed_precision == "bf16" and torch.version.hip is None and capability < BFLOAT16_CAPABILITY:
         raise ConfigError(
             f"mixed_precision is bf16, which {torch.cuda.get_device_name(0)} (compute capability {capability[0]}."
-            f"{capability[1]}) only emulates; 8.0 is needed: use --config_file accelerate_configs/single_gpu_fp16.yaml, "
-            f'or set mixed_precision to fp16 or "no"'
+            f"{capability[1]}) only emulates; 8.0 is needed: use --config_file accelerate_configs/single_gpu_fp16.yaml"
+            f', or set mixed_precision to fp16 or "no"'
         )
 
 
@@ -188,6 +189,24 @@ def synchronize(device: torch.device) -> None:
     """Wait until the work given to `device` is done. On the CPU, it is done at once."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class TimeMark:
+    """A moment: on CUDA, the one at which the device has done the work given to it so far; else the present."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        self._host = time.perf_counter()
+        self._event: torch.cuda.Event | None = None
+        if device is not None and device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    def seconds_since(self, earlier: "TimeMark") -> float:
+        """Return the seconds between two marks. On CUDA, this waits for the device."""
+        if self._event is None or earlier._event is None:
+            return self._host - earlier._host
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1000
 
 
 class SideStream:

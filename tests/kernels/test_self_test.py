@@ -1,7 +1,7 @@
 """The self-test at the start: correct kernels stay enabled, wrong or unused ones are disabled, the run continues."""
 
 import logging
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +11,11 @@ from grpo.errors import ConfigError
 from grpo.kernels import head, layers, registry, self_test
 from grpo.kernels.cpu import ops
 from grpo.kernels.cpu.compiler import library
+from grpo.kernels.cuda import varlen
 from grpo.kernels.registry import KERNELS, chosen, is_on
 from grpo.models.families import FAMILIES
 from grpo.models.logprob_model import run_self_test
-from tests.fakes import tiny_model
+from tests.fakes import tiny_model, use_slow_varlen
 
 needs_a_compiler = pytest.mark.skipif(library() is None, reason="there is no C compiler here")
 
@@ -89,17 +90,52 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_on("attention") and not is_on("sampling")
 
 
-def test_a_capture_that_fails_leaves_the_step(monkeypatch: pytest.MonkeyPatch, nothing_failed: dict[str, str]) -> None:
-    from grpo.kernels.cuda import graphs
+@pytest.mark.parametrize("heads", [(4, 2, 16), (3, 3, 8)], ids=str)
+def test_checks_of_a_gpu_on_this_processor(heads: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Correct attention and heads pass, also with the stand-in for the kernel of CUDA. Wrong ones do not."""
+    cpu = torch.device("cpu")
+    assert self_test.attention_error(heads, cpu, torch.float32) < 1e-5
+    assert self_test.attention_leak(heads, cpu, torch.float32) == 0
+    assert self_test.head_error(300, cpu, torch.float32) < 1e-5
+    assert 0 < self_test.attention_error(heads, cpu, torch.bfloat16) < 4e-2
+    use_slow_varlen(monkeypatch)
+    assert self_test.attention_error(heads, cpu, torch.float32) < 1e-5
+    assert self_test.attention_leak(heads, cpu, torch.float32) == 0
+    of = varlen.VarlenPlan.of
+    monkeypatch.setattr(varlen.VarlenPlan, "of", lambda *given: replace(of(*given), keys_R=of(*given).keys_R.flip(0)))
+    assert self_test.attention_error(heads, cpu, torch.float32) > 4e-2
+    assert self_test.attention_leak(heads, cpu, torch.float32) > 0
 
-    def fails(step: object) -> None:
-        state.value.add_(5)
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    state = SimpleNamespace(value=torch.zeros(1))
-    monkeypatch.setattr(graphs, "_captured", fails)
-    graphs.StepGraphs().run("key", lambda: state.value.add_(1), [state.value])
-    assert state.value.item() == 1
-    assert nothing_failed == {
-        "cuda_graphs": "capture failed (operation not permitted when stream is capturing)",
-    }
+def test_an_error_of_the_device_or_its_memory_is_no_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+    ):
+
+        def check(error: RuntimeError = error) -> float:
+            raise error
+
+        with pytest.raises(RuntimeError):
+            self_test._judge("sampling", check, 1e-4)
+    assert is_on("sampling")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_checks_pass_on_a_gpu(nothing_failed: dict[str, str], dtype: torch.dtype) -> None:
+    device = torch.device("cuda", 0)
+    self_test.run(None, device, 50_000, dtype, 4e-2, (8, 2, 64))
+    assert not nothing_failed
+    assert self_test.attention_error((8, 2, 64), device, torch.float32) < 1e-4
+    assert self_test.attention_leak((8, 2, 64), device, torch.float32) == 0
+
+
+def test_the_report_names_what_is_off_and_why(nothing_failed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.switch_off("cuda_graphs", "of this test")
+    assert (
+        registry.report("cuda")
+        == "kernels: fused_decode, varlen_attention, narrow_head; off: cuda_graphs (of this test)"
+    )
+    monkeypatch.setenv("GRPO_KERNELS", "auto,-narrow_head")
+    assert "narrow_head (GRPO_KERNELS)" in registry.report("cuda")
