@@ -219,12 +219,16 @@ def _convert(path: Path, folder: Path) -> None:
     """Write the model in float32, and its tokenizer."""
     import numpy
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # With the package `kernels`, newer versions keep the quantized blocks of some architectures unless told not to.
+    config = getattr(transformers, "GgufConfig", None)
+    plain = {"quantization_config": config(dequantize=True)} if config is not None else {}
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, **plain)
     except ImportError as error:
         raise ConfigError(f"model.name '{path}': a GGUF needs the package gguf: {INSTALL}") from error
     except OSError as error:
