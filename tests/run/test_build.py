@@ -9,7 +9,8 @@ import pytest
 from grpo.config.parser import load_config
 from grpo.data.rows import Example
 from grpo.errors import ConfigError
-from grpo.run.build import build_run, derived_values, held_out_prompts
+from grpo.run import build
+from grpo.run.build import build_run, derived_values, held_out_prompts, warn_of_slow_saves
 from tests.fakes import tiny_data, tiny_folder
 
 
@@ -92,3 +93,18 @@ def test_held_out_prompts_over_the_limit_are_announced(caplog: pytest.LogCapture
     assert caplog.messages == [
         "2 of 4 held-out prompts are longer than data.max_prompt_length 2 tokens, and are not evaluated",
     ]
+
+
+@pytest.mark.parametrize(("limit", "seconds", "said"), [(30.0, 15.1, True), (30.0, 15.0, False), (None, 99.0, False)])
+def test_a_save_that_torchrun_would_cut_short_is_said_at_the_start(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    limit: float | None,
+    seconds: float,
+    said: bool,
+) -> None:
+    monkeypatch.setattr(build, "shutdown_seconds", lambda: limit)
+    monkeypatch.setattr(build, "seconds_to_write", lambda run_dir, size: seconds)
+    warn_of_slow_saves(tmp_path, 2 * 10**9)
+    assert ("a checkpoint of 2.0 GB takes about 15 s to save here, and torchrun kills" in caplog.text) == said
