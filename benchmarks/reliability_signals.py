@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from grpo.errors import GrpoError
 
 SIGNALS = ("TERM", "KILL", "HUP", "INT")
 CONFIGS = {1: "cpu.yaml", 2: "cpu_2proc.yaml"}
+START_SECONDS = 600
 SECONDS = 60
 """Longest wait for the processes to end. torchrun itself kills its workers after 30 s."""
 
@@ -54,8 +56,8 @@ def one_signal(folder: Path, name: str, processes: int) -> dict[str, Any]:
         )
     below: list[psutil.Process] = []
     try:
-        _wait(lambda: _lines(run_dir / "metrics.jsonl") >= 2 or process.poll() is not None)
-        if process.poll() is not None:
+        _wait(lambda: _lines(run_dir / "metrics.jsonl") >= 2 or process.poll() is not None, START_SECONDS)
+        if process.poll() is not None or _lines(run_dir / "metrics.jsonl") < 2:
             raise GrpoError((folder / f"{name}-{processes}.log").read_text())
         below = psutil.Process(process.pid).children(recursive=True)  # torchrun gives each worker a session of its own
         process.send_signal(getattr(signal, f"SIG{name}"))
@@ -97,7 +99,7 @@ def _lines(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def _wait(done: Any) -> None:
-    end = time.monotonic() + SECONDS
+def _wait(done: Callable[[], bool], seconds: float = SECONDS) -> None:
+    end = time.monotonic() + seconds
     while not done() and time.monotonic() < end:
         time.sleep(0.2)
