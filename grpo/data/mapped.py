@@ -59,6 +59,15 @@ class MappedPrompts(Sequence[Prompt]):
         return (self[index] for index in range(len(self)))
 
 
+def token_ids_of(prompts: Sequence[Prompt]) -> Iterator[Sequence[int]]:
+    """Iterate over the token ids of prompts, without their other columns."""
+    if isinstance(prompts, MappedPrompts):
+        for batch in prompts._table.select_columns(["token_ids"]).iter(CHUNK):
+            yield from batch["token_ids"]
+    else:
+        yield from (prompt.token_ids for prompt in prompts)
+
+
 def wants_mapping(data: DataConfig) -> bool:
     """Return whether data.path is a local file that data.cache says to map."""
     if data.cache == "never" or data.path is None or not Path(data.path).expanduser().is_file():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo.kernels import layers, self_test
 from grpo.kernels.attention import NAME, GroupSpan, PackedLayout, grpo_attention
@@ -131,7 +132,7 @@ def use_grpo_attention(model: PreTrainedModel) -> bool:
 
     def observed(*args: Any, **settings: Any) -> Any:
         windows.append(settings.get("sliding_window"))
-        return grpo_attention(*args, **settings)
+        return ALL_ATTENTION_FUNCTIONS[NAME](*args, **settings)
 
     def logprobs(**settings: bool) -> Tensor:
         found: Tensor = LogprobModel(model, temperature=1.0, **settings)(batch)[0]

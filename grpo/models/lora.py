@@ -99,7 +99,7 @@ def _excluded(model: PreTrainedModel, all_linear: bool) -> list[str]:
 
 def _is_router(module: nn.Linear) -> bool:
     kind = type(module)
-    return kind.__module__.startswith("transformers.models.") and kind.forward is not nn.Linear.forward
+    return kind.forward is not nn.Linear.forward and "Router" in kind.__name__
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Build: a config -> the run, checked in the order of cost: config, data, rewards, then weights."""
 
 import contextlib
+import itertools
 import json
 import logging
 from datetime import datetime
@@ -17,6 +18,7 @@ from grpo.config.validation import check_config
 from grpo.data.card import record_card
 from grpo.data.duplicates import repeated_prompts
 from grpo.data.gguf import gguf_path
+from grpo.data.mapped import token_ids_of
 from grpo.data.prompts import shown_examples
 from grpo.data.rendering import render_prompts
 from grpo.data.rows import Example, load_examples
@@ -25,6 +27,7 @@ from grpo.data.training_data import TrainingData, training_data
 from grpo.errors import ConfigError, StorageError
 from grpo.experience import ExperienceCollector
 from grpo.kernels.registry import report
+from grpo.models.limits import Extent, check_limits
 from grpo.models.strategies.registry import start_accelerator
 from grpo.models.weights import save_dtype
 from grpo.policy import Policy
@@ -101,6 +104,7 @@ def _build(config: Config, rewards: RewardSum, on_failure: contextlib.ExitStack)
         check_is_unfinished(checkpoint, saved["step"], config, run_dir)
         check_resume(config, saved, rewards, accelerator.num_processes)
     held_out = held_out_prompts(config, held_out_rows, data)
+    check_limits(config, data.model_path, data.tokenizer, extent_of(data, held_out))
     contents = run_on_main(accelerator, lambda: contents_of(config, data, held_out))
     for line in check_contents(saved["contents"], contents, config) if checkpoint is not None else []:
         log.warning(line)
@@ -171,6 +175,15 @@ def check_resume(config: Config, saved: dict[str, Any], rewards: RewardSum, proc
         )
     for line in changed:
         log.warning("resume: %s: further steps use the new version", line)
+
+
+def extent_of(data: TrainingData, held_out: list[Prompt]) -> Extent:
+    """Return the longest prompt and the largest token id, of all prompts that are in memory or mapped."""
+    extent = Extent()
+    known = data.stream.prompts if isinstance(data.stream, PromptStream) else []
+    for prompt in itertools.chain(token_ids_of(known), (prompt.token_ids for prompt in held_out)):
+        extent.add(prompt)
+    return extent
 
 
 def held_out_prompts(config: Config, rows: list[Example], data: TrainingData) -> list[Prompt]:

@@ -1,5 +1,6 @@
 """Findings about a config that need no weights: data, prompts, rewards, batch arithmetic, memory and time."""
 
+import itertools
 from datetime import datetime
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from grpo.data.rows import Example, extraction_report, load_examples
 from grpo.data.streaming import peek
 from grpo.data.training_data import too_few_prompts
 from grpo.errors import ConfigError
+from grpo.models.limits import Extent, check_limits
 from grpo.models.strategies.base import Machine
 from grpo.rewards.scoring import RewardSum
 from grpo.run.components import check_components, settings_without_effect
@@ -59,8 +61,10 @@ def check(config: Config, machine: Machine | None = None) -> Check:
     tokenizer, model = tokenizer_and_shape(config, rows)
     check_template_kwargs(tokenizer, config.data.chat_template_kwargs)
     _check_questions(found, rows, held_out)
-    _check_lengths(found, config, rows, tokenizer)
+    extent = _check_lengths(found, config, rows, tokenizer)
     _check_held_out_lengths(found, config, held_out, tokenizer)
+    if config.model.name != "starter":
+        check_limits(config, config.model.name, tokenizer, extent)
     check_rewards(found, score, rows, tokenizer)
     prompts = None if streaming else round(len(rows) * (1 - found.too_long / found.measured))
     if prompts is not None:
@@ -70,8 +74,12 @@ def check(config: Config, machine: Machine | None = None) -> Check:
     return found
 
 
-def _check_lengths(found: Check, config: Config, rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tokenise prompts: their lengths, those over the limit, and the first two as the model reads them."""
+def _check_lengths(found: Check, config: Config, rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> Extent:
+    """Tokenise prompts: their lengths, those over the limit, and the first two as the model reads them.
+
+    Returns:
+        The extent of the prompts that are not left out.
+    """
     measured = rows if len(rows) <= MEASURED_ROWS else rows[:: -(-len(rows) // MEASURED_ROWS)]
     messages = [row.messages for row in measured]
     arguments = [template_arguments(row.columns) for row in measured]
@@ -91,9 +99,12 @@ def _check_lengths(found: Check, config: Config, rows: list[Example], tokenizer:
         ids = prompt_token_ids(row.messages, tokenizer, template_arguments(row.columns))
         answer = row.columns.get("answer")
         found.prompts.append(PromptCheck(str(tokenizer.decode(ids)), len(ids), None if answer is None else str(answer)))
-    limit = config.data.max_prompt_length
+    limit, extent = config.data.max_prompt_length, Extent()
+    for ids in itertools.chain.from_iterable(blocks):
+        if limit is None or len(ids) <= limit:
+            extent.add(ids)
     if limit is None:
-        return
+        return extent
     found.too_long = sum(length > limit for length in lengths)
     found.lengths["max"] = min(limit, lengths[-1])
     if found.too_long == len(lengths):
@@ -104,6 +115,7 @@ def _check_lengths(found: Check, config: Config, rows: list[Example], tokenizer:
     if found.too_long:
         of = "" if len(lengths) == len(rows) else f" of the {len(lengths):,} measured"
         found.warnings.append(f"{found.too_long}{of} prompts are longer than data.max_prompt_length {limit}: left out")
+    return extent
 
 
 def _check_held_out_lengths(

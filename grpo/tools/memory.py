@@ -11,6 +11,7 @@ which have shapes but no memory, and the bytes alive at the same time are counte
 
 import contextlib
 import copy
+import logging
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,11 +22,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from grpo.config.schema import Config, LoraConfig
 from grpo.kernels.attention import NAME, PackedLayout
 from grpo.kernels.head import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
+from grpo.models.architecture import create_model, text_config, vocabulary_size
 from grpo.models.families import describe
 from grpo.models.loading import recompute_activations
 from grpo.models.logprob_model import LogprobModel
@@ -37,7 +39,12 @@ from grpo.packing import PackedBatch, pack
 from grpo.rollout.engine import find_engine
 from grpo.types import Completion, Group, Prompt
 
+log = logging.getLogger(__name__)
+
 GIB = 2**30
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS_USED = ("num_experts_per_tok", "moe_k", "num_experts_per_token")
+"""Names of the number of experts of a layer, and of those that compute a token."""
 
 
 def estimate(
@@ -164,9 +171,12 @@ def engine_bytes(config: Config, model: PreTrainedModel, longest_prompt: int, ma
 
 def cache_per_slot(config: Config, model: PreTrainedModel, longest_prompt: int, machine: Machine) -> float:
     """Return the bytes of the keys and values of one completion."""
-    shape = model.config
-    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    shape = text_config(model.config)
+    queries = getattr(shape, "num_attention_heads", 0)
+    if not queries:  # Mamba: a state of fixed size
+        return 0
+    heads = getattr(shape, "num_key_value_heads", None) or queries
+    head_size = getattr(shape, "head_dim", None) or shape.hidden_size // queries
     width = 2 if machine.compute else 4
     longest = longest_prompt + config.sampling.max_completion_length
     return 2 * width * longest * shape.num_hidden_layers * heads * head_size
@@ -185,7 +195,7 @@ def draw_bytes(config: Config, model: PreTrainedModel, machine: Machine) -> floa
     """Return the bytes of the logits of a decoding step and of three temporaries of the same size."""
     mine = -(-config.prompts_per_step // machine.processes) * config.sampling.num_generations
     own = find_engine(config.rollout.engine).has_own_weights
-    return 0 if own else 4 * 4 * min(config.rollout.slots, mine) * model.config.vocab_size
+    return 0 if own else 4 * 4 * min(config.rollout.slots, mine) * vocabulary_size(model)
 
 
 @dataclass(frozen=True)
@@ -201,9 +211,21 @@ class Simulated:
 def simulate(model: PreTrainedModel, config: Config, longest_prompt: int, machine: Machine) -> Simulated:
     """Run forward and backward passes on fake tensors, with the largest batch that the config makes.
 
-    Every layer keeps the same memory, so models of 2 and 3 layers determine that of all layers.
+    Every layer keeps the same memory, so models of 2 and 3 layers determine that of all layers. Where layers differ in
+    kind, or read numbers that fake tensors do not have (the choice of experts), the activations are counted instead.
     """
-    layers = model.config.num_hidden_layers
+    shape = text_config(model.config)
+    layers, kinds = shape.num_hidden_layers, set(getattr(shape, "layer_types", None) or ())
+    if shape is not model.config or kinds - {"full_attention", "sliding_attention"}:
+        return _counted(model, config, longest_prompt, machine)
+    try:
+        return _simulated(model, layers, config, longest_prompt, machine)
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        log.debug("memory: %s cannot be simulated: %s", type(model).__name__, error)
+        return _counted(model, config, longest_prompt, machine)
+
+
+def _simulated(model: PreTrainedModel, layers: int, config: Config, longest_prompt: int, machine: Machine) -> Simulated:
     if layers <= 4:
         return _simulate(model.config, config, longest_prompt, machine)
     two, three = (_simulate(_shorter(model.config, count), config, longest_prompt, machine) for count in (2, 3))
@@ -211,6 +233,36 @@ def simulate(model: PreTrainedModel, config: Config, longest_prompt: int, machin
         two.trained + (layers - 2) * (three.trained - two.trained),
         two.activations + (layers - 2) * (three.activations - two.activations),
     )
+
+
+def _counted(model: PreTrainedModel, config: Config, longest_prompt: int, machine: Machine) -> Simulated:
+    """Count the inputs and outputs of all linear layers for the tokens of the largest batch, in float32.
+
+    Each expert computes a part of the tokens. With gradient checkpointing, one layer is alive at a time.
+    """
+    batches = step_batches(config, longest_prompt, machine.processes)
+    tokens = max(len(batch.input_ids_T) for batch in batches)
+    with torch.device("meta"):
+        made = create_model(model.config, torch.float32)
+        if config.lora.r is not None:
+            add_adapter(made, config.lora, base="")
+    trained = sum(parameter.numel() for parameter in made.parameters() if parameter.requires_grad)
+    shape = text_config(model.config)
+    # A matrix of k x n is linear or holds the experts' ones: k inputs and n outputs per token.
+    experts = next((getattr(shape, key) for key in EXPERTS if getattr(shape, key, None)), 1)
+    used = next((getattr(shape, key) for key in EXPERTS_USED if getattr(shape, key, None)), 1)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    ends = {id(part.weight) for part in (head, embedding)}
+    width = 0
+    for parameter in model.parameters():
+        if parameter.ndim < 2 or id(parameter) in ends:
+            continue
+        share = min(used, experts) if parameter.ndim == 3 and len(parameter) == experts else 1
+        width += share * sum(parameter.shape[-2:])
+    if config.model.gradient_checkpointing:
+        width = 2 * width // max(shape.num_hidden_layers, 1) + shape.num_hidden_layers * shape.hidden_size
+    logits = min(CHUNK_BYTES["cpu"] if machine.cpu else CHUNK_BYTES_ELSEWHERE, 4 * tokens * vocabulary_size(model))
+    return Simulated(trained, 4 * tokens * width + 2 * logits)
 
 
 def _shorter(shape: Any, layers: int) -> Any:
@@ -226,7 +278,7 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
     batches = step_batches(config, longest_prompt, machine.processes)
     batch = max(batches, key=lambda batch: len(batch.input_ids_T))
     with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation="sdpa").train()
+        made = create_model(shape, torch.float32).train()
         made.set_attn_implementation(NAME)
         use_grpo_mixers(made)
         if config.lora.r is not None:

@@ -3,13 +3,14 @@
 import random
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config.schema import Config
 from grpo.data.gguf import plain_model
 from grpo.data.rows import Example
 from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError
+from grpo.models.architecture import create_model
 from grpo.models.tiny import GSM8K_RECIPE, Recipe, completion_text, generate_problems, make_model, make_tokenizer
 
 
@@ -30,7 +31,7 @@ def tokenizer_and_shape(config: Config, rows: list[Example]) -> tuple[PreTrained
     try:
         shape = AutoConfig.from_pretrained(plain_model(name, config.model.gguf_file), trust_remote_code=False)
         with torch.device("meta"):
-            return tokenizer, AutoModelForCausalLM.from_config(shape)
+            return tokenizer, create_model(shape, path=name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name '{name}' cannot be loaded: {error}") from error
 

@@ -24,9 +24,12 @@ from grpo.data.card import check_permission, publishable, record_card
 from grpo.data.gguf import plain_model
 from grpo.data.rendering import check_template_kwargs, prompt_token_ids, render_prompts, template_arguments
 from grpo.data.rows import load_examples
+from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError, GrpoError, NumericsError, OutOfMemory, RewardError, StorageError
 from grpo.kernels.registry import chosen
 from grpo.losses import find_loss
+from grpo.models.limits import Extent, check_limits
+from grpo.models.loading import load_model
 from grpo.models.lora import load_adapter
 from grpo.models.reference import check_vocabulary
 from grpo.models.strategies.deepspeed import Zero2
@@ -57,7 +60,9 @@ from grpo.tracking.tracker import find_tracker
 from grpo.trainer import check_skipped
 from grpo.types import Completion, Group, Prompt
 from tests.data.test_gguf import header
+from tests.fakes import save_tokenizer
 from tests.gguf_files import chat_tokenizer
+from tests.models.zoo import tiny_config
 from tests.tools.test_fetch import package, wheel
 from tests.tracking.test_diagnostics import observe
 
@@ -385,6 +390,30 @@ def no_cache(folder: Path) -> None:
 
 
 CARD = "source: the committee\nlicence: cc-by-4.0\npermission: {}\nsteward: committee@example.org\n"
+
+
+def limit(longest: int, largest_id: int, name: str = "llama", **changes: Any) -> Callable[[Path], Any]:
+    """Check the limits of a tiny model's config, changed, for prompts of `longest` tokens."""
+
+    def provoke(folder: Path) -> None:
+        save_tokenizer(folder)
+        shape = tiny_config(name)
+        for key, value in changes.items():
+            setattr(shape, key, value)
+        shape.save_pretrained(folder)
+        words = [f"--model.name={folder}", "--tokens_per_batch=600", "--sampling.max_completion_length=80"]
+        config = load_config([*words, "--data.max_prompt_length=null"])
+        check_limits(config, str(folder), load_tokenizer(str(folder)), Extent(longest, largest_id))
+
+    return provoke
+
+
+def not_a_language_model(folder: Path) -> None:
+    from transformers import ViTConfig
+
+    ViTConfig().save_pretrained(folder)
+    load_model(str(folder))
+
 
 CASES: dict[str, Case] = {
     "more processes than GPUs": Case(
@@ -962,6 +991,36 @@ CASES: dict[str, Case] = {
         no_cache,
         StorageError,
         "the tiny model (model.name starter) cannot be cached: [Errno 17] File exists: 'DIR/file'. Set GRPO_CACHE to a folder that this user can write, with 20 MB of free space",
+    ),
+    "token that the model does not know": Case(
+        limit(100, 45, vocab_size=40),
+        ConfigError,
+        "a prompt contains token 45 (None), but model.name 'DIR' has embeddings for 40 tokens only: its tokenizer is that of another model, or tokens were added without model.resize_token_embeddings. Use the tokenizer that belongs to the model",
+    ),
+    "end token that the model does not know": Case(
+        limit(100, 5, vocab_size=40, eos_token_id=48),
+        ConfigError,
+        "model.name 'DIR': the end token 48 in generation_config.json is outside the vocabulary of 40 tokens, so no completion could end with it: correct eos_token there",
+    ),
+    "prompt longer than a batch": Case(
+        limit(530, 5),
+        ConfigError,
+        "tokens_per_batch is 600, but the longest prompt has 530 tokens and sampling.max_completion_length is 80: a batch holds at least one of each. Set tokens_per_batch to at least 610, or data.max_prompt_length",
+    ),
+    "more positions than the model has": Case(
+        limit(450, 5, "gpt2"),
+        ConfigError,
+        "model.name 'DIR' has 512 positions, but the longest prompt and sampling.max_completion_length 80 make 530: lower one of them (data.max_prompt_length)",
+    ),
+    "rotary embedding that depends on the batch": Case(
+        limit(200, 5, "phi3 longrope"),
+        ConfigError,
+        "model.name 'DIR' rotates by other frequencies as soon as a sequence exceeds 256 tokens (rope_type longrope), so a token's logprob would depend on the other sequences of its batch, but the longest prompt and sampling.max_completion_length 80 make 280: lower one of them (data.max_prompt_length)",
+    ),
+    "model that is no language model": Case(
+        not_a_language_model,
+        ConfigError,
+        "model.name 'DIR' cannot be loaded: transformers has no language model for its model_type 'vit'. Use a model that generates text",
     ),
     "out of memory": Case(
         no_memory_left,
