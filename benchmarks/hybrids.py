@@ -31,7 +31,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 128, "layers": 4, "heads": 4, "key_heads": 2, "head_dim": 64, "vocab_size": 1024},
     "135m-wide": {"hidden_size": 576, "layers": 4, "heads": 9, "key_heads": 3, "head_dim": 128, "vocab_size": 6144},
 }
-PROMPTS, SAMPLES, NEW_TOKENS, BUDGET = 8, 8, 64, 4096
+PROMPTS, SAMPLES, NEW_TOKENS, BUDGET = 8, 8, 48, 4096
 """Prompts, completions of each, tokens of a completion at most, tokens of a batch at most."""
 
 
@@ -57,7 +57,13 @@ def main() -> None:
             "clock": "processor" if options.cpu_time else "wall",
             "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
             "versions": {package: version(package) for package in ("torch", "transformers")},
-            "work": {"prompts": PROMPTS, "completions": SAMPLES, "new_tokens": NEW_TOKENS, "tokens_per_batch": BUDGET},
+            "work": {
+                "prompts": PROMPTS,
+                "prompt_tokens": "32 to 64",
+                "completions": SAMPLES,
+                "new_tokens": NEW_TOKENS,
+                "tokens_per_batch": BUDGET,
+            },
             "shapes": found,
         }
         write_json(options.output, report)
@@ -73,7 +79,7 @@ def measure(name: str, rounds: int, clock: Callable[[], float]) -> dict[str, obj
     models = {"rows": build(name), "grpo": build(name)}
     assert use_grpo_attention(models["grpo"])
     torch.manual_seed(1)
-    sizes = torch.randint(48, 112, (PROMPTS,)).tolist()
+    sizes = torch.randint(32, 65, (PROMPTS,)).tolist()
     prompts = [Prompt(i, "", tuple(torch.randint(2, 1000, (size,)).tolist())) for i, size in enumerate(sizes)]
     plan = SamplingPlan(SAMPLES, NEW_TOKENS, 1.0, seed=0)
     engines = {
@@ -157,7 +163,7 @@ def build(name: str) -> PreTrainedModel:
 
 
 class _Tokenizer:
-    eos_token_id = 0
+    eos_token_id = pad_token_id = 0
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Return token ids as text."""
