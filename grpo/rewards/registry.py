@@ -1,6 +1,7 @@
 """Registry of reward functions, apart from the rewards, so that one reward's file can import it without the others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from grpo.registry import Registry
@@ -11,6 +12,22 @@ reward does not apply. Every argument is a keyword and a flat list of P * G entr
 
 REWARDS: Registry[RewardFunction] = Registry("reward", package="grpo.rewards")
 register_reward = REWARDS.register
+
+
+def reward_labels(names: Iterable[str]) -> dict[str, str]:
+    """Return short names for metrics and rollouts: the function's name, longer only where two would be equal.
+
+    accuracy -> accuracy    /home/me/mine.py:brevity -> brevity, or mine.py:brevity beside other.py:brevity
+    """
+    names = list(names)
+    short = {name: name.rpartition(":")[2] for name in names}
+    longer = {name: f"{Path(name.rpartition(':')[0]).name}:{short[name]}" if ":" in name else name for name in names}
+    labels = {}
+    for name in names:
+        taken = [short[other] for other in names if other != name]
+        label = short[name] if short[name] not in taken else longer[name]
+        labels[name] = label if label not in {longer[other] for other in names if other != name} else name
+    return labels
 
 
 def text_of(completion: Any) -> str:

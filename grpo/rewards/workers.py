@@ -110,7 +110,8 @@ class RewardWorkerPool(RewardSum):
             else:
                 futures.append([self._submit_to(reward, groups)])
         for group in groups:
-            self._offered.pop(group.prompt.draw, None)
+            if self._offered.get(group.prompt.draw, (None,))[0] is group:  # a held-out prompt may have the same number
+                del self._offered[group.prompt.draw]
         self._pending = groups, futures
 
     def collect(self) -> Scores:

@@ -1,5 +1,6 @@
 """Evaluation: held-out prompts -> accuracy and format, greedy or pass@k, with the engine and rewards of training."""
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -7,8 +8,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from grpo.errors import RewardError
 from grpo.rewards.number_text import last_number, parse_number
-from grpo.rewards.registry import after_thinking
+from grpo.rewards.registry import after_thinking, reward_labels
 from grpo.rewards.scoring import RewardSum
 from grpo.rewards.text_match import quoted_terms, same_text
 from grpo.rewards.xml_format import lenient_answer
@@ -16,6 +18,8 @@ from grpo.rollout.engine import RolloutEngine
 from grpo.runtime.distributed import gather_rows
 from grpo.runtime.statistics import mcnemar, mean_interval, pass_at_k, wilson_interval
 from grpo.types import Group, Prompt, SamplingPlan, prefill_of, question_of
+
+log = logging.getLogger(__name__)
 
 SCORES = {"accuracy": 1.0, "xml_format": 1.0}
 """Rewards of the evaluation, independent of the training rewards."""
@@ -45,12 +49,14 @@ def evaluate(
     temperature: float = 0.0,
     seed: int = 0,
     prose: bool = False,
+    rewards: RewardSum | None = None,
 ) -> Evaluation:
     """Score `samples` completions of every prompt; temperature 0 is greedy. Collective: all ranks return the same.
 
     Metrics: eval/accuracy, eval/accuracy_flexible (the last number, in any format), eval/format, eval/length_mean,
     eval/truncated_fraction, eval/accuracy_ci95 (half the width of the 95 % interval), and eval/pass@k for k = 2, 4, ...
-    up to `samples`; with prose also eval/chrf and eval/token_f1.
+    up to `samples`; with prose also eval/chrf and eval/token_f1, and no accuracy_flexible. `rewards`, those of the
+    training, give eval/reward/<name>/mean.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     plan = SamplingPlan(samples, max_completion_length, temperature, seed)
@@ -59,6 +65,7 @@ def evaluate(
     mine: list[dict] = []
     if groups:
         accuracy_PG, format_PG, more = score_groups(groups, prose)
+        own = own_rewards(groups, rewards)
         for p, group in enumerate(groups):
             gold = group.prompt.columns.get("answer")
             unknown, prefill = gold is None, prefill_of(group.prompt.messages)
@@ -81,11 +88,30 @@ def evaluate(
                             for key, value in group.prompt.columns.items()
                             if key not in ("question", "answer")
                         },
+                        "rewards": {name: _known(values[p, s]) for name, values in own.items()},
                         **{name: float(values[p, s].nan_to_num()) for name, values in more.items()},
                     }
                 )
     rows = sorted(gather_rows(accelerator, mine), key=lambda row: (row["draw"], row["sample"]))
     return Evaluation(summarize(rows, samples), rows)
+
+
+def own_rewards(groups: list[Group], rewards: RewardSum | None) -> dict[str, Tensor]:
+    """Return the rewards of the run [P, G] by their short names; {} where they cannot score held-out rows."""
+    if rewards is None:
+        return {}
+    try:
+        rewards.submit(groups)
+        by_name = rewards.collect().by_name
+    except RewardError as error:  # a column may be missing in the held-out rows; training goes on
+        log.warning("the rewards could not score the held-out prompts: %s", error)
+        return {}
+    labels = reward_labels(by_name)
+    return {labels[name]: values for name, values in by_name.items()}
+
+
+def _known(value: Tensor) -> float | None:
+    return None if bool(value.isnan()) else float(value)
 
 
 def score_groups(groups: list[Group], prose: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -113,9 +139,10 @@ def summarize(rows: list[dict], samples: int) -> dict[str, float]:
         accuracy = sum(row["accuracy"] for row in judged) / len(judged)
         metrics = {
             "eval/accuracy": accuracy,
-            "eval/accuracy_ci95": 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(judged)),
-            "eval/accuracy_flexible": sum(row["flexible"] for row in judged) / len(judged),
+            **_accuracy_interval(judged),
         }
+        if "chrf" not in rows[0]:  # prose has no last number
+            metrics["eval/accuracy_flexible"] = sum(row["flexible"] for row in judged) / len(judged)
     metrics |= {
         "eval/format": sum(row["format"] for row in rows) / count,
         "eval/length_mean": sum(row["length"] for row in rows) / count,
@@ -124,6 +151,13 @@ def summarize(rows: list[dict], samples: int) -> dict[str, float]:
     for name in ("chrf", "token_f1"):
         if name in rows[0]:
             metrics[f"eval/{name}"] = sum(row[name] for row in rows) / count
+    for name in dict.fromkeys(name for row in rows for name in row.get("rewards", {})):
+        values = [row["rewards"][name] for row in rows if row.get("rewards", {}).get(name) is not None]
+        if values:
+            metrics[f"eval/reward/{name}/mean"] = sum(values) / len(values)
+            low, high = mean_interval(values)
+            if math.isfinite(high):
+                metrics[f"eval/reward/{name}/ci95"] = (high - low) / 2
     right: dict[int, int] = {}
     for row in judged:
         right[row["draw"]] = right.get(row["draw"], 0) + int(row["accuracy"])
@@ -132,6 +166,13 @@ def summarize(rows: list[dict], samples: int) -> dict[str, float]:
         metrics[f"eval/pass@{k}"] = sum(pass_at_k(correct, samples, k) for correct in right.values()) / len(right)
         k *= 2
     return metrics
+
+
+def _accuracy_interval(judged: list[dict]) -> dict[str, float]:
+    """Return the 95 % interval of the accuracy and half its width. It stays in [0, 1], and is not empty at 0 or 1."""
+    low, high = intervals(judged)["accuracy"]
+    low, high = max(0.0, low), min(1.0, high)
+    return {"eval/accuracy_ci95": (high - low) / 2, "eval/accuracy_low": low, "eval/accuracy_high": high}
 
 
 def is_correct_in_any_format(text: str, gold: object) -> bool:
@@ -149,7 +190,7 @@ def intervals(rows: list[dict]) -> dict[str, tuple[float, float]]:
     """95 % intervals of the accuracies: Wilson with one completion per item, else over the means of the items."""
     found: dict[str, tuple[float, float]] = {}
     for name in ("accuracy", "flexible"):
-        items = item_means(rows, name)
+        items = item_means(rows, name) if all(name in row for row in rows) else {}
         if not items:
             continue
         one_each = len(items) == sum(row[name] is not None for row in rows)

@@ -65,6 +65,7 @@ class Run:
                 self.accelerator,
                 max_completion_length=self.config.sampling.max_completion_length,
                 prose=self.config.data.extractor == "quoted_terms",
+                rewards=self.collector.rewards,
             )
         except EngineError as error:
             self.evaluation_error = error

@@ -6,6 +6,7 @@ from torch import Tensor
 from grpo.config.schema import Config
 from grpo.experience import Sampled
 from grpo.rewards.context import Notes
+from grpo.rewards.registry import reward_labels
 from grpo.rewards.scoring import Scores
 from grpo.runtime.device import peak_memory
 from grpo.runtime.distributed import gather_rows, merge_sums
@@ -82,11 +83,11 @@ def step_metrics(
         metrics["rollout/sampling_rounds"] = float(sampled.rounds)
         metrics["rollout/groups_sampled"] = sums.total("sampled_groups")
         metrics["rollout/groups_trained"] = sums.total("trained_groups")
-    for name in scores.by_name:
-        metrics[f"reward/{name}/mean"] = sums.mean(f"reward/{name}")
-        metrics[f"reward/{name}/std"] = sums.std(f"reward/{name}")
-        metrics[f"reward/{name}/errors"] = sums.total(f"errors/{name}")
-        metrics[f"reward/{name}/timeouts"] = sums.total(f"timeouts/{name}")
+    for name, label in reward_labels(scores.by_name).items():
+        metrics[f"reward/{label}/mean"] = sums.mean(f"reward/{name}")
+        metrics[f"reward/{label}/std"] = sums.std(f"reward/{name}")
+        metrics[f"reward/{label}/errors"] = sums.total(f"errors/{name}")
+        metrics[f"reward/{label}/timeouts"] = sums.total(f"timeouts/{name}")
     for name, value in recorded_metrics(accelerator, scores.notes).items():
         metrics[f"custom/{name}" if name in metrics else name] = value
     return metrics
@@ -104,6 +105,7 @@ def recorded_metrics(accelerator: Accelerator, notes: Notes) -> dict[str, float]
 def rollout_rows(step: int, groups: list[Group], scores: Scores, advantages_PG: Tensor) -> list[dict]:
     """Return one row per completion of this rank. What rewards recorded with `log_extra` is in `extra`."""
     rows: list[dict] = []
+    labels = reward_labels(scores.by_name)
     for p, group in enumerate(groups):
         prompt = question_of(group.prompt.messages)
         for s, completion in enumerate(group.completions):
@@ -116,7 +118,7 @@ def rollout_rows(step: int, groups: list[Group], scores: Scores, advantages_PG: 
                     "completion": completion.text,
                     "reward": float(scores.rewards_PG[p, s]),
                     "advantage": float(advantages_PG[p, s]),
-                    "rewards": {name: float(values[p, s]) for name, values in scores.by_name.items()},
+                    "rewards": {labels[name]: float(values[p, s]) for name, values in scores.by_name.items()},
                     "length": len(completion.token_ids),
                     "ended": completion.ended,
                     "columns": {key: value for key, value in group.prompt.columns.items() if key != "question"},

@@ -155,6 +155,10 @@ for _metric in (
     Metric("eval/accuracy", "share", "held out, greedy: right values", "accuracy", ".3f"),
     Metric("eval/accuracy_flexible", "share", "the gold value is the last number of the answer, whatever the format"),
     Metric("eval/accuracy_ci95", "share", "half the width of the 95 % interval of `eval/accuracy`"),
+    Metric("eval/accuracy_low", "share", "lower end of this interval (Wilson)"),
+    Metric("eval/accuracy_high", "share", "upper end of this interval (Wilson)"),
+    Metric("eval/reward/<name>/mean", "reward", "held out, greedy: each reward of the run"),
+    Metric("eval/reward/<name>/ci95", "reward", "half the width of the 95 % interval of this mean"),
     Metric("eval/format", "share", "held out, greedy: answers in the XML format"),
     Metric(
         "eval/chrf",

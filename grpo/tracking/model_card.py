@@ -142,7 +142,10 @@ def _body(
         ["| held out | before | after |", "|---|---|---|", *rows] if rows else ["Not evaluated on held-out data."]
     )
     _, ci = _series(run, "eval/accuracy_ci95", step)
-    if ci:
+    low, high = (_series(run, f"eval/accuracy_{end}", step)[1] for end in ("low", "high"))
+    if low and high:
+        evaluation += ["", f"Greedy decoding; 95 % interval of the accuracy (Wilson): {low[-1]:.3f} to {high[-1]:.3f}."]
+    elif ci:
         evaluation += ["", f"Greedy decoding; 95 % interval of the accuracy: ±{ci[-1]:.3f}."]
     source = config["data"].get("path") or config["data"]["name"]
     about = {"source": source, "licence": "not stated", "permission": "not stated", **data_card}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.errors import ConfigError, StorageError
+from grpo.rewards.registry import reward_labels
 from grpo.runtime.messages import visible
 from grpo.runtime.statistics import mcnemar, wilson_interval
 from grpo.tracking.curves import CURVES, keys_of, short_name
@@ -54,7 +55,10 @@ def attribution(metrics: MetricsFile, weights: dict[str, float]) -> list[tuple[s
         steps. A part is weight x change, so the parts add up to the change of the weighted sum.
     """
     rows = []
+    labels = reward_labels(weights)
     for name, weight in weights.items():
+        key = f"reward/{labels[name]}/mean"
+        name = labels[name] if key in metrics.columns else name  # older runs have the whole name
         values = metrics.series(f"reward/{name}/mean")[1]
         if values:
             tenth = max(1, len(values) // 10)
@@ -174,7 +178,7 @@ def _text(run: RunFolder, first: list[Row], last: list[Row]) -> str:
 
 
 def _before_and_after(metrics: MetricsFile) -> list[str]:
-    keys = [key for key in metrics.columns if key.startswith("eval/") and not key.endswith("_ci95")]
+    keys = [key for key in metrics.columns if key.startswith("eval/") and not key.endswith(("ci95", "_low", "_high"))]
     rows = []
     for key in keys:
         steps, values = metrics.series(key)
@@ -184,8 +188,11 @@ def _before_and_after(metrics: MetricsFile) -> list[str]:
         )
     if not rows:
         return ["## Before and after", "", "There was no held-out evaluation (`eval_every` 0, or no held-out data)."]
-    ci = metrics.series("eval/accuracy_ci95")[1]
+    ci, low, high = (metrics.series(f"eval/accuracy_{part}")[1] for part in ("ci95", "low", "high"))
     note = [] if not ci else ["", f"95 % interval of the accuracy: ±{ci[0]:.3f} before, ±{ci[-1]:.3f} after."]
+    if low and high:
+        spans = [f"{low[at]:.3f} to {high[at]:.3f}" for at in (0, -1)]
+        note = ["", f"95 % interval of the accuracy (Wilson): {spans[0]} before, {spans[1]} after."]
     return ["## Before and after", "", *_table(["held out", "before", "after", "change"], rows), *note]
 
 

@@ -17,7 +17,7 @@ import torch
 from grpo.errors import ConfigError, RewardError
 from grpo.rewards.calls import call_reward
 from grpo.rewards.number_text import last_number, parse_number
-from grpo.rewards.registry import REWARDS
+from grpo.rewards.registry import REWARDS, reward_labels
 from grpo.rewards.scoring import RewardSum
 from grpo.rewards.worker_process import address_of
 from grpo.rewards.xml_format import lenient_answer
@@ -524,7 +524,7 @@ def test_rewards_import_without_torch() -> None:
 def test_built_in_names_are_found_without_importing_their_modules_first() -> None:
     program = (
         "import sys\n"
-        "from grpo.rewards.registry import REWARDS\n"
+        "from grpo.rewards.registry import REWARDS, reward_labels\n"
         "assert REWARDS.get('countdown').__module__ == 'grpo.rewards.countdown'\n"
         "assert 'grpo.rewards.prose' not in sys.modules\n"
         "assert REWARDS.get('accuracy').__module__ == 'grpo.rewards.math_answers'\n"
@@ -607,3 +607,10 @@ def test_a_module_is_found_in_the_working_directory(tmp_path: Path, monkeypatch:
     for name in ("values_of_mine:RATE", "values_of_mine.py:RATE"):
         with pytest.raises(ConfigError, match=r"RATE is 0.5 \(float\), it must be a function or a class"):
             RewardSum({name: 1.0})
+
+
+def test_labels_are_as_short_as_they_can_be() -> None:
+    names = ["accuracy", "/home/me/mine.py:brevity", "pkg.scores:clarity"]
+    assert reward_labels(names) == dict(zip(names, ["accuracy", "brevity", "clarity"], strict=True))
+    names = ["/a/mine.py:f", "/a/other.py:f", "/b/other.py:f", "f"]
+    assert reward_labels(names) == dict(zip(names, ["mine.py:f", "/a/other.py:f", "/b/other.py:f", "f"], strict=True))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from grpo.rewards.scoring import RewardSum
 from grpo.rollout.evaluation import evaluate, is_correct_in_any_format, summarize
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 
@@ -44,7 +45,9 @@ def test_one_greedy_completion_of_each_prompt(monkeypatch: pytest.MonkeyPatch) -
     assert engine.plan == SamplingPlan(1, 9, 0.0, 0) and engine.draws == [0, 1, 2, 3]
     expected = {
         "eval/accuracy": 0.5,
-        "eval/accuracy_ci95": 1.96 * math.sqrt(0.25 / 4),
+        "eval/accuracy_low": pytest.approx(0.1500, abs=1e-4),
+        "eval/accuracy_high": pytest.approx(0.8500, abs=1e-4),
+        "eval/accuracy_ci95": pytest.approx(0.3500, abs=1e-4),
         "eval/accuracy_flexible": 1.0,
         "eval/format": 0.5,
         "eval/length_mean": 2.0,
@@ -59,6 +62,38 @@ def test_several_samples_of_each_prompt(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.metrics["eval/pass@2"] == pytest.approx(0.25) and found.metrics["eval/pass@4"] == 0.5
     assert "eval/pass@3" not in found.metrics
     assert found.metrics["eval/truncated_fraction"] == 0.25 and found.metrics["eval/length_mean"] == 3.5
+
+
+@pytest.mark.parametrize(("right", "low", "high"), [(0, 0.0, 0.3244), (8, 0.6756, 1.0)])
+def test_the_interval_is_not_empty_where_all_answers_are_alike(right: int, low: float, high: float) -> None:
+    """Wilson at 0 of 8: z^2 / (8 + z^2) = 3.8415 / 11.8415 = 0.3244."""
+    row = {"format": 1.0, "length": 2, "ended": True, "sample": 0}
+    rows = [row | {"draw": d, "accuracy": float(d < right), "flexible": 0.0} for d in range(8)]
+    found = summarize(rows, 1)
+    assert found["eval/accuracy_low"] == pytest.approx(low, abs=1e-4)
+    assert found["eval/accuracy_high"] == pytest.approx(high, abs=1e-4)
+    assert found["eval/accuracy_ci95"] == pytest.approx((high - low) / 2, abs=1e-4)
+
+
+def test_the_rewards_of_the_run_judge_the_held_out_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Means over the prompts to which a reward applies, by short names; one that fails costs a warning."""
+    monkeypatch.setattr("grpo.rollout.evaluation.gather_rows", lambda accelerator, rows: rows)
+    (tmp_path / "mine.py").write_text(
+        "def even(completions, number, **_):\n    return [None if n == 3 else float(n % 2 == 0) for n in number]\n"
+        "def fails(completions, **_):\n    raise ValueError('no')\n"
+    )
+    accelerator: Any = SimpleNamespace(process_index=0, num_processes=1, autocast=contextlib.nullcontext)
+    prompts = [Prompt(draw, "q", (5,), {"answer": "4", "number": draw}) for draw in range(4)]
+    engine: Any = Engine()
+    rewards = RewardSum({f"{tmp_path}/mine.py:even": 1.0, "exact_match": 0.5})
+    found = evaluate(engine, prompts, accelerator, max_completion_length=9, rewards=rewards)
+    assert found.metrics["eval/reward/even/mean"] == pytest.approx(2 / 3)
+    half = 1.96 * math.sqrt(1 / 3 / 3)  # of 1, 0, 1: variance 1/3
+    assert found.metrics["eval/reward/even/ci95"] == pytest.approx(half, rel=1e-3)
+    assert [row["rewards"]["even"] for row in found.rows] == [1.0, 0.0, 1.0, None]
+    broken = RewardSum({f"{tmp_path}/mine.py:fails": 1.0})
+    found = evaluate(engine, prompts, accelerator, max_completion_length=9, rewards=broken)
+    assert not [key for key in found.metrics if key.startswith("eval/reward")] and found.metrics["eval/accuracy"] == 0.5
 
 
 def test_ranks_share_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
