@@ -78,6 +78,9 @@ def test_hyperparameters_of_the_config_replace_restored_ones() -> None:
     [group] = optimizer.param_groups
     assert (group["lr"], group["betas"], group["weight_decay"]) == (pytest.approx(1.0), (0.9, 0.999), 0.0)
     assert scheduler.get_last_lr() == pytest.approx([1.0])
+    optimizer.step()
+    scheduler.step()
+    assert scheduler.get_last_lr() == pytest.approx([2.0 * 0.4])  # later steps too: linear, 6 of 10 are done
 
 
 def rates(config: OptimizerConfig, steps: int) -> list[float]:
