@@ -1,11 +1,12 @@
-"""Mutations: the list fits the code, and a fault is noticed."""
+"""Mutations: the list fits the code, a fault is noticed, and the page shows the stored results."""
 
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from benchmarks.mutations import Mutation, applies, copied_tree, judge, mutations
+from benchmarks.mutations import PAGE, Mutation, applies, copied_tree, judge, mutations, page
+from benchmarks.shared import RESULTS, read_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,6 +18,14 @@ def test_the_list_fits_the_code() -> None:
     texts = {one.file: (ROOT / one.file).read_text(encoding="utf-8") for one in found}
     stale = [f"{one.file}: {one.name}" for one in found if not applies(one, texts[one.file])]
     assert len(stale) <= 0.1 * len(found), stale
+
+
+def test_the_page_is_made_of_the_stored_results() -> None:
+    report = read_json(RESULTS / "mutations.json")
+    assert PAGE.read_text(encoding="utf-8") == page(report), "run: python benchmarks/mutations.py --page"
+    verdicts = Counter(row["verdict"] for row in report["mutations"])
+    assert verdicts["killed"] >= 0.95 * (verdicts["killed"] + verdicts["survived"])
+    assert all(row["reason"] for row in report["mutations"] if row["verdict"] == "equivalent")
 
 
 @pytest.mark.slow
