@@ -10,7 +10,6 @@ it. Accuracy and flexible accuracy (the last number in any format) are greedy, o
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -73,9 +72,8 @@ def measured(folder: Path) -> dict[str, Any]:
     run["training_seconds"] = round(sum(line["time/step"] for line in trained), 1)
     environment = read_json(folder / "environment.json")
     run["commit"] = environment.get("git_commit")
-    run["precision"] = environment.get("precision") or environment.get("mixed_precision")
-    run["threads"] = environment.get("threads")
-    run["machine"] = platform.processor() or platform.machine()
+    run["threads"] = environment.get("torch_threads")
+    run["platform"] = environment.get("platform")
     last = evaluated[-1]["step"]
     rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()]
     for name, step in (("before", evaluated[0]["step"]), ("after", last)):
