@@ -12,6 +12,7 @@ from grpo.errors import GrpoError
 from grpo.rewards.calls import call_reward
 from grpo.rewards.number_text import parse_number
 from grpo.rewards.scoring import RewardSum
+from grpo.rewards.text_match import same_text
 from grpo.tools.check_result import Check, RewardCheck
 from grpo.types import Completion, Group, Prompt
 
@@ -25,6 +26,7 @@ FORMS: dict[str, str] = {
     "boxed": "{work}\nThe answer is \\boxed{{{answer}}}.",
     "hash": "{work}\n#### {answer}",
     "plain": "{answer}",
+    "the whole answer column": "{solution}",
 }
 """Answer formats. Gold and wrong answers are reported in the one that the rewards score highest."""
 
@@ -45,6 +47,8 @@ class Probe:
     row: Example
     gold: str
     wrong: str
+    wrong_solution: str = ""
+    """A whole answer that is wrong: that of another row, or this one with the gold answer edited."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,34 @@ def make_probes(rows: list[Example]) -> list[Probe]:
     """Return up to 16 rows with a gold answer, each with a wrong answer."""
     known = [row for row in rows if row.columns.get("answer")]
     chosen = known[:: max(1, len(known) // PROBED_ROWS)][:PROBED_ROWS]
-    golds = [str(row.columns["answer"]) for row in chosen]
-    return [Probe(row, gold, _wrong_answer(gold, golds)) for row, gold in zip(chosen, golds, strict=True)]
+    return [_probe(row, chosen) for row in chosen]
+
+
+def _probe(row: Example, rows: list[Example]) -> Probe:
+    """Return a row with a wrong answer of the same kind: another row's, else an edited one."""
+    gold = str(row.columns["answer"])
+    value = parse_number(gold)
+    for other in rows:
+        answer = str(other.columns["answer"])
+        if not same_text(answer, gold) and (value is None or parse_number(answer) != value):
+            return Probe(row, gold, answer, _solution(other))
+    wrong = str(value + 1) if value is not None else "\n".join(_edited(term) for term in gold.splitlines())
+    solution = _solution(row)
+    for term, edited in zip(gold.splitlines(), wrong.splitlines(), strict=True):
+        solution = solution.replace(term, edited)
+    return Probe(row, gold, wrong, solution)
+
+
+def _edited(term: str) -> str:
+    """Return a term with its first two different neighbouring letters swapped, or doubled where there are none."""
+    for place in range(len(term) - 1):
+        if term[place] != term[place + 1]:
+            return term[:place] + term[place + 1] + term[place] + term[place + 2 :]
+    return term + (term or "?")
+
+
+def _solution(row: Example) -> str:
+    return str(row.columns.get("solution") or row.columns.get("answer") or "")
 
 
 def probe_groups(probes: list[Probe], tokenizer: PreTrainedTokenizerBase, *, with_gold: bool) -> dict[str, list[Group]]:
@@ -96,9 +126,8 @@ def probe_groups(probes: list[Probe], tokenizer: PreTrainedTokenizerBase, *, wit
     groups: dict[str, list[Group]] = {}
     for form, template in FORMS.items() if with_gold else ():
         for kind in ("gold", "wrong"):
-            groups[f"{kind} {form}"] = [
-                _group(probe.row, _written(template, probe.row, getattr(probe, kind)), tokenizer) for probe in probes
-            ]
+            made = [_group(probe.row, _written(template, probe, kind), tokenizer) for probe in probes]
+            groups[f"{kind} {form}"] = made
     groups["empty"] = [_group(probe.row, "", tokenizer) for probe in probes]
     first = probes[0]
     for name, template in HOSTILE.items():
@@ -120,6 +149,11 @@ def _reward_check(weight: float, scored: _Scored, form: str) -> RewardCheck:
     different = {value for value in means.values() if value is not None}
     if problem is None and not different:
         problem = "not applicable to any probe"
+    elif problem is None and form and len(different) > 1 and len(set(shown.values()) - {None}) == 1:
+        problem = (
+            f"blind: {shown['empty']} for gold, wrong, empty and hostile answers alike; only forms differ in which the "
+            f"other rewards pay less"
+        )
     elif problem is None and form and len(different) == 1:
         problem = f"constant: {shown['empty']} for gold, wrong, empty and hostile answers alike, so it teaches nothing"
     return RewardCheck(weight, shown, scored.milliseconds, problem)
@@ -174,24 +208,20 @@ def _score_all(name: str, score: RewardSum, groups: dict[str, list[Group]]) -> _
     return _Scored(scores, 1000 * seconds / max(1, count))
 
 
-def _wrong_answer(gold: str, golds: list[str]) -> str:
-    """Return a wrong answer of the same kind: another row's, or a changed number or word."""
-    value = parse_number(gold)
-    different = [answer for answer in golds if answer != gold and (value is None or parse_number(answer) != value)]
-    if different:
-        return different[0]
-    return str(value + 1) if value is not None else gold + " not"
-
-
 def _group(row: Example, text: str, tokenizer: Any) -> Group:
     ids = tokenizer.encode(text[:2000], add_special_tokens=False)
     return Group(Prompt(0, row.messages, (), row.columns), [Completion(ids, [0.0] * len(ids), True, text)])
 
 
-def _written(template: str, row: Example, answer: str) -> str:
-    solution = str(row.columns.get("solution") or "...").rpartition("####")
-    work = (solution[0] or solution[2]).strip()
-    return template.format(work=work, line=work.partition("\n")[0], answer=answer)
+def _written(template: str, probe: Probe, kind: str) -> str:
+    """Return the completion of a probe. The work of a wrong answer is wrong too: it must not hold the gold answer."""
+    solution = _solution(probe.row) if kind == "gold" else probe.wrong_solution
+    answer = probe.gold if kind == "gold" else probe.wrong
+    parts = solution.rpartition("####")
+    work = (parts[0] or parts[2]).strip()
+    if not probe.row.columns.get("solution"):  # the column says no more than the answer
+        work = "..."
+    return template.format(work=work, line=work.partition("\n")[0], answer=answer, solution=solution)
 
 
 def _mean(values: list[float | None]) -> float | None:

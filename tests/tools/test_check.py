@@ -47,6 +47,44 @@ def test_what_a_sound_config_shows(flags: list[str], tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+PROSE = [("water", "t\u00e2ga"), ("fire", "n\u00eege"), ("tree", "mura")]
+
+
+@pytest.mark.parametrize("terms", [PROSE, PROSE[:1] * 3], ids=["different", "one answer"])
+def test_a_wrong_probe_does_not_hold_the_right_answer(tmp_path: Path, terms: list[tuple[str, str]]) -> None:
+    """The wrong answer of prose is another row's whole text, or the own one with the gold term edited."""
+    tiny_folder(tmp_path / "model")
+    lines = [
+        {
+            "question": f"how does one say {word} {row}?",
+            "answer": f"We call {word} `{term}`, as I heard.",
+        }
+        for row, (word, term) in enumerate(terms)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = [
+        f"--model.name={tmp_path / 'model'}",
+        f"--data.path={tmp_path / 'data.jsonl'}",
+        "--data.system_prompt=null",
+    ]
+    rewards = "--rewards={term_match: 0.6, chrf: 0.4, length_guard: 0.1}"
+    found = check(load_config([*flags, rewards, "--data.extractor=quoted_terms", "--tracking.report_to=[]"]))
+    assert found.problems == [] and found.form == "the whole answer column"
+    assert found.rewards["term_match"].scores["gold"] == 1.0 and found.rewards["term_match"].scores["wrong"] == 0.0
+    assert found.rewards["chrf"].scores["gold"] == 1.0 > found.rewards["chrf"].scores["wrong"]
+
+
+def test_a_reward_that_is_1_in_all_four_columns_is_not_fine(flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def no_box(completions, **_):\n    return [float('boxed' not in c[0]['content']) for c in completions]\n"
+    )
+    found = check(load_config([*flags, f"--rewards={{accuracy: 1.0, {tmp_path}/mine.py:no_box: 0.1}}"]))
+    result = found.rewards[f"{tmp_path}/mine.py:no_box"]
+    assert set(result.scores.values()) == {1.0}
+    assert result.problem is not None and result.problem.startswith("blind: 1.0 for gold, wrong, empty and hostile")
+    assert found.warnings == [f"reward '{tmp_path}/mine.py:no_box' is {result.problem}"] and found.problems == []
+
+
 def test_two_rows_of_data_are_reported(flags: list[str], tmp_path: Path) -> None:
     tiny_data(tmp_path / "data.jsonl", rows=2)
     [warning] = check(load_config(flags)).warnings
