@@ -70,6 +70,8 @@ def all_ways() -> dict[str, tuple[str, bool]]:
     return (
         {"all_on": ("auto", True)}
         | {name: (f"auto,-{name}", True) for name in names}
+        # A fused layer calls attention.c itself: its effect is seen in layers that run operation by operation.
+        | {"decoder_layer and attention": ("auto,-decoder_layer,-attention", True)}
         | {"gradients in place": ("auto", False), "all": ("torch", False)}
     )
 
