@@ -69,7 +69,7 @@ def run(
         return
     if model is not None and is_on("decoder_layer"):
         with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-            _judge("decoder_layer", lambda: _check_layer(model), FLOAT32_TOLERANCE if autocast is None else tolerance)
+            _judge("decoder_layer", lambda: _check_layers(model), FLOAT32_TOLERANCE if autocast is None else tolerance)
     for name, check in (("token_logprobs", _check_head), ("sampling", _check_sampling)):
         if is_on(name):
             _judge(name, functools.partial(check, vocabulary), FLOAT32_TOLERANCE)
@@ -182,9 +182,23 @@ def _judge(name: str, check: Callable[[], float], tolerance: float) -> None:
         switch_off(name, "the self-test did not reach it")
 
 
-def _check_layer(model: Model) -> float:
+def _check_layers(model: Model) -> float:
+    """Return the largest error of `_check_layer` over the first layer of each kind."""
+    kinds = {_kind(layer): layer for layer in reversed(model.layers)}
+    return max(_check_layer(model, _float32(layer)) for layer in kinds.values())
+
+
+def _kind(layer: Layer) -> tuple[object, ...]:
+    """Return what determines the operations of a layer: shapes, biases, adapters, norms of heads, window, rotation."""
+    linears = [
+        (part.weight.shape, part.bias is None, None if part.adapter is None else part.adapter.a.shape)
+        for part in layer.linears
+    ]
+    return (*linears, len(layer.norms), layer.window, layer.rotary, layer.heads, layer.key_heads)
+
+
+def _check_layer(model: Model, layer: Layer) -> float:
     """Return the relative error of a layer on random states: of the result and of all gradients."""
-    layer = _float32(model.layers[0])
     # More than 32,768 numbers in the narrowest tensor: from there on, kernels use threads (compiler.threads_for).
     width = min(len(layer.norm), layer.key_heads * layer.head_size)
     spans = _spans(-(-33_000 // (128 * width)))
@@ -270,13 +284,23 @@ def _distance(
 
 
 def _float32(layer: Layer) -> Layer:
-    """Return the layer in float32 and without its adapter, with weights that are leaves and require gradients."""
+    """Return the layer in float32, with weights that are leaves and require gradients.
+
+    Adapters get random numbers: b of a new one is 0, and with it the gradient of a.
+    """
 
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().float().requires_grad_()
 
+    def random(tensor: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        return (torch.randn(tensor.shape, generator=generator) / tensor.shape[1] ** 0.5).requires_grad_()
+
     def linear(part: Linear) -> Linear:
-        return Linear(leaf(part.weight), None if part.bias is None else leaf(part.bias))
+        adapter = part.adapter
+        if adapter is not None:
+            adapter = replace(adapter, a=random(adapter.a), b=random(adapter.b))
+        return Linear(leaf(part.weight), None if part.bias is None else leaf(part.bias), adapter)
 
     query, key, value, out, gate, up, down = (linear(part) for part in layer.linears)
     converted = replace(layer, query=query, key=key, value=value, out=out, gate=gate, up=up, down=down)
@@ -290,6 +314,8 @@ def _weights(layer: Layer) -> Iterator[Tensor]:
         yield linear.weight
         if linear.bias is not None:
             yield linear.bias
+        if linear.adapter is not None:
+            yield from (linear.adapter.a, linear.adapter.b)
     yield from layer.norms
 
 

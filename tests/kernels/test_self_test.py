@@ -7,14 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo.config.schema import LoraConfig
 from grpo.errors import ConfigError
 from grpo.kernels import head, layers, registry, self_test
 from grpo.kernels.cpu import ops
 from grpo.kernels.cpu.compiler import library
 from grpo.kernels.cuda import varlen
+from grpo.kernels.description import Layer
 from grpo.kernels.registry import KERNELS, chosen, is_on
 from grpo.models.families import FAMILIES
 from grpo.models.logprob_model import run_self_test
+from grpo.models.lora import add_adapter
 from tests.fakes import tiny_model, use_slow_varlen
 
 needs_a_compiler = pytest.mark.skipif(library() is None, reason="there is no C compiler here")
@@ -58,6 +61,29 @@ def test_wrong_kernels_are_switched_off(
     assert nothing_failed.keys() == {"decoder_layer", "attention", "token_logprobs", "sampling"}
     assert not is_on("sampling") and is_on("onednn")
     assert "kernel sampling is off: the self-test differs from the reference by" in caplog.text
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("wrong", ["adapter", "window"])
+def test_every_kind_of_layer_is_checked(
+    nothing_failed: dict[str, str], monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """A layer that is wrong with an adapter, or with the window that only the last layer has."""
+    compute = layers.decoder_layer
+    model = tiny_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    if wrong == "adapter":
+        model = tiny_model("qwen2")
+        add_adapter(model, LoraConfig(r=4, target_modules=["v_proj"]), base="")
+    run_self_test(model, None)
+    assert not nothing_failed
+
+    def without(layer: Layer, *rest: object) -> Tensor:
+        value = replace(layer.value, adapter=None)
+        return compute(replace(layer, value=value, window=None), *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(layers, "decoder_layer", without)
+    run_self_test(model, None)
+    assert "decoder_layer" in nothing_failed
 
 
 @needs_a_compiler
