@@ -773,17 +773,23 @@ def table(report: dict) -> str:
 
 
 def readme_table(reports: list[dict]) -> str:
-    """Return a Markdown table with a row for each suite: ratios to TRL tuned and, in brackets, to TRL's defaults."""
+    """Return a Markdown table with a row for each suite: ratios to TRL tuned and, in brackets, to TRL's defaults.
+
+    A suite that was measured without TRL's defaults has no brackets.
+    """
     lines = [
         "| suite | step | rollout | update | peak memory | completion tokens/s: ours, TRL tuned |",
         "|---|---|---|---|---|---|",
     ]
     for report in reports:
-        tuned, default = report["ratios"]["tuned"], report["ratios"]["default"]
+        tuned, default = report["ratios"]["tuned"], report["ratios"].get("default", {})
         work = report["work"]
         completions, limit = work["num_generations"], work["max_completion_length"]
         name = f"`{report['suite']}`: {completions} completions of at most {limit} tokens"
-        cells = [f"{tuned[key]:.1f}x ({default[key]:.1f}x)" for key in ("step", "rollout", "update", "peak_memory")]
+        cells = [
+            f"{tuned[key]:.1f}x" + (f" ({default[key]:.1f}x)" if key in default else "")
+            for key in ("step", "rollout", "update", "peak_memory")
+        ]
         speeds = f"{report['ours']['tokens_per_second']:.0f}, {report['trl_tuned']['tokens_per_second']:.0f}"
         lines.append(f"| {' | '.join([name, *cells, speeds])} |")
     return "\n".join(lines)
