@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from grpo.config.schema import LoraConfig
 from grpo.kernels import layers
+from grpo.kernels.cpu import fused_layer
 from grpo.kernels.cpu.fused_ops import rms_norm, swiglu
 from grpo.models.families import FAMILIES, describe
 from grpo.models.logprob_model import LogprobModel, probe_batch
@@ -75,13 +76,17 @@ def test_the_modules_logprobs_and_gradients(way: str, case: str, monkeypatch: py
 
 @pytest.mark.parametrize("targets", [["all-linear"], ["q_proj"], ["gate_proj", "down_proj"]], ids=str)
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_adapters(way: str, family: str, targets: list[str]) -> None:
+def test_adapters(way: str, family: str, targets: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    fused: list[int] = []
+    compute = fused_layer.fused_layer
+    monkeypatch.setattr(fused_layer, "fused_layer", lambda *a, **k: fused.append(1) or compute(*a, **k))
     model = tiny_model(family, spread=2.0)
     adapter = add_adapter(model, LoraConfig(r=4, target_modules=targets, use_rslora=True), base="")
     spread(model)
     described = describe(model)
     assert described is not None and described.layers[0].has_adapter
     assert_same(model, long_batch(), close=5e-5)  # both ways round: gradients of 100 go through the adapters
+    assert bool(fused) == (way == "compiled")
     with adapter.disable_adapter():
         described = describe(model)
         assert described is not None and not described.layers[0].has_adapter

@@ -5,8 +5,8 @@ else is float32: the residual stream, norms, rotary embedding, attention, and th
 
 Kept for the backward pass, per token: the layer's input in float32 and the attended states in the dtype of the
 products; in float32 also the joint projections, the residual stream after attention and the gates. Everything else is
-recomputed: in bfloat16, products are cheap, and the memory that a layer keeps is a quarter. Layers with adapters run
-operation by operation (grpo/kernels/layers.py).
+recomputed: in bfloat16, products are cheap, and the memory that a layer keeps is a quarter. The products of adapters
+(LoRA) are recomputed too.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from grpo.kernels.attention import PackedLayout
 from grpo.kernels.cpu import ops
 from grpo.kernels.cpu.attention import attend, attend_backward
 from grpo.kernels.cpu.compiler import c_kernel, threads_for
-from grpo.kernels.description import Layer
+from grpo.kernels.description import Layer, Linear
 from grpo.kernels.gradients import gradient_buffer
 from grpo.kernels.registry import is_on
 
@@ -27,14 +27,13 @@ from grpo.kernels.registry import is_on
 def is_supported(layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Return whether `fused_layer` can compute this layer.
 
-    It needs the C library with its attention, float32 on a CPU, no adapters, and biases only for query, key and value.
+    It needs the C library with its attention, float32 weights on a CPU, and biases only for query, key and value.
     """
     weights = [part.weight for part in layer.linears] + [
         part.bias for part in layer.linears[:3] if part.bias is not None
     ]
     return (
-        not layer.has_adapter
-        and all(part.bias is None for part in layer.linears[3:])
+        all(part.bias is None for part in layer.linears[3:])
         and layer.head_size % 8 == 0
         and _product_dtype() in (torch.float32, torch.bfloat16)
         and is_on("attention")
@@ -70,13 +69,20 @@ def fused_layer(
     return result
 
 
-PARAMETERS = 14
-"""Two norms, seven weights, three biases and the norms of query and key."""
+ADAPTERS = 14
+"""Place of the first adapter in a layer's parameters: after two norms, seven weights, three biases and the norms of
+query and key."""
+PARAMETERS = ADAPTERS + 14
+"""Both matrices of seven adapters come last."""
 
 
 def _parameters(layer: Layer) -> tuple[Tensor | None, ...]:
     linears, biases = layer.linears, (part.bias for part in layer.linears[:3])
-    return (layer.norm, layer.mlp_norm, *(part.weight for part in linears), *biases, layer.query_norm, layer.key_norm)
+    adapters = [part.adapter for part in linears]
+    pairs = [(None, None) if adapter is None else (adapter.a, adapter.b) for adapter in adapters]
+    weights = (part.weight for part in linears)
+    norms = (layer.query_norm, layer.key_norm)
+    return (layer.norm, layer.mlp_norm, *weights, *biases, *norms, *(tensor for pair in pairs for tensor in pair))
 
 
 class FusedLayer(torch.autograd.Function):
@@ -107,9 +113,9 @@ class FusedLayer(torch.autograd.Function):
             sequences = layout.sequences
             attended, lse = attend(query, key, value, prompts, sequences, layer.scaling, layer.window)
             attended = attended.flatten(1).to(dtype)
-            middle = _plus_product(hidden, attended, weights[3])
+            middle = _plus_product(hidden, attended, layer.out)
             gates_ups, _, _ = _gates(layer, middle, weights, dtype)
-            result = _plus_product(middle, _gated(gates_ups), weights[6])
+            result = _plus_product(middle, _gated(gates_ups), layer.down)
         ctx.recomputes = dtype != torch.float32
         kept = () if ctx.recomputes else (mixed, middle, gates_ups)
         ctx.save_for_backward(hidden, cos, sin, attended, lse, *weights, *kept, *prompts)
@@ -129,19 +135,18 @@ class FusedLayer(torch.autograd.Function):
             gradient = gradient.contiguous()
             narrow = gradient.to(dtype)
             if middle is None:
-                middle = _plus_product(hidden, attended, weights[3])
+                middle = _plus_product(hidden, attended, layer.out)
             gates_ups, normed, scale = _gates(layer, middle, weights, dtype, gates_ups)
-            to.add_weights((8,), narrow, _gated(gates_ups))
+            grad_gated = to.products_backward((6,), narrow, _gated(gates_ups), weights)
             grad_gates_ups = torch.empty_like(gates_ups)
-            ops.swiglu_rows_backward(gates_ups, _joint_product_backward(narrow, weights[6:]), grad_gates_ups)
-            del gates_ups
-            to.add_weights((6, 7), grad_gates_ups, normed)
-            grad_normed = _joint_product_backward(grad_gates_ups, weights[4:6])
+            ops.swiglu_rows_backward(gates_ups, grad_gated, grad_gates_ups)
+            del gates_ups, grad_gated
+            grad_normed = to.products_backward((4, 5), grad_gates_ups, normed, weights)
             del grad_gates_ups, normed
             grad_middle = to.norm_backward(1, middle, layer.mlp_norm, scale, grad_normed, gradient)
             narrow = grad_middle.to(dtype)
-            to.add_weights((5,), narrow, attended)
-            grad_attended = _joint_product_backward(narrow, weights[3:4]).float().view(len(hidden), -1, layer.head_size)
+            grad_attended = to.products_backward((3,), narrow, attended, weights)
+            grad_attended = grad_attended.float().view(len(hidden), -1, layer.head_size)
             mixed, normed, scale = _projected(layer, hidden, weights, dtype, mixed)
             query, key, value, raw = _split(layer, mixed, cos, sin)
             plan = (prompts, ctx.sequences, layer.scaling, layer.window)
@@ -155,9 +160,8 @@ class FusedLayer(torch.autograd.Function):
                 grads[index] = to.norm_backward(12 + index, states, weight, head_scale, grads[index], None)
             grad_mixed = torch.empty_like(mixed)
             ops.join_heads(*grads, *((None, None) if raw else rotation), grad_mixed)
-            to.add_weights((2, 3, 4), grad_mixed, normed)
+            grad_normed = to.products_backward((0, 1, 2), grad_mixed, normed, weights)
             to.add_biases((9, 10, 11), grad_mixed)
-            grad_normed = _joint_product_backward(grad_mixed, weights[:3])
             grad_hidden = to.norm_backward(0, hidden, layer.norm, scale, grad_normed, grad_middle)
         return grad_hidden, None, None, None, None, None, None, *to.made, *outside
 
@@ -166,7 +170,7 @@ class _Gradients:
     """Gradients of a layer's parameters, by index in the arguments: added to `.grad`, or returned to autograd."""
 
     def __init__(self, layer: Layer, wanted: tuple[bool, ...], *, in_place: bool):
-        self.parameters = _parameters(layer)
+        self.linears, self.parameters = layer.linears, _parameters(layer)
         self.wanted, self.in_place = wanted, in_place
         self.made: list[Tensor | None] = [None] * PARAMETERS
 
@@ -180,27 +184,37 @@ class _Gradients:
         else:
             buffer += gradient
 
-    def add_weights(self, places: tuple[int, ...], gradient: Tensor, states: Tensor) -> None:
-        """Add the gradients of weights that multiply the same states.
+    def products_backward(
+        self, indices: tuple[int, ...], gradient: Tensor, states: Tensor, weights: list[Tensor]
+    ) -> Tensor:
+        """Add the gradients of linear layers that multiply the same states. Return the gradient of the states.
 
         Args:
-            places: indices of the weights.
-            gradient: [T, outputs of all these weights].
+            indices: of the linear layers.
+            gradient: [T, outputs of all these layers].
             states: [T, inputs].
+            weights: of all linear layers of the layer.
         """
-        first = 0
-        for place in places:
-            parameter = self.parameters[place]
-            assert parameter is not None
-            part = gradient[:, first : first + len(parameter)]
-            first += len(parameter)
-            if not self.wanted[place]:
-                continue
-            buffer = gradient_buffer(parameter, self.in_place)
-            if buffer is not None and part.dtype == torch.float32:
-                buffer.addmm_(part.T, states)
-            else:
-                self.add(place, part.T @ states)
+        grad_states, first = _joint_product_backward(gradient, [weights[index] for index in indices]), 0
+        for index in indices:
+            part = gradient[:, first : first + len(weights[index])]
+            first += len(weights[index])
+            if self.wanted[2 + index]:
+                parameter = self.linears[index].weight
+                buffer = gradient_buffer(parameter, self.in_place)
+                if buffer is not None and part.dtype == torch.float32:
+                    buffer.addmm_(part.T, states)
+                else:
+                    self.add(2 + index, part.T @ states)
+            adapter = self.linears[index].adapter
+            if adapter is not None:
+                a, b = (tensor.detach().to(gradient.dtype) for tensor in (adapter.a, adapter.b))
+                grad_low = (part @ b).mul_(adapter.scale)
+                for place, made in ((0, (grad_low, states)), (1, (part, (states @ a.T).mul_(adapter.scale)))):
+                    if self.wanted[ADAPTERS + 2 * index + place]:
+                        self.add(ADAPTERS + 2 * index + place, made[0].T @ made[1])
+                grad_states.addmm_(grad_low, a)
+        return grad_states
 
     def add_biases(self, places: tuple[int, ...], gradient: Tensor) -> None:
         """Add the gradients of the biases at `places` from the gradient [T, outputs of all] of their results."""
@@ -231,6 +245,7 @@ def _projected(
     normed, scale = _normed(hidden, layer.norm, layer.epsilon, dtype)
     if mixed is None:
         mixed = _joint_product(normed, weights[:3])
+        _add_adapters(mixed, normed, layer.linears[:3])
         if layer.query.bias is not None:
             mixed += torch.cat([part.bias for part in layer.linears[:3] if part.bias is not None])
     return mixed, normed, scale
@@ -241,7 +256,10 @@ def _gates(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return gates and ups [T, 2 I], unless they are given, and the normed states and scales."""
     normed, scale = _normed(middle, layer.mlp_norm, layer.mlp_epsilon, dtype)
-    return _joint_product(normed, weights[4:6]) if gates_ups is None else gates_ups, normed, scale
+    if gates_ups is None:
+        gates_ups = _joint_product(normed, weights[4:6])
+        _add_adapters(gates_ups, normed, layer.linears[4:6])
+    return gates_ups, normed, scale
 
 
 def _normed(hidden: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -314,8 +332,24 @@ def _joint_product_backward(gradient: Tensor, weights: list[Tensor]) -> Tensor:
     return result
 
 
-def _plus_product(states: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
-    """Return states + inputs weight^T in float32."""
+def _plus_product(states: Tensor, inputs: Tensor, part: Linear) -> Tensor:
+    """Return states + the linear layer's result for `inputs`, in float32."""
+    weight = part.weight.detach()
     if inputs.dtype == torch.float32:
-        return torch.addmm(states, inputs, weight.T)
-    return states + inputs @ weight.to(inputs.dtype).T
+        result = torch.addmm(states, inputs, weight.T)
+    else:
+        result = states + inputs @ weight.to(inputs.dtype).T
+    _add_adapters(result, inputs, (part,))
+    return result
+
+
+def _add_adapters(result: Tensor, states: Tensor, parts: tuple[Linear, ...]) -> None:
+    """Add the terms of adapters to the results [T, all outputs] of linear layers that multiply the same states."""
+    for piece, part in zip(result.split([len(part.weight) for part in parts], 1), parts, strict=True):
+        if part.adapter is not None:
+            a, b = (tensor.detach().to(states.dtype) for tensor in (part.adapter.a, part.adapter.b))
+            low = states @ a.T
+            if piece.dtype == states.dtype:
+                piece.addmm_(low, b.T, alpha=part.adapter.scale)
+            else:
+                piece.add_(low @ b.T, alpha=part.adapter.scale)
