@@ -24,7 +24,7 @@ from grpo.data.rendering import render_prompts
 from grpo.data.rows import Example, load_examples
 from grpo.data.stream import PromptStream
 from grpo.data.training_data import TrainingData, training_data
-from grpo.errors import ConfigError, StorageError
+from grpo.errors import ConfigError
 from grpo.experience import ExperienceCollector
 from grpo.kernels.registry import report
 from grpo.models.limits import Extent, check_limits
@@ -40,7 +40,7 @@ from grpo.rollout.async_sampler import AsyncSampler
 from grpo.rollout.engine import RolloutEngine, build_engine, correction_of, find_engine, longest_of, step_completions
 from grpo.rollout.logprob_mismatch import check_agreement, verify_weight_sync
 from grpo.run.callbacks import Callback, Callbacks, State, build_callbacks
-from grpo.run.checkpoint import check_free_space, read_state, seconds_to_write
+from grpo.run.checkpoint import check_free_space, read_state
 from grpo.run.checkpointer import (
     Checkpointer,
     ResumePoint,
@@ -49,6 +49,7 @@ from grpo.run.checkpointer import (
     migrate,
     restore,
 )
+from grpo.run.claim import claim_run_dir, warn_of_slow_saves
 from grpo.run.components import check_components, settings_without_effect
 from grpo.run.contents import check_contents, contents_of
 from grpo.run.records import Recorder
@@ -56,12 +57,11 @@ from grpo.run.resume import check_changes
 from grpo.run.state import Run
 from grpo.runtime.device import device_kind
 from grpo.runtime.distributed import run_on_main
-from grpo.runtime.launcher import shutdown_seconds
 from grpo.runtime.precision import compute_dtype, precision_of
-from grpo.runtime.run_lock import RunLock, check_free
+from grpo.runtime.run_lock import check_free
 from grpo.tracking.console import Display, show_messages
 from grpo.tracking.diagnostics import Diagnostics, patience_for
-from grpo.tracking.run_dir import choose_run_dir, fingerprint, has_chosen_name
+from grpo.tracking.run_dir import choose_run_dir, fingerprint
 from grpo.tracking.run_logger import RunLogger
 from grpo.tracking.tracker import check_trackers
 from grpo.types import Prompt, SamplingPlan
@@ -305,64 +305,6 @@ def build_sampler(
     )
     sampler.load_state_dict(point.sampled_ahead)
     return sampler
-
-
-def claim_run_dir(
-    config: Config, run_dir: Path, before: tuple[object, ...], accelerator: Accelerator
-) -> tuple[Path, RunLock | None]:
-    """Create and lock the run directory, and look again whether it is as it was before the weights loaded. Collective.
-
-    Args:
-        before: `fingerprint` of the run directory at the start.
-
-    Returns:
-        The run directory: with a number added, if it was named here and another run took the name meanwhile. And the
-        lock, on the main process.
-
-    Raises:
-        ConfigError: Another run uses it, or has written into it.
-        StorageError: It cannot be written.
-    """
-    lock: RunLock | None = None
-
-    def claim() -> Path:
-        nonlocal lock
-        names = [run_dir]
-        if not has_chosen_name(config):
-            names += [run_dir.with_name(f"{run_dir.name}-{number}") for number in range(2, 1000)]
-        for path in names:
-            try:
-                path.mkdir(parents=True, exist_ok=has_chosen_name(config))
-                lock = RunLock(path)
-                break
-            except OSError as error:
-                if isinstance(error, FileExistsError) and not has_chosen_name(config):
-                    continue
-                raise StorageError(f"cannot write the run directory {path}: {error}. Set another --run_dir") from error
-        if path == run_dir and fingerprint(path) != before:
-            assert lock is not None
-            lock.release()
-            raise ConfigError(
-                f"run_dir {path} was written by another run while this one loaded. Continue that run with --resume "
-                f"auto, or choose another --run_dir"
-            )
-        return path
-
-    return run_on_main(accelerator, claim), lock
-
-
-def warn_of_slow_saves(run_dir: Path, size: int) -> None:
-    """Warn if torchrun would kill its workers before a checkpoint of `size` bytes is saved after a signal."""
-    limit = shutdown_seconds()
-    if limit is None:
-        return
-    seconds = seconds_to_write(run_dir, size)
-    if seconds > limit / 2:
-        log.warning(
-            "a checkpoint of %.1f GB takes about %.0f s to save here, and torchrun kills its workers %.0f s after a "
-            "signal: set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to at least %.0f, or save often (save_every)",
-            *(size / 1e9, seconds, limit, 2 * seconds + 30),
-        )
 
 
 def start_records(config: Config, run_dir: Path, data: TrainingData, rewards: RewardSum, start: int) -> RunLogger:

@@ -32,6 +32,10 @@ SILENT_SECONDS = 30.0
 """An owner on another machine that has not changed its file for so long has died."""
 
 
+_silent: dict[Path, int] = {}
+"""Owner file -> its time when it was found not to change."""
+
+
 class LockLost(StorageError):
     """Another process has taken the run directory over."""
 
@@ -193,7 +197,8 @@ def _living_owner(run_dir: Path) -> dict[str, Any] | None:
         seen = path.stat().st_mtime_ns
     except OSError:
         return None
-    if abs(time.time() - seen / 1e9) > 20 * SILENT_SECONDS:  # clocks of a cluster differ by less
+    # Clocks of a cluster differ by less than that. A file that was watched before is not watched again.
+    if abs(time.time() - seen / 1e9) > 20 * SILENT_SECONDS or _silent.get(path) == seen:
         return None
     log.info("run_dir %s was last used by %s: waiting whether it is still at work", run_dir, _who(owner))
     end = time.monotonic() + SILENT_SECONDS
@@ -204,6 +209,7 @@ def _living_owner(run_dir: Path) -> dict[str, Any] | None:
                 return _read_owner(path)
         except OSError:  # released
             return None
+    _silent[path] = seen
     return None
 
 

@@ -39,9 +39,9 @@ from grpo.rewards.calls import call_reward
 from grpo.rewards.scoring import RewardSum
 from grpo.rewards.workers import RewardWorkerPool
 from grpo.rollout.engine import find_engine
-from grpo.run.build import claim_run_dir
 from grpo.run.checkpoint import check_free_space, load_checkpoint, newest_valid, save_checkpoint
 from grpo.run.checkpointer import find_checkpoint
+from grpo.run.claim import claim_run_dir
 from grpo.run.components import check_components
 from grpo.run.contents import check_contents
 from grpo.run.final import write_final

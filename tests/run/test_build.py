@@ -9,8 +9,9 @@ import pytest
 from grpo.config.parser import load_config
 from grpo.data.rows import Example
 from grpo.errors import ConfigError
-from grpo.run import build
-from grpo.run.build import build_run, derived_values, held_out_prompts, warn_of_slow_saves
+from grpo.run import claim
+from grpo.run.build import build_run, derived_values, held_out_prompts
+from grpo.run.claim import warn_of_slow_saves
 from tests.fakes import tiny_data, tiny_folder
 
 
@@ -104,7 +105,7 @@ def test_a_save_that_torchrun_would_cut_short_is_said_at_the_start(
     seconds: float,
     said: bool,
 ) -> None:
-    monkeypatch.setattr(build, "shutdown_seconds", lambda: limit)
-    monkeypatch.setattr(build, "seconds_to_write", lambda run_dir, size: seconds)
+    monkeypatch.setattr(claim, "shutdown_seconds", lambda: limit)
+    monkeypatch.setattr(claim, "seconds_to_write", lambda run_dir, size: seconds)
     warn_of_slow_saves(tmp_path, 2 * 10**9)
     assert ("a checkpoint of 2.0 GB takes about 15 s to save here, and torchrun kills" in caplog.text) == said

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from grpo.config.parser import load_config
 from grpo.errors import ConfigError, StorageError
-from grpo.run.build import claim_run_dir
+from grpo.run.claim import claim_run_dir
 from grpo.tracking.row_files import drop_rows_from, set_aside
 from grpo.tracking.run_dir import choose_run_dir, fingerprint
 
