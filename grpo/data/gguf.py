@@ -227,8 +227,8 @@ def _convert(path: Path, folder: Path) -> None:
     plain = {"quantization_config": config(dequantize=True)} if config is not None else {}
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, **plain)
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False, **plain)
     except ImportError as error:
         raise ConfigError(f"model.name '{path}': a GGUF needs the package gguf: {INSTALL}") from error
     except OSError as error:

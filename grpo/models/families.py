@@ -42,6 +42,88 @@ FAMILIES = {
 }
 """`model_type` of the config -> family."""
 
+PACKED = frozenset(
+    {
+        "apertus",
+        "arcee",
+        "bamba",
+        "cohere",
+        "cohere2",
+        "deepseek_v2",
+        "deepseek_v3",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "exaone4",
+        "falcon_h1",
+        "gemma",
+        "gemma3",
+        "gemma3_text",
+        "gemma3n_text",
+        "gemma4",
+        "gemma4_text",
+        "glm4",
+        "glm4_moe",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "granitemoe",
+        "granitemoehybrid",
+        "helium",
+        "hrm_text",
+        "hunyuan_v1_dense",
+        "jamba",
+        "lfm2",
+        "lfm2_moe",
+        "llama",
+        "mamba2",
+        "minicpm3",
+        "ministral",
+        "ministral3",
+        "mistral",
+        "mistral3",
+        "mixtral",
+        "nanochat",
+        "nemotron_h",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "opt",
+        "phi",
+        "phi3",
+        "phimoe",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_5",
+        "qwen3_5_text",
+        "qwen3_moe",
+        "qwen3_next",
+        "qwen3_vl",
+        "seed_oss",
+        "smollm3",
+        "starcoder2",
+    }
+)
+"""`model_type` of the families whose packed rows were found exact (tests/models/test_families.py, docs/models.md)."""
+
+ROWS = {
+    "bloom": "adds a bias of its own to the attention (ALiBi)",
+    "codegen": "does not use transformers' attention interface",
+    "falcon": "does not use transformers' attention interface",
+    "gemma2": "has a softcap in its attention",
+    "gpt_oss": "has sinks in its attention",
+    "gptj": "does not use transformers' attention interface",
+    "llama4_text": "attends in chunks",
+    "mamba": "has recurrent layers without a packed form here",
+    "minimax": "has recurrent layers without a packed form here",
+    "mpt": "adds a bias of its own to the attention (ALiBi)",
+    "recurrent_gemma": "has recurrent layers without a packed form here",
+    "stablelm": "does not pass the layout of a packed row to its layers",
+}
+"""`model_type` of the families that are exact on plain rows only, and the reason. They need rollout.engine
+transformers."""
+
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on the sequence length."""
 

@@ -10,6 +10,7 @@ from grpo.config.schema import Config
 from grpo.data.gguf import plain_model
 from grpo.errors import ConfigError
 from grpo.models.architecture import text_config
+from grpo.models.families import ROWS
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,9 @@ class Extent:
         self.largest_id = max(self.largest_id, max(token_ids, default=0))
 
 
-def check_limits(config: Config, path: str, tokenizer: Any, extent: Extent) -> None:
+def check_limits(
+    config: Config, path: str, tokenizer: Any, extent: Extent, *, needs_packed_attention: bool = False
+) -> None:
     """Check the prompts and lengths of a run against the limits of the model in `path`.
 
     Args:
@@ -42,6 +45,7 @@ def check_limits(config: Config, path: str, tokenizer: Any, extent: Extent) -> N
         path: folder or hub id of the model.
         tokenizer: its tokenizer.
         extent: of all prompts that are known.
+        needs_packed_attention: rollout.engine runs no other models.
 
     Raises:
         ConfigError: a limit is exceeded.
@@ -51,6 +55,11 @@ def check_limits(config: Config, path: str, tokenizer: Any, extent: Extent) -> N
         shape = text_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name '{path}' cannot be loaded: {error}") from error
+    if needs_packed_attention and shape.model_type in ROWS:
+        raise ConfigError(
+            f"rollout.engine {config.rollout.engine} cannot run model.name '{path}': its family {shape.model_type} "
+            f"{ROWS[shape.model_type]}. Set rollout.engine to transformers"
+        )
     _check_vocabulary(shape, path, tokenizer, extent)
     longest = extent.longest_prompt + config.sampling.max_completion_length
     if longest > config.tokens_per_batch:

@@ -285,7 +285,7 @@ def save_dtype(config: Config, path: str) -> torch.dtype:
     if config.model.gguf_file:
         return torch.float32
     try:
-        stored = AutoConfig.from_pretrained(path)
+        stored = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError):
         return torch.float32
     return stored.dtype if stored.dtype in SAVE_DTYPES.values() else torch.float32

@@ -38,7 +38,12 @@ def source_hashes(functions: Iterable[RewardFunction]) -> dict[str, str]:
     roots = {*(path.parent for path in own), Path.cwd()}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if file and file.endswith(".py") and not name.startswith("grpo.") and "site-packages" not in file:
+        if (
+            isinstance(file, str)
+            and file.endswith(".py")
+            and not name.startswith("grpo.")
+            and "site-packages" not in file
+        ):
             path = Path(file)
             if any(root in path.parents for root in roots):
                 own.add(path)

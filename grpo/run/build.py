@@ -104,7 +104,13 @@ def _build(config: Config, rewards: RewardSum, on_failure: contextlib.ExitStack)
         check_is_unfinished(checkpoint, saved["step"], config, run_dir)
         check_resume(config, saved, rewards, accelerator.num_processes)
     held_out = held_out_prompts(config, held_out_rows, data)
-    check_limits(config, data.model_path, data.tokenizer, extent_of(data, held_out))
+    check_limits(
+        config,
+        data.model_path,
+        data.tokenizer,
+        extent_of(data, held_out),
+        needs_packed_attention=find_engine(config.rollout.engine).needs_packed_attention,
+    )
     contents = run_on_main(accelerator, lambda: contents_of(config, data, held_out))
     for line in check_contents(saved["contents"], contents, config) if checkpoint is not None else []:
         log.warning(line)

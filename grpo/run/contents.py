@@ -98,7 +98,7 @@ def hash_model(path: str, gguf_file: str | None = None) -> str | None:
     from transformers import AutoConfig
 
     try:
-        commit = getattr(AutoConfig.from_pretrained(path), "_commit_hash", None)
+        commit = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "_commit_hash", None)
     except (OSError, ValueError):
         return None
     return hashlib.sha256(str(commit).encode()).hexdigest() if commit else None

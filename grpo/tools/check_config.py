@@ -16,6 +16,7 @@ from grpo.errors import ConfigError
 from grpo.models.limits import Extent, check_limits
 from grpo.models.strategies.base import Machine
 from grpo.rewards.scoring import RewardSum
+from grpo.rollout.engine import find_engine
 from grpo.run.components import check_components, settings_without_effect
 from grpo.tools.check_cost import describe_batch, least_operations, measure_matrix_rate, steps_of
 from grpo.tools.check_result import Check, PromptCheck
@@ -64,7 +65,8 @@ def check(config: Config, machine: Machine | None = None) -> Check:
     extent = _check_lengths(found, config, rows, tokenizer)
     _check_held_out_lengths(found, config, held_out, tokenizer)
     if config.model.name != "starter":
-        check_limits(config, config.model.name, tokenizer, extent)
+        needs_packing = find_engine(config.rollout.engine).needs_packed_attention
+        check_limits(config, config.model.name, tokenizer, extent, needs_packed_attention=needs_packing)
     check_rewards(found, score, rows, tokenizer)
     prompts = None if streaming else round(len(rows) * (1 - found.too_long / found.measured))
     if prompts is not None:

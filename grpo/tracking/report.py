@@ -244,9 +244,10 @@ def _attribution_lines(metrics: MetricsFile, weights: dict[str, float]) -> list[
     found = attribution(metrics, weights)
     if not found:
         return []
+    shown = weights | {label: weights[name] for name, label in reward_labels(weights).items()}
     total = sum(part for *_, part in found)
     rows = [
-        [_code(name), f"{weights[name]:g}", f"{early:.3f}", f"{late:.3f}", f"{part:+.3f}"]
+        [_code(name), f"{shown[name]:g}", f"{early:.3f}", f"{late:.3f}", f"{part:+.3f}"]
         for name, early, late, part in found
     ]
     rows.append(["all", "", "", "", f"{total:+.3f}"])

@@ -2,6 +2,7 @@
 are those of the model's own code, or the model is refused with a message that names what works.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError
 from grpo.kernels.head import IDENTITY, LogitTransform
 from grpo.models.architecture import auto_class, head_bias, logit_transform, own_attention
+from grpo.models.families import PACKED, ROWS
 from grpo.models.loading import load_model, prepare_model
 from grpo.models.logprob_model import LogprobModel, gradient_leak, is_isolated, leak, probe_batch, use_grpo_attention
 from grpo.models.lora import lora_layers
@@ -24,7 +26,7 @@ from grpo.policy import Policy
 from grpo.rollout.engine import build_engine
 from grpo.rollout.logprob_mismatch import difference
 from tests.fakes import group
-from tests.models.zoo import tiny_zoo_model, zoo_folder
+from tests.models.zoo import ZOO, tiny_zoo_model, zoo_folder
 
 TEMPERATURE = 0.9
 LENGTHS = [(11, [9, 7, 12]), (5, [8, 3])]
@@ -148,6 +150,20 @@ def check_family(name: str, place: Path) -> str:
     learn(checkpointed, batch)
     policy_of(folder, LoraConfig(r=4), torch_dtype="bfloat16")
     return "packed" if policy.uses_packed_attention else "rows"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in ("gemma2", "qwen3_moe")])
+def test_every_family_runs_exactly(name: str, tmp_path: Path) -> None:
+    assert check_family(name, tmp_path) == ("packed" if ZOO[name].model_type in PACKED else "rows")
+
+
+def test_the_page_lists_every_family_that_is_checked() -> None:
+    checked = {entry.model_type for entry in ZOO.values()}
+    assert checked == PACKED | ROWS.keys() and not PACKED & ROWS.keys()
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (packed|rows) \|", page, re.MULTILINE))
+    assert rows == {name: "packed" if name in PACKED else "rows" for name in checked}
 
 
 @pytest.mark.parametrize(("name", "way"), [("gemma2", "rows"), ("qwen3_moe", "packed")])

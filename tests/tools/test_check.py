@@ -155,7 +155,7 @@ def test_large_files_are_measured_at_even_distances(flags: list[str], monkeypatc
     found = check(load_config([*flags, "--data.max_prompt_length=4", "--num_train_epochs=3"]))
     # every third of 12 rows: "0+1=", "3+4=", "6+7=", "9+10="; the last has 5 tokens, so a quarter of 12 is left out
     assert (found.measured, found.too_long) == (4, 1)
-    assert found.warnings == ["1 of the 4 measured prompts are longer than data.max_prompt_length 4: left out"]
+    assert found.warnings[0] == "1 of the 4 measured prompts are longer than data.max_prompt_length 4: left out"
     assert found.steps == 4  # 3 epochs of 9 prompts, 8 a step
 
 
