@@ -324,7 +324,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
             "run/test_build.py::test_a_reward_that_needs_a_column_the_data_lacks",
         ],
     ),
-    "X13": ("a reward file that has changed", ["run/test_resume.py::test_a_changed_reward_file_is_warned_about"]),
+    "X13": ("a reward file that has changed", ["run/test_resume.py::test_a_changed_reward_file_needs_a_flag"]),
     "X14": (
         "versions: pinned, and a lock file with hashes that agrees with them",
         [

@@ -9,6 +9,7 @@ import pytest
 
 import grpo.kernels.cpu.compiler
 import grpo.kernels.cpu.panels
+import grpo.kernels.registry
 import grpo.runtime.device
 
 
@@ -17,6 +18,15 @@ def one_thread() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo.runtime.device, "cpu_threads", lambda processes_here: 1)
         yield
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_one_test() -> Iterator[None]:
+    """Switch kernels that a test turned off on again, so that later tests have them."""
+    before = dict(grpo.kernels.registry._failed)
+    yield
+    grpo.kernels.registry._failed.clear()
+    grpo.kernels.registry._failed.update(before)
 
 
 @pytest.fixture(params=["compiled", "torch"])

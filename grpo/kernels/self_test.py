@@ -286,7 +286,8 @@ def _distance(
 def _float32(layer: Layer) -> Layer:
     """Return the layer in float32, with weights that are leaves and require gradients.
 
-    Adapters get random numbers: b of a new one is 0, and with it the gradient of a.
+    Adapters get random numbers, since b of a new one is 0, and with it the gradient of a. They change the weight by a
+    tenth: larger scores would saturate attention, whose gradients then are mostly rounding in 16 bits.
     """
 
     def leaf(tensor: Tensor) -> Tensor:
@@ -299,7 +300,10 @@ def _float32(layer: Layer) -> Layer:
     def linear(part: Linear) -> Linear:
         adapter = part.adapter
         if adapter is not None:
-            adapter = replace(adapter, a=random(adapter.a), b=random(adapter.b))
+            a, b = random(adapter.a), random(adapter.b)
+            with torch.no_grad():
+                b *= 0.1 * part.weight.float().norm() / (adapter.scale * (b @ a)).norm()
+            adapter = replace(adapter, a=a, b=b)
         return Linear(leaf(part.weight), None if part.bias is None else leaf(part.bias), adapter)
 
     query, key, value, out, gate, up, down = (linear(part) for part in layer.linears)

@@ -211,28 +211,40 @@ class Simulated:
 def simulate(model: PreTrainedModel, config: Config, longest_prompt: int, machine: Machine) -> Simulated:
     """Run forward and backward passes on fake tensors, with the largest batch that the config makes.
 
-    Every layer keeps the same memory, so models of 2 and 3 layers determine that of all layers. Where layers differ in
-    kind, or read numbers that fake tensors do not have (the choice of experts), the activations are counted instead.
+    Every layer of a kind keeps the same memory, so models with 2 and 3 periods of layers determine that of all layers.
+    Where layers read numbers that fake tensors do not have (the choice of experts), the activations are counted.
     """
-    shape = text_config(model.config)
-    layers, kinds = shape.num_hidden_layers, set(getattr(shape, "layer_types", None) or ())
-    if shape is not model.config or kinds - {"full_attention", "sliding_attention"}:
+    if text_config(model.config) is not model.config:
         return _counted(model, config, longest_prompt, machine)
     try:
-        return _simulated(model, layers, config, longest_prompt, machine)
+        return _simulated(model, config, longest_prompt, machine)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         log.debug("memory: %s cannot be simulated: %s", type(model).__name__, error)
         return _counted(model, config, longest_prompt, machine)
 
 
-def _simulated(model: PreTrainedModel, layers: int, config: Config, longest_prompt: int, machine: Machine) -> Simulated:
-    if layers <= 4:
+def _simulated(model: PreTrainedModel, config: Config, longest_prompt: int, machine: Machine) -> Simulated:
+    layers, period = model.config.num_hidden_layers, layer_period(model.config)
+    if layers <= max(4, 3 * period):
         return _simulate(model.config, config, longest_prompt, machine)
-    two, three = (_simulate(_shorter(model.config, count), config, longest_prompt, machine) for count in (2, 3))
+    two, three = (_simulate(_shorter(model.config, n * period), config, longest_prompt, machine) for n in (2, 3))
+    further = layers - 2 * period
     return Simulated(
-        two.trained + (layers - 2) * (three.trained - two.trained),
-        two.activations + (layers - 2) * (three.activations - two.activations),
+        two.trained + further * (three.trained - two.trained) // period,
+        two.activations + further * (three.activations - two.activations) // period,
     )
+
+
+def layer_period(shape: Any) -> int:
+    """Return the number of layers after which their kinds repeat. Attention in a window counts as attention.
+
+    It is the number of all layers if nothing repeats.
+    """
+    kinds = [
+        "attention" if kind.endswith("attention") and not kind.startswith("linear") else kind
+        for kind in getattr(shape, "layer_types", None) or ()
+    ]
+    return next((n for n in range(1, len(kinds)) if kinds[n:] == kinds[:-n]), max(len(kinds), 1))
 
 
 def _counted(model: PreTrainedModel, config: Config, longest_prompt: int, machine: Machine) -> Simulated:

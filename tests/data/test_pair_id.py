@@ -58,6 +58,9 @@ def test_a_rows_identity_goes_everywhere_with_it(tmp_path: Path) -> None:
     by_id = {row["nr"]: row for row in read(tmp_path / "train.jsonl")}
 
     given = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
+    others = {row["nr"] for row in read(tmp_path / "held_out.jsonl")}
+    assert {pair_id for pair_id, *_ in given} == {*by_id} | others  # evaluation calls rewards too
+    given = [row for row in given if row[0] in by_id]
     assert sorted(pair_id for pair_id, *_ in given) == sorted([*by_id] * 2)  # each prompt once, two completions each
     for pair_id, made, answer, solution in given:
         assert (made, solution) == (by_id[pair_id]["made"], by_id[pair_id]["answer"])  # to the byte, NFD too

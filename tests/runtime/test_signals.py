@@ -139,7 +139,7 @@ def start(
     """Start a training run in a new process, whose reward waits for a file in the second step."""
     write_gate(tmp_path)
     rewards = {"rewards": json.dumps({f"{tmp_path}/gate.py:gate": 1.0})}
-    flags = arguments(tmp_path, name, **(rewards | changes))
+    flags = arguments(tmp_path, name, **({"eval_every": 0} | rewards | changes))  # evaluation calls rewards too
     command = [*(launcher or [sys.executable]), str(ROOT / script), *flags]
     variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (environment or {})
     return subprocess.Popen(

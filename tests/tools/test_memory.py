@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PretrainedConfig
 
 from grpo.config.parser import load_config
 from grpo.models.logprob_model import LogprobModel, use_grpo_attention
 from grpo.models.strategies.base import Machine
 from grpo.models.strategies.registry import machine_of
-from grpo.tools.memory import LiveBytes, cache_per_slot, estimate, simulate, step_batches
+from grpo.tools.memory import LiveBytes, cache_per_slot, estimate, layer_period, simulate, step_batches
 from tests.fakes import tiny_model
 from tests.hybrids import hybrid
 
@@ -111,3 +112,14 @@ def test_a_hybrid_is_simulated_with_the_layers_that_train(family: str) -> None:
         logprobs.sum().backward()
     gradients = 4 * sum(parameter.numel() for parameter in model.parameters())
     assert simulate(model, config, 6, Machine()).activations == pytest.approx(live.peak - gradients, rel=0.05)
+
+
+def test_the_period_of_layers() -> None:
+    def period(*kinds: str) -> int:
+        return layer_period(PretrainedConfig(layer_types=list(kinds)))
+
+    assert layer_period(PretrainedConfig()) == 1
+    assert period("full_attention", "sliding_attention", "full_attention", "full_attention") == 1
+    three_to_one = ["linear_attention"] * 3 + ["full_attention"]
+    assert period(*three_to_one * 3) == 4 and period(*three_to_one, *three_to_one[:2]) == 4
+    assert period("mamba", "mamba", "full_attention", "mamba", "full_attention") == 5

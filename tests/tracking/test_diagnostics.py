@@ -306,7 +306,7 @@ FAULTS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "sampler": (RANDOM, {}, wrong_logprobs),
     "kl": (RANDOM, {"optimizer.learning_rate": 0.3}, None),
     "entropy_fall": (FALLING, {"optimizer.learning_rate": 0.3, "objective.beta": 1e-9, "steps": 10}, None),
-    "collapse": (FALLING, {"optimizer.learning_rate": 0.3, "objective.beta": 0, "steps": 10}, None),
+    "collapse": (FALLING, {"optimizer.learning_rate": 0.3, "objective.beta": 0, "steps": 16}, None),
     "entropy_rise": (RANDOM, {"sampling.temperature": 0.05, "objective.beta": 0, "steps": 8}, forgetting),
 }  # fmt: skip
 
