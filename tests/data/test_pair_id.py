@@ -66,8 +66,9 @@ def test_a_rows_identity_goes_everywhere_with_it(tmp_path: Path) -> None:
         assert (made, solution) == (by_id[pair_id]["made"], by_id[pair_id]["answer"])  # to the byte, NFD too
         assert unicodedata.is_normalized("NFC", answer) and answer in unicodedata.normalize("NFC", solution)
 
+    columns: dict = {}
     for row in read(run / "rollouts.jsonl"):
-        columns = row["columns"]
+        columns = row.get("columns", columns)  # once per prompt
         assert columns["generated_at"] == by_id[columns["pair_id"]]["made"]
         assert row["prompt"] == by_id[columns["pair_id"]]["question"]
         assert columns["source_language"] == "English"
