@@ -237,8 +237,9 @@ class Diagnostics:
                         "flat",
                         f"no completion of {_range(steps)} earned anything, so every group was flat and nothing was "
                         "learned",
-                        "add an easier reward beside it (for the form, or for a part of the answer), an example in the "
-                        "prompt (data.one_shot), or more sampling.num_generations, or take easier prompts",
+                        "add an easier reward beside it (for the form, or for a part of the answer), worked examples "
+                        "in the prompt (data.examples, or data.one_shot), or more sampling.num_generations, or take "
+                        "easier prompts",
                     )
                 ]
             if len(earned) > 1:

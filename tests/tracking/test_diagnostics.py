@@ -74,7 +74,7 @@ def test_a_sound_run_says_nothing() -> None:
          "none of 40 completions holds an answer .*data.system_prompt xml"),
         ({"reward/zero_std_fraction": 1.0}, "flat", 20, "every group of steps 1 to 20 was flat.*too hard.*too easy"),
         ({"reward/zero_std_fraction": 1.0, "rewards": [{"a": 0.0}] * 2, "prompts": ["x", "y"], "said": {"dead:a"}},
-         "flat", 3, "no completion of steps 1 to 3 earned anything.*easier reward beside it.*data.one_shot"),
+         "flat", 3, "no completion of steps 1 to 3 earned anything.*easier reward beside it.*data.examples"),
         ({"reward/zero_std_fraction": 1.0, "prompts": ["x", "y"], "said": {"collapse"}},
          "flat", 3, "every group of steps 1 to 3 was flat: .* from 0 to 1.*sampling.dynamic_sampling true"),
         ({"reward/zero_std_fraction": lambda step: 0.75 if step % 2 else 0.7}, "mostly_flat", 10,
