@@ -1,6 +1,7 @@
 """Signals to `accelerate launch`: what is left of the run, for each signal and one or two processes."""
 
 import contextlib
+import itertools
 import signal
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from grpo.errors import GrpoError
 SIGNALS = ("TERM", "KILL", "HUP", "INT")
 CONFIGS = {1: "cpu.yaml", 2: "cpu_2proc.yaml"}
 START_SECONDS = 600
-SECONDS = 60
-"""Longest wait for the processes to end. torchrun itself kills its workers after 30 s."""
+SECONDS = 120
+"""Longest wait for the processes to end: long, because the last step and its save are slow on a busy machine. torchrun
+itself kills its workers after 30 s."""
 
 
 def signal_table() -> list[dict[str, Any]]:
@@ -32,7 +34,11 @@ def signal_table() -> list[dict[str, Any]]:
         model.save_pretrained(folder / "model")
         character_tokenizer("abcdefghijklmnopqrstuvwxyz0123456789+=").save_pretrained(folder / "model")
         write_additions(folder, BY_LENGTH)
-        return [one_signal(folder, name, processes) for processes in CONFIGS for name in SIGNALS]
+        rows = []
+        for processes, name in itertools.product(CONFIGS, SIGNALS):
+            rows.append(one_signal(folder, name, processes))
+            print(rows[-1], flush=True)
+        return rows
 
 
 def one_signal(folder: Path, name: str, processes: int) -> dict[str, Any]:
