@@ -7,6 +7,7 @@ r"""Numbers in text: read whole, as exact fractions, or refused. No floats, no e
 A decimal comma ("3,14") cannot be told from a thousands separator in every case, and is refused.
 """
 
+import itertools
 import re
 import unicodedata
 from fractions import Fraction
@@ -47,26 +48,45 @@ _SUFFIXES = {"st", "nd", "rd", "th", "bn", "mn", "tn", "mio", "mrd", "er", "ers"
 _SCALE_WORDS = """
 hundred thousand million billion trillion quadrillion dozen score lakh crore milliard millon millón mill mio mrd bn mn
 tn k tausend hundert mille mil mila milione milioni milhão milhões тысяч тысячи тысяча миллион миллиона
+tysiąc tysiące tysięcy milion milionów mln bin milyon milyar ribu juta nghìn ngàn triệu tỷ elfu laki milioni ألف الف
+مليون مليار 만 억 천 백 조
 """
 _OTHER_WORDS = """
-not no never nor or and to minus negative plus times half third quarter squared cubed power factorial less more fewer
-than under over least most tenth fifth sixth seventh eighth ninth halve pair couple about around approximately wrong
-incorrect false is are was isn't aren't wasn't if else but
-except between point nicht nie kein keine pas non ni ne oder ou o und et y halb th st nd rd
+not no never nor or and to minus negative plus half third quarter squared cubed power factorial than under over least
+most tenth fifth sixth seventh eighth ninth halve about around approximately wrong incorrect false is are was isn't
+aren't wasn't if else but except between nicht nie kein keine pas non ni ne oder ou o und et y halb th st nd rd
 """
+_UNITS_WHERE_LAST = {"times", "point"}
+"""Units unless another word follows, "per" and the like apart: "5 times", "5 times a day"; not "5 point five"."""
 _SCALES, _CHANGES = set(_SCALE_WORDS.split()), set(_OTHER_WORDS.split())
 """Words beside a number that make it another one."""
-_CODES = r"(?:USD|EUR|GBP|JPY|CNY|RMB|INR|CHF|CAD|AUD|NZD|KRW|BRL|MXN|RUB|TRY|SEK|NOK|DKK|PLN|US|Rs\.?) ?"
+_CODES = (
+    r"(?:(?:USD|EUR|GBP|JPY|CNY|RMB|INR|CHF|CAD|AUD|NZD|KRW|BRL|MXN|RUB|TRY|SEK|NOK|DKK|PLN|SGD|HKD|ZAR|NGN|KES|PHP)\b"
+    r"|US\b|(?:Rs|kr)\b\.?) ?"
+)
 _LABEL = re.compile(
-    rf"(?:(?:so |thus |therefore |hence )?(?:the )?(?:final |correct |total )?answer(?: is)? ?[:=]? ?)?"
-    rf"(?:(?P<name>[^\W\d_]+)(?:_(?:\w|\{{\w+\}}))? ?[:=] ?)?=? ?{_CURRENCY}? ?(?:{_CODES})?",
+    rf"(?:#{{2,4}} ?)?(?:(?:so |thus |therefore |hence )?(?:the )?(?:final |correct |total )?"
+    rf"(?:answer|total|result|sum)(?: is)? ?[:=]? ?)?"
+    rf"(?:(?P<name>[^\W\d_]+(?: [^\W\d_]+){{0,3}})(?:_(?:\w|\{{\w+\}}))? ?[:=] ?)?=? ?"
+    rf"(?:(?:[A-Z]{{1,2}}(?=\$))?{_CURRENCY})? ?(?:{_CODES})?",
     re.IGNORECASE,
 )
-
 _ANSWER = re.compile(
     r"[-+]? ?[0-9.][0-9.,_/ ]*(?:[eE][-+]?[0-9]+\b|(?<=[0-9]) ?[*x\u00d7] ?10\^\(?[-+]?[0-9]+\)?)?(?: ?%)?"
 )
-_QUOTES = [("\\(", "\\)"), ("\\[", "\\]"), ("$$", "$$"), ("$", "$"), ("**", "**"), ("`", "`"), ('"', '"')]
+_QUOTES = [("\\(", "\\)"), ("\\[", "\\]"), ("$$", "$$"), ("$", "$"), ("**", "**"), ("__", "__"), ("*", "*")]
+_QUOTES += [("`", "`"), ('"', '"')]
+_LENGTHS = (
+    r"(?:[mcdk]?m|in|inch(?:es)?|ft|foot|feet|yd|yards?|mi|miles?|units?|s|sec|seconds?"
+    r"|(?:kilo|centi|milli)?met(?:er|re)s?)"
+)
+_POWER_OF_UNIT = re.compile(rf"(?<![^\W\d_]){_LENGTHS}(?:\^?\(?[23]\)?(?![\w^])|[\u00b2\u00b3]| (?:squared|cubed)\b)")
+"""m^2, cm³, "feet squared": a unit, where "5^2" and "5 squared" are other numbers."""
+_MEASURE = (
+    r"(?:[mck]?g|[mck]?l|[cmk]?m|lb|oz|gram|kilogram|lit(?:er|re)|met(?:er|re)|pound|ounce|gallon|inch|foot|watt|page)"
+)
+_COUNTED_MEASURE = re.compile(rf"-[A-Za-z]|[ -]?{_MEASURE} (?!of\b|per\b|in\b|a\b|and\b|each\b|for\b|long\b)[A-Za-z]")
+"""After "12 300": twelve 300-gram bags, or 12,300 grams? Such a number is refused."""
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -125,12 +145,10 @@ def only_number(text: str) -> Fraction | None:
     if value is not None:
         return value
     label = _LABEL.match(plain)
-    if label is None or _is_change((label["name"] or "").lower()):
+    if label is None or any(map(_is_change, (label["name"] or "").lower().split())):
         return None
     rest = plain[label.end() :]
-    number = re.match(
-        r"[-+]? ?[0-9.][0-9.,_/ ]*(?:[eE][-+]?[0-9]+\b|(?<=[0-9]) ?[*x\u00d7] ?10\^\(?[-+]?[0-9]+\)?)?%?", rest
-    )
+    number = _ANSWER.match(rest)
     if number is None or not _is_unit(rest[number.end() :], attached=number.group()[-1:].isdigit()):
         return None
     return _value(number.group().strip())
@@ -222,15 +240,7 @@ def _plain_fraction(match: re.Match[str]) -> str:
 def _unwrapped(text: str) -> str:
     r"""Return the text without the signs around it: $18$, \(18\), **18**, `18`, "18"."""
     text = text.strip()
-    for opening, closing in (
-        ("\\(", "\\)"),
-        ("\\[", "\\]"),
-        ("$$", "$$"),
-        ("$", "$"),
-        ("**", "**"),
-        ("`", "`"),
-        ('"', '"'),
-    ):
+    for opening, closing in _QUOTES:
         if len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing):
             text = text[len(opening) : -len(closing)].strip()
     return text
@@ -249,6 +259,8 @@ def _with_context(text: str, match: re.Match[str]) -> str:
     ):
         found = number
     after = text[end : end + 40]
+    if re.fullmatch(_SPACED, number) and _COUNTED_MEASURE.match(text[start + len(number) : start + len(number) + 40]):
+        return text[start : end + 40]
     word = re.match(r"[ -]?([^\W\d_]+)", after)
     if word and _is_scale(word[1].lower()):
         return found + word.group()
@@ -284,19 +296,22 @@ def _is_unit(text: str, attached: bool) -> bool:
         text: "eggs", "km/h", " dollars per hour.".
         attached: The number ends in a digit, so that letters directly after it belong to it: "5k", "2nd".
     """
-    text = re.sub(r"[.!]$", "", text)
-    if not text:
+    text = _POWER_OF_UNIT.sub("meter", re.sub(r"[.!]$", "", text))
+    if not text or text in ("'", '"', "\u2032", "\u2033"):  # feet and inches
         return True
     attached = attached and text[:1].isalpha()
     if attached and (letters := re.match(r"[^\W\d_]+", text)):
         glued = letters.group()
-        if glued.lower() in _SUFFIXES or (len(glued) == 1 and glued not in _GLUED_LETTERS):
+        if glued.lower() in _SUFFIXES or (len(glued) == 1 and glued < "\u2e80" and glued not in _GLUED_LETTERS):
             return False
     words = re.findall(r"[^\s/.,!()\u00b0\u00b7%-]+", text)
     if len(words) > 4 or "!" in text or any(character.isnumeric() for character in text):
         return False
     if any(len(word) == 1 and word.isascii() and word not in _SINGLE_LETTERS for word in words[attached:]):
         return False  # a variable
+    for word, following in itertools.pairwise(words):
+        if word.lower() in _UNITS_WHERE_LAST and following.lower() not in {"a", "an", "per", "each", "every", "in"}:
+            return False
     return all(
         re.fullmatch(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)?", word) and not _is_change(word.lower().replace("\u2019", "'"))
         for word in words
@@ -304,7 +319,12 @@ def _is_unit(text: str, attached: bool) -> bool:
 
 
 def _is_change(word: str) -> bool:
-    return word in _CHANGES or word.rstrip("s") in _CHANGES or word.endswith("n't") or _is_scale(word)
+    return (
+        word in _CHANGES
+        or (word != "quarters" and word.rstrip("s") in _CHANGES)
+        or word.endswith("n't")
+        or _is_scale(word)
+    )
 
 
 def _is_scale(word: str) -> bool:

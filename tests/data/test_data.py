@@ -52,6 +52,7 @@ NUMBERS = {
     "x = \u2212 7": "-7",
     "5 \u2212 8 = \u22123": "-3",
     "it costs 10 000 euros.": "10000",
+    "it needs 12 300 g of flour": "12300",
     "10\u00a0000 Fr.": "10000",
     "so 1.5 \u00d7 10^6 m": "1.5 \u00d7 10^6",
     "it weighs 5kg": "5",
@@ -77,6 +78,8 @@ NO_NUMBERS += [
     "page - 7",
     "1 2 3",
     "3 and a half",
+    "it holds 12 200-kilobyte videos",
+    "that is 12 300 gram bags",
 ]
 
 

@@ -179,6 +179,17 @@ EIGHTEEN = [
     "**18**",
 ]
 EIGHTEEN += [r"18\text{ cm}", r"18^\circ", r"\boxed{18}", "$18$", "18!", "18 days a week"]
+EIGHTEEN += [
+    "18 points",
+    "18 times",
+    "18 times per day",
+    "18 pairs of shoes",
+    "18 quarters",
+    "18 more apples",
+    "18 less",
+]
+EIGHTEEN += ["US$18", "A$ 18.00", "kr 18", "18 %", "Total cost: $18", "The total is 18", "#### 18", "*18*", "18\u4e2a"]
+EIGHTEEN += ["18 m^2", "18 cm\u00b2", "18 m/s^2", "18 square feet", "18 meters squared", r"18\text{ cm}^2", '18"']
 NOT_FIVE = [
     "5 million",
     "not 5",
@@ -217,6 +228,14 @@ NOT_FIVE += [
     "5,5",
     "5 isn't it",
     "not = 5",
+    "5 more than six",
+    "5 times ten",
+    "5 point five",
+    "5^2",
+    "5 n^2",
+    "5\ub9cc",
+    "5 elfu",
+    "total not: 5",
 ]
 
 
