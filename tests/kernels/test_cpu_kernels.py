@@ -203,6 +203,15 @@ def test_the_same_tokens_are_drawn(monkeypatch: pytest.MonkeyPatch, size: int, t
     assert bool((logits[keys, tokens] > -torch.inf).all())
 
 
+@needs_a_compiler
+def test_a_token_of_weight_0_is_not_drawn() -> None:
+    """The sum in float32 is often above the sum in float64: the threshold is then beyond all tokens of the row."""
+    logits = numbers(200, 1000, scale=3, grad=False)
+    logits[:, -1] = -torch.inf
+    tokens, logprobs = draw_tokens(logits, torch.full((200,), 1 - 2**-53, dtype=torch.float64), 1.0)
+    assert int(tokens.max()) < 999 and bool(logprobs.isfinite().all())
+
+
 def compiled_backbone(model: PreTrainedModel) -> KernelBackbone:
     return KernelBackbone(model, CompiledDecoder())
 
