@@ -132,6 +132,7 @@ def page(report: dict[str, Any]) -> str:
         "the mutated file. A fault is killed if a test fails. The faults are in `benchmarks/mutations/*.yaml`.",
         "",
         summary(report),
+        *([report["note"]] if "note" in report else []),
         *([f"The lists hold {left} more, which were not run for this page."] if left else []),
         "",
         "| file | faults | killed | survived | equivalent |",
