@@ -1,11 +1,14 @@
 """Mutations: the list fits the code, a fault is noticed, and the page shows the stored results."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from benchmarks.mutations import PAGE, Mutation, applies, copied_tree, judge, mutations, page
+from benchmarks.mutations import PAGE, applies, mutations, page
 from benchmarks.shared import RESULTS, read_json
 
 ROOT = Path(__file__).parents[2]
@@ -30,9 +33,16 @@ def test_the_page_is_made_of_the_stored_results() -> None:
 
 @pytest.mark.slow
 def test_a_fault_is_noticed_and_the_file_restored() -> None:
-    wrong = Mutation("half", "grpo/kl.py", "log_ratio**2 / 2", "log_ratio**2", "tests/test_losses.py -k estimators")
-    harmless = Mutation("same", "grpo/kl.py", "log_ratio**2 / 2", "log_ratio**2 * 0.5", wrong.tests)
-    with copied_tree() as tree:
-        before = (tree / wrong.file).read_text()
-        assert [judge(tree, one, 300).verdict for one in (wrong, harmless)] == ["killed", "survived"]
-        assert (tree / wrong.file).read_text() == before
+    """In a new process: the operators of the package cannot be registered again for the copy's."""
+    code = """
+from benchmarks.mutations import Mutation, copied_tree, judge
+wrong = Mutation("half", "grpo/kl.py", "log_ratio**2 / 2", "log_ratio**2", "tests/test_losses.py -k estimators")
+harmless = Mutation("same", "grpo/kl.py", "log_ratio**2 / 2", "log_ratio**2 * 0.5", wrong.tests)
+with copied_tree() as tree:
+    before = (tree / wrong.file).read_text()
+    print(*[judge(tree, one, 300).verdict for one in (wrong, harmless)])
+    print((tree / wrong.file).read_text() == before)
+"""
+    variables = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.stdout.split() == ["killed", "survived", "True"], done.stderr
