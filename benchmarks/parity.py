@@ -38,6 +38,11 @@ P, G, LENGTH, VOCABULARY = 3, 4, 9, 24
 LEARNING_RATE = 6.0  # SGD: large enough for the second step's ratios to leave [0.8, 1.2]
 
 
+DIVERGED = 1e6
+"""A loss above this: the steps before were too large, and log-ratios pass the clamp at 20 that TRL has not
+(docs/theory.md). The row names the step, and this one is not compared."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One setting of both trainers."""
@@ -273,18 +278,24 @@ def compare(case: Case) -> dict[str, Any]:
         ours, theirs = run_ours(case, Path(folder)), run_trl(case, Path(folder))
     row = {"loss_type": case.loss_type, "setting": case.setting, "steps": case.steps, "factor": case.factor}
     row |= {"loss": 0.0, "gradient_norm": 0.0, "gradient": 0.0, "clipped": ours.clipped}
-    for mine, other, mine_g, other_g in zip(ours.losses, theirs.losses, ours.gradients, theirs.gradients, strict=True):
+    steps = zip(ours.losses, theirs.losses, ours.gradients, theirs.gradients, strict=True)
+    for step, (mine, other, mine_g, other_g) in enumerate(steps, start=1):
+        if abs(other) > DIVERGED:
+            row["diverged"] = step
+            break
         norm = max(total_norm(other_g), 1e-6)  # 0 where the correction masks all tokens
         # A loss is a mean of terms of size 1 and both signs that cancel (advantages sum to 0). Float32 rounds
         # the terms, so a difference is compared with their size. tests/benchmarks/test_parity.py shows it
         # against float64.
         row["loss"] = max(row["loss"], abs(mine * case.factor - other) / max(abs(other), 1.0))
-        row["gradient_norm"] = max(row["gradient_norm"], abs(total_norm(mine_g) * case.factor - norm) / norm)
+        norms = total_norm(mine_g) * case.factor, total_norm(other_g)
+        row["gradient_norm"] = max(row["gradient_norm"], abs(norms[0] - norms[1]) / norm)
         apart = total_norm({name: mine_g[name] * case.factor - other_g[name] for name in other_g})
         row["gradient"] = max(row["gradient"], apart / norm)
     row["weights"] = max(float((ours.weights[name] - theirs.weights[name]).abs().max()) for name in theirs.weights)
     apart = total_norm({name: ours.weights[name] - theirs.weights[name] for name in theirs.weights})
-    row["moved"] = apart / total_norm({name: theirs.weights[name] - theirs.start[name] for name in theirs.weights})
+    moved = total_norm({name: theirs.weights[name] - theirs.start[name] for name in theirs.weights})
+    row["moved"] = apart / max(moved, 1e-6)  # 0, as the norm above
     return row
 
 

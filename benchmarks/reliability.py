@@ -81,7 +81,7 @@ def measure(names: list[str]) -> dict[str, Any]:
 def _row(tests: list[str], cases: list[ElementTree.Element]) -> dict[str, Any]:
     row: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "figures": {}}
     for case in cases:
-        file = case.get("classname", "").rpartition(".")[2] + ".py"
+        file = case.get("file", "").removeprefix("tests/")
         if not {file, f"{file}::{case.get('name', '').partition('[')[0]}"} & set(tests):
             continue
         tags = {child.tag for child in case}
