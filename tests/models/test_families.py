@@ -122,8 +122,10 @@ def check_family(name: str, place: Path) -> str:
         tokenizer,
         slots=8,
         uses_packed_attention=policy.uses_packed_attention,
-        engine_kwargs=None if name != "minimax" else {"use_cache": False},
     )
+    if name == "minimax":  # padding on the left enters its states: a run is refused at the start (check_agreement)
+        assert difference(engine, policy, TEMPERATURE, 12) > 1e-3, "samples"
+        return "rows"
     assert difference(engine, policy, TEMPERATURE, 12) < 1e-5, "samples"
     # A step, saved and loaded again.
     learn(policy, batch)
