@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import dataclasses
 import faulthandler
+import io
 import json
 import multiprocessing
 import os
@@ -81,7 +82,7 @@ class Worker:
             arguments = (theirs, reward, self.kwargs)
             self._process = context.Process(target=serve, args=arguments, name=f"reward {self.name}")
             _use_short_socket_paths()
-            with contextlib.nullcontext() if address is None else _hidden_main_module():
+            with _flushable_streams(), contextlib.nullcontext() if address is None else _hidden_main_module():
                 self._process.start()
             theirs.close()
         try:
@@ -218,6 +219,26 @@ def address_of(function: RewardFunction) -> str | None:
         return f"{place}:{name}" if REWARDS.get(f"{place}:{name}") is function else None
     except ConfigError:
         return None
+
+
+@contextlib.contextmanager
+def _flushable_streams() -> Iterator[None]:
+    """Hide standard streams that cannot be flushed (a full disk). Starting a process flushes them, and would fail."""
+    hidden = {}
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        try:
+            stream.flush()
+        except AttributeError:  # closed: there is none
+            continue
+        except (OSError, ValueError):
+            hidden[name] = stream
+            setattr(sys, name, io.StringIO())
+    try:
+        yield
+    finally:
+        for name, stream in hidden.items():
+            setattr(sys, name, stream)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Rewards in worker processes: failures are masked and counted, hanging calls are killed, the rest is unchanged."""
 
 import dataclasses
+import io
 import itertools
 import math
 import os
@@ -24,7 +25,7 @@ from grpo.errors import RewardError
 from grpo.rewards.context import Notes, TrainerState
 from grpo.rewards.registry import REWARDS
 from grpo.rewards.scoring import RewardSum, Scores, concatenate_scores
-from grpo.rewards.worker_process import address_of
+from grpo.rewards.worker_process import _flushable_streams, address_of
 from grpo.rewards.workers import RewardWorkerPool
 from grpo.run.step_metrics import recorded_metrics, rollout_rows
 from tests import faulty_rewards
@@ -512,3 +513,20 @@ def test_workers_end_with_a_trainer_that_is_killed() -> None:
     while any(map(psutil.pid_exists, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in workers)
+
+
+def test_streams_that_cannot_be_flushed_are_hidden_while_a_process_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk, standard output keeps what it could not write. Starting a process would fail at its flush."""
+
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    full = Full()
+    monkeypatch.setattr(sys, "stdout", full)
+    monkeypatch.setattr(sys, "stderr", None)
+    with _flushable_streams():
+        assert sys.stdout is not full
+        sys.stdout.flush()
+        assert sys.stderr is None
+    assert sys.stdout is full
