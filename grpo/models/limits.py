@@ -24,7 +24,7 @@ LENGTH_DEPENDENT = ("longrope", "dynamic")
 
 @dataclass
 class Extent:
-    """What a run asks of a model: the longest prompt, and the largest token id in a prompt."""
+    """Longest prompt of a run, and largest token id in its prompts."""
 
     longest_prompt: int = 0
     largest_id: int = 0

@@ -76,7 +76,7 @@ def finished(values: Any) -> Any:
     async def wait() -> Any:
         return await values
 
-    with ThreadPoolExecutor(1) as threads:  # a thread has no event loop yet, whoever calls (a notebook has one)
+    with ThreadPoolExecutor(1) as threads:  # a new thread has no event loop (a notebook's has one)
         return threads.submit(asyncio.run, wait()).result()
 
 

@@ -1,4 +1,4 @@
-"""What TRL gives to a reward besides completions and columns: the state of the run, and two functions that record.
+"""Arguments of a reward besides completions and columns, as in TRL: state of the run, and functions that record.
 
 def brevity(completions, trainer_state, log_extra, log_metric, **columns):
     log_metric("words", mean)                 a metric of the step: the mean of all values that were given
@@ -29,7 +29,7 @@ class TrainerState:
 
 @dataclass
 class Notes:
-    """What rewards have recorded: metrics, and columns with one value per completion."""
+    """Records of rewards: metrics, and columns with one value per completion."""
 
     metrics: dict[str, list[float]] = field(default_factory=dict)
     extra: dict[str, dict[int, Any]] = field(default_factory=dict)

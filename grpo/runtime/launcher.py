@@ -27,8 +27,8 @@ _MODULES = {
 _FIRST_PARENT = os.getppid()
 """Parent at the import of this module, before torch is imported: the launcher may end meanwhile."""
 DEATH_SIGNAL = getattr(signal, "SIGRTMAX", None) and signal.SIGRTMAX - 2
-"""Signal that Linux sends when the launcher ends. None elsewhere. It is one that nobody else sends, so it never counts
-as a second request to stop."""
+"""Signal that Linux sends when the launcher ends. None elsewhere. Other programs do not send it, so it never counts as
+a second request to stop."""
 _PR_SET_PDEATHSIG = 1
 
 

@@ -57,7 +57,7 @@ class Terminal:
 
     @property
     def is_interactive(self) -> bool:
-        """Whether lines can be replaced: not in a file, and not on a terminal that cannot move its cursor."""
+        """True if lines can be replaced: not in a file, and not on a terminal that cannot move its cursor."""
         return self._console.is_terminal and not self._console.is_dumb_terminal
 
     @property

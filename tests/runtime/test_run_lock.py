@@ -58,7 +58,10 @@ def test_an_owner_that_died_on_this_machine_is_replaced_at_once(tmp_path: Path) 
     lock.release()
     for pid, started in ((gone.pid, mine["started"]), (os.getpid(), mine["started"] - 1000)):
         (tmp_path / ".owner").write_text(json.dumps(mine | {"pid": pid, "started": started}))
-        RunLock(tmp_path).release()
+        lock = RunLock(tmp_path)
+        owner = json.loads((tmp_path / ".owner").read_text())
+        assert (owner["pid"], owner["started"]) == (os.getpid(), mine["started"])
+        lock.release()
 
 
 def test_an_owner_elsewhere_holds_while_its_heart_beats(tmp_path: Path) -> None:
@@ -84,7 +87,9 @@ def test_an_owner_that_has_been_silent_for_long_is_not_waited_for(
 ) -> None:
     owner_elsewhere(tmp_path, age=3600)
     monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: pytest.fail("it waits"))
-    RunLock(tmp_path).release()
+    lock = RunLock(tmp_path)
+    assert json.loads((tmp_path / ".owner").read_text())["pid"] == os.getpid()
+    lock.release()
 
 
 def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
