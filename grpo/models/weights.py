@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from grpo.config.schema import Config
 from grpo.models.architecture import create_model, float32_head, logit_transform
@@ -117,10 +117,8 @@ class WorkingCopy:
         self.own: dict[str, nn.Parameter] = {}
         self.keeps_adapter = self._holds_frozen = False
         if getattr(model, "is_quantized", False):
-            config = copy.deepcopy(model.config)
-            dtype = config.quantization_config.bnb_4bit_compute_dtype
-            del config.quantization_config
-            self.model = create_model(config, dtype)
+            dtype = model.config.quantization_config.bnb_4bit_compute_dtype
+            self.model = create_model(unquantized_config(model), dtype)
             float32_head(self.model, logit_transform(model))
             self.model.to(model.device).eval()  # type: ignore[arg-type]
             self.model.set_attn_implementation(model.config._attn_implementation)
@@ -241,6 +239,14 @@ def bytes_on_disk(
     return adapter + moments + reference, total + adapter
 
 
+def unquantized_config(model: PreTrainedModel) -> PretrainedConfig:
+    """Return a copy of the model's config that describes the same model with full weights."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
 def save_live_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Save a model whose parameters are whole, unadapted and in full precision as a Hugging Face folder."""
     if dtype != torch.float32:
@@ -268,7 +274,7 @@ def save_full_weights(
     if not write:
         return
     with torch.device("meta"):  # `save_pretrained` needs the architecture, not the memory
-        empty = create_model(copy.deepcopy(model.config), dtype)
+        empty = create_model(unquantized_config(model), dtype)
     empty.generation_config = model.generation_config
     if getattr(empty.config, "tie_word_embeddings", False):
         embedding = empty.get_input_embeddings()

@@ -1,5 +1,6 @@
 """QLoRA: a 4-bit base under a float32 adapter, on the CPU that bitsandbytes also knows."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -64,5 +65,6 @@ def test_a_run_is_resumed_to_the_bit_and_saved_whole(tmp_path: Path, folder: Pat
     resumed = lora_run(tmp_path, folder, "part", 2, resume="auto", **in_4_bits)
     assert whole.keys() == resumed.keys() and all("lora_" in name for name in whole)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert "quantization_config" not in json.loads((tmp_path / "whole" / "final" / "config.json").read_text())
     merged = load_model(str(tmp_path / "whole" / "final"))  # a plain folder again
     assert all(parameter.dtype == torch.float32 for parameter in merged.parameters())
