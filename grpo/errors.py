@@ -63,7 +63,14 @@ _FATAL = (
     "device-side assert",
     "unspecified launch failure",
     "misaligned address",
+    "illegal instruction",
+    "invalid address space",
+    "invalid program counter",
+    "hardware stack error",
+    "the launch timed out",
+    "uncorrectable",  # ECC or NVLink
     "ECC error",
+    "CUBLAS_STATUS_EXECUTION_FAILED",
 )
 
 
@@ -77,3 +84,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_fatal(error: BaseException) -> bool:
     """Return whether a GPU is unusable after `error`: every later call of this process would fail as well."""
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _FATAL)
+
+
+def raise_device_error(error: BaseException) -> None:
+    """Raise `error` again if it is a lack of memory or a failure of the device, which no fallback may hide."""
+    if is_out_of_memory(error) or is_fatal(error):
+        raise error

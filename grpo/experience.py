@@ -124,7 +124,7 @@ class ExperienceCollector:
             clock.lap("rollout")
             self.rewards.submit(new)
             if packed_before_rewards(config):  # the reference runs while the reward workers score
-                packed = self._with_references(self._pack(new))
+                packed = self._pack_with_references(new)
             clock.lap("reference")
             scores.append(self._collect_scores(new))
             clock.lap("reward")
@@ -147,7 +147,7 @@ class ExperienceCollector:
         by_reward = {name: values[sampled.kept] for name, values in sampled.scores.by_name.items()}
         packed = sampled.packed
         if objective.kl_in_reward:
-            packed = self._with_references(self._pack(groups))
+            packed = self._pack_with_references(groups)
             rewards_PG = rewards_PG - beta * self._completion_kl(packed, rewards_PG, sums)
         chosen_PK = self._choose(groups, rewards_PG)
         rewards_PG = rewards_PG.gather(1, chosen_PK)
@@ -181,17 +181,19 @@ class ExperienceCollector:
         Returns:
             None if the longest completion does not fit into a smaller batch.
         """
-        lengths = [
-            len(group.prompt.token_ids) + len(completion.token_ids)
-            for group in experience.groups
-            for completion in group.completions
-        ]
+        if not self._halve(experience.groups):
+            return None
+        return replace(experience, packed=self._pack(experience.groups, experience.advantages_PG))
+
+    def _halve(self, groups: list[Group]) -> bool:
+        """Halve tokens_per_batch. Return False if a completion of any rank would not fit. Collective."""
+        lengths = [len(group.prompt.token_ids) + len(one.token_ids) for group in groups for one in group.completions]
         before = self.tokens_per_batch
         self.tokens_per_batch = max(before // 2, max_over_ranks(self.accelerator, max(lengths, default=0)))
         if self.tokens_per_batch >= before:
-            return None
+            return False
         log.info("out of memory in the update: tokens_per_batch is %d instead of %d", self.tokens_per_batch, before)
-        return replace(experience, packed=self._pack(experience.groups, experience.advantages_PG))
+        return True
 
     def _next_prompts(self, count: int) -> list[Prompt]:
         """Draw the next `count` prompts and return this rank's share."""
@@ -224,8 +226,24 @@ class ExperienceCollector:
         batches += [probe_batch(vocabulary_size(policy.model))] * (rounds - real)
         return Packed([batch.to(policy.device) for batch in batches], real)
 
-    def _with_references(self, packed: Packed) -> Packed:
-        return replace(packed, references=self.policy.reference_logprobs(packed.batches))
+    def _pack_with_references(self, groups: list[Group]) -> Packed:
+        """Pack the groups and compute the reference's logprobs, in smaller batches if memory runs out on a rank."""
+        policy = self.policy
+        while True:
+            packed = self._pack(groups)
+            error: BaseException | None = None
+            try:
+                packed = replace(packed, references=policy.reference_logprobs(packed.batches))
+            except (RuntimeError, MemoryError) as caught:
+                if not policy.survives(caught):
+                    raise
+                error = caught.with_traceback(None)
+            error = policy.agree_on(error)
+            if error is None:
+                return packed
+            policy.discard_gradients()
+            if not self._halve(groups):
+                raise error
 
     def _completion_kl(self, packed: Packed, rewards_PG: Tensor, sums: Sums) -> Tensor:
         """Return the KL estimate [P, G] of each completion, summed over its tokens. `rewards_PG` gives the shape."""

@@ -13,7 +13,9 @@ log p(token n | the tokens before it in its own sequence). The shift by one happ
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,6 +152,27 @@ def pack(
                 part.split, part.last = split, part is parts[-1]
     packed = [_lay(parts, mask_truncated) for parts in batches if parts]
     return packed if advantages_PG is None else [batch.with_advantages(advantages_PG) for batch in packed]
+
+
+def regroup(
+    values: Sequence[Tensor | None], before: list[PackedBatch], after: list[PackedBatch], real: int
+) -> list[Any]:
+    """Return values of completion tokens, given for the batches `before`, for the same completions packed as `after`.
+
+    Args:
+        values: [N] of each batch, or None for each.
+        before: The batches that the values belong to.
+        after: The batches to return values for.
+        real: Number of batches in `after` that are not padding. Padding gets zeros.
+    """
+    if not values or values[0] is None:
+        return [None] * len(after)
+    pieces: dict[int, Tensor] = {}
+    for value, batch in zip(values, before, strict=False):
+        assert value is not None
+        pieces |= zip(batch.completion_S.tolist(), value.split(batch.lengths_S.tolist()), strict=True)
+    found = [torch.cat([pieces[source] for source in batch.completion_S.tolist()]) for batch in after[:real]]
+    return found + [torch.zeros_like(batch.sampling_logprobs_N) for batch in after[real:]]
 
 
 @dataclass

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
-from grpo.errors import ConfigError, NumericsError
+from grpo.errors import ConfigError, NumericsError, is_out_of_memory
 from grpo.models.adapter_check import check_merge
 from grpo.models.architecture import vocabulary_size
 from grpo.models.build import build_trained_model
+from grpo.models.device_check import check_on_device
 from grpo.models.logprob_model import probe_batch, run_self_test
 from grpo.models.lora import save_adapter
 from grpo.models.optimizer_state import Tensors, optimizer_from_tensors, optimizer_to_tensors
@@ -25,7 +26,7 @@ from grpo.models.optimizers import override_hyperparameters
 from grpo.models.reference import FrozenReference
 from grpo.models.weights import bytes_on_disk, save_full_weights, save_live_model
 from grpo.packing import PackedBatch
-from grpo.runtime.device import empty_cache, return_freed_memory
+from grpo.runtime.device import empty_cache, is_cpu, return_freed_memory
 from grpo.runtime.distributed import run_on_main
 from grpo.runtime.precision import compute_dtype, precision_of
 
@@ -125,6 +126,9 @@ class Policy:
             NumericsError: They are not. A kernel that is wrong is switched off instead.
         """
         run_self_test(self.model, compute_dtype(self.accelerator))
+        if self.uses_packed_attention and not is_cpu(self.device) and not self.strategy.shards_weights:
+            precision = precision_of(self.accelerator, self.model.dtype)
+            check_on_device(self.strategy.logprob_model, self.strategy.autocast, precision, self.device)
         if self.adapter is not None and self.strategy.exposes_weights and self.working_copy.is_allocated:
             plain, tolerance = self.strategy.logprob_model, precision_of(self.accelerator, self.model.dtype).logprob
             with self.strategy.autocast():
@@ -160,13 +164,28 @@ class Policy:
         self.strategy.discard_gradients()
         empty_cache(self.device)
 
-    def may_fail_alone(self, last: bool) -> bool:
-        """Return whether a batch may run out of memory on this rank without leaving others waiting for it.
+    def survives(self, error: BaseException) -> bool:
+        """Return whether `error` is a lack of memory after which all ranks can go on. See `agree_on`."""
+        return is_out_of_memory(error) and self.strategy.survives_out_of_memory
 
-        Args:
-            last: it is the last batch of a step, in which ranks exchange gradients.
+    def agree_on(self, error: BaseException | None) -> BaseException | None:
+        """Return an error on every rank if memory has run out on any of them, else None. Collective.
+
+        Call it at once after an error that this policy `survives`, and otherwise after the last forward or backward.
         """
-        return self.accelerator.num_processes == 1 or (self.strategy.batches_are_local and not last)
+        return self.strategy.agree_on(error)
+
+    @property
+    def batches_are_local(self) -> bool:
+        """No batch exchanges gradients: `complete_gradients` does."""
+        return self.strategy.batches_are_local
+
+    def complete_gradients(self, error: BaseException | None) -> BaseException | None:
+        """End the batches of a step: agree on `error`, and without one add up local gradients. Collective."""
+        error = self.agree_on(error)
+        if error is None:
+            self.strategy.exchange_gradients()
+        return error
 
     def step(self, usable: bool = True) -> float:
         """Clip gradients, update weights, clear gradients, advance the learning rate.

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from grpo.config.schema import Config
-from grpo.errors import EngineError, Interrupted, NumericsError, is_out_of_memory
+from grpo.errors import EngineError, Interrupted, NumericsError
 from grpo.experience import Experience, Packed, kl_in_loss
 from grpo.losses import Counts, find_loss, importance_correction, policy_loss
-from grpo.packing import PackedBatch
+from grpo.packing import PackedBatch, regroup
 from grpo.rollout.engine import correction_of
 from grpo.rollout.logprob_mismatch import check_difference
 from grpo.run.build import build_run
@@ -57,6 +57,7 @@ def training_loop(run: Run, signals: Signals) -> None:
         clock, sums = Clock(run.accelerator.device), Sums()
         # 1. Sample G completions of each prompt. 2. Score them.
         sampled = collector.sample(step, clock)
+        run.engine.free_memory()
         # 3. Compare each completion with the others of its group.
         experience = collector.compute_advantages(sampled, run.beta, sums)
         clock.lap("reference")
@@ -107,11 +108,12 @@ def update(run: Run, experience: Experience, sums: Sums, clock: Clock) -> None:
             if error is None:
                 break
             policy.discard_gradients()
-            references.clear()
-            old.clear()
             smaller = run.collector.repack(experience)
             if smaller is None:
                 raise error
+            before, after = experience.packed.batches[: experience.packed.real], smaller.packed
+            for values in (references, old):  # a later iteration still needs those of the first
+                values[:] = regroup(values, before, after.batches, after.real) if iteration else []
             experience = smaller
         sums.merge(passed)
         sums.add("learning_rate", policy.learning_rate, 1)
@@ -144,21 +146,18 @@ def run_batches(
     """
     policy, batches = run.policy, packed.batches
     error: BaseException | None = None
-    for index, batch in enumerate(batches):
-        last = index == len(batches) - 1
-        if last and max_over_ranks(run.accelerator, error is not None):  # the last batch exchanges gradients
-            return error or MemoryError("out of memory on another rank")
-        if error is None:
-            try:
-                if not references:
-                    references += reference_logprobs(run, packed)
-                    clock.lap("reference")
-                run_batch(run, batch, references[index], counts, old, index, iteration, last, sums)
-            except (RuntimeError, MemoryError) as caught:
-                if iteration or not is_out_of_memory(caught) or not policy.may_fail_alone(last):
-                    raise
-                error = caught.with_traceback(None)  # whose frames hold the memory
-    return error
+    try:
+        for index, batch in enumerate(batches):
+            if not references:
+                references += reference_logprobs(run, packed)
+                clock.lap("reference")
+            sync = index == len(batches) - 1 and not policy.batches_are_local
+            run_batch(run, batch, references[index], counts, old, index, iteration, sync, sums)
+    except (RuntimeError, MemoryError) as caught:
+        if not policy.survives(caught):
+            raise
+        error = caught.with_traceback(None)  # whose frames hold the memory
+    return policy.complete_gradients(error) if batches else None
 
 
 def run_batch(

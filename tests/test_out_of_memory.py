@@ -10,9 +10,12 @@ import torch
 
 from grpo.config.schema import Config, RolloutConfig
 from grpo.experience import Experience, ExperienceCollector, Packed
-from grpo.packing import PackedBatch, pack
+from grpo.models.strategies.deepspeed import Zero2
+from grpo.models.strategies.single import DistributedDataParallel
+from grpo.packing import PackedBatch, pack, regroup
 from grpo.rollout.engine import build_engine
 from grpo.run.checkpointer import _is_unchanged
+from grpo.runtime.distributed import OutOfMemoryElsewhere
 from grpo.runtime.sums import Sums
 from grpo.runtime.timing import Clock
 from grpo.trainer import update
@@ -32,15 +35,17 @@ def groups() -> list[Group]:
     return [group(0, [5, 6], [[7, 8, 9], [10, 11]]), group(1, [4], [[12, 13], [14, 15, 16]])]
 
 
-def learn(run: Any, room: float, processes: int = 1) -> Sums:
-    """Update once on a device that has memory for `room` tokens. tokens_per_batch is 16."""
+def learn(run: Any, room: float, calls: int = 0) -> Sums:
+    """Update once on a device that has memory for `room` tokens, after `calls` batches. tokens_per_batch is 16."""
     engine = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
     sampler, parts = SimpleNamespace(engine=engine), (run.config, run.accelerator, run.policy)
     run.collector = ExperienceCollector(*parts, sampler, None, None, tokens_per_batch=16)  # type: ignore[arg-type]
-    logprobs = type(run.policy).logprobs
+    logprobs, called = type(run.policy).logprobs, 0
 
     def limited(batch: PackedBatch) -> Any:
-        if len(batch.input_ids_T) > room:
+        nonlocal called
+        called += 1
+        if len(batch.input_ids_T) > room and called > calls:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
         return logprobs(run.policy, batch)
 
@@ -74,28 +79,58 @@ def test_a_completion_that_does_not_fit_ends_the_run(folder: Path) -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in weights(run).items())
 
 
+def test_a_later_iteration_keeps_the_logprobs_of_the_first(folder: Path) -> None:
+    """Memory runs out in the second iteration, after an optimizer step has changed the policy."""
+    expected, ours = (run_of(folder, num_iterations=2, beta=0.1) for _ in range(2))
+    for run in (expected, ours):
+        learn(run, room=99)  # the learning rate of the first step is 0
+    sums = [learn(expected, room=99)]
+    sums.append(learn(ours, room=8, calls=1))
+    assert ours.collector.tokens_per_batch == 8
+    for name in ("loss", "kl", "clipped", "entropy", "mismatch", "grad_norm", "tokens_trained"):
+        assert sums[1].total(name) == pytest.approx(sums[0].total(name), rel=1e-4, abs=1e-6), name
+    for name, weight in weights(expected).items():
+        assert torch.allclose(weight, weights(ours)[name], atol=1e-5), name
+
+
+def test_values_of_tokens_follow_their_completions() -> None:
+    """Each value is 100 x completion + place. Padding has no completion of its own."""
+    before, after = (pack(groups(), ADVANTAGES, max_tokens=room) for room in (16, 8))
+    assert (len(before), len(after)) == (1, 2)
+
+    def values(batch: PackedBatch) -> torch.Tensor:
+        pairs = zip(batch.completion_S.tolist(), batch.lengths_S.tolist(), strict=True)
+        return torch.cat([100.0 * source + torch.arange(length) for source, length in pairs])
+
+    found = regroup([values(batch) for batch in before], before, [*after, before[0]], real=2)
+    for mine, batch in zip(found, after, strict=False):
+        assert torch.equal(mine, values(batch))
+    assert torch.equal(found[2], torch.zeros(10))
+    assert regroup([None], before, after, real=2) == [None, None]
+
+
 def test_all_ranks_start_again_if_one_of_them_has_no_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other rank, which this test stands in for, reports an error at the last batch of its first attempt."""
+    """The other rank, which this test stands in for, reports an error after its first attempt."""
     answers, asked = iter([True]), []
 
     def largest(accelerator: object, value: int) -> int:
         asked.append(value)
         return max(value, next(answers, False)) if isinstance(value, bool) else value
 
-    monkeypatch.setattr("grpo.trainer.max_over_ranks", largest)
+    monkeypatch.setattr("grpo.runtime.distributed.max_over_ranks", largest)
     run = run_of(folder)
     learn(run, room=99)
     assert run.collector.tokens_per_batch == 8
     assert asked[:2] == [False, False]  # this rank was fine both times
 
 
-def test_who_may_fail_alone(folder: Path) -> None:
-    policy = run_of(folder).policy
-    assert policy.may_fail_alone(last=True)
-    policy.accelerator = SimpleNamespace(num_processes=2)
-    assert policy.may_fail_alone(last=False) and not policy.may_fail_alone(last=True)
-    policy.strategy = SimpleNamespace(batches_are_local=False)  # FSDP and ZeRO gather weights in every batch
-    assert not policy.may_fail_alone(last=False)
+def test_who_survives(folder: Path) -> None:
+    policy, error = run_of(folder).policy, torch.OutOfMemoryError("CUDA out of memory")
+    assert policy.survives(error) and policy.survives(OutOfMemoryElsewhere())
+    assert not policy.survives(RuntimeError("CUDA error: device-side assert triggered"))
+    one, two = (SimpleNamespace(num_processes=count) for count in (1, 2))
+    assert DistributedDataParallel(two).survives_out_of_memory  # type: ignore[arg-type]
+    assert Zero2(one).survives_out_of_memory and not Zero2(two).survives_out_of_memory  # type: ignore[arg-type]
 
 
 def test_sampling_is_the_same_with_fewer_slots(caplog: pytest.LogCaptureFixture) -> None:

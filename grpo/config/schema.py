@@ -303,6 +303,10 @@ class RolloutConfig:
     GPU."""
     vllm_gpu_memory_utilization: float = free(0.3, "(0, 1]", trl="vllm_gpu_memory_utilization")
     """colocate: the share of the GPU's memory that vLLM takes."""
+    vllm_enable_sleep_mode: bool = free(False, trl="vllm_enable_sleep_mode")
+    """colocate: free the memory of vLLM's weights, keys and values during each update. Not on a CPU."""
+    vllm_tensor_parallel_size: int = free(1, "[1, inf)", trl="vllm_tensor_parallel_size")
+    """colocate: processes that share one copy of vLLM's weights. A server has its own --tensor-parallel-size."""
     vllm_max_model_length: int | None = free(None, "[1, inf)", trl="vllm_max_model_length")
     """colocate: tokens of the longest prompt and completion. Null = data.max_prompt_length + max_completion_length."""
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from grpo.errors import ConfigError, StorageError
+from grpo.errors import ConfigError, StorageError, raise_device_error
 from grpo.runtime.storage import cache_folders, cache_root, replace_folder, share_mode
 
 log = logging.getLogger(__name__)
@@ -234,6 +234,7 @@ def _convert(path: Path, folder: Path) -> None:
     except OSError as error:
         raise ConfigError(f"model.name '{path}' cannot be loaded: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        raise_device_error(error)
         raise ConfigError(
             f"model.name '{path}': transformers cannot read this GGUF ({type(error).__name__}: {error}): use the "
             f"model's folder or hub id in transformers' own format"

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo.errors import is_fatal, is_out_of_memory
+from grpo.errors import raise_device_error
 from grpo.kernels import layers, reference
 from grpo.kernels.attention import GroupSpan, PackedLayout, packed_attention
 from grpo.kernels.cpu import ops
@@ -168,8 +168,7 @@ def _judge(name: str, check: Callable[[], float], tolerance: float) -> None:
     try:
         distance = check()
     except RuntimeError as error:
-        if is_fatal(error) or is_out_of_memory(error):
-            raise
+        raise_device_error(error)
         switch_off(name, f"the self-test failed ({str(error).splitlines()[0]})")
         return
     if not distance <= tolerance:  # NaN included

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo.config.schema import LoraConfig
-from grpo.errors import ConfigError
+from grpo.errors import ConfigError, raise_device_error
 from grpo.models.architecture import frozen_parts
 
 Adapter = Any
@@ -175,6 +175,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
             warnings.simplefilter("ignore", FutureWarning)
             merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
     except (RuntimeError, ValueError, SafetensorError) as error:
+        raise_device_error(error)
         raise ConfigError(f"the adapter in {folder} does not fit this base model: {error}") from error
     return merged
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grpo.errors import is_fatal, is_out_of_memory
+from grpo.errors import raise_device_error
 from grpo.kernels import decode
 from grpo.kernels.attention import GroupSpan, PackedLayout, SlotLayout
 from grpo.kernels.cpu.decode_step import CompiledDecoder
@@ -204,8 +204,7 @@ def choose_backbone(model: PreTrainedModel) -> tuple[Backbone, int]:
         try:
             hidden, _ = _probe(backbone)
         except RuntimeError as error:  # an operation that this device lacks
-            if is_fatal(error) or is_out_of_memory(error):
-                raise
+            raise_device_error(error)
             switch_off(name, f"it failed on this device ({str(error).splitlines()[0]})")
             continue
         backbone.release()

@@ -95,6 +95,9 @@ class RolloutEngine(ABC):
     def load_state_dict(self, state: dict[str, int]) -> None:  # noqa: B027 (optional)
         """Restore what `state_dict` returned."""
 
+    def free_memory(self) -> None:  # noqa: B027 (optional)
+        """Free memory that is not needed until the next `update_weights`. Called before each update."""
+
     def update_weights(self, step: int) -> None:  # noqa: B027 (no-op for engines that read the live weights)
         """Copy the model's weights, which are those after `step`. Collective if they are sharded."""
 

@@ -2,7 +2,8 @@
 
     server      a process and an environment of its own, on other GPUs or another machine: launch/vllm_server.py.
                 Every rank sends its own prompts, and vLLM batches them. The main rank sends the weights.
-    colocate    in the trainer's process, on the trainer's device. The trainer's environment must have vLLM.
+    colocate    in the trainer's processes, on their devices (grpo/rollout/vllm_colocate.py). The trainer's environment
+                must have vLLM.
 
 In both modes, token ids go in, and sampled ids and their logprobs after the temperature come out. The seed of a sample
 depends only on (seed, draw, sample). After every step the weights are sent and the prefix cache is cleared.
@@ -12,7 +13,6 @@ interrupted between its samples and its update, and the trained weights can be s
 """
 
 import itertools
-import os
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,11 +33,11 @@ from grpo.rollout.engine import (
     register_engine,
 )
 from grpo.rollout.sampling import stream_key
-from grpo.runtime.device import collective_backend, is_cpu
-from grpo.runtime.distributed import max_over_ranks
+from grpo.rollout.vllm_colocate import ColocatedBackend, Request, Sample, check_colocation
+from grpo.runtime.device import collective_backend
+from grpo.runtime.distributed import Agreement, timeout_of
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 
-INSTALL = "docs/vllm.md has the install lines for GPU and CPU"
 PLAIN = {
     "top_p": 1.0,
     "top_k": 0,
@@ -51,10 +51,6 @@ penalty)."""
 
 Weights = Callable[[], Iterator[tuple[str, Tensor]]]
 """Function that iterates over all weights, merged and unsharded. Collective if they are sharded."""
-Request = tuple[Prompt, dict[str, Any]]
-"""A prompt and its SamplingParams."""
-Sample = tuple[list[int], list[float]]
-"""Token ids and their logprobs."""
 
 
 @register_engine("vllm")
@@ -64,7 +60,6 @@ class VLLMEngine(RolloutEngine):
     """
 
     has_own_weights = True
-    supports_staleness = False
     default_correction = "truncate"  # vLLM rounds differently from the trainer
 
     def __init__(
@@ -81,8 +76,30 @@ class VLLMEngine(RolloutEngine):
         self.end_ids = end_token_ids(model, tokenizer)
         self.hidden_ids = hidden_token_ids(self.end_ids, tokenizer)
         self.failure: EngineError | None = None
+        # Its own group: with max_staleness, `generate` runs in a thread beside the collectives of training.
+        self.agreement = Agreement(timeout_of(accelerator)) if accelerator.num_processes > 1 else None
         backend = ServerBackend if config.vllm_mode == "server" else ColocatedBackend
         self.backend: ServerBackend | ColocatedBackend = backend(model, config, accelerator, longest)
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Raise ConfigError for settings that the mode does not support."""
+        rollout = config.rollout
+        if rollout.vllm_mode == "server":
+            for key, value, instead in (
+                ("vllm_tensor_parallel_size", rollout.vllm_tensor_parallel_size > 1, "--tensor-parallel-size N"),
+                ("vllm_enable_sleep_mode", rollout.vllm_enable_sleep_mode, "a GPU of its own"),
+            ):
+                if value:
+                    raise ConfigError(
+                        f"rollout.{key} is set, but rollout.vllm_mode is server: leave it out, and start "
+                        f"launch/vllm_server.py with {instead}"
+                    )
+        elif rollout.max_staleness:
+            raise ConfigError(
+                f"rollout.max_staleness is {rollout.max_staleness}, but with rollout.vllm_mode colocate vLLM samples "
+                f"in the process that trains: set it to 0, or vllm_mode to server"
+            )
 
     @classmethod
     def check_environment(cls, config: Config, processes: int) -> None:
@@ -93,12 +110,7 @@ class VLLMEngine(RolloutEngine):
 
             check_server(Server(server_url(rollout), rollout.vllm_server_timeout), longest_of(config))
             return
-        vllm_module()
-        if processes > 1:
-            raise ConfigError(
-                f"rollout.vllm_mode colocate runs in one process, {processes} were started: use --rollout.vllm_mode "
-                f"server, which any number of processes can share"
-            )
+        check_colocation(config, processes)
 
     def update_weights(self, step: int) -> None:
         """Send the weights. Collective if they are sharded.
@@ -126,7 +138,7 @@ class VLLMEngine(RolloutEngine):
         groups: list[Group] = []
         try:
             requests = [(prompt, self._settings(prompt, plan)) for prompt in prompts]
-            samples = self.backend.generate(requests) if requests else []
+            samples = self.backend.generate(requests)
             groups = [self._group(prompt, found, plan) for prompt, found in zip(prompts, samples, strict=True)]
         except EngineError as error:
             self.failure = error
@@ -136,10 +148,19 @@ class VLLMEngine(RolloutEngine):
                 finished(group)
         return groups
 
+    def free_memory(self) -> None:
+        """In sleep mode, free the memory of vLLM until the next `update_weights`."""
+        if self.failure is None:
+            try:
+                self.backend.free_memory()
+            except EngineError as error:
+                self.failure = error
+
     def _fail_together(self) -> None:
         """Raise EngineError on every rank if the engine of any rank failed. Collective."""
-        if max_over_ranks(self.accelerator, self.failure is not None):
+        if self.agreement is not None and self.agreement.check(self.failure) is not None:
             self.failure = self.failure or EngineError("the vLLM engine of another process failed")
+        if self.failure is not None:
             raise self.failure
 
     def _settings(self, prompt: Prompt, plan: SamplingPlan) -> dict[str, Any]:
@@ -213,12 +234,17 @@ class ServerBackend:
         if self.sender is not None:
             self.sender.send(weights, self.version)
 
+    def free_memory(self) -> None:
+        """Do nothing: the server has memory of its own."""
+
     def generate(self, requests: list[Request]) -> list[list[Sample]]:
         """Return the samples of each prompt.
 
         Raises:
             EngineError: a request failed, a prompt was changed, or another run sent weights.
         """
+        if not requests:
+            return []
         from grpo.rollout.vllm_client import check_version
 
         check_version(self.server, self.version)
@@ -236,93 +262,6 @@ class ServerBackend:
         return found
 
 
-class ColocatedBackend:
-    """Backend for vLLM in this process. It reserves the share vllm_gpu_memory_utilization of the device's memory."""
-
-    def __init__(
-        self, model: PreTrainedModel, config: RolloutConfig, accelerator: Accelerator, longest: int | None
-    ) -> None:
-        """Start vLLM with space for `longest` tokens.
-
-        Raises:
-            ConfigError: vLLM cannot load the model.
-        """
-        from grpo.rollout.vllm_worker import register
-
-        LLM = vllm_module().LLM
-        register()
-        path = model.config._name_or_path
-        dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision, "float32")
-        try:
-            self.llm = LLM(
-                path,
-                dtype=dtype,
-                load_format="dummy",  # the trainer sends its weights before the first token is sampled
-                hf_overrides={"head_dtype": "float32"},
-                generation_config="vllm",
-                logprobs_mode="processed_logprobs",  # after the temperature
-                max_model_len=config.vllm_max_model_length or longest,
-                max_num_seqs=config.slots,
-                gpu_memory_utilization=config.vllm_gpu_memory_utilization,
-                enforce_eager=is_cpu(accelerator.device),
-                skip_tokenizer_init=True,
-                worker_extension_cls="grpo.rollout.vllm_worker.Extension",
-                seed=0,
-            )
-        except Exception as error:
-            raise ConfigError(f"vLLM cannot load {path} in this process: {error!r}. {INSTALL}") from error
-
-    def send(self, weights: Iterator[tuple[str, Tensor]], step: int) -> None:
-        """Load all weights by reference. Raises EngineError."""
-        from grpo.rollout.vllm_client import forget_prefixes
-
-        try:
-            self.llm.collective_rpc("load_plain_weights", args=(weights,))
-            forget_prefixes(self.llm.reset_prefix_cache)
-        except EngineError:
-            raise
-        except Exception as error:
-            raise EngineError(f"vLLM did not take the weights after step {step}: {error!r}") from error
-
-    def generate(self, requests: list[Request]) -> list[list[Sample]]:
-        """Return the samples of each prompt. Raises EngineError."""
-        SamplingParams = vllm_module().SamplingParams
-        params = [SamplingParams(**settings, detokenize=False) for _, settings in requests]
-        inputs = [{"prompt_token_ids": list(prompt.token_ids)} for prompt, _ in requests]
-        try:
-            outputs = self.llm.generate(inputs, params, use_tqdm=False)
-        except Exception as error:
-            raise EngineError(f"vLLM failed in this process: {error!r}") from error
-        found = []
-        for output in outputs:
-            samples: list[Sample] = []
-            for one in sorted(output.outputs, key=lambda one: one.index):
-                ids = list(one.token_ids)
-                scores = [entry[token].logprob for entry, token in zip(one.logprobs, ids, strict=True)]
-                samples.append((ids, scores))
-            found.append(samples)
-        return found
-
-
 def server_url(config: RolloutConfig) -> str:
     """Return the address of the server: vllm_server_base_url, or host and port."""
     return config.vllm_server_base_url or f"http://{config.vllm_server_host}:{config.vllm_server_port}"
-
-
-def vllm_module() -> Any:
-    """Import vLLM with settings for use in this process.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, so that weights go by reference
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; on a CPU only
-    try:
-        import vllm
-    except ImportError as error:
-        raise ConfigError(
-            f"rollout.engine is vllm with vllm_mode colocate, but vLLM is not in this environment: {INSTALL}; or set "
-            f"--rollout.vllm_mode server, which needs it only where launch/vllm_server.py runs"
-        ) from error
-    return vllm

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from grpo.config.schema import Config, LoraConfig
+from grpo.errors import raise_device_error
 from grpo.kernels.attention import NAME, PackedLayout
 from grpo.kernels.head import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
 from grpo.models.architecture import create_model, text_config, vocabulary_size
@@ -219,6 +220,7 @@ def simulate(model: PreTrainedModel, config: Config, longest_prompt: int, machin
     try:
         return _simulated(model, config, longest_prompt, machine)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise_device_error(error)
         log.debug("memory: %s cannot be simulated: %s", type(model).__name__, error)
         return _counted(model, config, longest_prompt, machine)
 

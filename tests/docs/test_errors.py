@@ -942,6 +942,16 @@ CASES: dict[str, Case] = {
         ConfigError,
         "accelerate's gradient_accumulation_steps is 4 (ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment), needs to be 1: gradients would be divided by it. A step is split by tokens_per_batch, which leaves the gradient as it is. Set it back in the file of --config_file, or in the flags of accelerate launch",
     ),
+    "server with a setting of colocate mode": Case(
+        components("--rollout.engine=vllm", "--rollout.vllm_mode=server", "--rollout.vllm_enable_sleep_mode=true"),
+        ConfigError,
+        "rollout.vllm_enable_sleep_mode is set, but rollout.vllm_mode is server: leave it out, and start launch/vllm_server.py with a GPU of its own",
+    ),
+    "sampling ahead with vllm in the process that trains": Case(
+        components("--rollout.engine=vllm", "--rollout.max_staleness=1"),
+        ConfigError,
+        "rollout.max_staleness is 1, but with rollout.vllm_mode colocate vLLM samples in the process that trains: set it to 0, or vllm_mode to server",
+    ),
     "variable that is no number": Case(
         no_number,
         ConfigError,

@@ -54,3 +54,26 @@ def test_kernels_are_pure(path: Path) -> None:
         module.startswith(("grpo.kernels", "grpo.errors", "grpo.types", "grpo.runtime.storage")) for module in own
     )
     assert not any(module.split(".")[0] in ("transformers", "accelerate", "peft") for module in modules)
+
+
+DEVICE_ERRORS = {"raise_device_error", "is_fatal", "is_out_of_memory", "survives"}
+"""Functions that let a handler tell a lack of memory and a failed device from an operation that is not there."""
+NO_DEVICE = {
+    "rollout/vllm_client.py": 1,  # opens a port
+    "runtime/storage.py": 2,  # looks for the home folder
+    "models/loading.py": 1,  # raises whatever is not about shapes
+}
+"""Number of handlers of RuntimeError in files that catch it for another reason."""
+
+
+def test_no_handler_of_runtime_errors_hides_a_failed_device() -> None:
+    """torch.OutOfMemoryError and the errors of CUDA are RuntimeErrors. Code that tries something else must ask."""
+    unsure: dict[str, int] = {}
+    for path in GRPO.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ExceptHandler) and "RuntimeError" in ast.unparse(node.type or ast.Constant("")):
+                called = {getattr(part, "id", getattr(part, "attr", "")) for part in ast.walk(node)}
+                if not called & DEVICE_ERRORS:
+                    name = path.relative_to(GRPO).as_posix()
+                    unsure[name] = unsure.get(name, 0) + 1
+    assert unsure == NO_DEVICE

@@ -168,6 +168,23 @@ def test_a_run_with_a_server(folder: Path, server: Running) -> None:
     sane(run(folder, "server", **server.settings))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_samples_ahead(folder: Path, server: Running, processes: int) -> None:
+    """Step 2 is sampled from the weights before step 1, as with the native engine, and beside the update."""
+    name = f"ahead-{processes}"
+    settings = server.settings | {"rollout.max_staleness": 1, "optimizer.learning_rate": 0.02, "steps": 4}
+    flags = arguments(folder, name, **settings)
+    command = [sys.executable, *(TWO if processes == 2 else []), str(ROOT / "launch" / "train.py"), *flags]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
+    assert (folder / name / "final").is_dir(), done.stderr[-3000:]
+    rows = [row for row in metrics_of(folder / name) if "policy/loss" in row]
+    assert [row["rollout/staleness"] for row in rows] == [0, 1, 1, 1]
+    differences = [row["policy/sampling_logprob_difference"] for row in rows]
+    assert differences[0] < 1e-5 < min(differences[1:])  # an older policy has sampled
+    if processes == 2:
+        assert completions_of(folder / name) == completions_of(folder / "ahead-1")
+
+
 def test_a_run_with_lora_sends_merged_weights(folder: Path, server: Running) -> None:
     sane(run(folder, "lora", **server.settings | {"lora.r": 4, "optimizer.learning_rate": 0.02}))
 
@@ -230,17 +247,70 @@ def test_a_server_that_is_killed(folder: Path, server: Running, monkeypatch: pyt
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
 
 
-def colocated(folder: Path, name: str, code: str) -> subprocess.CompletedProcess:
-    """In a new process, because vLLM changes its process permanently."""
-    flags = arguments(folder, name, **COMMON | {"rollout.vllm_mode": "colocate"})
-    program = f"from grpo.cli import main, run_main\n{code}\nrun_main(lambda: main(['train', *{flags!r}]))\n"
-    return subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
+PROGRAM = "from grpo.cli import main, run_main\n{code}\nrun_main(lambda: main(['train', *{flags!r}]))\n"
+TWO = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml")]
+TWO += ["--main_process_port", "0"]
 
 
-def test_a_run_with_vllm_in_the_same_process(folder: Path) -> None:
-    done = colocated(folder, "colocated", "")
+def colocated(
+    folder: Path, name: str, code: str = "", processes: int = 1, **changes: object
+) -> subprocess.CompletedProcess:
+    """In new processes, because vLLM changes its process permanently."""
+    flags = arguments(folder, name, **COMMON | {"rollout.vllm_mode": "colocate"} | changes)
+    script = folder / f"{name.replace(' ', '-')}.py"
+    script.write_text(PROGRAM.format(code=code, flags=flags))
+    command = [sys.executable, *(TWO if processes == 2 else []), str(script)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
+
+
+def completions_of(folder: Path, steps: int = 99) -> list[str]:
+    rows = map(json.loads, (folder / "rollouts.jsonl").read_text().splitlines())
+    return [row["completion"] for row in rows if row["step"] <= steps]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Path:
+    """A run with vLLM in its only process."""
+    done = colocated(folder, "colocated")
     assert done.returncode == 0, done.stderr[-3000:]
-    sane([json.loads(line) for line in (folder / "colocated" / "metrics.jsonl").read_text().splitlines()])
+    return folder / "colocated"
+
+
+def metrics_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_with_vllm_in_the_same_process(alone: Path) -> None:
+    sane(metrics_of(alone))
+
+
+@pytest.mark.parametrize("size", [1, 2], ids=["an engine each", "an engine together"])
+def test_two_processes_with_vllm_in_each_sample_the_same(folder: Path, alone: Path, size: int) -> None:
+    """With tensor parallelism, each process holds half of vLLM's weights."""
+    name = f"colocated-two-{size}"
+    done = colocated(folder, name, processes=2, **{"rollout.vllm_tensor_parallel_size": size, "prompts_per_step": 3})
+    assert (folder / name / "final").is_dir(), done.stderr[-3000:]
+    sane(metrics_of(folder / name))
+    one = colocated(folder, f"{name}-alone", **{"prompts_per_step": 3})
+    assert one.returncode == 0, one.stderr[-3000:]
+    assert completions_of(folder / name) == completions_of(folder / f"{name}-alone")
+
+
+def test_a_part_of_vllm_for_each_process_and_no_sleep_on_a_cpu(folder: Path) -> None:
+    for changes, message in (
+        ({"rollout.vllm_tensor_parallel_size": 2}, "is 2, which does not divide the 1 processes of this run"),
+        ({"rollout.vllm_enable_sleep_mode": True}, "which vLLM does not support on this device (cpu): set it to false"),
+    ):
+        done = colocated(folder, "refused", **changes)  # type: ignore[arg-type]
+        assert done.returncode == 2 and message in done.stderr, done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+def test_a_vllm_that_sleeps_during_updates_samples_the_same(folder: Path) -> None:
+    for name, sleeps in (("awake", False), ("asleep", True)):
+        done = colocated(folder, name, **{"rollout.vllm_enable_sleep_mode": sleeps})
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert completions_of(folder / "asleep") == completions_of(folder / "awake")
 
 
 def test_a_vllm_that_forgets_the_tied_head_is_found_out(folder: Path) -> None:

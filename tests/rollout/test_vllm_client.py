@@ -18,7 +18,7 @@ from grpo.rollout import vllm_client
 from grpo.rollout.engine import build_engine, correction_of
 from grpo.rollout.logprob_mismatch import scale
 from grpo.rollout.vllm_client import Server, WeightSender, check_server, check_version, forget_prefixes
-from grpo.rollout.vllm_engine import vllm_module
+from grpo.rollout.vllm_colocate import vllm_module
 from grpo.run.checkpoint import newest_valid
 from grpo.tools.vllm_server import server_command
 from grpo.trainer import train

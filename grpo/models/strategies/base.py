@@ -102,7 +102,7 @@ class Strategy(WeightReader, ABC):
     broadcasts_checkpoint: ClassVar[bool] = False
     """`load_state_dict` takes the tensors of the main process; other ranks pass none."""
     batches_are_local: ClassVar[bool] = False
-    """Batches before the last one of a step involve no other process, so that one may run out of memory alone."""
+    """Batches involve no other process: `exchange_gradients` adds up the gradients after the last one of a step."""
     exposes_gradients: ClassVar[bool] = True
     """Parameters have `.grad` when the optimizer steps."""
     exposes_weights: ClassVar[bool] = True
@@ -203,6 +203,22 @@ class Strategy(WeightReader, ABC):
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Return the context of mixed precision. FSDP2's wrapper, unlike DDP's, does not enter it by itself."""
         return self.accelerator.autocast()
+
+    @property
+    def survives_out_of_memory(self) -> bool:
+        """All ranks can repeat the batches of a step if memory runs out on one of them. See `agree_on`."""
+        return self.accelerator.num_processes == 1
+
+    def agree_on(self, error: BaseException | None) -> BaseException | None:
+        """Return an error on every rank if memory has run out on any of them, else None. Collective.
+
+        Args:
+            error: The error of this rank. Call this at once after it is caught, or after the last batch.
+        """
+        return error
+
+    def exchange_gradients(self) -> None:
+        """Add up the gradients of all ranks where `batches_are_local`. Collective."""
 
     def discard_gradients(self) -> None:
         """Drop the gradients of an optimizer step that was not completed."""

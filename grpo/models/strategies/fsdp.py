@@ -38,7 +38,9 @@ from grpo.models.strategies.base import (
     Strategy,
     Weights,
 )
+from grpo.models.strategies.fsdp_agreement import agree_before_collectives, reset
 from grpo.runtime.device import is_cpu
+from grpo.runtime.distributed import Agreement
 
 PREFIX = "model."
 """The causal LM is the attribute `model` of the `LogprobModel` that is wrapped."""
@@ -51,6 +53,7 @@ class FullyShardedDataParallel(Strategy):
 
     Attributes:
         loads_on_main: The main process alone reads the weights (fsdp_cpu_ram_efficient_loading). Set by `configure`.
+        agreement: Of the ranks, before each collective; None in one process and with FSDP1. Set by `prepare`.
     """
 
     kind = "fsdp2"
@@ -58,6 +61,8 @@ class FullyShardedDataParallel(Strategy):
     shards_gradients = True
     uses_kernels = False  # weights are whole only while their own module runs
     broadcasts_checkpoint = True
+
+    agreement: Agreement | None = None
 
     # Launch
 
@@ -125,6 +130,26 @@ class FullyShardedDataParallel(Strategy):
         with torch.no_grad():
             for parameter in model.parameters():
                 torch.distributed.broadcast(parameter, src=0)
+
+    # One optimizer step
+
+    def prepare(self, logprob_model: LogprobModel, optimizer: torch.optim.Optimizer) -> nn.Module:
+        module = super().prepare(logprob_model, optimizer)
+        if self.accelerator.is_fsdp2 and self.accelerator.num_processes > 1:
+            self.agreement = agree_before_collectives(module, self.accelerator)
+        return module
+
+    @property
+    def survives_out_of_memory(self) -> bool:
+        return self.agreement is not None
+
+    def agree_on(self, error: BaseException | None) -> BaseException | None:
+        return error if self.agreement is None else self.agreement.check(error)
+
+    def discard_gradients(self) -> None:
+        super().discard_gradients()
+        if self.agreement is not None:
+            reset(self.module)
 
     def _wrap(self, logprob_model: LogprobModel, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Shard a model whose parameters are on the CPU of the main process and on the meta device of the others.

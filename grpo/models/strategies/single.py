@@ -7,7 +7,8 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from grpo.errors import ConfigError
-from grpo.models.logprob_model import LogprobModel
+from grpo.models.architecture import vocabulary_size
+from grpo.models.logprob_model import LogprobModel, probe_batch
 from grpo.models.strategies.base import (
     FLOAT32_BYTES,
     Machine,
@@ -18,6 +19,7 @@ from grpo.models.strategies.base import (
     Weights,
 )
 from grpo.runtime.device import has_fused_optimizer
+from grpo.runtime.distributed import error_of_any
 
 
 class DistributedDataParallel(Strategy):
@@ -37,6 +39,25 @@ class DistributedDataParallel(Strategy):
     @property
     def fused_optimizer(self) -> bool | None:
         return True if has_fused_optimizer(self.accelerator.device) and self.accelerator.scaler is None else None
+
+    @property
+    def survives_out_of_memory(self) -> bool:
+        return True
+
+    def agree_on(self, error: BaseException | None) -> BaseException | None:
+        return error_of_any(self.accelerator, error)
+
+    def exchange_gradients(self) -> None:
+        """DDP exchanges gradients in a backward pass: that of a few tokens without weight, which needs no memory.
+
+        A rank that ran out of memory in a backward pass with an exchange would leave the others waiting.
+        """
+        if self.accelerator.num_processes == 1:
+            return
+        batch = probe_batch(vocabulary_size(self.model)).to(self.accelerator.device)
+        with self.autocast():
+            logprobs, entropies = self.module(batch)
+        self.backward(0.0 * (logprobs.sum() + entropies.sum()))
 
     def discard_gradients(self) -> None:
         super().discard_gradients()
