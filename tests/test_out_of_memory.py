@@ -173,6 +173,31 @@ def test_sampling_that_never_fits_raises() -> None:
     assert engine.state_dict() == {"slots": 1}
 
 
+def test_the_transformers_engine_samples_fewer_at_a_time(caplog: pytest.LogCaptureFixture) -> None:
+    prompts, plan, model = (
+        [Prompt(draw, "", (3 + draw, 5, 7)) for draw in range(2)],
+        SamplingPlan(6, 8, 1.0, 7),
+        tiny_model(),
+    )
+    expected, ours = (
+        build_engine("transformers", model, CharTokenizer(), slots=8, uses_packed_attention=True) for _ in range(2)
+    )
+    wanted = expected.generate(prompts, plan)
+
+    def limited(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if len(inputs[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(limited)
+    with caplog.at_level(logging.INFO, logger="grpo"):
+        found = ours.generate(prompts, plan)
+    hook.remove()
+    assert [[c.token_ids for c in g.completions] for g in found] == [
+        [c.token_ids for c in g.completions] for g in wanted
+    ]
+    assert ours.state_dict() == {"slots": 1} and "rollout.slots is 3 instead of 8" in caplog.text
+
+
 def test_a_limit_holds_until_its_key_is_changed() -> None:
     saved = {"tokens_per_batch": 64, "rollout.slots": 8}
     config = Config(tokens_per_batch=64, rollout=RolloutConfig(slots=16))

@@ -105,10 +105,10 @@ class FusedDecoder:
         bias, low = weights.get(f"{name}_bias"), weights.get(f"{name}_low") if self.keeps_adapters else None
         if low is None:
             return self.product(states, weights[name], bias)
-        total = _wide_product(states, weights[name])
+        total = wide_product(states, weights[name])
         if bias is not None:
             total += bias
-        return _add_wide_product(total, F.linear(states, low), weights[f"{name}_high"])
+        return add_wide_product(total, F.linear(states, low), weights[f"{name}_high"])
 
     def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of cached keys and values if products are in `dtype`."""
@@ -318,14 +318,14 @@ def merged(linear: Linear) -> Tensor:
     )
 
 
-def _wide_product(states: Tensor, weight: Tensor) -> Tensor:
+def wide_product(states: Tensor, weight: Tensor) -> Tensor:
     """Multiply 16-bit states [B, I] by a 16-bit weight [O, I] -> [B, O] float32."""
     if states.is_cuda:
         return torch.mm(states, weight.T, out_dtype=torch.float32)
     return F.linear(states.float(), weight.float())
 
 
-def _add_wide_product(total: Tensor, states: Tensor, weight: Tensor) -> Tensor:
+def add_wide_product(total: Tensor, states: Tensor, weight: Tensor) -> Tensor:
     """Return `total`, [B, O] float32, plus the product of 16-bit states [B, I] and a 16-bit weight [O, I]."""
     if states.is_cuda:
         return torch.addmm(total, states, weight.T, out_dtype=torch.float32)

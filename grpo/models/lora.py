@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from grpo.config.schema import LoraConfig
 from grpo.errors import ConfigError, raise_device_error
 from grpo.models.architecture import frozen_parts
+from grpo.models.lora_wide import widen
 
 Adapter = Any
 """A `peft.PeftModel`. The annotation does not import peft, which is optional."""
@@ -70,6 +71,8 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, base: str) -> Adapte
             f"lora.target_modules {config.target_modules}: {error} This model's linear layers are {', '.join(known)}; "
             f"all-linear takes all but the head"
         ) from error
+    for _, layer in lora_layers(model):
+        widen(layer)
     tied = getattr(embedding, "weight", None) is getattr(head, "weight", None)
     for name, layer in lora_layers(model):
         if tied and layer.get_base_layer() in (embedding, head):

@@ -4,12 +4,14 @@ A logits processor draws the tokens, with the counted seeds and the sampler of t
 caching and the forward passes.
 """
 
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from grpo.errors import is_out_of_memory
 from grpo.kernels.sampling import draw_tokens
 from grpo.models.architecture import own_attention
 from grpo.rollout.engine import (
@@ -21,7 +23,10 @@ from grpo.rollout.engine import (
     register_engine,
 )
 from grpo.rollout.sampling import counted_uniform, stream_key
+from grpo.runtime.device import empty_cache
 from grpo.types import Completion, Group, Prompt, SamplingPlan
+
+log = logging.getLogger(__name__)
 
 
 class _Draw(LogitsProcessor):
@@ -40,7 +45,10 @@ class _Draw(LogitsProcessor):
 
 @register_engine("transformers")
 class TransformersEngine(RolloutEngine):
-    """model.generate with transformers' own attention, for one prompt's group at a time.
+    """model.generate with transformers' own attention, for at most `slots` completions of one prompt at a time.
+
+    If memory runs out, half as many are sampled at a time. Random numbers depend on the prompt, sample and position, so
+    the completions are the same.
 
     `use_cache` false (rollout.engine_kwargs) computes the whole sequence again at each token, for models whose cache
     is not exact.
@@ -52,12 +60,19 @@ class TransformersEngine(RolloutEngine):
         tokenizer: PreTrainedTokenizerBase,
         *,
         uses_packed_attention: bool,
+        slots: int = 256,
         use_cache: bool = True,
     ):
         self.model, self.tokenizer, self.uses_packed_attention = model, tokenizer, uses_packed_attention
-        self.use_cache = use_cache
+        self.slots, self.use_cache = slots, use_cache
         self.end_ids = end_token_ids(model, tokenizer)
         self.hidden_ids = hidden_token_ids(self.end_ids, tokenizer)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"slots": self.slots}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.slots = min(self.slots, state.get("slots", self.slots))
 
     @torch.no_grad()
     def generate(
@@ -78,9 +93,28 @@ class TransformersEngine(RolloutEngine):
             self.model.set_attn_implementation(before)
 
     def _group(self, prompt: Prompt, plan: SamplingPlan) -> Group:
+        completions: list[Completion] = []
+        while len(completions) < plan.num_generations:
+            samples = range(len(completions), min(len(completions) + self.slots, plan.num_generations))
+            error: BaseException | None = None
+            try:
+                completions += self._complete(prompt, plan, samples)
+            except (RuntimeError, MemoryError) as caught:
+                if not is_out_of_memory(caught) or len(samples) == 1:
+                    raise
+                error = caught.with_traceback(None)  # whose frames hold the memory
+            if error is not None:
+                empty_cache(device_of(self.model))
+                log.info(
+                    "out of memory while sampling: rollout.slots is %d instead of %d", len(samples) // 2, self.slots
+                )
+                self.slots = len(samples) // 2
+        return Group(prompt, completions)
+
+    def _complete(self, prompt: Prompt, plan: SamplingPlan, samples: range) -> list[Completion]:
         device = device_of(self.model)
-        ids = torch.tensor([prompt.token_ids] * plan.num_generations, device=device)
-        keys = [stream_key(plan.seed, prompt.draw, sample) for sample in range(plan.num_generations)]
+        ids = torch.tensor([prompt.token_ids] * len(samples), device=device)
+        keys = [stream_key(plan.seed, prompt.draw, sample) for sample in samples]
         draw = _Draw(torch.tensor(keys, device=device), plan.temperature, ids.shape[1])
         output = self.model.generate(  # type: ignore[operator]
             ids,
@@ -100,4 +134,4 @@ class TransformersEngine(RolloutEngine):
             length = ends[0] + 1 if ends else len(row)
             text = completion_text(row[:length], self.hidden_ids, self.tokenizer)
             completions.append(Completion(row[:length], scores[:length], bool(ends), text))
-        return Group(prompt, completions)
+        return completions

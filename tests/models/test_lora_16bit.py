@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -79,6 +80,48 @@ def test_a_small_step_reaches_the_native_engine(family: str) -> None:
     exact, found = changes(live, lambda: sampled_logprobs(ModuleBackbone(live), torch.float32), sampler)
     assert float(exact.abs().max()) > 0
     assert 0.99 < arrived(exact, found) < 1.01
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_a_small_step_reaches_the_engines_that_call_modules(family: str) -> None:
+    live, copy = adapted(family)
+    backbone = ModuleBackbone(copy.model)
+
+    def sampler() -> Tensor:
+        copy.refresh()
+        return sampled_logprobs(backbone, torch.bfloat16)
+
+    exact, found = changes(live, lambda: sampled_logprobs(ModuleBackbone(live), torch.float32), sampler)
+    assert 0.99 < arrived(exact, found) < 1.01
+
+
+def test_a_layer_and_its_gradients_are_those_of_float32() -> None:
+    """Against W x + s B A x in float64, with the rounding of bfloat16. peft's own sum loses the adapter."""
+    live, _ = adapted()
+    take_step(live, 100 * STEP)
+    layer = next(layer for _, layer in lora_layers(live))
+    low, high, scale = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+    x = torch.randn(2, 9, low.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16().float().requires_grad_()
+    upstream = torch.randn(2, 9, high.shape[0], generator=torch.Generator().manual_seed(1)).bfloat16().float()
+
+    def gradients(result: Tensor) -> list[Tensor]:
+        return [result.detach(), *torch.autograd.grad((result * upstream).sum(), [x, low, high])]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = gradients(layer(x))
+    base = layer.get_base_layer()
+    theirs = gradients(F.linear(x, base.weight, base.bias) + scale * F.linear(F.linear(x, low), high))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert float((mine - other).norm()) <= 1e-2 * float(other.norm())
+    plain = super(type(layer), layer).forward
+    term = scale * F.linear(F.linear(x, low), high).detach()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with_ours, with_peft = layer(x).float(), plain(x).float()
+        layer._disable_adapters = True
+        without = layer(x).float()
+    exact = F.linear(x, base.weight, base.bias).detach()
+    assert arrived(term, with_ours - exact) == pytest.approx(1, abs=0.1)
+    assert arrived(term, with_peft - without) < 0.5
 
 
 def test_a_small_step_reaches_modules_as_it_reaches_the_trainer() -> None:
