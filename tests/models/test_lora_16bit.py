@@ -47,9 +47,9 @@ def take_step(live: PreTrainedModel, size: float) -> None:
 
 
 @torch.no_grad()
-def sampled_logprobs(backbone: Backbone, dtype: torch.dtype) -> Tensor:
-    ids = torch.arange(4 * 24).reshape(4, 24) * 7 % 40
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+def sampled_logprobs(backbone: Backbone, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    ids = (torch.arange(4 * 24).reshape(4, 24) * 7 % 40).to(device)
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         backbone.refresh()
         hidden = backbone.prefill(ids, SlotCache(1, 32, backbone.cache_dtype)).flatten(0, 1)
         return backbone.logits(hidden).double().log_softmax(-1)

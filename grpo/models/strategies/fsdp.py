@@ -53,7 +53,8 @@ class FullyShardedDataParallel(Strategy):
 
     Attributes:
         loads_on_main: The main process alone reads the weights (fsdp_cpu_ram_efficient_loading). Set by `configure`.
-        agreement: Of the ranks, before each collective; None in one process and with FSDP1. Set by `prepare`.
+        agreement: Of the ranks, before each collective; None in one process, with FSDP1, and with an older torch. Set
+            by `prepare`.
     """
 
     kind = "fsdp2"
@@ -135,7 +136,8 @@ class FullyShardedDataParallel(Strategy):
 
     def prepare(self, logprob_model: LogprobModel, optimizer: torch.optim.Optimizer) -> nn.Module:
         module = super().prepare(logprob_model, optimizer)
-        if self.accelerator.is_fsdp2 and self.accelerator.num_processes > 1:
+        can_reset = hasattr(module, "reset_iter_state")  # FSDP2, from torch 2.13 on
+        if can_reset and self.accelerator.num_processes > 1:
             self.agreement = agree_before_collectives(module, self.accelerator)
         return module
 
