@@ -55,15 +55,16 @@ def difference(model: LogprobModel, autocast: Autocast, precision: Precision, de
     batch = probe_batch(vocabulary_size(causal_lm)).to(device)
     weight = _sample_weight(causal_lm)
     results: list[tuple[Tensor, Tensor]] = []
-    with autocast():
-        for packed in (True, False):
-            causal_lm.set_attn_implementation(NAME if packed else own_attention(causal_lm))
-            probe = LogprobModel(causal_lm, uses_packed_attention=packed, temperature=1.0, uses_kernels=packed)
-            with torch.enable_grad():
+    for packed in (True, False):
+        causal_lm.set_attn_implementation(NAME if packed else own_attention(causal_lm))
+        probe = LogprobModel(causal_lm, uses_packed_attention=packed, temperature=1.0, uses_kernels=packed)
+        with torch.enable_grad():
+            with autocast():
                 logprobs = probe(batch)[0]
-                [gradient] = torch.autograd.grad(logprobs.sum(), [weight])
-            results.append((logprobs.detach().float(), gradient.float()))
-        causal_lm.set_attn_implementation(NAME)
+            [gradient] = torch.autograd.grad(logprobs.sum(), [weight])
+        results.append((logprobs.detach().float(), gradient.float()))
+    causal_lm.set_attn_implementation(NAME)
+    with autocast():
         isolated = is_isolated(causal_lm, batch)
     (packed_N, packed_gradient), (padded_N, padded_gradient) = results
     distance = float((packed_N - padded_N).abs().mean())

@@ -60,6 +60,14 @@ def _weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
     return weight.detach().to(dtype)
 
 
+def wide_sum(rows: Tensor, inner: Tensor, high: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return rows W^T + bias + inner high^T [T, O] in float32, from 16-bit numbers."""
+    total = wide_product(rows, weight)
+    if bias is not None:
+        total += bias
+    return add_wide_product(total, inner, high)
+
+
 class _WideSum(torch.autograd.Function):
     """round(x W^T + bias + scale * (x A^T) B^T), with products of 16-bit numbers and a float32 sum.
 
@@ -73,10 +81,7 @@ class _WideSum(torch.autograd.Function):
         rows = x.to(dtype).flatten(0, -2)
         low_16, high_16 = low.to(dtype), (scale * high.float()).to(dtype)
         inner = F.linear(rows, low_16)
-        total = wide_product(rows, _weight(base, dtype))
-        if base.bias is not None:
-            total += base.bias
-        total = add_wide_product(total, inner, high_16)
+        total = wide_sum(rows, inner, high_16, _weight(base, dtype), base.bias)
         context.save_for_backward(rows, inner, low, high)
         context.base, context.scale, context.dtype, context.input = base, scale, dtype, (x.shape, x.dtype)
         return total.to(dtype).view(*x.shape[:-1], -1)

@@ -69,7 +69,7 @@ def test_a_wrong_kernel_is_switched_off(
 
 
 def test_a_wrong_model_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = LogprobModel.forward
+    model, forward = model_of(), LogprobModel.forward
 
     def off(self: LogprobModel, batch: object) -> object:
         logprobs, entropies = forward(self, batch)  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ def test_a_wrong_model_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(LogprobModel, "forward", off)
     with pytest.raises(NumericsError, match="its logprobs differ from those of padded rows by 0.01 .*grpo doctor"):
-        check(model_of())
+        check(model)
 
 
 @pytest.mark.gpu

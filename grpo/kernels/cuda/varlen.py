@@ -172,7 +172,7 @@ class GatherKeys(torch.autograd.Function):
         shares = gradient.index_select(0, plan.copies_MW.flatten()).unflatten(0, plan.copies_MW.shape)
         if plan.is_copy_MW is not None:
             shares = shares.masked_fill(~plan.is_copy_MW, 0.0)
-        grad_E.index_copy_(0, plan.shared_M, shares.sum(1))
+        grad_E.index_copy_(0, plan.shared_M, shares.sum(1).to(grad_E.dtype))  # under autocast, sums are float32
         grad_E = grad_E.to(ctx.dtype)
         for first, leaf in ctx.joins:
             if leaf.grad is not None:
