@@ -137,6 +137,20 @@ def configure(device: torch.device) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def attention_backends(device: torch.device) -> list[str]:
+    """Return the backends that torch's own attention may choose from on `device`; none on a CPU, which has one."""
+    if device.type != "cuda":
+        return []
+    backends = torch.backends.cuda
+    allowed = {
+        "flash": backends.flash_sdp_enabled,
+        "memory-efficient": backends.mem_efficient_sdp_enabled,
+        "cuDNN": backends.cudnn_sdp_enabled,
+        "math": backends.math_sdp_enabled,
+    }
+    return [name for name, enabled in allowed.items() if enabled()]
+
+
 def free_memory(device: torch.device) -> int:
     """Return the bytes that can still be allocated on `device`."""
     if device.type == "cuda":

@@ -11,6 +11,8 @@ import torch
 from grpo.runtime import device
 from grpo.runtime.device import (
     SideStream,
+    attention_backends,
+    configure,
     cpu_threads,
     device_names,
     free_memory,
@@ -60,6 +62,16 @@ def test_a_cpu_has_no_stream_and_every_dtype() -> None:
         assert float(torch.ones(2).sum()) == 2
     assert widest_float(CPU) == torch.float64 and widest_float(torch.device("mps")) == torch.float32
     assert device_names()
+
+
+def test_cudnn_attention_is_off_on_a_gpu() -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        configure(torch.device("cuda", 0))  # a flag of torch, which needs no GPU
+        assert attention_backends(torch.device("cuda", 0)) == ["flash", "memory-efficient", "math"]
+        assert attention_backends(CPU) == []
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_limits_of_a_container_count(monkeypatch: pytest.MonkeyPatch) -> None:
