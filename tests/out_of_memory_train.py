@@ -34,11 +34,11 @@ def limit_memory(model: nn.Module, where: str, tokens: int, calls: int) -> None:
 
     class Backward(torch.autograd.Function):
         @staticmethod
-        def forward(context: Any, states: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(context: Any, states: Tensor) -> Tensor:
             return states.clone()
 
         @staticmethod
-        def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        def backward(context: Any, gradient: Tensor) -> Tensor:
             allocate(gradient)
             return gradient
 

@@ -23,7 +23,8 @@ from grpo.packing import pack
 from grpo.rollout.backbones import KernelBackbone, ModuleBackbone
 from grpo.rollout.engine import build_engine
 from grpo.types import Group, Prompt, SamplingPlan
-from tests.fakes import CharTokenizer, tiny_folder, tiny_model
+from tests.fakes import CharTokenizer, tiny_folder
+from tests.fakes import tiny_model as model_on_a_cpu
 from tests.models.test_lora_16bit import STEP, arrived, sampled_logprobs, take_step
 from tests.runtime.test_distributed import ROOT, launch, profile
 from tests.test_trainer import arguments
@@ -32,6 +33,17 @@ pytestmark = pytest.mark.gpu
 GPU = "cuda:0"
 SINGLE, SINGLE_FP16 = profile("single_gpu"), profile("single_gpu_fp16")
 PROMPTS = [Prompt(draw, "", tuple(range(3 + draw, 9 + 2 * draw))) for draw in range(6)]
+
+
+def tiny_model(*args: Any, **changes: Any) -> Any:
+    """A random model on the GPU."""
+    model: Any = model_on_a_cpu(*args, **changes)
+    return model.to(GPU)
+
+
+def native(model: Any, **settings: Any) -> Any:
+    tokenizer: Any = CharTokenizer()
+    return build_engine("native", model, tokenizer, **{"slots": 16, "uses_packed_attention": True} | settings)
 
 
 @pytest.fixture(autouse=True)
@@ -115,11 +127,8 @@ def test_out_of_memory_on_one_of_two_gpus(place: Path, name: str, monkeypatch: p
 
 def test_sampling_without_memory_goes_on_with_fewer_slots() -> None:
     """The limit of the process leaves room for about half of the keys and values."""
-    model, plan = tiny_model(hidden_size=256, num_hidden_layers=8).to(GPU), SamplingPlan(64, 512, 1.0, seed=1)
-    expected, ours = (
-        build_engine("native", model, CharTokenizer(), slots=384, uses_packed_attention=True, cache_gib=8.0)
-        for _ in range(2)
-    )
+    model, plan = tiny_model(hidden_size=256, num_hidden_layers=8), SamplingPlan(64, 512, 1.0, seed=1)
+    expected, ours = (native(model, slots=384, cache_gib=8.0) for _ in range(2))
     wanted = expected.generate(PROMPTS, plan)
     used = torch.cuda.max_memory_allocated()
     expected._kept = None  # type: ignore[attr-defined]
@@ -138,8 +147,8 @@ def lengths(groups: list[Group]) -> list[list[int]]:
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
 def test_the_sampler_draws_from_the_trained_policy(family: str) -> None:
-    model = tiny_model(family).to(GPU)
-    engine = build_engine("native", model, CharTokenizer(), slots=16, uses_packed_attention=True)
+    model = tiny_model(family)
+    engine = native(model)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         groups = engine.generate(PROMPTS, SamplingPlan(4, 40, 1.0, seed=1))
         [batch] = pack(groups, torch.zeros(len(PROMPTS), 4), max_tokens=10**6)
@@ -149,8 +158,8 @@ def test_the_sampler_draws_from_the_trained_policy(family: str) -> None:
 
 
 def test_tokens_of_a_window_are_sampled_without_waiting() -> None:
-    model = tiny_model().to(GPU)
-    engine: Any = build_engine("native", model, CharTokenizer(), slots=16, uses_packed_attention=True)
+    model = tiny_model()
+    engine: Any = native(model)
     plan, decode = SamplingPlan(2, 60, 1.0, seed=1), engine._decode
     engine.generate(PROMPTS, plan)  # captures the graphs
 
@@ -181,8 +190,8 @@ class Products(TorchDispatchMode):
 def test_an_update_multiplies_in_16_bits_and_packs_attention_in_one_call() -> None:
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("needs compute capability 8.0")
-    model = tiny_model(vocab_size=512).to(GPU)
-    engine = build_engine("native", model, CharTokenizer(), slots=16, uses_packed_attention=True)
+    model = tiny_model(vocab_size=512)
+    engine = native(model)
     groups = engine.generate(PROMPTS, SamplingPlan(4, 40, 1.0, seed=1))
     batch = pack(groups, torch.zeros(len(PROMPTS), 4), max_tokens=10**6)[0].to(torch.device(GPU))
     assert PackedLayout(batch.spans, torch.device(GPU)).uses_varlen
@@ -195,7 +204,7 @@ def test_an_update_multiplies_in_16_bits_and_packs_attention_in_one_call() -> No
 def test_a_small_step_of_an_adapter_reaches_the_sampler(kind: str) -> None:
     from grpo.kernels.decode import FusedDecoder
 
-    live = tiny_model(spread=2.0, hidden_size=64).to(GPU)
+    live = tiny_model(spread=2.0, hidden_size=64)
     for parameter in live.parameters():
         parameter.data = parameter.data.bfloat16().float()
     copy = WorkingCopy(live, WeightReader())

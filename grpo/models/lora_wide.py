@@ -19,14 +19,17 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 def widen(layer: nn.Module) -> None:
-    """Let a LoRA layer of peft add up in float32 where it computes in 16 bits, if it is linear."""
-    if isinstance(layer.get_base_layer(), nn.Linear) and not hasattr(layer, "parameter_name"):  # type: ignore[operator]
-        layer.__class__ = _wide_class(type(layer))
+    """Let a LoRA layer of peft add up in float32 where it computes in 16 bits, if it is linear, also in 4 bits."""
+    base = layer.get_base_layer()  # type: ignore[operator]
+    if not isinstance(base, nn.Linear) or hasattr(layer, "parameter_name"):
+        return
+    if base.weight.is_floating_point() or hasattr(base.weight, "quant_state"):
+        layer.__class__ = _wide_class(type(layer))  # type: ignore[arg-type]
 
 
 @functools.cache
 def _wide_class(kind: type) -> type:
-    class Wide(kind):  # type: ignore[misc, valid-type]
+    class Wide(kind):
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             dtype = compute_dtype(x, self.get_base_layer())
             if dtype is None or self.disable_adapters or self.merged or args or kwargs or self.lora_variant:
@@ -75,7 +78,7 @@ class _WideSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         context: Any, x: Tensor, low: Tensor, high: Tensor, base: nn.Linear, scale: float, dtype: torch.dtype
     ) -> Tensor:
         rows = x.to(dtype).flatten(0, -2)
@@ -88,7 +91,7 @@ class _WideSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> Any:
         rows, inner, low, high = context.saved_tensors
         dtype, (shape, input_dtype) = context.dtype, context.input
         upstream = gradient.to(dtype).flatten(0, -2)

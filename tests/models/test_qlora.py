@@ -5,12 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from grpo.config.schema import LoraConfig, ModelConfig
 from grpo.models.loading import load_model
-from grpo.models.logprob_model import LogprobModel, probe_batch
-from grpo.models.lora import delta_weight, lora_layers
+from grpo.models.logprob_model import LogprobModel, probe_batch, use_grpo_attention
+from grpo.models.lora import add_adapter, delta_weight, lora_layers
+from grpo.models.weights import WeightReader, WorkingCopy
+from grpo.rollout.backbones import ModuleBackbone, choose_backbone
 from tests.fakes import tiny_folder
 from tests.models.test_lora import learn, lora_policy, lora_run
+from tests.models.test_lora_16bit import STEP, arrived, sampled_logprobs, take_step
 
 pytest.importorskip("bitsandbytes", reason='pip install -e ".[qlora]"')
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -56,6 +61,32 @@ def test_a_layer_by_hand(folder: Path) -> None:
     exact = load_model(str(folder)).get_submodule("model.layers.0.self_attn.q_proj").weight.detach()
     error = (dequantize_4bit(weight.data, weight.quant_state) - exact).norm() / exact.norm()
     assert 0.01 < float(error) < 0.15
+
+
+@pytest.mark.parametrize("engine", ["native", "modules"])
+def test_a_small_step_on_a_4_bit_base_reaches_the_sampler(folder: Path, engine: str) -> None:
+    """In bfloat16. The modules' sum is exact before it is rounded (test_lora_16bit.py): theirs is a larger step."""
+    live = load_model(str(folder), ModelConfig(name=str(folder), load_in_4bit=True))
+    assert use_grpo_attention(live)
+    copy = WorkingCopy(live, WeightReader())
+    for model in (live, copy.model):
+        add_adapter(model, LoraConfig(r=4, lora_alpha=8), base="")
+    copy.model.eval()
+    copy.bind(live, torch.device("cpu"), compute_dtype=torch.bfloat16)
+    copy.refresh()
+    assert copy.keeps_adapter
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        backbone = choose_backbone(copy.model)[0] if engine == "native" else ModuleBackbone(copy.model)
+
+    def both() -> tuple[Tensor, Tensor]:
+        copy.refresh()
+        return sampled_logprobs(ModuleBackbone(live), torch.float32), sampled_logprobs(backbone, torch.bfloat16)
+
+    take_step(live, 0.0)
+    before = both()
+    take_step(live, STEP if engine == "native" else 3000 * STEP)
+    exact, found = (now - was for now, was in zip(both(), before, strict=True))
+    assert arrived(exact, found) == pytest.approx(1, abs=0.01 if engine == "native" else 0.1)
 
 
 def test_a_run_is_resumed_to_the_bit_and_saved_whole(tmp_path: Path, folder: Path) -> None:
