@@ -270,7 +270,8 @@ def build_checked_engine(
         verify_weight_sync(engine, policy, config)
         if config.lora.r is not None and compute_dtype(accelerator) is not None:
             log.info(merged_adapter_line(config.rollout))
-    log.info(kernels_line(accelerator, engine))
+    with accelerator.autocast():  # on which the dtype of the cache depends
+        log.info(kernels_line(accelerator, engine))
     check_agreement(engine, policy, config.sampling.temperature, config.rollout.max_logprob_difference)
     return engine
 
