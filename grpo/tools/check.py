@@ -1,6 +1,7 @@
 """Check a config without loading weights: data, prompts, rewards, batch arithmetic, memory and time.
 
     grpo check [--config FILE ...] [--key.subkey VALUE ...] [--machine ACCELERATE.yaml] [--output CHECK.json]
+    grpo check [...] --red_team                                         search for wrong answers that the rewards pay
     grpo check [...] --completions FILE.jsonl --output SCORES.jsonl     the rewards of each completion
 
 Takes the flags of `grpo train`, whose --help lists the config keys.
@@ -21,6 +22,12 @@ def main(argv: list[str]) -> None:
     parser = command_parser("check", __doc__)
     parser.add_argument("--completions", help='JSONL of {"prompt", "completion", + columns}, or a rollouts.jsonl')
     parser.add_argument("--machine", help="an accelerate config file: estimate the memory of each process on it")
+    parser.add_argument(
+        "--red_team",
+        "--red-team",
+        action="store_true",
+        help="search for completions that earn rewards without being right",
+    )
     parser.add_argument("--output", help="write the findings as JSON; with --completions, the scores as JSONL")
     options, flags = parser.parse_known_args(argv)
     config = load_config(flags)
@@ -34,7 +41,8 @@ def main(argv: list[str]) -> None:
     from grpo.tools.check_config import check
     from grpo.tools.check_display import show
 
-    found = check(config, machine_of(options.machine) if options.machine else None)
+    machine = machine_of(options.machine) if options.machine else None
+    found = check(config, machine, red_team=options.red_team)
     show(found, changed_settings(config))
     if options.output:
         Path(options.output).write_text(json.dumps(dataclasses.asdict(found), indent=1, ensure_ascii=False))

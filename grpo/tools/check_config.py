@@ -23,6 +23,7 @@ from grpo.tools.check_result import Check, PromptCheck
 from grpo.tools.check_rewards import check_rewards
 from grpo.tools.memory import estimate
 from grpo.tools.model_shape import tokenizer_and_shape
+from grpo.tools.red_team import search
 from grpo.tracking.run_dir import choose_run_dir
 from grpo.tracking.tracker import check_trackers
 
@@ -30,12 +31,13 @@ MEASURED_ROWS = 8_000
 """Prompts tokenised for the length statistics. Of a larger file, rows at equal distances are taken."""
 
 
-def check(config: Config, machine: Machine | None = None) -> Check:
+def check(config: Config, machine: Machine | None = None, *, red_team: bool = False) -> Check:
     """Find out everything about a config that can be known before weights load.
 
     Args:
         config: The config.
         machine: The machine to estimate memory for; default: one CPU process.
+        red_team: Search for completions that earn rewards without being right.
 
     Raises:
         ConfigError: `train` would refuse the config as well.
@@ -68,6 +70,10 @@ def check(config: Config, machine: Machine | None = None) -> Check:
         needs_packing = find_engine(config.rollout.engine).needs_packed_attention
         check_limits(config, config.model.name, tokenizer, extent, needs_packed_attention=needs_packing)
     check_rewards(found, score, rows, tokenizer)
+    if red_team:
+        found.red_team = search(score, rows, tokenizer, found.form)
+        found.problems += found.red_team.problems
+        found.warnings += found.red_team.warnings
     prompts = None if streaming else round(len(rows) * (1 - found.too_long / found.measured))
     if prompts is not None:
         found.warnings += too_few_prompts(prompts, config.prompts_per_step)

@@ -8,12 +8,14 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.runtime.messages import visible
-from grpo.tools.check_result import Check, PromptCheck
+from grpo.tools.check_result import Check, PromptCheck, RedTeam
 
 MAX_PROMPT_TEXT = 1500
 """Characters of a prompt that are shown."""
 MAX_REJECTED = 3
 """Rejected rows that are shown."""
+SHOWN_ATTEMPTS = 5
+MAX_ATTEMPT_TEXT = 200
 KINDS = ("gold", "wrong", "empty", "hostile")
 
 
@@ -33,6 +35,8 @@ def show(found: Check, changed: dict[str, Any]) -> None:
     printer.console.print(_reward_table(found))
     if found.form:
         printer.line(f"gold and wrong answers are written in the form that these rewards score highest: {found.form}")
+    if found.red_team is not None:
+        _show_red_team(printer, found.red_team)
     _show_cost(printer, found)
     for warning in found.warnings:
         printer.line(f"warning: {warning}", "bold red" if warning.startswith("reward '") else "yellow")
@@ -87,6 +91,19 @@ def _prompt_panel(number: int, prompt: PromptCheck) -> Panel:
     answer = "none" if prompt.answer is None else prompt.answer
     title = f"prompt {number}: {prompt.tokens} tokens, gold answer {answer}"
     return Panel(Text(visible(text)), title=Text(visible(title)), title_align="left")
+
+
+def _show_red_team(printer: Printer, found: RedTeam) -> None:
+    printer.heading("red team")
+    right = "" if found.right is None else f"; a right answer earns {found.right.total:.3f}"
+    printer.line(f"{found.tried:,} completions on {found.rows} rows{right}. The wrong ones that earn most:")
+    table = Table()
+    for heading in ("attack", "earns", "text"):
+        table.add_column(heading, justify="right" if heading == "earns" else "left", overflow="fold")
+    for attempt in found.attempts[:SHOWN_ATTEMPTS]:
+        cells = (attempt.name, f"{attempt.total:.3f}", repr(attempt.text[:MAX_ATTEMPT_TEXT])[1:-1])
+        table.add_row(*(Text(visible(cell)) for cell in cells))
+    printer.console.print(table)
 
 
 def _show_cost(printer: Printer, found: Check) -> None:

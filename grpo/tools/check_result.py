@@ -25,6 +25,36 @@ class PromptCheck:
     answer: str | None
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """What one text earns in a search for exploits, as means over the rows it was tried on."""
+
+    name: str
+    text: str
+    """On the first row."""
+    scores: dict[str, float]
+    """By reward."""
+    total: float
+    """The weighted sum."""
+
+
+@dataclass
+class RedTeam:
+    """Result of a search for exploits (grpo/tools/red_team.py)."""
+
+    rows: int = 0
+    tried: int = 0
+    """Completions that were scored."""
+    right: Attempt | None = None
+    """A right answer. None: no row has a gold answer."""
+    attempts: list[Attempt] = field(default_factory=list)
+    """All attacks, those that earn most first."""
+    problems: list[str] = field(default_factory=list)
+    """Wrong answers earn as much as right ones, in the sum of the rewards."""
+    warnings: list[str] = field(default_factory=list)
+    """The same of single rewards, and right answers that are not paid."""
+
+
 @dataclass
 class Check:
     """All findings. `problems` should stop a run; `warnings` should be known before it."""
@@ -53,6 +83,8 @@ class Check:
     form: str = ""
     """Answer format that the rewards score highest; gold and wrong answers are written in it."""
     rewards: dict[str, RewardCheck] = field(default_factory=dict)
+    red_team: RedTeam | None = None
+    """Only with --red_team."""
     parameters: int = 0
     memory: dict[str, float] = field(default_factory=dict)
     """GiB on each process, by part; "peak" is the maximum at one time (grpo/tools/memory.py)."""

@@ -52,7 +52,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class _Scored:
+class Scored:
     """The values of one reward by kind of probe."""
 
     scores: dict[str, list[float | None]]
@@ -71,7 +71,7 @@ def check_rewards(found: Check, score: RewardSum, rows: list[Example], tokenizer
         probes = [Probe(row, "", "") for row in rows[:PROBED_ROWS]]
         found.warnings.append("no row has a gold answer: rewards are tried on empty and hostile completions only")
     groups = probe_groups(probes, tokenizer, with_gold=with_gold)
-    scored = {name: _score_in_process(name, score, groups) for name in score.functions}
+    scored = {name: score_in_process(name, score, groups) for name in score.functions}
     means = {name: result.means() for name, result in scored.items()}
     totals = {
         kind: sum(weight * (means[name].get(kind) or 0.0) for name, weight in score.weights.items()) for kind in groups
@@ -101,9 +101,9 @@ def _probe(row: Example, rows: list[Example]) -> Probe:
     for other in rows:
         answer = str(other.columns["answer"])
         if not same_text(answer, gold) and (value is None or parse_number(answer) != value):
-            return Probe(row, gold, answer, _solution(other))
+            return Probe(row, gold, answer, solution_of(other))
     wrong = str(value + 1) if value is not None else "\n".join(_edited(term) for term in gold.splitlines())
-    solution = _solution(row)
+    solution = solution_of(row)
     for term, edited in zip(gold.splitlines(), wrong.splitlines(), strict=True):
         solution = solution.replace(term, edited)
     return Probe(row, gold, wrong, solution)
@@ -117,7 +117,7 @@ def _edited(term: str) -> str:
     return term + (term or "?")
 
 
-def _solution(row: Example) -> str:
+def solution_of(row: Example) -> str:
     return str(row.columns.get("solution") or row.columns.get("answer") or "")
 
 
@@ -126,17 +126,17 @@ def probe_groups(probes: list[Probe], tokenizer: PreTrainedTokenizerBase, *, wit
     groups: dict[str, list[Group]] = {}
     for form, template in FORMS.items() if with_gold else ():
         for kind in ("gold", "wrong"):
-            made = [_group(probe.row, _written(template, probe, kind), tokenizer) for probe in probes]
+            made = [probe_group(probe.row, _written(template, probe, kind), tokenizer) for probe in probes]
             groups[f"{kind} {form}"] = made
-    groups["empty"] = [_group(probe.row, "", tokenizer) for probe in probes]
+    groups["empty"] = [probe_group(probe.row, "", tokenizer) for probe in probes]
     first = probes[0]
     for name, template in HOSTILE.items():
         text = template.replace("{answer}", first.gold).replace("{other}", first.wrong)
-        groups[f"hostile {name}"] = [_group(first.row, text, tokenizer)]
+        groups[f"hostile {name}"] = [probe_group(first.row, text, tokenizer)]
     return groups
 
 
-def _reward_check(weight: float, scored: _Scored, form: str) -> RewardCheck:
+def _reward_check(weight: float, scored: Scored, form: str) -> RewardCheck:
     means = scored.means()
     hostile = [value for kind, value in means.items() if kind.startswith("hostile") and value is not None]
     shown = {
@@ -172,8 +172,8 @@ def _compare_totals(found: Check, totals: dict[str, float]) -> None:
             found.warnings.append(f"{kind.removeprefix('hostile ')} earns {total:.3f}, a right answer {gold:.3f}")
 
 
-def _score_in_process(name: str, score: RewardSum, groups: dict[str, list[Group]]) -> _Scored:
-    """Score every kind of probe with one reward, within the deadline."""
+def score_in_process(name: str, score: RewardSum, groups: dict[str, list[Group]], deadline: float = DEADLINE) -> Scored:
+    """Score every kind of probe with one reward, within the deadline in seconds."""
     if "fork" not in multiprocessing.get_all_start_methods():
         return _score_all(name, score, groups)
     context = multiprocessing.get_context("fork")  # fork: a reward from a user's file need not be importable
@@ -182,18 +182,18 @@ def _score_in_process(name: str, score: RewardSum, groups: dict[str, list[Group]
     process.start()
     sender.close()
     try:
-        if receiver.poll(DEADLINE):
+        if receiver.poll(deadline):
             return receiver.recv()
         count = sum(map(len, groups.values()))
-        return _Scored({}, 0.0, f"too slow: not done after {DEADLINE:.0f} s on {count} completions")
+        return Scored({}, 0.0, f"too slow: not done after {deadline:.0f} s on {count} completions")
     except EOFError:
-        return _Scored({}, 0.0, "broken: its process died")
+        return Scored({}, 0.0, "broken: its process died")
     finally:
         process.kill()
         process.join()
 
 
-def _score_all(name: str, score: RewardSum, groups: dict[str, list[Group]]) -> _Scored:
+def _score_all(name: str, score: RewardSum, groups: dict[str, list[Group]]) -> Scored:
     scores: dict[str, list[float | None]] = {}
     seconds, count = 0.0, 0
     for kind, made in groups.items():
@@ -201,21 +201,21 @@ def _score_all(name: str, score: RewardSum, groups: dict[str, list[Group]]) -> _
         try:
             values = call_reward(name, score.functions[name], made, score.kwargs[name])
         except GrpoError as error:
-            return _Scored(scores, 0.0, f"broken on the {kind} completions: {error}")
+            return Scored(scores, 0.0, f"broken on the {kind} completions: {error}")
         if not kind.startswith("hostile"):
             seconds, count = seconds + time.perf_counter() - started, count + len(made)
         scores[kind] = values
-    return _Scored(scores, 1000 * seconds / max(1, count))
+    return Scored(scores, 1000 * seconds / max(1, count))
 
 
-def _group(row: Example, text: str, tokenizer: Any) -> Group:
+def probe_group(row: Example, text: str, tokenizer: Any) -> Group:
     ids = tokenizer.encode(text[:2000], add_special_tokens=False)
     return Group(Prompt(0, row.messages, (), row.columns), [Completion(ids, [0.0] * len(ids), True, text)])
 
 
 def _written(template: str, probe: Probe, kind: str) -> str:
     """Return the completion of a probe. The work of a wrong answer is wrong too: it must not hold the gold answer."""
-    solution = _solution(probe.row) if kind == "gold" else probe.wrong_solution
+    solution = solution_of(probe.row) if kind == "gold" else probe.wrong_solution
     answer = probe.gold if kind == "gold" else probe.wrong
     parts = solution.rpartition("####")
     work = (parts[0] or parts[2]).strip()
