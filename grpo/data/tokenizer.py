@@ -34,6 +34,10 @@ def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokeniz
 
 
 def check_exists(path: str) -> None:
-    """Raise ConfigError for a local path that does not exist, which transformers would look for on the hub."""
-    if (Path(path).is_absolute() or path.startswith(".")) and not Path(path).exists():
+    """Raise ConfigError for a local path that does not exist, which transformers would look for on the hub.
+
+    A hub id has one slash at most: outputs/first/final is a path.
+    """
+    local = Path(path).is_absolute() or path.startswith(".") or path.strip("/").count("/") > 1
+    if local and not path.endswith(".gguf") and not Path(path).exists():
         raise ConfigError(f"model.name '{path}' cannot be loaded: there is no such folder")

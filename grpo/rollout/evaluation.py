@@ -1,7 +1,6 @@
 """Evaluation: held-out prompts -> accuracy and format, greedy or pass@k, with the engine and rewards of training."""
 
 import logging
-import math
 from dataclasses import dataclass
 
 import torch
@@ -152,12 +151,7 @@ def summarize(rows: list[dict], samples: int) -> dict[str, float]:
         if name in rows[0]:
             metrics[f"eval/{name}"] = sum(row[name] for row in rows) / count
     for name in dict.fromkeys(name for row in rows for name in row.get("rewards", {})):
-        values = [row["rewards"][name] for row in rows if row.get("rewards", {}).get(name) is not None]
-        if values:
-            metrics[f"eval/reward/{name}/mean"] = sum(values) / len(values)
-            low, high = mean_interval(values)
-            if math.isfinite(high):
-                metrics[f"eval/reward/{name}/ci95"] = (high - low) / 2
+        metrics |= _reward_metrics(name, rows)
     right: dict[int, int] = {}
     for row in judged:
         right[row["draw"]] = right.get(row["draw"], 0) + int(row["accuracy"])
@@ -166,6 +160,30 @@ def summarize(rows: list[dict], samples: int) -> dict[str, float]:
         metrics[f"eval/pass@{k}"] = sum(pass_at_k(correct, samples, k) for correct in right.values()) / len(right)
         k *= 2
     return metrics
+
+
+def _reward_metrics(name: str, rows: list[dict]) -> dict[str, float]:
+    """Return the mean of a reward with its 95 % interval over prompts: Wilson's if the reward is 0 or 1.
+
+    Without an interval where it is unknown: one prompt, or one value of a reward that is not 0 or 1.
+    """
+    by_prompt: dict[int, list[float]] = {}
+    for row in rows:
+        value = row.get("rewards", {}).get(name)
+        if value is not None:
+            by_prompt.setdefault(row["draw"], []).append(value)
+    values = [value for each in by_prompt.values() for value in each]
+    if not values:
+        return {}
+    means = [sum(each) / len(each) for each in by_prompt.values()]
+    found, interval = {"mean": sum(values) / len(values)}, None
+    if len(values) == len(means) and set(values) <= {0.0, 1.0}:
+        interval = wilson_interval(round(sum(values)), len(values))
+    elif len(set(means)) > 1:
+        interval = mean_interval(means)
+    if interval is not None:
+        found |= {"ci95": (interval[1] - interval[0]) / 2, "low": interval[0], "high": interval[1]}
+    return {f"eval/reward/{name}/{part}": value for part, value in found.items()}
 
 
 def _accuracy_interval(judged: list[dict]) -> dict[str, float]:

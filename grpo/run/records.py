@@ -23,7 +23,7 @@ from grpo.types import Group
 
 log = logging.getLogger(__name__)
 
-TABLES, SAMPLES = 20, 5
+TABLES, SAMPLES = 20, 3
 """Times in a run that completions are shown in the trackers, and in the console."""
 
 

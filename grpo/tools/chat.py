@@ -16,7 +16,7 @@ from grpo.errors import ConfigError
 from grpo.tools.arguments import command_parser
 from grpo.tools.community.feedback import Feedback, checkpoint_sha, new_feedback
 from grpo.tools.community.feedback_file import append_feedback
-from grpo.tools.saved_model import BASE_HELP, resolve_base
+from grpo.tools.saved_model import BASE_HELP, check_model, resolve_base
 
 
 def main(argv: list[str]) -> None:
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
     if options.temperature < 0 or options.max_completion_length < 1:
         raise ConfigError("--temperature must be at least 0 and --max_completion_length at least 1")
 
+    check_model(options.model)
     from grpo.tools.chat_models import load_chat_models
 
     models = load_chat_models(options.model, resolve_base(options.model, options.base))

@@ -1,6 +1,6 @@
 """Check a config without loading weights: data, prompts, rewards, batch arithmetic, memory and time.
 
-    grpo check [--config FILE ...] [--key.subkey VALUE ...] [--machine ACCELERATE.yaml] [--output CHECK.json]
+    grpo check [--config FILE ...] [--key.subkey VALUE ...] [--machine ACCELERATE.yaml] [--output CHECK.json] [--all]
     grpo check [...] --red_team                                         search for wrong answers that the rewards pay
     grpo check [...] --completions FILE.jsonl --output SCORES.jsonl     the rewards of each completion
 
@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
         help="search for completions that earn rewards without being right",
     )
     parser.add_argument("--output", help="write the findings as JSON; with --completions, the scores as JSONL")
+    parser.add_argument("--all", action="store_true", help="show every key, not only those that are not the defaults")
     options, flags = parser.parse_known_args(argv)
     config = load_config(flags)
     if options.completions:
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
 
     machine = machine_of(options.machine) if options.machine else None
     found = check(config, machine, red_team=options.red_team)
-    show(found, changed_settings(config))
+    show(found, changed_settings(config), everything=options.all)
     if options.output:
         Path(options.output).write_text(json.dumps(dataclasses.asdict(found), indent=1, ensure_ascii=False))
     if found.problems:

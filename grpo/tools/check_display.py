@@ -19,15 +19,16 @@ MAX_ATTEMPT_TEXT = 200
 KINDS = ("gold", "wrong", "empty", "hostile")
 
 
-def show(found: Check, changed: dict[str, Any]) -> None:
+def show(found: Check, changed: dict[str, Any], *, everything: bool = False) -> None:
     """Print the findings.
 
     Args:
         found: The findings.
         changed: The settings whose values are not the defaults.
+        everything: Print the settings that are the defaults, too.
     """
     printer = Printer()
-    _show_config(printer, found, changed)
+    _show_config(printer, found, changed, everything)
     _show_data(printer, found)
     printer.heading("batch")
     printer.line(found.batch)
@@ -63,12 +64,14 @@ class Printer:
         self.console.print(Text("  " + visible(text), style=style), soft_wrap=True)
 
 
-def _show_config(printer: Printer, found: Check, changed: dict[str, Any]) -> None:
+def _show_config(printer: Printer, found: Check, changed: dict[str, Any], everything: bool) -> None:
     printer.heading("config")
     settings = ", ".join(f"{key} {_yaml(value)}" for key, value in changed.items())
-    printer.line("changed: " + (settings or "nothing, all defaults"))
-    for section, values in _sections(found.config).items():
+    printer.line("not the defaults: " + (settings or "nothing"))
+    for section, values in _sections(found.config).items() if everything else ():
         printer.line(f"{section}: " + ", ".join(f"{key} {_yaml(value)}" for key, value in values.items()), "dim")
+    if not everything:
+        printer.line(f"the other {len(found.config) - len(changed)} keys: --all", "dim")
     printer.line(f"run directory {found.run_dir}")
 
 

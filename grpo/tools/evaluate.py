@@ -1,12 +1,12 @@
 """Evaluate a saved model on held-out questions, and optionally its base model on the same ones.
 
     grpo evaluate --model DIR --data.path FILE [--base DIR] [--samples 8] [--output FILE.json] [--items FILE.jsonl]
-                  [--config FILE] [--key.subkey VALUE ...]
+                  [--json] [--config FILE] [--key.subkey VALUE ...]
 
 Reported with 95 % intervals: greedy accuracy, strict (as the reward judges it) and flexible (the last number in any
 format). With --samples K also avg@K and the unbiased pass@k of K sampled completions. With --base the paired change of
-the greedy answers and McNemar's exact test. The config of the run that DIR belongs to is read first, so the prompts are
-those of training. `grpo train --help` lists the config keys.
+the greedy answers and McNemar's exact test. The config of the run that DIR belongs to is read first, so the prompts and
+the rewards are those of training. `grpo train --help` lists the config keys.
 """
 
 import json
@@ -18,7 +18,7 @@ from grpo.data.card import GENERATED
 from grpo.errors import ConfigError
 from grpo.rollout.engine import find_engine
 from grpo.tools.arguments import command_parser
-from grpo.tools.saved_model import BASE_HELP, resolve_base, run_config_file
+from grpo.tools.saved_model import BASE_HELP, check_model, resolve_base, run_config_file
 
 
 def main(argv: list[str]) -> None:
@@ -31,19 +31,25 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--output", help="write the metrics and every completion to this JSON file")
     parser.add_argument("--items", help="write one line per completion to this JSONL file")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON instead of a table")
     options, flags = parser.parse_known_args(argv)
     if options.samples < 1:
         raise ConfigError(f"--samples is {options.samples}, needs at least 1")
+    check_model(options.model)
     config = config_for(options.model, flags)
     base = resolve_base(options.model, options.base)
 
     from grpo.models.strategies.registry import start_accelerator
+    from grpo.tools.evaluate_display import show
     from grpo.tools.evaluate_model import compare_models
 
     accelerator = start_accelerator()
     report, rows = compare_models(config, options.model, base, options.samples, accelerator)
     if accelerator.is_main_process:
-        print(json.dumps(report, indent=2))
+        if options.json:
+            print(json.dumps(report, indent=2))
+        else:
+            show(report)
         if options.output:
             everything = report | {"rows": rows["model"]} | ({"base_rows": rows["base"]} if base is not None else {})
             Path(options.output).write_text(json.dumps(everything, indent=1, ensure_ascii=False), encoding="utf-8")

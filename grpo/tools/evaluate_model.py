@@ -1,5 +1,6 @@
 """Evaluate saved models: strict and flexible accuracy, avg@K and pass@k, and the change against a base model."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,12 @@ from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError
 from grpo.models.loading import load_model
 from grpo.models.logprob_model import use_grpo_attention
+from grpo.rewards.scoring import RewardSum
 from grpo.rollout.engine import RolloutEngine, build_engine
-from grpo.rollout.evaluation import Evaluation, compare, evaluate, intervals
+from grpo.rollout.evaluation import SCORES, Evaluation, compare, evaluate, intervals
 from grpo.types import Prompt
+
+log = logging.getLogger(__name__)
 
 
 def compare_models(
@@ -48,7 +52,9 @@ def evaluate_model(config: Config, path: str, samples: int, accelerator: Any) ->
     evaluator = Evaluator.load(config, path, examples, accelerator)
     greedy = evaluator.evaluate(1, 0.0)
     rows = [{"decoding": "greedy", **row} for row in greedy.rows]
-    found: dict[str, Any] = {"items": len(evaluator.prompts), "samples": samples, "dropped": evaluator.dropped}
+    judged = sum(row["accuracy"] is not None for row in rows)
+    found: dict[str, Any] = {"items": len(evaluator.prompts), "judged": judged, "samples": samples}
+    found["dropped"] = evaluator.dropped
     found |= {"metrics": greedy.metrics, "interval95": intervals(greedy.rows)}
     if samples > 1:
         temperature = config.sampling.temperature
@@ -105,4 +111,16 @@ class Evaluator:
             temperature=temperature,
             seed=self.config.seed,
             prose=self.config.data.extractor == "quoted_terms",
+            rewards=own_rewards(self.config),
         )
+
+
+def own_rewards(config: Config) -> RewardSum | None:
+    """Return the rewards of the run; None if every evaluation has them, or if one cannot be loaded any more."""
+    if config.rewards.keys() <= SCORES.keys():
+        return None
+    try:
+        return RewardSum(config.rewards, config.reward_kwargs)
+    except ConfigError as error:
+        log.warning("evaluated without the rewards of the run: %s", error)
+        return None

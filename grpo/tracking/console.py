@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -20,15 +21,16 @@ from rich.text import Text
 
 from grpo.runtime.command import flush_at_exit, redirect_to_devnull
 from grpo.runtime.messages import MessageHandler, attach, visible
-from grpo.tracking.metrics import METRICS
+from grpo.tracking.metrics import METRICS, is_interval, with_interval
 
 log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 5.0
-_COMPLETIONS = 3
+_SPEEDS = 10
+"""Steps in the mean of tokens per second."""
 _SPARKS = 40
 """Steps in the sparkline of the reward."""
-_REWARD = METRICS["reward/mean"]
+_REWARD, _ACCURACY = METRICS["reward/mean"], METRICS["eval/accuracy"]
 _SECOND_LINE = (
     "rollout/length_mean",
     "policy/kl",
@@ -136,8 +138,10 @@ class Display:
         self._total, self._start = total_steps, start
         self._began = time.monotonic()
         self._last_line: float | None = None
-        self._accuracy: float | None = None
+        self._accuracy: tuple[float, int] | None = None
+        """The newest held-out accuracy and its step."""
         self._rewards: list[float] = []
+        self._speeds: list[float] = []
         self._terminal = show_messages()
 
     @property
@@ -146,8 +150,9 @@ class Display:
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Show the number of steps that are done (1 after the first) and the metrics of the last one."""
-        accuracy = metrics.get("eval/accuracy")
-        self._accuracy = self._accuracy if accuracy is None else accuracy
+        accuracy, speed = metrics.get("eval/accuracy"), metrics.get("rollout/tokens_per_second")
+        self._accuracy = self._accuracy if accuracy is None else (accuracy, step)
+        self._speeds = [*self._speeds, *([] if speed is None else [float(speed)])][-_SPEEDS:]
         if not self.enabled:
             return
         if step == self._start + 1 and "time/step" in metrics:
@@ -160,9 +165,18 @@ class Display:
             self._show_line(step, metrics)
 
     def completions(self, rows: list[dict[str, Any]]) -> None:
-        """Show up to 3 rows of rollouts.jsonl ("prompt", "completion", "reward")."""
-        if self.enabled:
-            self._terminal.print(*(self._panel(row) for row in rows[:_COMPLETIONS]))
+        """Show the best and the worst of a step's rows ("prompt", "completion", "reward")."""
+        scored = [row for row in rows if row.get("reward") is not None] or rows[:1]
+        if not self.enabled or not scored:
+            return
+        by_reward = sorted(scored, key=lambda row: row.get("reward") or 0.0)
+        best, worst = by_reward[-1], by_reward[0]
+        if best.get("reward") == worst.get("reward"):
+            self._terminal.print(self._panel(best, f"one of {len(scored)} that earn the same"))
+        else:
+            self._terminal.print(
+                *(self._panel(row, f"the {kind} of {len(scored)}") for row, kind in ((best, "best"), (worst, "worst")))
+            )
 
     def table(self, before: dict[str, float] | None, after: dict[str, float] | None, run_dir: Any) -> None:
         """Show the held-out evaluation before and after training, and the run directory."""
@@ -176,15 +190,18 @@ class Display:
         self._terminal.stop_live()
 
     def _summary(self, step: int, metrics: dict[str, Any]) -> str:
-        """Return "reward 0.42, accuracy 0.31, length 118, 512 tokens/s, 0:03:12 left"."""
-        known = metrics if self._accuracy is None else metrics | {"eval/accuracy": self._accuracy}
-        parts = _shown(known, "reward/mean", "eval/accuracy", "rollout/length_mean")
-        speed = metrics.get("rollout/tokens_per_second")
-        if speed is not None:
-            parts.append(f"{speed:.0f} tokens/s")
+        """Return "reward 0.42, held-out accuracy 0.310 (step 10), length 118, 512 tokens/s, 0:03:12 left"."""
+        parts = [*_shown(metrics, "reward/mean"), *self._held_out(), *_shown(metrics, "rollout/length_mean")]
+        parts += self._speed()
         if step > self._start:
             parts.append(f"{self._left(step)} left")
         return ", ".join(parts)
+
+    def _held_out(self) -> list[str]:
+        return [] if self._accuracy is None else [f"{_ACCURACY.show(self._accuracy[0])} (step {self._accuracy[1]})"]
+
+    def _speed(self) -> list[str]:
+        return [f"{sum(self._speeds) / len(self._speeds):.0f} tokens/s"] if self._speeds else []
 
     def _left(self, step: int) -> str:
         """Return the remaining time at the average speed of this run, evaluations included."""
@@ -200,7 +217,7 @@ class Display:
         """Return the live view:
 
         step 12/500 ━━━━╺━━━━━━━━━━━ 0:03:12 left
-        reward 0.420 ▁▂▂▃▅▆▇   accuracy 0.310
+        reward 0.420 ▁▂▂▃▅▆▇   held-out accuracy 0.310 (step 10)
         length 118   KL 0.0012   entropy 0.42   clipped 0 %   truncated 3 %   flat 12 %
         512 tokens/s   2.1 GiB   rollout 61 %   reward 2 %   reference 8 %   update 29 %
         """
@@ -213,12 +230,9 @@ class Display:
         if "reward/mean" in metrics:
             self._rewards = [*self._rewards, float(metrics["reward/mean"])][-_SPARKS:]
         first = [f"{_REWARD.show(self._rewards[-1])} {sparkline(self._rewards)}"] if self._rewards else []
-        if self._accuracy is not None:
-            first += _shown({"eval/accuracy": self._accuracy}, "eval/accuracy")
+        first += self._held_out()
         second = _shown(metrics, *_SECOND_LINE)
-        third = (
-            [f"{metrics['rollout/tokens_per_second']:.0f} tokens/s"] if "rollout/tokens_per_second" in metrics else []
-        )
+        third = self._speed()
         if "memory/peak_gib" in metrics:
             third.append(f"{metrics['memory/peak_gib']:.1f} GiB")
         whole = metrics.get("time/step") or 0.0
@@ -230,29 +244,31 @@ class Display:
             line.no_wrap, line.overflow = True, "ellipsis"
         return Group(top, *lines)
 
-    def _panel(self, row: dict[str, Any]) -> Panel:
+    def _panel(self, row: dict[str, Any], which: str) -> Panel:
         prompt = row.get("prompt", "")
         if isinstance(prompt, list):  # chat messages: the last one is the question
             prompt = prompt[-1].get("content", "") if prompt else ""
         reward = row.get("reward")
-        title = f"step {row.get('step', '?')}" + ("" if reward is None else f", reward {reward:.3f}")
+        title = f"step {row.get('step', '?')}, {which}" + ("" if reward is None else f", reward {reward:.3f}")
         question, answer = (self._terminal.text(_shorten(str(text))) for text in (prompt, row.get("completion", "")))
         question.stylize("dim")
         content = Text.assemble(question, "\n", answer)
         return Panel(content, title=Text(title), title_align="left")
 
     def _show_table(self, before: dict[str, float], after: dict[str, float]) -> None:
-        keys = list(dict.fromkeys([*before, *after]))
+        keys = [key for key in dict.fromkeys([*before, *after]) if not is_interval(key)]
         if not keys:
             return
-        table = Table()
-        for heading in ("held out", "before", "after", "change"):
-            table.add_column(heading, justify="left" if heading == "held out" else "right")
+        table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)  # fits into 80 columns
+        table.add_column("held out", overflow="fold")
+        for heading in ("before", "after", "change"):
+            table.add_column(heading, justify="right", no_wrap=heading == "change")
         for key in keys:
             old, new = before.get(key), after.get(key)
             change = "" if old is None or new is None else f"{new - old:+.3f}"
-            cells = [key, "" if old is None else f"{old:.3f}", "" if new is None else f"{new:.3f}", change]
+            cells = [key.removeprefix("eval/"), with_interval(before, key), with_interval(after, key), change]
             table.add_row(*(self._terminal.text(cell) for cell in cells))
+        table.caption = "[95 % interval]" if any(map(is_interval, after)) else None
         self._terminal.print(table)
 
 

@@ -6,6 +6,7 @@ A callback's metric needs no declaration. With one, it appears under a label and
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -48,6 +49,31 @@ def register_metric(metric: Metric) -> Metric:
 def find_metric(key: str) -> Metric | None:
     """Return the declaration of a key: the exact one before one with <name>; None if there is none."""
     return METRICS.get(key) or next((metric for metric in METRICS.values() if metric.matches(key)), None)
+
+
+def is_interval(key: str) -> bool:
+    """Return True for a part of the 95 % interval of another metric of a held-out evaluation."""
+    return key.startswith("eval/") and re.search(r"[_/](ci95|low|high)$", key) is not None
+
+
+def interval_of(values: Mapping[str, float], key: str) -> tuple[float, float] | None:
+    """Return the 95 % interval of a metric from what was logged beside it, or None.
+
+    # eval/accuracy: eval/accuracy_low, eval/accuracy_high;  eval/reward/brevity/mean: eval/reward/brevity/low, ...
+    """
+    stem = key.removesuffix("mean") if key.endswith("/mean") else f"{key}_"
+    low, high, half = (values.get(f"{stem}{part}") for part in ("low", "high", "ci95"))
+    if low is not None and high is not None:
+        return low, high
+    return None if half is None else (values[key] - half, values[key] + half)  # older runs
+
+
+def with_interval(values: Mapping[str, float], key: str) -> str:
+    """Return "1.000 [0.981, 1.000]", "1.000" without an interval, "" without a value."""
+    if values.get(key) is None:
+        return ""
+    between = interval_of(values, key)
+    return f"{values[key]:.3f}" + ("" if between is None else f" [{between[0]:.3f}, {between[1]:.3f}]")
 
 
 def markdown_table() -> list[str]:
@@ -152,13 +178,15 @@ for _metric in (
     Metric("time/reference", "seconds", "reference logprobs"),
     Metric("time/update", "seconds", "forward, backward and optimizer steps"),
     Metric("memory/peak_gib", "GiB", "most memory that the main process ever held (GPU memory on CUDA)"),
-    Metric("eval/accuracy", "share", "held out, greedy: right values", "accuracy", ".3f"),
+    Metric("eval/accuracy", "share", "held out, greedy: right values", "held-out accuracy", ".3f"),
     Metric("eval/accuracy_flexible", "share", "the gold value is the last number of the answer, whatever the format"),
     Metric("eval/accuracy_ci95", "share", "half the width of the 95 % interval of `eval/accuracy`"),
     Metric("eval/accuracy_low", "share", "lower end of this interval (Wilson)"),
     Metric("eval/accuracy_high", "share", "upper end of this interval (Wilson)"),
     Metric("eval/reward/<name>/mean", "reward", "held out, greedy: each reward of the run"),
     Metric("eval/reward/<name>/ci95", "reward", "half the width of the 95 % interval of this mean"),
+    Metric("eval/reward/<name>/low", "reward", "lower end of this interval (Wilson if the reward is 0 or 1)"),
+    Metric("eval/reward/<name>/high", "reward", "upper end of this interval"),
     Metric("eval/format", "share", "held out, greedy: answers in the XML format"),
     Metric(
         "eval/chrf",

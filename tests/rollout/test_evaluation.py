@@ -88,12 +88,29 @@ def test_the_rewards_of_the_run_judge_the_held_out_prompts(monkeypatch: pytest.M
     rewards = RewardSum({f"{tmp_path}/mine.py:even": 1.0, "exact_match": 0.5})
     found = evaluate(engine, prompts, accelerator, max_completion_length=9, rewards=rewards)
     assert found.metrics["eval/reward/even/mean"] == pytest.approx(2 / 3)
-    half = 1.96 * math.sqrt(1 / 3 / 3)  # of 1, 0, 1: variance 1/3
-    assert found.metrics["eval/reward/even/ci95"] == pytest.approx(half, rel=1e-3)
+    # Wilson at 2 of 3, with z^2 / 3 = 1.2805: (0.6667 + 0.6402 -+ sqrt(1.96^2 * 0.0741 + 0.41)) / 2.2805
+    assert found.metrics["eval/reward/even/low"] == pytest.approx(0.2077, abs=1e-4)
+    assert found.metrics["eval/reward/even/high"] == pytest.approx(0.9385, abs=1e-4)
     assert [row["rewards"]["even"] for row in found.rows] == [1.0, 0.0, 1.0, None]
     broken = RewardSum({f"{tmp_path}/mine.py:fails": 1.0})
     found = evaluate(engine, prompts, accelerator, max_completion_length=9, rewards=broken)
     assert not [key for key in found.metrics if key.startswith("eval/reward")] and found.metrics["eval/accuracy"] == 0.5
+
+
+def test_the_interval_of_a_reward() -> None:
+    """Of 0.2, 0.4, 0.6 over prompts: 0.4 +- 1.96 * 0.2 / sqrt(3). Ones alone: Wilson. One other value: unknown."""
+    values = {"graded": [0.2, 0.4, 0.6], "ones": [1.0, 1.0, 1.0], "constant": [0.7, 0.7, 0.7]}
+    rows = [
+        {"draw": d, "accuracy": None, "format": 1.0, "length": 2, "ended": True}
+        | {"rewards": {name: each[d] for name, each in values.items()}}
+        for d in range(3)
+    ]
+    found = summarize(rows, 1)
+    assert found["eval/reward/graded/high"] == pytest.approx(0.4 + 1.96 * 0.2 / math.sqrt(3), abs=1e-4)
+    assert found["eval/reward/graded/ci95"] == pytest.approx(1.96 * 0.2 / math.sqrt(3), abs=1e-4)
+    assert found["eval/reward/ones/low"] == pytest.approx(0.4385, abs=1e-4)  # 3 / (3 + 3.8415)
+    assert found["eval/reward/constant/mean"] == pytest.approx(0.7)
+    assert "eval/reward/constant/low" not in found and "eval/reward/constant/ci95" not in found
 
 
 def test_ranks_share_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def test_a_live_view_in_a_real_terminal() -> None:
     assert screen.exitstatus == 0
     assert "step 1 took 20.0 s; about 3 min left (without evaluations)" in shown
     assert "step 10/10" in shown and "━" in shown
-    assert "reward 1.000 ▁▂▃▃▄▅▆▆▇█   accuracy 0.500" in shown
+    assert "reward 1.000 ▁▂▃▃▄▅▆▆▇█   held-out accuracy 0.500 (step 10)" in shown
     assert "length 118   KL 0.0012" in shown and "512 tokens/s   2.0 GiB   rollout 60%   update 40%" in shown
     assert "\x1b[?25l" in shown and shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor comes back
     assert "+0.250" in shown
