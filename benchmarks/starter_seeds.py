@@ -1,20 +1,123 @@
-"""Draw README's first picture from docs/results/starter_seeds.json.
+"""Run README's first command with several seeds, and draw README's first picture from the results.
 
-python benchmarks/starter_seeds.py
+    python benchmarks/starter_seeds.py [--seeds 0 1 2 3 4] [--work outputs/starter_seeds] [--only-report]
+
+Each seed starts with an empty cache (GRPO_CACHE), as on a fresh machine. A run that has ended is not repeated. Runs in
+docs/results/starter_seeds.json stay in it. --only-report draws the picture and prints the table of the stored results.
 """
 
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
 from matplotlib.figure import Figure
-from shared import DOCS, RESULTS, read_json, script_parser
+from PIL import Image
+from shared import DOCS, RESULTS, ROOT, read_json, script_parser, write_json
 
 from grpo.runtime.command import run_main
 
 PANELS = {"held-out accuracy": "accuracy_by_step", "tokens of an answer": "length_by_step"}
+STORED = RESULTS / "starter_seeds.json"
+PICTURE = DOCS / "images" / "starter_seeds.png"
 
 
 def main() -> None:
-    """Write docs/images/starter_seeds.png."""
-    script_parser(__doc__).parse_args()
-    runs = read_json(RESULTS / "starter_seeds.json")["runs"]
+    """Run the seeds that are missing; write the results and docs/images/starter_seeds.png."""
+    parser = script_parser(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--work", type=Path, default=Path("outputs/starter_seeds"), help="the folder for the runs")
+    parser.add_argument("--only-report", action="store_true", help="draw the stored results")
+    parser.add_argument("--conditions", default="", help="a remark on the machine, stored with the results")
+    options = parser.parse_args()
+    report = read_json(STORED)
+    runs = {run["seed"]: run for run in report["runs"]}
+    for seed in [] if options.only_report else options.seeds:
+        folder = options.work / f"seed{seed}"
+        if not (folder / "final").is_dir():
+            train(seed, folder)
+        runs[seed] = measured(folder, seed)
+        report |= {"conditions": options.conditions, "versions": versions(folder)}
+        report["command"] = "the first command of README with --seed SEED; seconds: the whole command, nothing cached"
+        report["runs"] = [runs[each] for each in sorted(runs)]
+        write_json(STORED, report)
+    draw(report["runs"], PICTURE, digest(STORED))
+    print("\n".join(table(report["runs"])), PICTURE, sep="\n")
+
+
+def train(seed: int, folder: Path) -> None:
+    """Run the first command of README with an empty cache. Its duration goes to seconds.json in the run directory."""
+    cache = folder.parent / f"cache{seed}"
+    shutil.rmtree(cache, ignore_errors=True)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    launcher += ["--config_file", str(ROOT / "accelerate_configs" / "one_process.yaml")]
+    command = [*launcher, str(ROOT / "launch" / "train.py"), "--seed", str(seed), "--run_dir", str(folder)]
+    started = time.perf_counter()
+    subprocess.run(command, check=True, env=os.environ | {"GRPO_CACHE": str(cache.resolve())})
+    write_json(folder / "seconds.json", time.perf_counter() - started)
+    shutil.rmtree(cache, ignore_errors=True)
+
+
+def measured(folder: Path, seed: int) -> dict[str, Any]:
+    """Return the curves of a run, and the first held-out question that only the trained model answers right."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    held_out = [row for row in rows if "eval/accuracy" in row]
+    answers = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    before, after = ({row["draw"]: row for row in answers if row["step"] == held_out[at]["step"]} for at in (0, -1))
+    shown = next(draw for draw in before if not before[draw]["accuracy"] and after[draw]["accuracy"])
+    return {
+        "seed": seed,
+        "accuracy_by_step": {str(row["step"]): row["eval/accuracy"] for row in held_out},
+        "length_by_step": {str(row["step"]): row["eval/length_mean"] for row in held_out},
+        "format_before": held_out[0]["eval/format"],
+        "format_after": held_out[-1]["eval/format"],
+        "seconds": round(read_json(folder / "seconds.json"), 1),
+        "example": {
+            "question": before[shown]["question"],
+            "before": before[shown]["completion"],
+            "after": after[shown]["completion"],
+        },
+    }
+
+
+def versions(folder: Path) -> dict[str, str]:
+    """Return the versions of torch and transformers that a run recorded."""
+    found = read_json(folder / "environment.json")["versions"]
+    return {name: found[name] for name in ("torch", "transformers")}
+
+
+def table(runs: list[dict[str, Any]]) -> list[str]:
+    """Return the table of docs/quickstart.md."""
+    lines = [
+        "| seed | before | after 10 steps | after 30 steps | completion length | whole command |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        accuracy, length = run["accuracy_by_step"], run["length_by_step"]
+        shares = " | ".join(f"{100 * accuracy[step]:.1f} %" for step in ("0", "10", "30"))
+        lengths = f"{length['0']:.0f} → {length['30']:.0f} tokens"
+        lines.append(f"| {run['seed']} | {shares} | {lengths} | {run['seconds']:.0f} s |")
+    return lines
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of the results, which the picture holds as its description."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def results_of(picture: Path) -> str:
+    """Return the SHA-256 of the results that a picture was drawn from."""
+    with Image.open(picture) as image:
+        return str(image.info.get("Description", ""))
+
+
+def draw(runs: list[dict[str, Any]], path: Path, results: str) -> None:
+    """Draw accuracy and length of held-out answers by step, a line for each seed."""
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     for axes, (title, key) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
         for run in runs:
@@ -25,9 +128,7 @@ def main() -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    path = DOCS / "images" / "starter_seeds.png"
-    figure.savefig(path, dpi=90)
-    print(path)
+    figure.savefig(path, dpi=90, metadata={"Description": results})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ is the only file that imports peft.
 
 import contextlib
 import importlib.util
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,7 +151,7 @@ def plain_name(name: str) -> str | None:
 
 
 def save_adapter(adapter: Adapter, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Write adapter_model.safetensors and adapter_config.json, which peft and vLLM load.
+    """Write adapter_model.safetensors and adapter_config.json, which peft and vLLM load, and a README.md.
 
     Args:
         adapter: The handle that `add_adapter` returned.
@@ -159,6 +160,33 @@ def save_adapter(adapter: Adapter, folder: Path, weights: dict[str, Tensor] | No
     """
     state = None if weights is None else {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
     adapter.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+    (folder / "README.md").write_text(_adapter_readme(adapter), encoding="utf-8")  # in place of peft's template
+
+
+def _adapter_readme(adapter: Adapter) -> str:
+    settings = next(iter(adapter.peft_config.values()))
+    base = str(settings.base_model_name_or_path)
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).exists()
+    header = ["---", "library_name: peft", *([f"base_model: {base}"] if on_hub else []), "tags: [grpo, lora]", "---"]
+    return "\n".join(
+        [
+            *header,
+            "# LoRA adapter",
+            "",
+            f"A LoRA adapter of rank {settings.r}, trained with Group Relative Policy Optimization (arXiv 2402.03300). "
+            "Its base model is `base_model_name_or_path` in `adapter_config.json`.",
+            "",
+            "```python",
+            "from peft import AutoPeftModelForCausalLM",
+            "",
+            'model = AutoPeftModelForCausalLM.from_pretrained("this folder")',
+            "```",
+            "",
+            "`python launch/export.py --run RUN --format adapter` writes it with a model card, `--format merged` the "
+            "merged weights.",
+            "",
+        ]
+    )
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from grpo.config.schema import Config
 from grpo.data.arithmetic import generate_problems
 from grpo.data.invented_language import unmarked
 from grpo.errors import StorageError
@@ -142,11 +143,31 @@ def _find_or_make(folder: Path, seed: int, rows: list[dict[str, str]], recipe: R
     return folder
 
 
-def recipe_for(problems: list[dict[str, str]] | None) -> Recipe:
-    """Return the recipe for generated arithmetic (None), worked answers or prose."""
+def recipe_for(problems: list[dict[str, str]] | None, *, unmarked: bool = False) -> Recipe:
+    """Return the recipe for generated arithmetic (None), worked answers or prose.
+
+    Args:
+        problems: Rows with `question` and `answer`.
+        unmarked: Spell terms of prose without diacritics in some texts. Only for the invented language, where training
+            has to find the right spelling: a model of your own data reads it as it is written.
+    """
     if problems is None:
         return Recipe()
-    return GSM8K_RECIPE if any("####" in row["answer"] for row in problems) else PROSE_RECIPE
+    if any("####" in row["answer"] for row in problems):
+        return GSM8K_RECIPE
+    return PROSE_RECIPE if unmarked else dataclasses.replace(PROSE_RECIPE, unmarked_fraction=0.0)
+
+
+def demonstration_notice(config: Config) -> str | None:
+    """Return what the tiny model is for, where it is trained on a file of one's own; otherwise None."""
+    if config.model.name != "starter" or config.data.path is None:
+        return None
+    return (
+        "model.name starter is a demonstration: a model of about a million parameters, made from your rows in a "
+        "minute. It shows that data, rewards and config work, and knows nothing else. For results, set a pretrained "
+        "model: --model.name Qwen/Qwen2.5-0.5B-Instruct (or another hub id or folder), or `python launch/fetch.py smollm2` and "
+        "--model.name models/SmolLM2-135M-Instruct.Q4_1.gguf"
+    )
 
 
 def _make(folder: Path, seed: int, rows: list[dict[str, str]], recipe: Recipe) -> None:

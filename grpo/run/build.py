@@ -211,14 +211,17 @@ def model_path(config: Config, rows: list[Example], accelerator: Accelerator) ->
     """Return the folder, hub id or GGUF to load. For "starter", the main process makes the folder first."""
     if config.model.name != "starter":
         return str(gguf_path(config.model.name, config.model.gguf_file) or config.model.name)
-    from grpo.models.tiny import make_tiny_model
+    from grpo.models.tiny import demonstration_notice, make_tiny_model, recipe_for
 
+    if notice := demonstration_notice(config):
+        log.info(notice)
     problems = None
     if config.data.name != "arithmetic":
         problems = [{"question": _question(row, config.data), "answer": _worked_answer(row)} for row in rows]
     path = ""
     if accelerator.is_main_process:
-        path = str(make_tiny_model(seed=config.seed, problems=problems))
+        recipe = recipe_for(problems, unmarked=config.data.name == "invented_language")
+        path = str(make_tiny_model(seed=config.seed, problems=problems, recipe=recipe))
     return broadcast_object_list([path])[0]
 
 

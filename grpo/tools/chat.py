@@ -122,7 +122,9 @@ def ask_judgement(read: Callable[[str], str], question: str, answer: str, about:
     Returns:
         The feedback, or None if no verdict was given. Correction, rating and note are optional.
     """
-    verdict = {"a": "accept", "r": "reject", "c": "correct"}.get(read("a = right, r = wrong, c = correct it").strip())
+    verdict = {"a": "accept", "r": "reject", "c": "correct"}.get(
+        read("the trained model's answer: a = right, r = wrong, c = correct it").strip()
+    )
     if verdict is None:
         return None
     correction = read("the right answer").strip() if verdict == "correct" else ""

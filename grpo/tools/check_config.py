@@ -15,6 +15,7 @@ from grpo.data.training_data import too_few_prompts
 from grpo.errors import ConfigError
 from grpo.models.limits import Extent, check_limits
 from grpo.models.strategies.base import Machine
+from grpo.models.tiny import demonstration_notice
 from grpo.rewards.scoring import RewardSum
 from grpo.rollout.engine import find_engine
 from grpo.run.components import check_components, settings_without_effect
@@ -48,6 +49,8 @@ def check(config: Config, machine: Machine | None = None, *, red_team: bool = Fa
     check_trackers(config)
     found.run_dir = str(choose_run_dir(config, datetime.now()))
     found.warnings += settings_without_effect(config)
+    if notice := demonstration_notice(config):
+        found.warnings.append(notice)
     permission = check_permission(config.data)
     if permission:
         found.warnings.append(permission)

@@ -12,6 +12,7 @@ run's settings, evaluation and data. --push uploads the folder, if the data's ca
 """
 
 import json
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +37,7 @@ from grpo.types import Message
 
 FORMATS = {
     "merged": 'from transformers import pipeline; pipeline("text-generation", "{folder}")',
-    "adapter": "vllm serve BASE --enable-lora --lora-modules mine={folder}",
+    "adapter": "vllm serve {base} --enable-lora --lora-modules mine={folder}",
     "gguf-ready": "ollama create mine -f {folder}/Modelfile",
 }
 """Format -> how to use the exported folder."""
@@ -61,7 +62,8 @@ def main(argv: list[str]) -> None:
     folder = export(options.run, options.format, options.output, options.step)
     about = {"licence": options.licence, "step": final_step(options.run) if options.step is None else options.step}
     model_card(options.run, **about).save(folder / "README.md")
-    print(f"{folder}\nUse it: {FORMATS[options.format].format(folder=folder)}")
+    base = RunFolder(options.run).base_model() or config_of(options.run).model.name
+    print(f"{folder}\nUse it: {FORMATS[options.format].format(folder=folder, base=shlex.quote(base))}")
     if options.push:
         address = publish(options.run, folder, options.push, private=not options.public, **about)
         print(f"Pushed: {address}")

@@ -5,11 +5,12 @@ run directories -> the lines of each curve, a table of results, a table of diffe
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from grpo.tracking.drawing import Line
+from grpo.rewards.registry import reward_labels
+from grpo.tracking.drawing import PALETTE, Line
 from grpo.tracking.run_reader import MetricsFile, RunFolder, extremes, thin
 
 POINTS = 300
@@ -42,6 +43,11 @@ CURVES = (
         "Held-out accuracy",
         "eval/accuracy",
         "The main result. If the reward rises and this does not, the model exploits the reward.",
+    ),
+    Curve(
+        "Held-out rewards",
+        "eval/reward/.+/mean",
+        "Each reward on held-out prompts, before weights. The main result where no answer is right or wrong.",
     ),
     Curve(
         "KL to the reference",
@@ -92,9 +98,14 @@ CURVES = (
 
 
 def lines_of(curve: Curve, runs: Sequence[RunFolder], smoothing: float = 0.0) -> list[Line]:
-    """Return all lines of a curve. A line is named after its run, its metric, or both, so that names differ."""
+    """Return all lines of a curve. A line is named after its run, its metric, or both, so that names differ.
+
+    Where several runs are shown, a color belongs to a run, in every curve, and a dash pattern to a metric.
+    """
     found = [(run, key) for run in runs for key in keys_of(curve, run.metrics)]
-    several_runs, several_keys = len({id(run) for run, _ in found}) > 1, len({key for _, key in found}) > 1
+    keys = list(dict.fromkeys(key for _, key in found))
+    several_runs, several_keys = len({id(run) for run, _ in found}) > 1, len(keys) > 1
+    colors = colors_of(runs)
     lines = []
     for run, key in found:
         steps, values = run.metrics.arrays(key)
@@ -105,8 +116,32 @@ def lines_of(curve: Curve, runs: Sequence[RunFolder], smoothing: float = 0.0) ->
         smoothed = smooth(values, smoothing)
         at, means = (np.array(each) for each in thin(steps, smoothed, POINTS))
         ends = (float(steps[0]), float(steps[-1]))
-        lines.append(Line(name, at, means, *extremes(smoothed, POINTS), ends, last=float(values[-1])))
+        line = Line(name, at, means, *extremes(smoothed, POINTS), ends, last=float(values[-1]))
+        if len(runs) > 1:
+            line = replace(line, color=colors[run.name], dash=keys.index(key))
+        lines.append(line)
     return lines
+
+
+def colors_of(runs: Sequence[RunFolder]) -> dict[str, int]:
+    """Return the index of each run's color by its name: the run's own, unless another of these runs has it."""
+    colors: dict[str, int] = {}
+    for place, run in enumerate(runs):
+        own = (place if run.color is None else run.color) % len(PALETTE)
+        free = [index for index in (own, *range(len(PALETTE))) if index not in colors.values()]
+        colors[run.name] = free[0] if free else own
+    return colors
+
+
+def main_key(run: RunFolder) -> str | None:
+    """Return the metric that tells how good the model is: the held-out accuracy; without gold answers the held-out mean
+    of the reward with the largest weight. None if the run has neither.
+    """
+    weights = {str(name): float(weight) for name, weight in (run.config().get("rewards") or {}).items()}
+    heaviest = max(weights, key=lambda name: weights[name], default="")
+    labels = reward_labels(weights)
+    keys = ["eval/accuracy", f"eval/reward/{labels.get(heaviest, heaviest)}/mean"]
+    return next((key for key in keys if len(run.metrics.arrays(key)[1])), None)
 
 
 def keys_of(curve: Curve, metrics: MetricsFile) -> list[str]:
@@ -161,15 +196,17 @@ def state_of(run: RunFolder) -> str:
 
 def comparison(runs: Sequence[RunFolder]) -> tuple[list[str], list[list[str]]]:
     """Return (headings, rows) of a table with the results of each run."""
-    headings = ["run", "state", "steps", "accuracy before", "accuracy after", "reward, last tenth", "tokens/s", "hours"]
+    headings = ["run", "state", "steps", "held out", "before", "after", "reward, last tenth", "tokens/s", "hours"]
     rows = []
     for run in runs:
-        accuracy, reward = run.metrics.arrays("eval/accuracy")[1], run.metrics.arrays("reward/mean")[1]
+        key = main_key(run)
+        main, reward = run.metrics.arrays(key or "")[1], run.metrics.arrays("reward/mean")[1]
         speed, seconds = run.metrics.arrays("rollout/tokens_per_second")[1], run.metrics.arrays("time/step")[1]
         late = reward[-max(1, len(reward) // 10) :]
         rows.append(
             [run.name, state_of(run), str(run.metrics.steps[-1]) if run.metrics.steps else "0"]
-            + [f"{value:.3f}" if value is not None else "" for value in (_at(accuracy, 0), _at(accuracy, -1))]
+            + [short_name(key.removeprefix("eval/") if key.endswith("/mean") else key) if key else ""]
+            + [f"{value:.3f}" if value is not None else "" for value in (_at(main, 0), _at(main, -1))]
             + [f"{late.mean():.3f}" if len(late) else "", f"{np.median(speed):.0f}" if len(speed) else ""]
             + [f"{seconds.sum() / 3600:.2f}"]
         )

@@ -16,6 +16,8 @@ import numpy as np
 from grpo.tracking.markup import inert
 
 PALETTE = ("#3b7dd8", "#e8833a", "#2a9d6f", "#c94f7c", "#8a63d2", "#c9a227", "#2aa5b8", "#8c8c8c")
+DASHES = ("", "6 4", "2 3", "10 3 2 3")
+"""Dash patterns in pixels; the first is a whole line."""
 _SIDE = 1000
 """Width and height of the SVG in its own units."""
 _MARGIN = 0.02
@@ -39,6 +41,10 @@ class Line:
     """First and last step before neighbours were merged."""
     last: float
     """Newest value as it was logged."""
+    color: int | None = None
+    """Index of its color; None: the place of the line in its plot. Lines of one run have one color in all plots."""
+    dash: int = 0
+    """Index of its dash pattern, which tells the metrics of one run apart where several runs are shown."""
 
 
 def plot(title: str, hint: str, lines: Sequence[Line]) -> str:
@@ -52,14 +58,15 @@ def plot(title: str, hint: str, lines: Sequence[Line]) -> str:
     labels = [f"<i class='y' style='bottom:{_share(at, up, _MARGIN):.2%}'>{text}</i>" for at, text in y_ticks]
     labels += [f"<i class='x' style='left:{_share(at, across):.2%}'>{text}</i>" for at, text in x_ticks]
     grid = "".join(f"M0 {_down(at, up):.0f}H{_SIDE}" for at, _ in y_ticks)
-    colors = [PALETTE[index % len(PALETTE)] for index in range(len(lines))]
+    places = [index if line.color is None else line.color for index, line in enumerate(lines)]
+    colors = [PALETTE[place % len(PALETTE)] for place in places]
     paths = "".join(_paths(line, color, across, up) for line, color in zip(lines, colors, strict=True))
     under_pointer = [
         {"name": line.name, "color": color, "steps": _short(line.steps), "values": _short(line.values)}
         for line, color in zip(lines, colors, strict=True)
     ]
     legend = "".join(
-        f"<span><u style='background:{color}'></u>{inert(line.name) if len(lines) > 1 else 'newest'} "
+        f"<span>{_key_of(line, color)}{inert(line.name) if len(lines) > 1 else 'newest'} "
         f"<b>{readable(line.last)}</b></span>"
         for line, color in zip(lines, colors, strict=True)
     )
@@ -69,6 +76,22 @@ def plot(title: str, hint: str, lines: Sequence[Line]) -> str:
         f"<svg viewBox='0 0 {_SIDE} {_SIDE}' preserveAspectRatio='none' role='img' aria-label=\"{inert(title)}\">"
         f"<path class='grid' d='{grid}'/>{paths}</svg>{''.join(labels)}</div></div><div class='legend'>{legend}</div>"
         "</section>"
+    )
+
+
+def dot(color: int) -> str:
+    """Return a dot in the color of a run."""
+    return f"<u style='background:{PALETTE[color % len(PALETTE)]}'></u>"
+
+
+def _key_of(line: Line, color: str) -> str:
+    """Return the line's sign in the legend: a dot, or a piece of the dashed line."""
+    dash = DASHES[line.dash % len(DASHES)]
+    if not dash:
+        return f"<u style='background:{color}'></u>"
+    return (
+        f"<svg class='key' viewBox='0 0 26 4'><path d='M0 2H26' stroke='{color}' stroke-width='3' "
+        f"stroke-dasharray='{dash}'/></svg>"
     )
 
 
@@ -100,8 +123,9 @@ def readable(value: float) -> str:
 def _paths(line: Line, color: str, across: tuple[float, float], up: tuple[float, float]) -> str:
     x = np.rint(_share(line.steps, across) * _SIDE).astype(int).tolist()
     y = np.rint(_down(line.values, up)).astype(int).tolist()
-    stroke = f"fill='none' stroke='{color}'"
-    drawn = f"<path {stroke} d='M{'L'.join(f'{a} {b}' for a, b in zip(x, y, strict=True))}'/>"
+    stroke, dash = f"fill='none' stroke='{color}'", DASHES[line.dash % len(DASHES)]
+    dashed = f" stroke-dasharray='{dash}'" if dash else ""
+    drawn = f"<path {stroke}{dashed} d='M{'L'.join(f'{a} {b}' for a, b in zip(x, y, strict=True))}'/>"
     if len(x) <= _FEW:
         drawn += f"<path class='dots' {stroke} d='{''.join(f'M{a} {b}h0' for a, b in zip(x, y, strict=True))}'/>"
     if np.any(line.highs > line.lows):

@@ -17,6 +17,7 @@ from grpo.runtime.messages import visible
 from grpo.tracking.report import fenced
 from grpo.tracking.run_reader import RunFolder
 
+_OF_REWARD = re.compile(r"eval/reward/.+/mean")
 HELD_OUT = {"eval/accuracy": "accuracy", "eval/accuracy_flexible": "flexible accuracy", "eval/format": "format"}
 
 
@@ -134,7 +135,8 @@ def _body(
 ) -> str:
     environment = run.environment()
     rows = []
-    for key, name in HELD_OUT.items():
+    rewards = {key: _one_line(key.removeprefix("eval/")) for key in run.metrics.columns if _OF_REWARD.fullmatch(key)}
+    for key, name in (HELD_OUT | rewards).items():
         steps, values = _series(run, key, step)
         if values:
             rows.append(f"| {name} | {values[0]:.3f} (step {steps[0]}) | {values[-1]:.3f} (step {steps[-1]}) |")

@@ -4,16 +4,19 @@ Sections: held-out evaluation, curves, findings, parts of the reward, length aga
 and worst completions. It only reads files, so it works on any run.
 """
 
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from grpo.errors import ConfigError, StorageError
 from grpo.rewards.registry import reward_labels
 from grpo.runtime.messages import visible
-from grpo.runtime.statistics import mcnemar, wilson_interval
+from grpo.runtime.statistics import mcnemar, mean_interval, wilson_interval
 from grpo.tracking.curves import CURVES, keys_of, short_name
-from grpo.tracking.rollout_reader import Row, is_correct, last_step, rows_of_step
+from grpo.tracking.metrics import is_interval, with_interval
+from grpo.tracking.rollout_reader import Row, is_correct, judge, last_step, rows_of_step
 from grpo.tracking.run_reader import MetricsFile, RunFolder, thin
 
 EXAMPLES = 2
@@ -67,28 +70,29 @@ def attribution(metrics: MetricsFile, weights: dict[str, float]) -> list[tuple[s
     return rows
 
 
-def length_buckets(rows: list[Row], buckets: int = 5) -> list[tuple[int, int, int, int]]:
+def length_buckets(
+    rows: list[Row], value: Callable[[Row], float | None] = is_correct, buckets: int = 5
+) -> list[tuple[int, int, list[float]]]:
     """Divide completions by length into up to `buckets` parts of about equal count.
 
-    Completions of one length are in one part.
+    Completions of one length are in one part. Those without a value are left out.
 
     Returns:
-        (shortest, longest, right, count) for each part.
+        (shortest, longest, values) for each part.
     """
-    lengths: dict[int, list[bool]] = {}
+    lengths: dict[int, list[float]] = {}
     for row in rows:
-        right = is_correct(row)
-        if right is not None:
-            lengths.setdefault(int(row["length"]), []).append(right)
+        found = value(row)
+        if found is not None:
+            lengths.setdefault(int(row["length"]), []).append(float(found))
     wanted = sum(map(len, lengths.values())) / buckets
-    parts: list[tuple[int, int, int, int]] = []
-    shortest, right_ones, count = None, 0, 0
+    parts: list[tuple[int, int, list[float]]] = []
+    shortest, values = None, []
     for length in sorted(lengths):
-        shortest = length if shortest is None else shortest
-        right_ones, count = right_ones + sum(lengths[length]), count + len(lengths[length])
-        if count >= wanted or length == max(lengths):
-            parts.append((shortest, length, right_ones, count))
-            shortest, right_ones, count = None, 0, 0
+        shortest, values = length if shortest is None else shortest, [*values, *lengths[length]]
+        if len(values) >= wanted or length == max(lengths):
+            parts.append((shortest, length, values))
+            shortest, values = None, []
     return parts
 
 
@@ -117,17 +121,21 @@ def draw_curves(metrics: MetricsFile, path: Path) -> None:
 
 
 def draw_lengths(first: list[Row], last: list[Row], path: Path) -> None:
-    """Draw histograms of completion lengths of the first and last steps, right and wrong ones in different colors."""
+    """Draw histograms of completion lengths of the first and last steps, right and wrong ones in different colors.
+
+    Where no reward tells right from wrong, the colors are those of high and low rewards.
+    """
     from matplotlib.figure import Figure
 
+    judged = judge([*first, *last])
+    verdicts = iter(judged.verdicts)
     figure = Figure(figsize=(9, 2.8))
     longest = max((int(row["length"]) for row in [*first, *last]), default=1)
     for index, (title, rows) in enumerate((("first steps", first), ("last steps", last)), start=1):
         axes = figure.add_subplot(1, 2, index)
-        parts = {"right": True, "wrong": False, "not judged": None}
-        shown = {
-            name: [int(row["length"]) for row in rows if is_correct(row) is value] for name, value in parts.items()
-        }
+        parts = dict(zip((*judged.labels, "not judged"), (True, False, None), strict=True))
+        of_rows = [(int(row["length"]), next(verdicts)) for row in rows]
+        shown = {name: [length for length, found in of_rows if found is value] for name, value in parts.items()}
         shown = {name: lengths for name, lengths in shown.items() if lengths}
         if shown:
             axes.hist(list(shown.values()), bins=20, range=(0, longest), stacked=True, label=list(shown))
@@ -178,22 +186,24 @@ def _text(run: RunFolder, first: list[Row], last: list[Row]) -> str:
 
 
 def _before_and_after(metrics: MetricsFile) -> list[str]:
-    keys = [key for key in metrics.columns if key.startswith("eval/") and not key.endswith(("ci95", "_low", "_high"))]
     rows = []
-    for key in keys:
+    for key in metrics.columns:
+        if not key.startswith("eval/") or is_interval(key):
+            continue
         steps, values = metrics.series(key)
+        before, after = (with_interval(_at(metrics, steps[index]), key) for index in (0, -1))
         change = values[-1] - values[0] if len(values) > 1 else 0.0
-        rows.append(
-            [f"`{key}`", f"{values[0]:.3f} (step {steps[0]})", f"{values[-1]:.3f} (step {steps[-1]})", f"{change:+.3f}"]
-        )
+        rows.append([_code(key), f"{before} (step {steps[0]})", f"{after} (step {steps[-1]})", f"{change:+.3f}"])
     if not rows:
         return ["## Before and after", "", "There was no held-out evaluation (`eval_every` 0, or no held-out data)."]
-    ci, low, high = (metrics.series(f"eval/accuracy_{part}")[1] for part in ("ci95", "low", "high"))
-    note = [] if not ci else ["", f"95 % interval of the accuracy: ±{ci[0]:.3f} before, ±{ci[-1]:.3f} after."]
-    if low and high:
-        spans = [f"{low[at]:.3f} to {high[at]:.3f}" for at in (0, -1)]
-        note = ["", f"95 % interval of the accuracy (Wilson): {spans[0]} before, {spans[1]} after."]
+    note = ["", "In brackets: 95 % intervals (Wilson's for shares)."] if any(map(is_interval, metrics.columns)) else []
     return ["## Before and after", "", *_table(["held out", "before", "after", "change"], rows), *note]
+
+
+def _at(metrics: MetricsFile, step: int) -> dict[str, float]:
+    """Return the values of an evaluation."""
+    found = {key: dict(zip(*metrics.series(key), strict=True)) for key in metrics.columns if key.startswith("eval/")}
+    return {key: values[step] for key, values in found.items() if step in values}
 
 
 def _finding_lines(found: list[Row]) -> list[str]:
@@ -256,16 +266,27 @@ def _attribution_lines(metrics: MetricsFile, weights: dict[str, float]) -> list[
 
 
 def _length_lines(first: list[Row], last: list[Row]) -> list[str]:
-    lines = ["## Length against correctness", "", "![lengths](report_lengths.png)", ""]
+    """Return the section with the accuracy by length; with the reward where no reward tells right from wrong."""
+    rewards = not any(is_correct(row) is not None for row in [*first, *last])
     rows = []
     for when, part in (("first steps", first), ("last steps", last)):
-        for shortest, longest, right, count in length_buckets(part):
-            low, high = wilson_interval(right, count)
-            rows.append(
-                [when, f"{shortest} to {longest}", f"{count}", f"{right / count:.3f}", f"{low:.3f} to {high:.3f}"]
-            )
-    heading = ["", "tokens", "completions", "right", "95 % interval"]
-    return [*lines, *(_table(heading, rows) if rows else ["No reward says which answers are right."]), ""]
+        for shortest, longest, values in length_buckets(part, _reward_of if rewards else is_correct):
+            mean = sum(values) / len(values)
+            low, high = mean_interval(values) if rewards else wilson_interval(round(sum(values)), len(values))
+            span = f"{low:.3f} to {high:.3f}" if 0 < high - low < math.inf else ""
+            rows.append([when, f"{shortest} to {longest}", f"{len(values)}", f"{mean:.3f}", span])
+    what = "reward" if rewards else "right"
+    title = f"## Length against {'reward' if rewards else 'correctness'}"
+    return [
+        *(title, "", "![lengths](report_lengths.png)", ""),
+        *_table(["", "tokens", "completions", what, "95 % interval"], rows),
+        "",
+    ]
+
+
+def _reward_of(row: Row) -> float | None:
+    reward = row.get("reward")
+    return float(reward) if isinstance(reward, (int, float)) else None
 
 
 def _time_lines(metrics: MetricsFile) -> list[str]:

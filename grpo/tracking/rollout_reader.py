@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -202,6 +203,31 @@ def is_correct(row: Row) -> bool | None:
         if value is not None:
             return float(value) > 0
     return None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Rows in two classes, for their colours."""
+
+    verdicts: list[bool | None]
+    """Of each row; None where it is in neither class."""
+    labels: tuple[str, str]
+    """Names of the classes True and False."""
+
+
+def judge(rows: list[Row]) -> Judgement:
+    """Return which answers are right; by the reward where no reward of the run tells right from wrong.
+
+    # rewards 0.2 0.4 0.9, no accuracy  ->  False False True: above and below the middle of 0.2 and 0.9
+    """
+    verdicts = [is_correct(row) for row in rows]
+    rewards = [_reward(row) for row in rows]
+    known = [reward for reward in rewards if math.isfinite(reward)]
+    if any(verdict is not None for verdict in verdicts) or not known or min(known) == max(known):
+        return Judgement(verdicts, ("right", "wrong"))
+    middle = (min(known) + max(known)) / 2
+    by_reward = [reward > middle if math.isfinite(reward) else None for reward in rewards]
+    return Judgement(by_reward, (f"reward above {middle:.3g}", f"reward up to {middle:.3g}"))
 
 
 def matching(

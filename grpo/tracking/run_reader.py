@@ -114,6 +114,8 @@ class RunFolder:
 
     path: Path
     metrics: MetricsFile = field(init=False)
+    color: int | None = None
+    """Index of its color in plots of several runs; None: by its place among them."""
 
     def __post_init__(self) -> None:
         self.metrics = MetricsFile(self.path / "metrics.jsonl")

@@ -79,5 +79,5 @@ def test_every_bash_block_runs(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, f"{block}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         printed += done.stdout
-    assert "ready to train" in printed and "mcnemar_p" in printed and "trained: " in printed
+    assert "ready to train" in printed and "McNemar's exact test" in printed and "trained: " in printed
     assert (tmp_path / "outputs" / "first" / "report.md").is_file()

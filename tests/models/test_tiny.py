@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grpo.config.parser import load_config
 from grpo.data.arithmetic import generate_problems, is_held_out
 from grpo.models.tiny import (
     GSM8K_RECIPE,
@@ -16,6 +17,7 @@ from grpo.models.tiny import (
     ProseRecipe,
     Recipe,
     completion_text,
+    demonstration_notice,
     make_tiny_model,
     recipe_for,
 )
@@ -110,5 +112,16 @@ def test_a_prose_answer_is_read_whole_or_hastily() -> None:
         recipe = ProseRecipe(hasty_fraction=hasty, unmarked_fraction=unmarked)
         assert completion_text(answer, recipe, random.Random(0)) == text
     assert completion_text("No term.", ProseRecipe(hasty_fraction=1.0), random.Random(0)) == "No term."
-    assert recipe_for([{"question": "q", "answer": answer}]) == PROSE_RECIPE
+    assert recipe_for([{"question": "q", "answer": answer}], unmarked=True) == PROSE_RECIPE
+    own = recipe_for([{"question": "q", "answer": answer}])
+    assert isinstance(own, ProseRecipe) and own.unmarked_fraction == 0.0  # your spelling is never altered
+    assert own.vocabulary == PROSE_RECIPE.vocabulary
     assert recipe_for([{"question": "q", "answer": "#### 1"}]) == GSM8K_RECIPE
+
+
+def test_the_tiny_model_on_a_file_of_ones_own_is_called_a_demonstration() -> None:
+    notice = demonstration_notice(load_config(["--data.name=question_answer", "--data.path=mine.jsonl"]))
+    assert notice is not None and notice.startswith("model.name starter is a demonstration")
+    assert "--model.name Qwen/Qwen2.5-0.5B-Instruct" in notice and "launch/fetch.py smollm2" in notice
+    assert demonstration_notice(load_config([])) is None
+    assert demonstration_notice(load_config(["--model.name=m", "--data.path=mine.jsonl"])) is None

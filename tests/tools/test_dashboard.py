@@ -15,12 +15,21 @@ from grpo.errors import ConfigError
 from grpo.tools.dashboard.app import check_exposure, serve
 from grpo.tools.dashboard.board import Board
 from grpo.tools.dashboard.command import read_auth
-from grpo.tools.dashboard.completions_tab import WIDTHS, _cell, _told, columns_of, find
-from grpo.tools.dashboard.page import _findings
+from grpo.tools.dashboard.completions_tab import (
+    WIDTHS,
+    _cell,
+    _legend,
+    _numbers_of,
+    _told,
+    alike,
+    columns_of,
+    find,
+)
+from grpo.tools.dashboard.page import _findings, _main_number
 from grpo.tracking import curves
 from grpo.tracking.curves import CURVES, Curve, lines_of
 from grpo.tracking.drawing import Line, plot, readable, ticks
-from grpo.tracking.rollout_reader import last_step, matching, rows_of_step, search
+from grpo.tracking.rollout_reader import judge, last_step, matching, rows_of_step, search
 from grpo.tracking.run_reader import MetricsFile, RunFolder, extremes, find_runs, thin
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -168,6 +177,42 @@ def test_lines_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
     assert curves.other_keys(runs) == ["my/own", "time/step"]
 
 
+def test_a_color_belongs_to_a_run_and_a_dash_pattern_to_a_metric(tmp_path: Path) -> None:
+    """A run keeps its color when another one is left out, and has the same in curves of one and of several metrics."""
+    for name in ("a", "b", "c"):
+        write_run(tmp_path / name, steps=2)
+    board = Board(tmp_path, tmp_path / "feedback.jsonl")
+    board.refresh()
+    runs = board.chosen(["a", "b", "c"])
+    both = Curve("", "reward/mean|my/own", "")
+    assert [(line.name, line.color, line.dash) for line in lines_of(both, runs[:2])] == [
+        ("mean · a", 0, 0),
+        ("own · a", 0, 1),
+        ("mean · b", 1, 0),
+        ("own · b", 1, 1),
+    ]
+    assert [line.color for line in lines_of(CURVES[0], board.chosen(["c", "b"]))] == [2, 1]
+    assert [(line.color, line.dash) for line in lines_of(both, runs[:1])] == [(None, 0)] * 2
+    runs[2].color = 8 + runs[0].color  # the ninth run: the colors begin again
+    assert curves.colors_of(runs) == {"a": 0, "b": 1, "c": 2}
+    drawn = plot("", "", lines_of(both, runs[:2]))
+    assert drawn.count("stroke-dasharray='6 4'") == 4 and drawn.count("stroke='#3b7dd8'") == 5  # line, dots, legend
+
+
+def test_the_main_metric_is_the_accuracy_or_the_heaviest_reward(tmp_path: Path) -> None:
+    judged = RunFolder(write_run(tmp_path / "a"))
+    prose = RunFolder(write_run(tmp_path / "b", rewards={"chrf": 0.4, "mine.py:terms": 0.6}))
+    row = {"step": 1, "eval/reward/terms/mean": 0.25, "eval/reward/terms/low": 0.125, "eval/reward/terms/high": 0.5}
+    (prose.path / "metrics.jsonl").write_text(json.dumps(row | {"eval/reward/chrf/mean": 0.75}) + "\n")
+    for run in (judged, prose):
+        run.metrics.refresh()
+    assert (curves.main_key(judged), curves.main_key(prose)) == ("eval/accuracy", "eval/reward/terms/mean")
+    assert _main_number(judged) == [("held-out accuracy", "50.0%", "10.0% before", "")]
+    assert _main_number(prose) == [("held-out terms", "0.250", "0.250 before, 95 %: 0.125 to 0.500", "")]
+    headings, [first] = curves.comparison([prose])
+    assert dict(zip(headings, first, strict=True))["held out"] == "terms"
+
+
 def test_every_curve_has_its_hint_in_the_docs() -> None:
     documented = DOCS.read_text()
     for curve in CURVES:
@@ -185,8 +230,9 @@ def test_comparison_and_differences(tmp_path: Path) -> None:
         "run": "a",
         "state": "training",
         "steps": "5",
-        "accuracy before": "0.100",
-        "accuracy after": "0.500",
+        "held out": "accuracy",
+        "before": "0.100",
+        "after": "0.500",
         "reward, last tenth": "0.500",
         "tokens/s": "",
         "hours": "0.00",
@@ -251,6 +297,16 @@ def test_a_run_whose_rewards_do_not_say_what_is_right_has_no_such_column() -> No
     assert columns_of([prose]) == ["step", "prompt", "completion", "reward", "advantage", "tokens"]
     assert columns_of([prose, judged]) == columns_of([]) == list(WIDTHS)
     assert [_cell(judged, name) for name in WIDTHS] == ["1", "a", "b", "0.500", "+0.100", "yes", "3"]
+
+
+def test_answers_that_are_alike_are_one_card() -> None:
+    rows = [{"sample": s, "completion": text, "reward": 1.0, "step": 7} for s, text in enumerate("aabab")]
+    rows.append({"sample": 5, "completion": "a", "reward": 0.0, "step": 7})
+    parts = alike(rows)
+    assert [[row["sample"] for row in part] for part in parts] == [[0, 1, 3], [2, 4], [5]]
+    assert [_numbers_of(part) for part in parts] == ["#0 and 2 like it", "#2 and 1 like it", "#5"]
+    told = _legend(rows, 3, judge([part[0] for part in parts]))
+    assert told == "Step 7: 6 completions, 3 different. Green: reward above 0.5. Red: reward up to 0.5."
 
 
 def test_what_a_run_found_about_itself_is_shown_and_stays_text(tmp_path: Path) -> None:

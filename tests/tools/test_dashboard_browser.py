@@ -212,7 +212,7 @@ def test_85_000_steps_are_shown_whole(tmp_path: Path, browser: Any) -> None:
         for turn in ("first", "second"):
             start = time.perf_counter()
             visit = Visit(browser, address)
-            visit.page.wait_for_function("document.querySelectorAll('#curves .area').length === 12")
+            visit.page.wait_for_function("document.querySelectorAll('#curves .area').length === 13")
             print(f"\n{turn} visit: {time.perf_counter() - start:.1f} s until everything was shown", flush=True)
         visit.shows("85000")
         reward = visit.page.locator("#curves .curve").first

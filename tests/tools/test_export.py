@@ -21,7 +21,7 @@ from grpo.tools.chat_models import load_chat_models
 from grpo.tools.check_config import check
 from grpo.tools.evaluate import config_for
 from grpo.tools.evaluate_model import compare_models
-from grpo.tools.export import export, go_template
+from grpo.tools.export import export, go_template, main
 from grpo.tools.saved_model import resolve_base
 from grpo.tracking.model_card import model_card
 from grpo.tracking.run_reader import RunFolder
@@ -94,6 +94,8 @@ def test_a_gguf_file_is_a_model_name_everywhere(tmp_path: Path) -> None:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "chat_template"):
         assert getattr(saved, name) == getattr(original, name), name
     assert final.generation_config.eos_token_id == original.eos_token_id
+    readme = (run_dir / "adapter" / "README.md").read_text()
+    assert "A LoRA adapter of rank 2" in readme and "[More Information Needed]" not in readme  # peft's template
     adapted = AutoPeftModelForCausalLM.from_pretrained(str(run_dir / "adapter"))
     assert torch.allclose(logits(adapted), logits(final), atol=1e-5)
     assert RunFolder(run_dir).base_model() == str(base)
@@ -186,7 +188,9 @@ def test_a_template_that_ollama_cannot_say_is_refused(template: str, message: st
         go_template(tokenizer)
 
 
-def test_every_format_of_a_lora_run_and_of_its_checkpoints_is_the_policy(tmp_path: Path) -> None:
+def test_every_format_of_a_lora_run_and_of_its_checkpoints_is_the_policy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = tiny_folder(tmp_path / "model")
     more = {"model.name": base, "lora.r": 4, "data.system_prompt": "null"}
     run_dir = run(tmp_path, "run", **more)
@@ -207,6 +211,8 @@ def test_every_format_of_a_lora_run_and_of_its_checkpoints_is_the_policy(tmp_pat
     assert torch.allclose(of(adapter), of(expected), atol=1e-5)
     first = AutoModelForCausalLM.from_pretrained(export(run_dir, "merged", tmp_path / "first", step=1))
     assert float((of(first) - of(expected)).abs().max()) > 1e-4
+    main(["--run", str(run_dir), "--format", "adapter", "--output", str(tmp_path / "card")])
+    assert f"Use it: vllm serve {base} --enable-lora --lora-modules mine={tmp_path}/card" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="is not empty"):
         export(run_dir, "merged")
     with pytest.raises(ConfigError, match="--step 9: there is no"):

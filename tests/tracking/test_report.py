@@ -18,7 +18,7 @@ from grpo.runtime.command import run_main
 from grpo.tools import export
 from grpo.tracking.model_card import model_card, publish, push
 from grpo.tracking.report import attribution, fenced, length_buckets, paired_items, write_report
-from grpo.tracking.rollout_reader import groups_of, last_step, matching, rows_of_step
+from grpo.tracking.rollout_reader import Judgement, groups_of, judge, last_step, matching, rows_of_step
 from grpo.tracking.run_reader import MetricsFile, RunFolder, find_runs, thin
 
 HOSTILE = "```\n<img src=x onerror=alert(1)>\n[a](javascript:1)\x1b[2J\u202e"
@@ -132,7 +132,7 @@ def test_the_report_tests_the_same_items_before_and_after(tmp_path: Path) -> Non
 def test_the_report(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     text = write_report(run).read_text()
-    assert "| `eval/accuracy` | 0.250 (step 0) | 0.750 (step 20) | +0.500 |" in text
+    assert "| `eval/accuracy` | 0.250 [0.150, 0.350] (step 0) | 0.750 [0.650, 0.850] (step 20) | +0.500 |" in text
     # accuracy: the mean of steps 1 and 2 is 0.5/19, of 19 and 20 18.5/19; xml_format never changed
     assert (
         "| `accuracy` | 1 | 0.026 | 0.974 | +0.947 |" in text
@@ -149,6 +149,19 @@ def test_the_report(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
+def test_without_right_and_wrong_the_report_shows_the_reward_by_length(tmp_path: Path) -> None:
+    """Rewards 0.2 and 1.2 at lengths 10 and 15; the middle is 0.7."""
+    run = write_run(tmp_path / "run")
+    text = (run / "rollouts.jsonl").read_text().replace('"accuracy"', '"chrf"')
+    (run / "rollouts.jsonl").write_text(text)
+    text = write_report(run).read_text()
+    assert "## Length against reward" in text and "| tokens | completions | reward | 95 % interval |" in text
+    assert "| last steps | 10 to 10 | 20 | 0.200 |  |" in text and "| last steps | 15 to 15 | 20 | 1.200 |  |" in text
+    rows = [rollout(1, 0, s, s % 2, 5) | {"rewards": {}} for s in range(3)]
+    assert judge(rows) == Judgement([False, True, False], ("reward above 0.7", "reward up to 0.7"))
+    assert judge(rows[:1]).verdicts == [None] and judge([rows[0] | {"rewards": {"accuracy": 1.0}}]).verdicts == [True]
+
+
 def test_a_completion_cannot_leave_its_block() -> None:
     lines = fenced(HOSTILE)
     assert lines[0] == "````text" and lines[-1] == "````" and "\\x1b[2J\\u202e" in lines[1]
@@ -161,7 +174,11 @@ def test_parts_add_up_and_equal_lengths_stay_together(tmp_path: Path) -> None:
     assert [name for name, *_ in parts] == ["accuracy", "xml_format"]
     assert sum(part for *_, part in parts) == pytest.approx(2 * 18 / 19)
     rows = [rollout(1, 0, 0, int(length > 3), length) for length in (1, 2, 2, 2, 2, 3, 4, 9)]
-    assert length_buckets(rows, 4) == [(1, 2, 0, 5), (3, 4, 1, 2), (9, 9, 1, 1)]
+    assert [(low, high, sum(right), len(right)) for low, high, right in length_buckets(rows, buckets=4)] == [
+        (1, 2, 0, 5),
+        (3, 4, 1, 2),
+        (9, 9, 1, 1),
+    ]
 
 
 def test_runs_are_found_and_links_are_not_followed(tmp_path: Path) -> None:

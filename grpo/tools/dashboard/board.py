@@ -14,6 +14,8 @@ class Board:
     root: Path
     feedback: Path
     _runs: dict[str, RunFolder] = field(default_factory=dict)
+    _colors: int = 0
+    """Runs that were given a color."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def refresh(self) -> list[str]:
@@ -33,6 +35,8 @@ class Board:
             runs = [self._runs[name] for name in names or [] if name in self._runs]
             for run in runs:
                 run.metrics.refresh()
+                if run.color is None:  # kept for as long as the dashboard runs, whichever runs are chosen beside it
+                    run.color, self._colors = self._colors, self._colors + 1
             return runs
 
     def models(self) -> dict[str, Path]:

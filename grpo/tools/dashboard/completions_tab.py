@@ -6,7 +6,7 @@ from typing import Any
 from grpo.runtime.messages import visible
 from grpo.tools.dashboard.board import Board
 from grpo.tools.dashboard.feedback_form import feedback_form
-from grpo.tracking.rollout_reader import Row, groups_of, is_correct, matching
+from grpo.tracking.rollout_reader import Judgement, Row, groups_of, is_correct, judge, matching
 
 MAX_CARDS = 32
 MAX_ROWS = 300
@@ -74,13 +74,19 @@ def completions_tab(gr: Any, board: Board) -> CompletionsTab:
     )
     shown, group = gr.State([]), gr.State([])
 
+    asked = gr.State(())
+
     def fill(
-        name: str | None, at: float, scope: str, judged: str, low: str, high: str, text: str
-    ) -> tuple[Any, str, list[Key]]:
+        following: bool, before: tuple[Any, ...], opened: list[Row], name: str | None, at: float, *rest: str
+    ) -> tuple[Any, ...]:
+        scope, judged, low, high, text = rest
         wanted = {"right": True, "wrong": False}.get(judged)
         conditions = {"text": text or "", "correct": wanted, "lowest": _parsed(low), "highest": _parsed(high)}
         rows, oldest = find(board, name, int(at), SCOPES.get(scope, 1), conditions)
-        return _table(gr, rows), _told(rows, int(at), oldest), [_key(row) for row in rows]
+        keys, now = [_key(row) for row in rows], (name, *rest)
+        # A group stays open while newer steps arrive. A new question closes it, unless it is among the answers.
+        stays = not opened or _key(opened[0]) in keys or (following and now == before)
+        return _table(gr, rows), _told(rows, int(at), oldest), keys, gr.skip() if stays else [], now
 
     def open_group(name: str | None, keys: list[Key], event: Any) -> list[Row]:
         found = board.chosen([name] if name else [])
@@ -92,9 +98,16 @@ def completions_tab(gr: Any, board: Board) -> CompletionsTab:
 
     open_group.__annotations__["event"] = gr.SelectData  # gradio passes the event by this annotation
 
+    # One event for all widgets: events of their own would run at once, and an older answer could arrive last.
     filters = [run, step, scope, judged, lowest, highest, text]
-    for widget in filters:
-        widget.change(fill, filters, [table, told, shown], trigger_mode="always_last", **options)
+    gr.on(
+        [widget.change for widget in filters],
+        fill,
+        [follow, asked, group, *filters],
+        [table, told, shown, group, asked],
+        trigger_mode="always_last",
+        **options,
+    )
     step.input(lambda: False, None, follow, **options)
     table.select(open_group, [run, shown], group, **options)
 
@@ -160,31 +173,32 @@ def _cell(row: Row, column: str) -> str:
 
 
 def _cards(gr: Any, board: Board, name: str | None, rows: list[Row]) -> None:
-    """Show a group: its prompt, its completions side by side, and the feedback form."""
+    """Show a group: its prompt, its different completions side by side, and the feedback form."""
     if not rows:
         return
     gold = (rows[0].get("columns") or {}).get("answer")
+    parts = alike(rows)
+    judged = judge([part[0] for part in parts])
+    gr.Markdown(_legend(rows, len(parts), judged), elem_classes=["told", "legend-of-cards"])
     with gr.Row(equal_height=True):
         gr.Textbox(visible(str(rows[0].get("prompt", ""))), label="Prompt", lines=2, max_lines=8, scale=4)
         gr.Textbox(visible("" if gold is None else str(gold)), label="Gold answer", lines=2, max_lines=8, scale=1)
     with gr.Row(elem_classes=["cards"]):
-        for row in rows[:MAX_CARDS]:
+        for part, verdict in list(zip(parts, judged.verdicts, strict=True))[:MAX_CARDS]:
             gr.Textbox(
-                visible(str(row.get("completion", ""))),
-                label=_title(row),
+                visible(str(part[0].get("completion", ""))),
+                label=_title(part),
                 lines=6,
                 max_lines=14,
                 min_width=260,
-                elem_classes=["card", {True: "right", False: "wrong", None: ""}[is_correct(row)]],
+                elem_classes=["card", {True: "right", False: "wrong", None: ""}[verdict]],
             )
     pick = gr.Radio(
-        [(f"{row.get('sample')}: {float(row.get('reward') or 0):.3f}", index) for index, row in enumerate(rows)],
-        value=0,
-        label="Your judgement of completion",
+        [(_numbers_of(part), index) for index, part in enumerate(parts)], value=0, label="Your judgement of completion"
     )
 
     def about(index: int) -> dict[str, Any]:
-        row = rows[index if isinstance(index, int) and 0 <= index < len(rows) else 0]
+        row = parts[index if isinstance(index, int) and 0 <= index < len(parts) else 0][0]
         pair_id = (row.get("columns") or {}).get("pair_id")
         found = board.chosen([name] if name else [])
         return {
@@ -195,6 +209,24 @@ def _cards(gr: Any, board: Board, name: str | None, rows: list[Row]) -> None:
         }
 
     feedback_form(gr, board, [pick], about)
+
+
+def alike(rows: list[Row]) -> list[list[Row]]:
+    """Return the rows of a group in parts with the same completion and reward, in the order of their first samples."""
+    parts: dict[Any, list[Row]] = {}
+    for row in rows:
+        parts.setdefault((row.get("completion"), row.get("reward"), row.get("ended")), []).append(row)
+    return list(parts.values())
+
+
+def _legend(rows: list[Row], different: int, judged: Judgement) -> str:
+    """Return what the cards show: "Step 12: 16 completions, 3 different. Green: right. Red: wrong."."""
+    told = f"Step {int(rows[0].get('step', 0))}: {len(rows)} completions, {different} different."
+    if different > MAX_CARDS:
+        told += f" The first {MAX_CARDS} are shown."
+    if any(verdict is not None for verdict in judged.verdicts):
+        told += f" Green: {judged.labels[0]}. Red: {judged.labels[1]}."
+    return told
 
 
 def _parsed(text: str | None) -> float | None:
@@ -213,8 +245,15 @@ def _number(value: Any, style: str) -> str:
     return format(float(value), style) if isinstance(value, (int, float)) else ""
 
 
-def _title(row: Row) -> str:
-    parts = [f"#{row.get('sample')}", f"reward {_number(row.get('reward'), '.3f')}"]
+def _numbers_of(part: list[Row]) -> str:
+    """Return "#3" or "#0 and 11 like it"."""
+    more = f" and {len(part) - 1} like it" if len(part) > 1 else ""
+    return f"#{part[0].get('sample')}{more}"
+
+
+def _title(part: list[Row]) -> str:
+    row = part[0]
+    parts = [_numbers_of(part), f"reward {_number(row.get('reward'), '.3f')}"]
     parts.append(f"advantage {_number(row.get('advantage'), '+.3f')}")
     rewards = row.get("rewards") or {}
     parts += [f"{name.rpartition(':')[2]} {_number(value, 'g') or '-'}" for name, value in rewards.items()]

@@ -13,8 +13,9 @@ from grpo.tools.dashboard.chat_tab import chat_tab
 from grpo.tools.dashboard.completions_tab import completions_tab
 from grpo.tracking import curves
 from grpo.tracking.curves import CURVES
-from grpo.tracking.drawing import plot
+from grpo.tracking.drawing import dot, plot
 from grpo.tracking.markup import inert, table
+from grpo.tracking.metrics import interval_of
 from grpo.tracking.run_reader import RunFolder
 
 if TYPE_CHECKING:
@@ -115,9 +116,7 @@ def _numbers(runs: list[RunFolder]) -> str:
     state = curves.state_of(run)
     total = run.config().get("steps")
     cells = [(state, f"{run.metrics.steps[-1]}", f"of {total} steps" if total else "steps", state)]
-    accuracy = run.metrics.arrays("eval/accuracy")[1]
-    if len(accuracy):
-        cells.append(("held-out accuracy", f"{accuracy[-1]:.1%}", f"{accuracy[0]:.1%} before", ""))
+    cells += _main_number(run)
     for title, key, style in (
         ("reward", "reward/mean", ".3f"),
         ("KL", "policy/kl", ".4f"),
@@ -132,10 +131,33 @@ def _numbers(runs: list[RunFolder]) -> str:
     if left is not None and state == "training":
         minutes, seconds = divmod(round(left), 60)
         cells.append(("time left", f"{minutes // 60}:{minutes % 60:02}:{seconds:02}", "at the last 20 steps' pace", ""))
-    return "".join(
+    names = _run_names(runs) if len(runs) > 1 else ""
+    return names + "".join(
         f"<div class='number {kind}'><span>{inert(title)}</span><b>{inert(value)}</b><i>{inert(note)}</i></div>"
         for title, value, note, kind in cells
     )
+
+
+def _run_names(runs: list[RunFolder]) -> str:
+    """Return the names of several runs in their colors, and whose numbers follow."""
+    colors = curves.colors_of(runs)
+    names = "".join(f"<span>{dot(colors[run.name])}{inert(run.name)}</span>" for run in runs)
+    return f"<p class='runs'>{names}<i>The numbers are those of {inert(runs[0].name)}.</i></p>"
+
+
+def _main_number(run: RunFolder) -> list[tuple[str, str, str, str]]:
+    """Return the cell of the held-out accuracy with its interval, or of the main reward on held-out prompts."""
+    key = curves.main_key(run)
+    if key is None:
+        return []
+    values = run.metrics.arrays(key)[1]
+    at_the_end = {each: run.metrics.last(each) for each in run.metrics.columns if each.startswith("eval/")}
+    between = interval_of({each: value for each, value in at_the_end.items() if value is not None}, key)
+    share = key == "eval/accuracy"
+    style = ".1%" if share else ".3f"
+    note = "" if between is None else f", 95 %: {format(between[0], style)} to {format(between[1], style)}"
+    title = "held-out accuracy" if share else f"held-out {curves.short_name(key.removeprefix('eval/'))}"
+    return [(title, format(values[-1], style), f"{format(values[0], style)} before{note}", "")]
 
 
 def _findings(runs: list[RunFolder]) -> str:
