@@ -30,9 +30,10 @@ def check_model(model: str, option: str = "--model") -> None:
         if runs:  # "outputs/frist" has the form of a hub id
             names = [run.path.name for run in runs]
             near = difflib.get_close_matches(path.relative_to(parent).parts[0], names, n=1) or names[:1]
+            count = f"{len(runs)} run{'s' if len(runs) != 1 else ''}"
             raise ConfigError(
-                f"{option} {model}: there is no such folder. {parent} holds {len(runs)} runs: the model of "
-                f"{near[0]} is {parent / near[0] / 'final'}"
+                f"{option} {model}: there is no such folder. {parent} holds {count}: the model of {near[0]} is "
+                f"{parent / near[0] / 'final'}"
             )
         check_exists(model)
 

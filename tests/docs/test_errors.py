@@ -51,7 +51,7 @@ from grpo.runtime.oom import memory_advice, phase
 from grpo.runtime.run_lock import RunLock, check_free
 from grpo.tools.export import export
 from grpo.tools.fetch import unpack
-from grpo.tools.saved_model import resolve_base
+from grpo.tools.saved_model import check_model, resolve_base
 from grpo.tracking.diagnostics import Diagnostics
 from grpo.tracking.model_card import push
 from grpo.tracking.report import write_report
@@ -105,6 +105,12 @@ def written(folder: Path, *lines: str | bytes | dict, name: str = "data.jsonl") 
     texts = [json.dumps(line) if isinstance(line, dict) else line for line in lines]
     (folder / name).write_bytes(b"".join(text if isinstance(text, bytes) else text.encode() + b"\n" for text in texts))
     return folder / name
+
+
+def run_with_final(folder: Path) -> Path:
+    (folder / "first" / "final").mkdir(parents=True)
+    (folder / "first" / "metrics.jsonl").write_text('{"step": 1}\n')
+    return folder / "first"
 
 
 def too_long(folder: Path) -> None:
@@ -875,6 +881,16 @@ CASES: dict[str, Case] = {
     ),
     "report on a folder without a run": Case(
         write_report, ConfigError, "--run DIR holds no metrics.jsonl with a step in it: give the folder of a run"
+    ),
+    "run directory in the place of its model": Case(
+        lambda folder: check_model(str(run_with_final(folder))),
+        ConfigError,
+        "--model DIR/first is a run directory: its model is DIR/first/final",
+    ),
+    "folder of a model that does not exist": Case(
+        lambda folder: check_model(str(run_with_final(folder).parent / "frist" / "final")),
+        ConfigError,
+        "--model DIR/frist/final: there is no such folder. DIR holds 1 run: the model of first is DIR/first/final",
     ),
     "base model that the run does not record": Case(
         lambda folder: resolve_base(str(folder / "final"), "run"),
