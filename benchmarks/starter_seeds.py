@@ -2,17 +2,14 @@
 
     python benchmarks/starter_seeds.py [--seeds 0 1 2 3 4] [--work outputs/starter_seeds] [--only-report]
 
-Each seed starts with an empty cache (GRPO_CACHE), as on a fresh machine. A run that has ended is not repeated. Runs in
-docs/results/starter_seeds.json stay in it. --only-report draws the picture and prints the table of the stored results.
+A run that has ended is not repeated, and runs in docs/results/starter_seeds.json stay in it. --only-report draws the
+picture and prints the table of the stored results.
 """
 
 import hashlib
 import json
-import os
-import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +30,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--work", type=Path, default=Path("outputs/starter_seeds"), help="the folder for the runs")
     parser.add_argument("--only-report", action="store_true", help="draw the stored results")
-    parser.add_argument("--conditions", default="", help="a remark on the machine, stored with the results")
     options = parser.parse_args()
     report = read_json(STORED)
     runs = {run["seed"]: run for run in report["runs"]}
@@ -42,8 +38,7 @@ def main() -> None:
         if not (folder / "final").is_dir():
             train(seed, folder)
         runs[seed] = measured(folder, seed)
-        report |= {"conditions": options.conditions, "versions": versions(folder)}
-        report["command"] = "the first command of README with --seed SEED; seconds: the whole command, nothing cached"
+        report |= {"command": "the first command of README with --seed SEED", "versions": versions(folder)}
         report["runs"] = [runs[each] for each in sorted(runs)]
         write_json(STORED, report)
     draw(report["runs"], PICTURE, digest(STORED))
@@ -51,16 +46,11 @@ def main() -> None:
 
 
 def train(seed: int, folder: Path) -> None:
-    """Run the first command of README with an empty cache. Its duration goes to seconds.json in the run directory."""
-    cache = folder.parent / f"cache{seed}"
-    shutil.rmtree(cache, ignore_errors=True)
+    """Run the first command of README."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     launcher += ["--config_file", str(ROOT / "accelerate_configs" / "one_process.yaml")]
     command = [*launcher, str(ROOT / "launch" / "train.py"), "--seed", str(seed), "--run_dir", str(folder)]
-    started = time.perf_counter()
-    subprocess.run(command, check=True, env=os.environ | {"GRPO_CACHE": str(cache.resolve())})
-    write_json(folder / "seconds.json", time.perf_counter() - started)
-    shutil.rmtree(cache, ignore_errors=True)
+    subprocess.run(command, check=True)
 
 
 def measured(folder: Path, seed: int) -> dict[str, Any]:
@@ -76,7 +66,6 @@ def measured(folder: Path, seed: int) -> dict[str, Any]:
         "length_by_step": {str(row["step"]): row["eval/length_mean"] for row in held_out},
         "format_before": held_out[0]["eval/format"],
         "format_after": held_out[-1]["eval/format"],
-        "seconds": round(read_json(folder / "seconds.json"), 1),
         "example": {
             "question": before[shown]["question"],
             "before": before[shown]["completion"],
@@ -94,14 +83,13 @@ def versions(folder: Path) -> dict[str, str]:
 def table(runs: list[dict[str, Any]]) -> list[str]:
     """Return the table of docs/quickstart.md."""
     lines = [
-        "| seed | before | after 10 steps | after 30 steps | completion length | whole command |",
-        "|---|---|---|---|---|---|",
+        "| seed | before | after 10 steps | after 30 steps | completion length |",
+        "|---|---|---|---|---|",
     ]
     for run in runs:
         accuracy, length = run["accuracy_by_step"], run["length_by_step"]
         shares = " | ".join(f"{100 * accuracy[step]:.1f} %" for step in ("0", "10", "30"))
-        lengths = f"{length['0']:.0f} → {length['30']:.0f} tokens"
-        lines.append(f"| {run['seed']} | {shares} | {lengths} | {run['seconds']:.0f} s |")
+        lines.append(f"| {run['seed']} | {shares} | {length['0']:.0f} → {length['30']:.0f} tokens |")
     return lines
 
 
