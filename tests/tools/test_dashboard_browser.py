@@ -1,6 +1,7 @@
 """The dashboard in a real browser (Debian's chromium): no errors, live updates, and completions shown as text."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import yaml
 
 from grpo.runtime.messages import visible
 from grpo.tools.chat_models import load_chat_models, stream_answers
+from grpo.tools.dashboard import completions_tab
 from grpo.tools.dashboard.app import serve
 from grpo.tracking.curves import CURVES
 from grpo.tracking.drawing import readable
@@ -49,8 +51,8 @@ def browser() -> Iterator[Any]:
 class Visit:
     """A browser page that collects its errors."""
 
-    def __init__(self, browser: Any, address: str, colors: str = "light") -> None:
-        self.page = browser.new_page(color_scheme=colors, viewport={"width": 1400, "height": 1000})
+    def __init__(self, browser: Any, address: str, colors: str = "light", width: int = 1400) -> None:
+        self.page = browser.new_page(color_scheme=colors, viewport={"width": width, "height": 1000})
         self.page.set_default_timeout(PATIENCE)
         self.wrong: list[str] = []
         self.page.on("console", lambda said: self.wrong.append(said.text) if said.type == "error" else None)
@@ -125,6 +127,69 @@ def test_every_page_loads_and_a_hostile_completion_stays_text(tmp_path: Path, br
         assert browser_page.title() == "GRPO runs"
         assert browser_page.locator("img[src='x']").count() == 0
         assert not browser_page.evaluate("[...document.scripts].some(script => script.text.includes('owned'))")
+        assert visit.wrong == []
+    finally:
+        page.close()
+
+
+def test_completions_are_those_of_the_step_shown_and_a_group_closes(
+    tmp_path: Path, browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer about an older step that arrives late is not shown. Equal answers are one card."""
+    run = write_run(tmp_path / "runs" / "one", steps=20)
+    rows = (run / "rollouts.jsonl").read_text()
+    (run / "rollouts.jsonl").write_text(
+        re.sub(r'"4 #[012]"', '"the same"', rows.replace('"reward": 0.5', '"reward": 1'))
+    )
+    whole = completions_tab.find
+
+    def slow(board: Any, name: Any, at: int, *rest: Any) -> Any:
+        time.sleep(2.0 if at < 20 else 0.0)
+        return whole(board, name, at, *rest)
+
+    monkeypatch.setattr(completions_tab, "find", slow)
+    page, address = serve(tmp_path / "runs", tmp_path / "feedback.jsonl", block=False)
+    try:
+        for _ in range(3):
+            visit = Visit(browser, address)
+            visit.tab("Completions")
+            visit.page.get_by_text("4 completions of step 20.").wait_for()
+            visit.page.wait_for_timeout(3000)  # longer than an answer about an older step takes
+            assert visit.page.locator("#step input").first.input_value() == "20"
+            assert "4 completions of step 20." in visit.page.locator("#found").inner_text()
+        cell = visit.page.locator("#completions").get_by_text("the same").locator("visible=true").first
+        box = cell.bounding_box()
+        visit.page.mouse.click(box["x"] + 5, box["y"] + 5)
+        visit.page.get_by_text("Step 20: 4 completions, 2 different. Green: right. Red: wrong.").wait_for()
+        assert visit.page.locator(".card").count() == 2
+        assert visit.page.locator(".card").first.inner_text().startswith("#0 and 2 like it")
+        visit.page.locator("#search textarea, #search input").first.fill("nowhere")
+        visit.page.get_by_text("No completion of step 20 fits.").wait_for()
+        visit.page.locator(".card").first.wait_for(state="detached")
+        assert visit.wrong == []
+    finally:
+        page.close()
+
+
+@pytest.mark.parametrize("colors", ["light", "dark"])
+def test_a_narrow_screen(tmp_path: Path, browser: Any, colors: str) -> None:
+    """At 390 pixels nothing is wider than the page, every tab is in the bar, and four columns are left to read."""
+    write_run(tmp_path / "runs" / "one", completion="An answer of some words that goes on")
+    page, address = serve(tmp_path / "runs", tmp_path / "feedback.jsonl", block=False)
+    try:
+        visit = Visit(browser, address, colors, width=390)
+        tabs = visit.page.get_by_role("tab").all()
+        assert [tab.inner_text() for tab in tabs if tab.is_visible()] == ["Curves", "Completions", "Compare", "Chat"]
+        boxes = [tab.bounding_box() for tab in tabs]
+        assert all(box["x"] >= 0 and box["x"] + box["width"] <= 390 for box in boxes)
+        visit.tab("Completions")
+        visit.page.locator("#completions [role=gridcell]").first.wait_for(state="attached")
+        shown = [cell for cell in visit.page.locator("#completions th").all() if cell.is_visible()]
+        assert [cell.inner_text().split()[0] for cell in shown] == ["prompt", "completion", "reward", "right"]
+        cells = visit.page.locator("#completions .virtual-row").first.locator("[role=gridcell]").all()
+        widths = [cell.bounding_box()["width"] for cell in cells if cell.is_visible()]
+        assert len(widths) == 4 and widths[1] > 110 and min(widths) > 36
+        assert visit.page.evaluate("document.documentElement.scrollWidth") <= 390
         assert visit.wrong == []
     finally:
         page.close()
