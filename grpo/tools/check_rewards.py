@@ -173,9 +173,10 @@ def _compare_totals(found: Check, totals: dict[str, float]) -> None:
 
 
 def score_in_process(name: str, score: RewardSum, groups: dict[str, list[Group]], deadline: float = DEADLINE) -> Scored:
-    """Score every kind of probe with one reward, within the deadline in seconds."""
+    """Score every kind of probe with one reward, within the deadline in seconds (default: DEADLINE)."""
     if "fork" not in multiprocessing.get_all_start_methods():
         return _score_all(name, score, groups)
+    deadline = deadline or DEADLINE
     context = multiprocessing.get_context("fork")  # fork: a reward from a user's file need not be importable
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=lambda: sender.send(_score_all(name, score, groups)), daemon=True)
