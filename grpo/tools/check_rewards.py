@@ -172,7 +172,9 @@ def _compare_totals(found: Check, totals: dict[str, float]) -> None:
             found.warnings.append(f"{kind.removeprefix('hostile ')} earns {total:.3f}, a right answer {gold:.3f}")
 
 
-def score_in_process(name: str, score: RewardSum, groups: dict[str, list[Group]], deadline: float = DEADLINE) -> Scored:
+def score_in_process(
+    name: str, score: RewardSum, groups: dict[str, list[Group]], deadline: float | None = None
+) -> Scored:
     """Score every kind of probe with one reward, within the deadline in seconds (default: DEADLINE)."""
     if "fork" not in multiprocessing.get_all_start_methods():
         return _score_all(name, score, groups)
