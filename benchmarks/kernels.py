@@ -11,18 +11,16 @@ gain of the kernel: without it / with it. --cpu_time counts CPU seconds, for a m
 """
 
 import argparse
-import contextlib
 import gc
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from against_trl.measuring import busy_processes
 from shared import character_tokenizer, script_parser, write_json
 
 from grpo.errors import ConfigError
@@ -166,18 +164,6 @@ def resident(key: str) -> float:
         if line.startswith(key + ":"):
             return int(line.split()[1]) / 2**20
     raise ConfigError("memory is read from /proc: run this on Linux")
-
-
-@contextlib.contextmanager
-def busy_processes(count: int) -> Iterator[None]:
-    """Run `count` processes that compete for the cores."""
-    processes = [subprocess.Popen([sys.executable, "-S", "-c", "while True: sum(range(10000))"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def table(options: argparse.Namespace, base: dict[str, float], factors: dict[str, dict[str, float]]) -> str:

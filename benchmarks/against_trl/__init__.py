@@ -1,0 +1,1 @@
+"""The comparison with TRL on the same work, for launch/benchmark.py."""
