@@ -144,7 +144,8 @@ def readme_table(reports: list[dict]) -> str:
         tuned, default = report["ratios"]["tuned"], report["ratios"].get("default", {})
         work = report["work"]
         completions, limit = work["num_generations"], work["max_completion_length"]
-        name = f"`{report['suite']}`: {completions} completions of at most {limit} tokens"
+        precision = {"no": "float32", "bf16": "bfloat16"}[work["precision"]]
+        name = f"`{report['suite']}`: {completions} completions of at most {limit} tokens, {precision}"
         cells = [
             f"{tuned[key]:.1f}x" + (f" ({default[key]:.1f}x)" if key in default else "")
             for key in ("step", "rollout", "update", "peak_memory")
