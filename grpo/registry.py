@@ -73,6 +73,18 @@ class Registry(Generic[T]):
         if check is not None:
             self._checks[name] = check
 
+    @contextlib.contextmanager
+    def holding(self, name: str, entry: T) -> Iterator[None]:
+        """Let `name` stand for `entry` within, whatever it stands for otherwise: an object without an address."""
+        before = self._entries.get(name)
+        self._entries[name] = entry
+        try:
+            yield
+        finally:
+            del self._entries[name]
+            if before is not None:
+                self._entries[name] = before
+
     def check(self, name: str, config: Any) -> None:
         """Raise ConfigError if there is no entry called `name`, or if its own check refuses the config."""
         entry = self.get(name)

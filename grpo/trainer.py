@@ -36,16 +36,20 @@ def train(config: Config) -> Path:
         GrpoError: Its `exit_code` tells the kind of failure.
     """
     with Signals() as signals, memory_advice(config), torch_defaults():
-        run = build_run(config)
-        signals.training = True
-        try:
-            training_loop(run, signals)
-        except EngineError as error:
-            raise run.save_on_engine_error(error) from error
-        else:
-            return run.finish()
-        finally:
-            run.close()
+        return train_run(build_run(config), signals)
+
+
+def train_run(run: Run, signals: Signals) -> Path:
+    """Train a run that is built, write final/, and close it. Returns the run directory."""
+    signals.training = True
+    try:
+        training_loop(run, signals)
+    except EngineError as error:
+        raise run.save_on_engine_error(error) from error
+    else:
+        return run.finish()
+    finally:
+        run.close()
 
 
 def training_loop(run: Run, signals: Signals) -> None:
@@ -54,6 +58,7 @@ def training_loop(run: Run, signals: Signals) -> None:
     if run.start == 0 and config.eval_every:
         run.recorder.record(0, run.evaluate(0))
     for step in range(run.start + 1, config.steps + 1):
+        run.recorder.step_begins(step)
         clock, sums = Clock(run.accelerator.device), Sums()
         # 1. Sample G completions of each prompt. 2. Score them.
         sampled = collector.sample(step, clock)
@@ -82,13 +87,16 @@ def training_loop(run: Run, signals: Signals) -> None:
         check_skipped(run, step)
         difference = metrics.get("policy/sampling_logprob_difference", 0.0)  # not measured: no token was trained
         check_difference(run.engine, run.policy, config.rollout, step, difference)
-        # 6. Save, and stop if a signal has asked for it.
+        # 6. Save, and stop if a signal or a callback has asked for it.
         signal = max_over_ranks(run.accelerator, signals.received)  # sent to one rank or all: they stop together
-        last = bool(signal) or step == config.steps
-        if last or (config.save_every and step % config.save_every == 0):
+        stop, save = run.recorder.callbacks.requests()
+        last = bool(signal) or stop or step == config.steps
+        if last or save or (config.save_every and step % config.save_every == 0):
             run.save(step, last=last)
         if signal and step < config.steps:
             raise Interrupted(signal, f"stopped by a signal after step {step} of {config.steps}. {run.resume_hint()}")
+        if stop:
+            break
 
 
 @phase("learning")

@@ -113,6 +113,8 @@ class DataConfig:
     8 MB and more."""
     streaming: bool = fixed(False, trl="dataset_streaming")
     """Read and tokenise rows when they are drawn, instead of before training."""
+    shuffle_dataset: bool = setting(True, trl="shuffle_dataset")
+    """Draw the rows in a new order in every epoch. false = in their own order."""
     shuffle_buffer: int = setting(10_000, "[1, inf)")
     """Number of rows that streaming shuffles among each other."""
     max_prompt_length: int | None = setting(512, "[1, inf)", common=True)

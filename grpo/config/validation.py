@@ -65,6 +65,11 @@ def check_data(config: Config) -> None:
     if config.curriculum.reward is not None and config.curriculum.reward not in config.rewards:
         known = ", ".join(config.rewards)
         raise ConfigError(f"curriculum.reward is '{config.curriculum.reward}', it must be one of the rewards: {known}")
+    if config.curriculum.reward is not None and not config.data.shuffle_dataset:
+        raise ConfigError(
+            "data.shuffle_dataset is false, but a curriculum draws the prompts in an order of its own: set "
+            "curriculum.reward to null, or shuffle_dataset to true"
+        )
     if not config.data.streaming:
         return
     for key, unknown in [

@@ -230,7 +230,7 @@ def _example(row: Row, answer: str | None, data: DataConfig) -> Example:
         question = unicodedata.normalize("NFC", question)
         messages = messages_for(question, data)
     else:
-        messages = _trl_prompt(row["prompt"])
+        messages = trl_prompt(row["prompt"])
         question = question_of(messages)
     used = (data.question, data.answer) if data.question in row else ("prompt", data.answer)
     columns = {name: value for name, value in row.items() if name not in used}
@@ -255,7 +255,7 @@ def _with_template_settings(example: Example, data: DataConfig) -> Example:
     return Example(example.messages, {**example.columns, "chat_template_kwargs": settings})
 
 
-def _trl_prompt(prompt: Any) -> str | list[Message]:
+def trl_prompt(prompt: Any) -> str | list[Message]:
     """Check TRL's `prompt` column: text or messages, to which no system prompt or example is added."""
     if isinstance(prompt, str) and prompt.strip():
         return prompt

@@ -21,11 +21,11 @@ class PromptStream:
         rank     0 1 | 0 1 | 0 1        all ranks together get what one process would get
     """
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int):
+    def __init__(self, prompts: Sequence[Prompt], seed: int, *, shuffle: bool = True):
         if not prompts:
             raise ConfigError("there are no prompts to draw from")
         self.prompts = prompts
-        self.seed = seed
+        self.seed, self.shuffle = seed, shuffle
         self._orders: dict[int, numpy.ndarray] = {}
 
     def take(self, step: int, count: int, rank: int = 0, world_size: int = 1) -> list[Prompt]:
@@ -42,7 +42,9 @@ class PromptStream:
 
     def _order(self, epoch: int) -> numpy.ndarray:
         if epoch not in self._orders:
-            self._orders = {epoch: shuffled(len(self.prompts), self.seed, epoch)}  # keeps the latest only
+            count = len(self.prompts)
+            order = shuffled(count, self.seed, epoch) if self.shuffle else numpy.arange(count)
+            self._orders = {epoch: order}  # keeps the latest only
         return self._orders[epoch]
 
     def state_dict(self) -> dict[str, Any]:

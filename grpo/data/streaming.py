@@ -12,6 +12,7 @@ from typing import Any
 from grpo.config.schema import DataConfig
 from grpo.data.files import BadRows, Row, Table, iterate_rows
 from grpo.data.hub import is_hub_name, stream_split
+from grpo.data.registry import DATASETS
 from grpo.data.rendering import prompt_token_ids, template_arguments
 from grpo.data.rows import Example, example_of, load_rows
 from grpo.errors import ConfigError
@@ -67,7 +68,8 @@ class StreamedPrompts:
     def _next(self, draw: int) -> Prompt:
         while True:
             if self._iterator is None:
-                self._iterator = buffer_shuffled(self._read, self.data.shuffle_buffer, f"{self.seed} {self.epoch}")
+                size = self.data.shuffle_buffer if self.data.shuffle_dataset else 1
+                self._iterator = buffer_shuffled(self._read, size, f"{self.seed} {self.epoch}")
                 for _ in range(self.rows):  # read, not tokenised: 60,000 rows take about a second
                     next(self._iterator)
             found = next(self._iterator, None)
@@ -77,7 +79,8 @@ class StreamedPrompts:
                 self.epoch, self.rows, self._iterator, self._usable = self.epoch + 1, 0, None, 0
                 continue
             self.rows += 1
-            example = example_of(*found, self.data, self.bad)
+            row, place = found
+            example = row if isinstance(row, Example) else example_of(row, place, self.data, self.bad)
             if example is None:
                 continue
             token_ids = prompt_token_ids(example.messages, self.tokenizer, template_arguments(example.columns))
@@ -98,6 +101,10 @@ class StreamedPrompts:
 
 def read_rows(data: DataConfig, bad: BadRows) -> Iterator[tuple[Row, str]]:
     """Yield the rows of data.path with their places, one by one, from a file or from the hub."""
+    own = getattr(DATASETS.get(data.name), "stream", None)
+    if own is not None:  # a dataset that yields its Examples one by one
+        yield from ((example, f"{data.name}, row {number}") for number, example in enumerate(own(), 1))
+        return
     if data.path is None:
         raise ConfigError("data.streaming is true, but data.path is null: it needs a file, or a dataset on the hub")
     if is_hub_name(data.path):
@@ -131,4 +138,6 @@ def peek(data: DataConfig, bad: BadRows) -> list[Example]:
         places.append(place)
         if len(rows) == PEEK_ROWS:
             break
+    if rows and isinstance(rows[0], Example):
+        return rows
     return load_rows(Table(f"{data.path} (its first {len(rows)} rows)", rows, places), data, bad)

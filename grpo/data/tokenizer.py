@@ -1,11 +1,26 @@
 """Tokenizer loading from a local folder or the hub."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from grpo.data.gguf import plain_model
 from grpo.errors import ConfigError
+
+_live: dict[str, PreTrainedTokenizerBase] = {}
+"""Path -> the tokenizer in memory that is used instead of the one there."""
+
+
+@contextlib.contextmanager
+def live_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Let `tokenizer` be the one of `path` within."""
+    _live[path] = tokenizer
+    try:
+        yield
+    finally:
+        del _live[path]
 
 
 def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
@@ -18,6 +33,8 @@ def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokeniz
     Raises:
         ConfigError: It is missing, cannot be loaded, or encodes every text as nothing.
     """
+    if path in _live:
+        return _live[path]
     check_exists(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -160,7 +160,7 @@ def _epochs(
         config.steps = math.ceil(config.num_train_epochs * len(prompts) / config.prompts_per_step)
     rule = config.curriculum
     if rule.reward is None:
-        stream = PromptStream(prompts, config.seed)
+        stream = PromptStream(prompts, config.seed, shuffle=config.data.shuffle_dataset)
     else:
         stream = Curriculum(
             prompts,

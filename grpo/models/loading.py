@@ -4,7 +4,9 @@ A strategy may load on the main process alone, create `empty_model` on the other
 (grpo/models/strategies/fsdp.py).
 """
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,6 +31,20 @@ from grpo.runtime.precision import PRECISIONS
 disable_progress_bar()  # "Loading weights 38/38" would interrupt our own log
 
 
+_live: dict[str, PreTrainedModel] = {}
+"""Path -> the model in memory that is trained instead of the weights there."""
+
+
+@contextlib.contextmanager
+def live_model(path: str, model: PreTrainedModel) -> Iterator[None]:
+    """Let `path`, which holds the config of `model`, stand for `model` itself within. It is trained in place."""
+    _live[path] = model
+    try:
+        yield
+    finally:
+        del _live[path]
+
+
 def load_for_training(path: str, config: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, bool]:
     """Load a causal LM on this process, and use packed attention in it where configured and exact.
 
@@ -43,7 +59,7 @@ def load_for_training(path: str, config: ModelConfig, device: torch.device) -> t
     Raises:
         ConfigError: The model cannot be loaded or is not supported.
     """
-    model = load_model(path, config, device)
+    model = prepared(_live[path], path) if path in _live else load_model(path, config, device)
     return model, config.attn_implementation == NAME and use_grpo_attention(model)
 
 
@@ -119,6 +135,15 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
     ) in model.modules():  # bitsandbytes' packed layout for some CPUs has no gradient and cannot be dequantized
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    return prepared(model, path)
+
+
+def prepared(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    """Prepare a loaded causal LM in place, and find out what it does with the product of its head.
+
+    Raises:
+        ConfigError: Its logprobs could not be computed exactly.
+    """
     if model.get_output_embeddings() is None:
         raise ConfigError(f"model.name '{path}': {type(model).__name__} has no output head: use a model for text")
     prepare_model(model, IDENTITY)

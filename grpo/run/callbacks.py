@@ -1,4 +1,4 @@
-"""Callbacks: user code at four moments of a run, mostly to add a metric.
+"""Callbacks: user code at six moments of a run, mostly to add a metric.
 
     # my_callbacks.py                                  # --callbacks '[my_callbacks.py:Digits]'
     from grpo.run.callbacks import Callback
@@ -7,14 +7,16 @@
         def on_step_end(self, state, metrics):
             metrics["my/digits"] = sum(c.isdigit() for row in state.rows for c in row["completion"]) / len(state.rows)
 
-Added metrics go to metrics.jsonl and to every tracker. A callback that fails is disabled with one warning; training
-continues. Callbacks run on every process, so that they may use collectives; the main process's numbers are kept.
+Added metrics go to metrics.jsonl and to every tracker. `self.stop = True` ends the training after the step, saved, and
+`self.save = True` saves a checkpoint of it; on any process is enough. A callback that fails is disabled with one
+warning; training continues. Callbacks run on every process, so that they may use collectives; the main process's
+numbers are kept.
 """
 
 import logging
 import re
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +54,32 @@ class State:
     tokenizer: PreTrainedTokenizerBase
     accelerator: Accelerator
     strategy: Strategy
+    evaluated: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of the evaluation of this step, as in evaluations.jsonl; [] without one."""
 
 
 class Callback:
     """Base class: override the hooks you need. It is created once, without arguments, before any weight loads."""
 
+    stop = False
+    """Set to True in a hook: training ends after this step, saved."""
+    save = False
+    """Set to True in a hook: a checkpoint of this step is saved."""
+
     def on_train_begin(self, state: State) -> None:
         """Called when everything is loaded. `state.step` steps are done: 0, unless the run was resumed."""
+
+    def on_step_begin(self, state: State) -> None:
+        """Called before the completions of a step are sampled."""
 
     def on_step_end(self, state: State, metrics: Metrics) -> None:
         """Called after the weights were updated. `metrics` holds the metrics of the step; add to it."""
 
     def on_evaluate(self, state: State, metrics: Metrics) -> None:
         """Called after a held-out evaluation, at step 0 too. `metrics` holds eval/... and the step's; add to it."""
+
+    def on_save(self, state: State) -> None:
+        """Called after a checkpoint was saved."""
 
     def on_train_end(self, state: State) -> None:
         """Called at the end, also after a failure. Not for collectives: other processes may have exited."""
@@ -108,8 +123,28 @@ class Callbacks:
         self._accelerator = accelerator
 
     def begin(self, state: State) -> None:
+        self._call("on_train_begin", state)
+
+    def before_step(self, state: State) -> None:
+        self._call("on_step_begin", state)
+
+    def saved(self, state: State) -> None:
+        self._call("on_save", state)
+
+    def _call(self, hook: str, state: State) -> None:
         for name, callback in list(self._active.items()):
-            self._agree(name, self._guarded(name, callback.on_train_begin, state))
+            self._agree(name, self._guarded(name, getattr(callback, hook), state))
+
+    def requests(self) -> tuple[bool, bool]:
+        """Return whether a callback on any process asks to stop, and to save. Collective where there are callbacks."""
+        if not self._active:
+            return False, False
+        callbacks = self._active.values()
+        stop, save = any(callback.stop for callback in callbacks), any(callback.save for callback in callbacks)
+        for callback in callbacks:
+            callback.save = False
+        number = max_over_ranks(self._accelerator, stop), max_over_ranks(self._accelerator, save)
+        return bool(number[0]), bool(number[1])
 
     def after_step(
         self, state: State, metrics: dict[str, float], *, trained: bool, evaluated: bool

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Recorder:
         self.tracker, self.console, self.callbacks, self.diagnostics = tracker, console, callbacks, diagnostics
         self.state, self.start, self.steps_done = state, start, start
         self.first_eval, self.last_eval = first_eval, last_eval
+        self.evaluated: list[dict[str, Any]] = []
         self.callbacks.begin(self.state(start, []))
 
     def record(self, step: int, metrics: dict[str, float], rows: list[dict[str, Any]] | None = None) -> None:
@@ -68,9 +70,8 @@ class Recorder:
         rows = gather_rows(self.accelerator, rows) if rows is not None else []
         rows.sort(key=lambda row: (row["draw"], row["sample"]))
         self.steps_done = step
-        metrics = self.callbacks.after_step(
-            self.state(step, rows), metrics, trained=step > self.start, evaluated=bool(evaluated)
-        )
+        state = replace(self.state(step, rows), evaluated=self.evaluated if evaluated else [])
+        metrics = self.callbacks.after_step(state, metrics, trained=step > self.start, evaluated=bool(evaluated))
         if self.tracker is None or not metrics:
             return
         shown = self.config.tracking.log_completions and bool(rows)
@@ -82,12 +83,21 @@ class Recorder:
         if shown and self._is_due(step, SAMPLES):
             self.console.completions(rows)
 
+    def step_begins(self, step: int) -> None:
+        """Call the callbacks before a step. Collective where there are callbacks."""
+        self.callbacks.before_step(self.state(step - 1, []))
+
+    def saved(self, step: int) -> None:
+        """Call the callbacks after a checkpoint of `step`. Collective where there are callbacks."""
+        self.callbacks.saved(self.state(step, []))
+
     def _is_due(self, step: int, times: int) -> bool:
         """Return True after the first step, and about `times` times in a run."""
         return step == 1 or step % max(1, self.config.steps // times) == 0
 
     def log_evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Record every item of a held-out evaluation."""
+        self.evaluated = rows
         if self.tracker is not None:
             self.tracker.log_evaluation(step, rows)
 

@@ -124,6 +124,7 @@ class Run:
         """
         try:
             self.checkpointer.save(step, needed=last)
+            self.recorder.saved(step)
         except StorageError as error:
             if isinstance(error, LockLost):
                 raise

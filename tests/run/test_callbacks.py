@@ -39,14 +39,24 @@ def note(state, word):
 class Recorder(Callback):
     def on_train_begin(self, state):
         note(state, "begin")
+    def on_step_begin(self, state):
+        note(state, "before")
+    def on_save(self, state):
+        note(state, "saved")
     def on_step_end(self, state, metrics):
         note(state, "step")
         metrics["my/seen"] = metrics["reward/mean"] * 2
     def on_evaluate(self, state, metrics):
         note(state, "evaluate")
         metrics["my/error"] = 1 - metrics["eval/accuracy"]
+        assert sum(row["accuracy"] for row in state.evaluated) / len(state.evaluated) == metrics["eval/accuracy"]
     def on_train_end(self, state):
         note(state, "end")
+
+class Stopping(Callback):
+    def on_step_end(self, state, metrics):
+        self.save = state.step == 1
+        self.stop = state.step == 2
 
 class Second(Callback):
     def on_step_end(self, state, metrics):
@@ -82,12 +92,26 @@ def function(state):
 def test_moments_and_order(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(RECORDER)
     rows = run(
-        tmp_path, "run", callbacks=json.dumps([f"{tmp_path}/mine.py:Recorder", f"{tmp_path}/mine.py:Second"]), steps=2
+        tmp_path,
+        "run",
+        callbacks=json.dumps([f"{tmp_path}/mine.py:Recorder", f"{tmp_path}/mine.py:Second"]),
+        steps=2,
+        save_every=0,
     )
     moments = (tmp_path / "run" / "moments").read_text().splitlines()
-    assert moments == ["begin 0 0", "evaluate 0 0", "step 1 12", "step 2 12", "evaluate 2 12", "end 2 0"]
+    before = ["begin 0 0", "evaluate 0 0", "before 0 0", "step 1 12", "before 1 0", "step 2 12"]
+    assert moments == [*before, "evaluate 2 12", "saved 2 0", "end 2 0"]
     assert "my/seen" not in rows[0] and rows[0]["my/error"] == 1 - rows[0]["eval/accuracy"]
     assert all(row["my/second"] == row["my/seen"] + 1 == 2 * row["reward/mean"] + 1 for row in rows[1:])
+
+
+def test_a_callback_saves_and_stops(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(RECORDER)
+    names = json.dumps([f"{tmp_path}/mine.py:Stopping"])
+    rows = run(tmp_path, "run", callbacks=names, eval_every=0, save_every=0, steps=4, save_total_limit=3)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-1", "step-2"]
+    assert json.loads((tmp_path / "run" / "final" / "training.json").read_text())["step"] == 2
 
 
 def test_a_callback_that_fails_is_switched_off_with_one_warning(
@@ -107,7 +131,7 @@ def test_a_callback_that_fails_is_switched_off_with_one_warning(
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("Misspelt", "on_step_ended, which is not a supported hook: on_train_begin, on_step_end"),
+        ("Misspelt", "on_step_ended, which is not a supported hook: on_train_begin, on_step_begin"),
         ("Needy", "cannot be created without arguments"),
         ("function", "not a subclass of"),
         ("Missing", "has no 'Missing'"),
