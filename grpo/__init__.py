@@ -14,6 +14,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
 # Public name -> the module that defines it. `__init__.pyi` lists the same names for type checkers.
 _PUBLIC = {
     "Config": "grpo.config.schema",
+    "GRPOConfig": "grpo.compat.arguments",
+    "GRPOTrainer": "grpo.compat.trl",
     "load_config": "grpo.config.parser",
     "train": "grpo.trainer",
     "register_advantage": "grpo.advantages",

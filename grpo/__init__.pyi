@@ -1,4 +1,6 @@
 from grpo.advantages import register_advantage as register_advantage
+from grpo.compat.arguments import GRPOConfig as GRPOConfig
+from grpo.compat.trl import GRPOTrainer as GRPOTrainer
 from grpo.config.parser import load_config as load_config
 from grpo.config.schema import Config as Config
 from grpo.data.registry import register_dataset as register_dataset

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo.data.registry import Part
-from grpo.data.rendering import prompt_token_ids
+from grpo.data.rendering import prompt_token_ids, template_arguments
 from grpo.data.rows import Example, RowError, trl_prompt
 from grpo.errors import ConfigError
 
@@ -43,14 +43,19 @@ class Prompts:
             rows.stream = lambda: examples_of(self.train, "train_dataset")  # type: ignore[attr-defined]
         return rows
 
-    def longest_prompt(self, tokenizer: Any) -> int:
-        """Return the number of tokens of the longest training or evaluation prompt (of a stream: of its first rows)."""
+    def longest_prompt(self, tokenizer: Any, template: Any) -> int:
+        """Return the number of tokens of the longest training or evaluation prompt (of a stream: of its first rows).
+
+        Args:
+            template: Arguments of the chat template, or None.
+        """
         train = examples_of(self.train, "train_dataset")
         if self.streamed:
             train = itertools.islice(train, MEASURED)
         evaluated = itertools.chain.from_iterable(self.held_out.values())
         examples = sorted(itertools.chain(train, evaluated), key=lambda example: -len(str(example.messages)))
-        return max((len(prompt_token_ids(example.messages, tokenizer)) for example in examples[:MEASURED]), default=1)
+        chosen = [(one.messages, (template or {}) | template_arguments(one.columns)) for one in examples[:MEASURED]]
+        return max((len(prompt_token_ids(messages, tokenizer, given)) for messages, given in chosen), default=1)
 
 
 def prompts_of(train: Any, evaluation: Any) -> Prompts:
@@ -62,14 +67,12 @@ def prompts_of(train: Any, evaluation: Any) -> Prompts:
     if train is None:
         raise ConfigError("train_dataset is missing: pass a datasets.Dataset with a column 'prompt'")
     sets = dict(evaluation) if isinstance(evaluation, Mapping) else {"": evaluation}
-    for name, dataset in [
-        ("train_dataset", train),
-        *((f"eval_dataset {key}".strip(), one) for key, one in sets.items()),
-    ]:
+    named = {f"eval_dataset {name}".strip(): one for name, one in sets.items()}
+    for name, dataset in {"train_dataset": train, **named}.items():
         if isinstance(dataset, str | bytes | Mapping) or (dataset is not None and not isinstance(dataset, Iterable)):
             raise ConfigError(
-                f"{name} is a {type(dataset).__name__}, needs to be a datasets.Dataset, an IterableDataset or a list of "
-                f"rows"
+                f"{name} is a {type(dataset).__name__}, needs to be a datasets.Dataset, an IterableDataset or a list "
+                f"of rows"
             )
     held_out = {name: list(examples_of(one, "eval_dataset")) for name, one in sets.items() if one is not None}
     return Prompts(train, held_out, streamed=not hasattr(train, "__len__"))

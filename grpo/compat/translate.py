@@ -20,8 +20,6 @@ log = logging.getLogger(__name__)
 Values = dict[str, Any]
 """Flat config key -> value."""
 
-ALL_CHECKPOINTS = 1_000_000
-"""save_total_limit where TRL keeps all of them."""
 TRACKERS = ("tensorboard", "trackio", "wandb")
 CORRECTIONS = {"token_truncate": "truncate", "token_mask": "mask"}
 """TRL's name of a correction -> rollout.correction. Others have the same name."""
@@ -41,12 +39,12 @@ class Translation:
     """What the user should know, one line each."""
 
 
-def translate(arguments: GRPOConfig, rows: int | None, **given: Any) -> Translation:
+def translate(arguments: GRPOConfig, rows: int | None, given: Values) -> Translation:
     """Return the config that `arguments` stand for.
 
     Args:
         rows: Rows of the training data; None for a stream.
-        given: Values of further keys, with `__` for the dot: model__name="...", rewards={...}.
+        given: Values of further keys.
 
     Raises:
         ConfigError: A field has a value that is not supported, with what to use instead.
@@ -61,8 +59,7 @@ def translate(arguments: GRPOConfig, rows: int | None, **given: Any) -> Translat
     values |= model_values(arguments.model_init_kwargs, remarks) | vllm_values(arguments)
     if arguments.loss_type == "cispo" and arguments.epsilon_high is None:
         remarks.append("loss_type cispo without epsilon_high caps ratios at 5.0; TRL would cap all of them at epsilon")
-    values |= {name.replace("__", "."): value for name, value in given.items()}
-    return Translation(build_config(values), batch, precision_of(arguments), remarks)
+    return Translation(build_config(values | given), batch, precision_of(arguments), remarks)
 
 
 def check_refused(arguments: GRPOConfig) -> None:
@@ -114,12 +111,14 @@ def lengths(arguments: GRPOConfig, batch: Schedule, remarks: list[str]) -> Value
             f"a step here takes {batch.updates} optimizer steps on its completions: {batch.steps} steps take "
             f"{batch.steps * batch.updates} optimizer steps, not {batch.max_steps}"
         )
+    save_every = interval("save", arguments.save_strategy, arguments.save_steps, batch, remarks)
+    all_checkpoints = batch.steps // save_every + 1 if save_every else 1
     values: Values = {
         "prompts_per_step": batch.prompts_per_step,
         "steps": batch.steps,
         "eval_every": interval("eval", arguments.eval_strategy, evaluation_interval(arguments), batch, remarks),
-        "save_every": interval("save", arguments.save_strategy, arguments.save_steps, batch, remarks),
-        "save_total_limit": arguments.save_total_limit or ALL_CHECKPOINTS,
+        "save_every": save_every,
+        "save_total_limit": arguments.save_total_limit or all_checkpoints,
         "data.max_prompt_length": None,
         "model.ref_model_sync_steps": batch.steps_of(arguments.ref_model_sync_steps),
     }

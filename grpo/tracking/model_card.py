@@ -80,7 +80,14 @@ def publish(
 
 
 def push(
-    folder: Path, repo_id: str, *, token: str | None = None, endpoint: str | None = None, private: bool = True
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    endpoint: str | None = None,
+    private: bool = True,
+    commit_message: str = "Model trained with GRPO",
+    revision: str | None = None,
 ) -> str:
     """Upload a model folder. Without `token`, the token is HF_TOKEN. It is never read from a config.
 
@@ -93,7 +100,9 @@ def push(
     api = HfApi(endpoint=endpoint, token=token)
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Model trained with GRPO")
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision)
     except Exception as error:  # the hub raises many types; all mean that the upload failed
         again = f"hf upload {repo_id} {folder}{' --private' if private else ''}"
         raise StorageError(

@@ -1,0 +1,326 @@
+"""GRPOTrainer with TRL's constructor and methods: a shell around the config, the run and the loop of this trainer.
+
+    trainer = GRPOTrainer(model="Qwen/Qwen3-0.6B", reward_funcs=[f], args=GRPOConfig("out"), train_dataset=dataset)
+    trainer.train()          translate (config) -> build_run -> train_run, the same as launch/train.py
+
+Functions, datasets, callbacks and a loaded model have no name that a config could hold. They are registered under one
+while the trainer works (`GRPOTrainer._objects`).
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import PredictionOutput, TrainOutput
+
+from grpo.compat.arguments import GRPOConfig
+from grpo.compat.callbacks import Events, bridge_to, check_callbacks
+from grpo.compat.datasets import Prompts, examples_of, prompts_of
+from grpo.compat.models import given_model, launch_environment
+from grpo.compat.outputs import Outputs
+from grpo.compat.rewards import rewards_of
+from grpo.compat.translate import lora_values, quantization_values, translate
+from grpo.data.registry import DATASETS
+from grpo.data.rendering import render_prompts
+from grpo.data.tokenizer import live_tokenizer
+from grpo.errors import ConfigError
+from grpo.models.loading import live_model
+from grpo.models.optimizers import OPTIMIZERS
+from grpo.rewards.registry import REWARDS, reward_labels
+from grpo.rollout.evaluation import Evaluation, evaluate
+from grpo.run.build import build_rewards, build_run
+from grpo.run.callbacks import CALLBACKS
+from grpo.run.checkpoint import newest_valid
+from grpo.run.state import Run
+from grpo.runtime.device import torch_defaults
+from grpo.runtime.oom import memory_advice
+from grpo.runtime.signals import Signals
+from grpo.tracking.console import show_messages
+from grpo.trainer import train_run
+
+log = logging.getLogger(__name__)
+
+DATASET, CALLBACK, OPTIMIZER = "train_dataset", "trainer_callbacks", "given_optimizer"
+"""Names in the config of what GRPOTrainer was given."""
+CHANGED_ON_RESUME = ["rewards", "model.name"]
+"""Keys that may differ on resume: the file of a script with rewards, the folder of a loaded model's config."""
+
+
+class GRPOTrainer(Outputs):
+    """Trains a model with GRPO. Arguments as in TRL 1.16.
+
+    Args:
+        model: Id or folder of a causal LM, or a loaded one, which is trained in place.
+        reward_funcs: One or several of: a function, the name of a reward, a model for sequence classification.
+        args: The settings; default: `GRPOConfig("<model>-GRPO")`.
+        train_dataset: Rows with a column `prompt`, a text or messages. Other columns go to the rewards.
+        eval_dataset: Rows to evaluate, or several sets by name.
+        processing_class: The tokenizer; default: that of the model.
+        reward_processing_classes: Tokenizers of the reward models.
+        callbacks: transformers' TrainerCallbacks.
+        optimizers: An optimizer over the parameters of a loaded model, and its schedule; None for those of `args`.
+        quantization_config: BitsAndBytesConfig(load_in_4bit=True), with peft_config.
+        peft_config: A peft.LoraConfig.
+
+    Raises:
+        ConfigError: Something is not supported, with what to use instead. Before any weight loads.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: Any = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: Any = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
+    ) -> None:
+        for name, value in (
+            ("tools", tools),
+            ("rollout_func", rollout_func),
+            ("environment_factory", environment_factory),
+        ):
+            if value:
+                raise ConfigError(f"GRPOTrainer: {name} is not supported: prompts are answered in one turn")
+        if args is None:
+            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+            args = GRPOConfig(f"{Path(name).name}-GRPO")
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise ConfigError(f"eval_strategy is {args.eval_strategy}, but eval_dataset is missing: pass one")
+        show_messages()
+        self.args, self.train_dataset, self.eval_dataset = args, train_dataset, eval_dataset
+        self.reward_funcs, self._optimizers = reward_funcs, optimizers
+        remarks: list[str] = []
+        self._prompts = prompts_of(train_dataset, eval_dataset)
+        self._rewards = rewards_of(reward_funcs, args.reward_weights, reward_processing_classes)
+        self._given = given_model(model, processing_class, remarks)
+        self.processing_class = self._given.tokenizer
+        values = {} if peft_config is None else lora_values(peft_config, self._given.model_type, remarks)
+        values |= {} if quantization_config is None else quantization_values(quantization_config)
+        self._translation = translate(args, self._prompts.rows, self._own_values() | values)
+        for line in remarks + self._translation.remarks:
+            log.warning(line)
+        labels = reward_labels(self._rewards.weights)
+        weights = {labels[name]: weight for name, weight in self._rewards.weights.items()}
+        sets = {name: len(examples) for name, examples in self._prompts.held_out.items()}
+        self.events = Events(args, self._translation.schedule, check_callbacks(callbacks), weights, sets)
+        self._run: Run | None = None
+        self._is_over = False
+        self.state = self.events.state
+        self.events.call("on_init_end")
+
+    def _own_values(self) -> dict[str, Any]:
+        """Return the keys that name what this trainer was given."""
+        longest = self._prompts.longest_prompt(self.processing_class, self.args.chat_template_kwargs)
+        limit = 2 * longest if self._prompts.streamed else None
+        completion = self.args.max_completion_length or 0
+        values: dict[str, Any] = {
+            "run_dir": self._output_dir,
+            "model.name": self._given.path,
+            "data.name": DATASET,
+            "data.streaming": self._prompts.streamed,
+            "data.max_prompt_length": limit,
+            "data.eval_size": None,
+            "data.system_prompt": None,
+            "rewards": self._rewards.weights,
+            "scoring.workers": 0 if self._rewards.live else 2,
+            "callbacks": [CALLBACK],
+            # The rows of a backward pass in TRL, at their longest. It bounds memory only.
+            "tokens_per_batch": self.args.per_device_train_batch_size * ((limit or longest) + completion),
+        }
+        if self._optimizers[0] is not None:
+            values["optimizer.optim"] = OPTIMIZER
+        return values
+
+    @contextlib.contextmanager
+    def _objects(self) -> Iterator[None]:
+        """Register within what has no name of its own, and compute with torch's defaults."""
+        given = self._given
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch_defaults())
+            stack.enter_context(DATASETS.holding(DATASET, self._prompts.function()))
+            stack.enter_context(CALLBACKS.holding(CALLBACK, bridge_to(self.events)))
+            stack.enter_context(OPTIMIZERS.holding(OPTIMIZER, self._given_optimizer))
+            stack.enter_context(live_tokenizer(given.path, given.tokenizer))
+            for name, function in self._rewards.live.items():
+                stack.enter_context(REWARDS.holding(name, function))
+            if given.live is not None:
+                stack.enter_context(live_model(given.path, given.live))
+            yield
+
+    def _given_optimizer(self, parameters: Any, config: Any, *, fused: bool | None) -> torch.optim.Optimizer:
+        """Return the optimizer of `optimizers`, which must hold the parameters that are trained."""
+        optimizer = self._optimizers[0]
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if held != {id(parameter) for parameter in parameters}:
+            raise ConfigError(
+                "optimizers holds other parameters than those that are trained: pass a loaded model in float32, and an "
+                "optimizer over model.parameters()"
+            )
+        return optimizer
+
+    # The run
+
+    def _build(self, resume: str | None = None) -> Run:
+        """Return the run, built on the first use; again where it resumes from a checkpoint."""
+        if self._run is not None and (resume is None or self._is_over):
+            return self._run
+        if self._run is not None:
+            self._run.close()
+        config = self._translation.config
+        config.resume, config.allow_changes = resume, CHANGED_ON_RESUME if resume else []
+        with self._objects(), memory_advice(config), launch_environment(self._translation.precision, self.args.use_cpu):
+            self._run = build_run(config)
+        if self._optimizers[1] is not None:
+            if resume is not None:
+                raise ConfigError("optimizers has a schedule, which cannot be resumed: leave it to lr_scheduler_type")
+            self._run.policy.scheduler = self._optimizers[1]
+        return self._run
+
+    def train(self, resume_from_checkpoint: bool | str | None = None, **unused: Any) -> TrainOutput:
+        """Train.
+
+        Args:
+            resume_from_checkpoint: True: the newest checkpoint in output_dir; or the folder of one.
+
+        Raises:
+            ConfigError: There is no checkpoint to resume from, or output_dir holds a run already.
+        """
+        run = self._build(self._resume(resume_from_checkpoint))
+        if self._is_over:
+            raise ConfigError("train() was called before: make a new GRPOTrainer, with another output_dir")
+        begun, self._is_over = time.perf_counter(), True
+        with self._objects(), Signals() as signals, memory_advice(run.config):
+            self.events.begin(run.start)
+            train_run(run, signals)
+        if self.events.error is not None:
+            raise self.events.error
+        seconds, updates = time.perf_counter() - begun, self.events.state.global_step
+        completions = run.config.prompts_per_step * run.config.sampling.num_generations
+        losses = self.events.losses
+        metrics = {
+            "train_runtime": round(seconds, 4),
+            "train_samples_per_second": round(len(losses) * completions / seconds, 3),
+            "train_steps_per_second": round(len(losses) * self._translation.schedule.updates / seconds, 3),
+            "total_flos": 0.0,
+            "train_loss": sum(losses) / max(1, len(losses)),
+        }
+        self.events.log(metrics)
+        self.events.call("on_train_end")
+        if self.args.push_to_hub:
+            self.push_to_hub()
+        return TrainOutput(updates, metrics["train_loss"], metrics)
+
+    def _resume(self, asked: bool | str | None) -> str | None:
+        if not asked:
+            return None
+        if asked is True and newest_valid(Path(self._translation.config.run_dir or ""))[0] is None:
+            raise ConfigError(f"resume_from_checkpoint: there is no checkpoint in {self._translation.config.run_dir}")
+        return "auto" if asked is True else str(asked)
+
+    # Evaluation
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        """Answer the evaluation prompts greedily and score them. Collective.
+
+        Args:
+            eval_dataset: Rows, or several sets by name; default: those of the constructor.
+
+        Returns:
+            eval_reward, eval_rewards/<name>/mean, eval_completions/mean_length, ...; of several sets, all together and
+            eval_<set>_... of each.
+        """
+        prompts = self._prompts if eval_dataset is None else prompts_of([], eval_dataset)
+        if not prompts.held_out:
+            raise ConfigError("evaluate: there is no eval_dataset: pass one")
+        found = self._evaluate(prompts)
+        sets = {name: len(examples) for name, examples in prompts.held_out.items()}
+        logs = self.events.evaluated(found.rows, metric_key_prefix, sets)
+        self.log(logs)
+        self.events.call("on_evaluate", metrics=logs)
+        return logs | {"epoch": self.state.epoch}
+
+    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> PredictionOutput:
+        """Return the greedy completions of `test_dataset`, in its order, and their metrics."""
+        found = self._evaluate(Prompts([], {"": list(examples_of(test_dataset, "test_dataset"))}, False))
+        metrics = self.events.evaluated(found.rows, metric_key_prefix, {})
+        return PredictionOutput([row["completion"] for row in found.rows], None, metrics)  # type: ignore[arg-type]
+
+    def _evaluate(self, prompts: Prompts) -> Evaluation:
+        run = self._build()
+        examples = [example for one in prompts.held_out.values() for example in one]
+        rendered, _ = render_prompts(examples, self.processing_class, None)
+        with self._objects(), contextlib.closing(build_rewards(run.config)) as rewards:
+            rewards.start()
+            length = run.config.sampling.max_completion_length
+            return evaluate(run.engine, rendered, run.accelerator, max_completion_length=length, rewards=rewards)
+
+    # Attributes of transformers' Trainer
+
+    @property
+    def model(self) -> Any:
+        """The trained model. Loads it on the first use."""
+        return self._build().policy.model
+
+    @property
+    def accelerator(self) -> Any:
+        """The Accelerator. Loads the model on the first use."""
+        return self._build().accelerator
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer. Loads the model on the first use."""
+        return self._build().policy.optimizer
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """The learning rate schedule. Loads the model on the first use."""
+        return self._build().policy.scheduler
+
+    @property
+    def tokenizer(self) -> Any:
+        """processing_class."""
+        return self.processing_class
+
+    @property
+    def config(self) -> Any:
+        """The config of this trainer that `args` stand for."""
+        return self._translation.config
+
+    @property
+    def control(self) -> Any:
+        """transformers' TrainerControl."""
+        return self.events.control
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add an entry to state.log_history and call on_log."""
+        self.events.log(logs)
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a TrainerCallback, or a class of them."""
+        [found] = check_callbacks([callback])
+        self.events.callbacks.append(found() if isinstance(found, type) else found)
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Remove a TrainerCallback, or the first one of a class, and return it; None where there is none."""
+        for found in self.events.callbacks:
+            if found is callback or (isinstance(callback, type) and isinstance(found, callback)):
+                self.events.callbacks.remove(found)
+                return found
+        return None
+
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a TrainerCallback, or the first one of a class."""
+        self.pop_callback(callback)
