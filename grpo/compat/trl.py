@@ -20,6 +20,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from grpo.compat.arguments import GRPOConfig
 from grpo.compat.callbacks import Events, bridge_to, check_callbacks
 from grpo.compat.datasets import Prompts, examples_of, prompts_of
+from grpo.compat.logs import merged
 from grpo.compat.models import given_model, launch_environment
 from grpo.compat.outputs import Outputs
 from grpo.compat.rewards import rewards_of
@@ -30,6 +31,7 @@ from grpo.data.tokenizer import live_tokenizer
 from grpo.errors import ConfigError
 from grpo.models.loading import live_model
 from grpo.models.optimizers import OPTIMIZERS
+from grpo.models.reference import FrozenReference
 from grpo.rewards.registry import REWARDS, reward_labels
 from grpo.rollout.evaluation import Evaluation, evaluate
 from grpo.run.build import build_rewards, build_run
@@ -217,7 +219,8 @@ class GRPOTrainer(Outputs):
             "total_flos": 0.0,
             "train_loss": sum(losses) / max(1, len(losses)),
         }
-        self.events.log(metrics)
+        left = merged(self.events.entries)  # of the steps since the last entry, as in TRL
+        self.events.log({key: value for key, value in left.items() if key != "loss"} | metrics)
         self.events.call("on_train_end")
         if self.args.push_to_hub:
             self.push_to_hub()
@@ -271,8 +274,15 @@ class GRPOTrainer(Outputs):
 
     @property
     def model(self) -> Any:
-        """The trained model. Loads it on the first use."""
-        return self._build().policy.model
+        """The trained model, a peft.PeftModel with peft_config. Loads it on the first use."""
+        policy = self._build().policy
+        return policy.model if policy.adapter is None else policy.adapter
+
+    @property
+    def ref_model(self) -> Any:
+        """The frozen reference; None with beta 0, or where it is the model without its adapter."""
+        reference = self._build().policy.reference
+        return reference.model if isinstance(reference, FrozenReference) else None
 
     @property
     def accelerator(self) -> Any:
