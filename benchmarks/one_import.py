@@ -3,8 +3,8 @@
     python benchmarks/one_import.py [--output docs/results/one_import.json]
 
 The script is benchmarks/one_import_script.py. The run here samples its completions. TRL's run gets the same ones
-through its rollout_func, prompt by prompt. Model, rows, rewards, losses, steps and logs are each library's own. Compared
-are all keys that both log, apart from times, and the weights at the end. Needs: pip install -e ".[benchmark]"
+through its rollout_func, prompt by prompt. Model, rows, rewards, losses, steps and logs are each library's own. All
+keys that both log, apart from times, and the weights at the end are compared. Needs: pip install -e ".[benchmark]"
 """
 
 import os
