@@ -13,6 +13,7 @@ from grpo.compat.batch import Schedule, schedule
 from grpo.compat.fields import changed, outcomes
 from grpo.config.parser import build_config
 from grpo.config.schema import Config
+from grpo.config.setting import keys_of
 from grpo.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,12 @@ def lengths(arguments: GRPOConfig, batch: Schedule, remarks: list[str]) -> Value
         "model.ref_model_sync_steps": batch.steps_of(arguments.ref_model_sync_steps),
     }
     if batch.mini_batches > 1:
+        if "objective.mini_batches" not in keys_of(Config):
+            raise ConfigError(
+                f"steps_per_generation is {arguments.steps_per_generation}, which makes {batch.mini_batches} optimizer "
+                f"steps of one set of completions: set it to gradient_accumulation_steps "
+                f"{arguments.gradient_accumulation_steps}"
+            )
         values["objective.mini_batches"] = batch.mini_batches
     return values
 
