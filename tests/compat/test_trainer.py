@@ -383,5 +383,43 @@ def test_a_script_without_a_guard_on_two_ranks_trains_as_on_one(folder: str, tmp
     assert found[0] == pytest.approx(found[1], abs=1e-6) and any(found[0])
 
 
+CELL = """
+from datasets import Dataset
+from grpo import GRPOConfig, GRPOTrainer
+
+seen = []
+
+async def reward(completions, **columns):
+    seen.append(len(completions))
+    return [float(completion.count("a")) for completion in completions]
+
+def train(name):
+    args = GRPOConfig(name, per_device_train_batch_size=4, num_generations=4, max_steps=2, max_completion_length=6,
+                      bf16=False, logging_steps=1, learning_rate=1e-2)
+    trainer = GRPOTrainer({folder!r}, reward, args, Dataset.from_list({rows!r}))
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+first, second = train("first"), train("second")
+assert first == second and len(first) == 2 and seen == [4, 4, 4, 4]
+print("TRAINED", len(seen))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_notebook_cell_trains_twice(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    source = CELL.replace("{folder!r}", repr(folder)).replace("{rows!r}", repr(ROWS))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    resources = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=500, kernel_name="python3", resources=resources).execute()
+    printed = "".join(output.get("text", "") for output in notebook.cells[0].outputs)
+    assert "TRAINED 4" in printed
+
+
 def test_the_public_names_are_these() -> None:
     assert grpo.GRPOConfig is GRPOConfig and grpo.GRPOTrainer is GRPOTrainer
