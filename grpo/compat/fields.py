@@ -20,6 +20,12 @@ class Outcome:
     """refused: values besides the default that ask for what happens here in any case."""
 
 
+class Help(str):
+    """The help text of a field, with its outcome: transformers' HfArgumentParser takes no other metadata."""
+
+    outcome: Outcome
+
+
 def copied(default: Any, key: str) -> Any:
     """Declare a field that is `key` under another name."""
     return _declare(default, Outcome("mapped", key, verbatim=True))
@@ -41,7 +47,9 @@ def refused(default: Any, reason: str, *accepts: Any) -> Any:
 
 
 def _declare(default: Any, outcome: Outcome) -> Any:
-    metadata = {"outcome": outcome, "help": f"{outcome.kind}: {outcome.text}".replace("%", "%%")}
+    text = Help(f"{outcome.kind}: {outcome.text}".replace("%", "%%"))
+    text.outcome = outcome
+    metadata = {"help": text}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -49,7 +57,7 @@ def _declare(default: Any, outcome: Outcome) -> Any:
 
 def outcomes(arguments: type) -> dict[str, Outcome]:
     """Return what becomes of every field of the dataclass `arguments`, by name."""
-    return {field.name: field.metadata["outcome"] for field in dataclasses.fields(arguments)}
+    return {field.name: field.metadata["help"].outcome for field in dataclasses.fields(arguments)}
 
 
 def default_of(field: dataclasses.Field) -> Any:

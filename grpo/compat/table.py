@@ -98,9 +98,9 @@ def page() -> str:
 
 def field_rows() -> list[str]:
     """Return one row of the table for each field."""
-    rows = []
+    rows, table = [], outcomes(GRPOConfig)
     for name, field in GRPOConfig.__dataclass_fields__.items():
-        outcome = field.metadata["outcome"]
+        outcome = table[name]
         text = f"`{outcome.text}`" if outcome.verbatim else outcome.text
         rows.append(f"| `{name}` | `{default_of(field)!r}` | {outcome.kind} | {text} |")
     return rows
