@@ -37,6 +37,7 @@ FIRST_OR_LAST = ("entropy", "grad_norm", "sampling/sampling_logp_difference/mean
 
 def main() -> None:
     parser = script_parser(__doc__)
+    parser.add_argument("--output", help="file for the numbers (JSON)")
     options = parser.parse_args()
     rows = [compare(case) for case in CASES]
     for row in rows:
