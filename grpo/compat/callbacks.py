@@ -58,7 +58,7 @@ class Events:
 
     def log(self, logs: dict[str, float]) -> None:
         """Add an entry to log_history and call on_log."""
-        if self.state.epoch is not None:
+        if self.schedule.updates_per_epoch:
             logs = {**logs, "epoch": self.state.epoch}
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self.control.should_log = False
@@ -73,7 +73,7 @@ class Events:
         """Set the state to that after `step` steps."""
         self.state.global_step = step * self.schedule.updates
         per_epoch = self.schedule.updates_per_epoch
-        self.state.epoch = self.state.global_step / per_epoch if per_epoch else None
+        self.state.epoch = self.state.global_step / per_epoch if per_epoch else 0.0
 
     def is_due(self, before: int) -> bool:
         """Return whether an entry of log_history is due after the optimizer steps from `before` on."""
@@ -82,7 +82,7 @@ class Events:
             return False
         if strategy == "epoch":
             per_epoch = self.schedule.updates_per_epoch
-            return bool(per_epoch) and now // per_epoch > before // per_epoch
+            return per_epoch is not None and now // per_epoch > before // per_epoch
         first = self.arguments.logging_first_step and before == 0
         return first or now // self.logging_steps > before // self.logging_steps
 

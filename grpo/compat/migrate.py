@@ -205,12 +205,13 @@ def rewards_source(script: Script, functions: list[str]) -> str:
     for node in script.tree.body:
         for name in names_of(node):
             defined[name] = node
-    needed, waiting = [], list(functions)
+    needed: list[ast.stmt] = []
+    waiting = list(functions)
     while waiting:
-        node = defined.get(waiting.pop())
-        if node is not None and node not in needed:
-            needed.append(node)
-            waiting += [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
+        used = defined.get(waiting.pop())
+        if used is not None and used not in needed:
+            needed.append(used)
+            waiting += [part.id for part in ast.walk(used) if isinstance(part, ast.Name)]
     ordered = [node for node in script.tree.body if node in needed]
     parts = [ast.get_source_segment(script.source, _with_decorators(node)) or ast.unparse(node) for node in ordered]
     head = '"""Rewards of a script for TRL, as grpo migrate has found them."""'

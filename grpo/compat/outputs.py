@@ -75,9 +75,10 @@ class Outputs:
         """Write README.md into output_dir: settings, rewards, evaluation and data of the run."""
         if self.is_world_process_zero():
             card = model_card(self._build().run_dir)
-            card.data.model_name = model_name or card.data.model_name
-            card.data.datasets = dataset_name or card.data.datasets
-            card.data.tags = [*(card.data.tags or []), *([tags] if isinstance(tags, str) else tags or [])]
+            data: Any = card.data
+            data.model_name = model_name or data.model_name
+            data.datasets = dataset_name or data.get("datasets")
+            data.tags = [*(data.tags or []), *([tags] if isinstance(tags, str) else tags or [])]
             card.save(Path(self._output_dir) / "README.md")
 
     def push_to_hub(self, commit_message: str | None = None, blocking: bool = True, **given: Any) -> str | None:

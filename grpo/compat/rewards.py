@@ -5,7 +5,7 @@ functions of the script itself and reward models stay in this process, as in TRL
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,15 +113,15 @@ def _model_entry(model: Any, tokenizer: Any) -> tuple[str, RewardFunction]:
     return f"model:{name}", reward_model_function(model.eval().requires_grad_(False), tokenizer, name)
 
 
-def reward_model_function(model: Any, tokenizer: Any, name: str) -> Callable[..., list[float]]:
+def reward_model_function(model: Any, tokenizer: Any, name: str) -> RewardFunction:
     """Return a reward function: the first logit of `model` for prompt and completion together."""
 
-    def score(prompts: list[Any], completions: list[Any]) -> list[float]:
+    def score(prompts: list[Any], completions: list[Any]) -> list[float | None]:
         from accelerate import PartialState
 
         model.to(PartialState().device)
         texts = [_text(prompt, completion, tokenizer) for prompt, completion in zip(prompts, completions, strict=True)]
-        values: list[float] = []
+        values: list[float | None] = []
         for start in range(0, len(texts), MICRO_BATCH):
             batch = tokenizer(
                 texts[start : start + MICRO_BATCH],

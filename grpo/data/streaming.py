@@ -132,7 +132,8 @@ def buffer_shuffled(read: Callable[[], Iterator[Any]], size: int, seed: str) -> 
 
 def peek(data: DataConfig, bad: BadRows) -> list[Example]:
     """Return the first PEEK_ROWS rows as examples. Raises ConfigError as `load_examples` does."""
-    rows, places = [], []
+    rows: list[Any] = []
+    places: list[str] = []
     for row, place in read_rows(data, bad):
         rows.append(row)
         places.append(place)

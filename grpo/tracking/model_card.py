@@ -61,7 +61,7 @@ def publish(
     licence: str | None = None,
     step: int | None = None,
     private: bool = True,
-    **hub: str | None,
+    **hub: Any,
 ) -> str:
     """Write the card of the run's model into `folder` and upload the folder.
 
