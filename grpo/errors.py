@@ -49,6 +49,10 @@ class EngineError(GrpoError):
     exit_code = 7
 
 
+class Mismatch(GrpoError):
+    """A replay of a run gave something else than the run recorded (grpo verify). Exit code 1."""
+
+
 class Interrupted(GrpoError):
     """A signal ended the run, after everything was saved. Exit code 130 for Ctrl-C, else 143."""
 

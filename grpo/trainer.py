@@ -52,12 +52,12 @@ def train_run(run: Run, signals: Signals) -> Path:
         run.close()
 
 
-def training_loop(run: Run, signals: Signals) -> None:
-    """Run GRPO: sample, score, compare, learn."""
+def training_loop(run: Run, signals: Signals, until: int | None = None) -> None:
+    """Run GRPO: sample, score, compare, learn. The last step is `until`, by default that of the config."""
     config, collector = run.config, run.collector
     if run.start == 0 and config.eval_every:
         run.recorder.record(0, run.evaluate(0))
-    for step in range(run.start + 1, config.steps + 1):
+    for step in range(run.start + 1, (until or config.steps) + 1):
         run.recorder.step_begins(step)
         clock, sums = Clock(run.accelerator.device), Sums()
         # 1. Sample G completions of each prompt. 2. Score them.
@@ -90,7 +90,7 @@ def training_loop(run: Run, signals: Signals) -> None:
         # 6. Save, and stop if a signal or a callback has asked for it.
         signal = max_over_ranks(run.accelerator, signals.received)  # sent to one rank or all: they stop together
         stop, save = run.recorder.callbacks.requests()
-        last = bool(signal) or stop or step == config.steps
+        last = bool(signal) or stop or step == (until or config.steps)
         if last or save or (config.save_every and step % config.save_every == 0):
             run.save(step, last=last)
         if signal and step < config.steps:

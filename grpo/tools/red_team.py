@@ -5,6 +5,7 @@ joins the attacks that earned most.
 """
 
 import itertools
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -74,9 +75,9 @@ def _task(probe: Probe) -> Task:
         before, mark, after = solution.rpartition("####")
         return (before if mark else after).strip()
 
-    question = str(probe.row.columns.get("question") or probe.row.messages[-1]["content"])
+    turns: Any = probe.row.messages
+    question = str(probe.row.columns.get("question") or turns[-1]["content"])
     own = work(solution_of(probe.row)) if probe.row.columns.get("solution") else ""
-    turns = probe.row.messages
     example = next((str(turn["content"]) for turn in reversed(turns) if turn["role"] == "assistant"), "")
     return Task(question, probe.gold, probe.wrong, own, work(probe.wrong_solution), example)
 
