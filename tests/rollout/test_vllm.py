@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,7 @@ def test_a_part_of_vllm_for_each_process_and_no_sleep_on_a_cpu(folder: Path) -> 
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or find_spec("vllm") is None, reason="needs a GPU, and vLLM")
 def test_a_vllm_that_sleeps_during_updates_samples_the_same(folder: Path) -> None:
     for name, sleeps in (("awake", False), ("asleep", True)):
         done = colocated(folder, name, **{"rollout.vllm_enable_sleep_mode": sleeps})
