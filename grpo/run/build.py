@@ -13,10 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config.schema import Config, DataConfig, RolloutConfig, flatten, to_dict
-from grpo.config.validation import check_config
+from grpo.config.schema import Config, DataConfig, RolloutConfig
 from grpo.data.card import record_card
-from grpo.data.duplicates import repeated_prompts
+from grpo.data.duplicates import count_repeats
 from grpo.data.gguf import gguf_path
 from grpo.data.mapped import token_ids_of
 from grpo.data.prompts import shown_examples
@@ -24,36 +23,27 @@ from grpo.data.rendering import render_prompts
 from grpo.data.rows import Example, load_examples
 from grpo.data.stream import PromptStream
 from grpo.data.training_data import TrainingData, training_data
-from grpo.errors import ConfigError
 from grpo.experience import ExperienceCollector
 from grpo.kernels.registry import report
 from grpo.models.limits import Extent, check_limits
 from grpo.models.strategies.registry import start_accelerator
 from grpo.models.weights import save_dtype
 from grpo.policy import Policy
-from grpo.registry import check_is_no_import
 from grpo.rewards.scoring import RewardSum
-from grpo.rewards.sources import changed_sources, reward_sources
+from grpo.rewards.sources import reward_sources
 from grpo.rewards.workers import RewardWorkerPool
 from grpo.rewards.xml_format import only_answer
 from grpo.rollout.async_sampler import AsyncSampler
 from grpo.rollout.engine import RolloutEngine, build_engine, correction_of, find_engine, longest_of, step_completions
 from grpo.rollout.logprob_mismatch import check_agreement, verify_weight_sync
 from grpo.run.callbacks import Callback, Callbacks, State, build_callbacks
-from grpo.run.checkpoint import check_free_space, read_state
-from grpo.run.checkpointer import (
-    Checkpointer,
-    ResumePoint,
-    check_is_unfinished,
-    find_checkpoint,
-    migrate,
-    restore,
-)
+from grpo.run.checkpoint import check_free_space
+from grpo.run.checkpointer import Checkpointer, ResumePoint, find_checkpoint, restore
+from grpo.run.checks import check_resume, check_settings
 from grpo.run.claim import claim_run_dir, warn_of_slow_saves
-from grpo.run.components import check_components, settings_without_effect
+from grpo.run.components import settings_without_effect
 from grpo.run.contents import check_contents, contents_of
 from grpo.run.records import Recorder
-from grpo.run.resume import check_changes
 from grpo.run.state import Run
 from grpo.runtime.device import attention_backends, device_kind
 from grpo.runtime.distributed import run_on_main
@@ -63,7 +53,6 @@ from grpo.tracking.console import Display, show_messages
 from grpo.tracking.diagnostics import Diagnostics, patience_for
 from grpo.tracking.run_dir import choose_run_dir, fingerprint
 from grpo.tracking.run_logger import RunLogger
-from grpo.tracking.tracker import check_trackers
 from grpo.types import Prompt, SamplingPlan
 
 log = logging.getLogger(__name__)
@@ -75,9 +64,7 @@ def build_run(config: Config) -> Run:
     Raises:
         ConfigError: Before any weight loads, for whatever can be known by then.
     """
-    check_is_no_import()
-    check_config(config)
-    check_components(config)
+    check_settings(config)
     config.data.examples = shown_examples(config.data)  # recorded with the run, whatever becomes of the file
     rewards = build_rewards(config)
     with contextlib.ExitStack() as on_failure:
@@ -88,9 +75,7 @@ def build_run(config: Config) -> Run:
 
 
 def _build(config: Config, rewards: RewardSum, on_failure: contextlib.ExitStack) -> Run:
-    check_trackers(config)
     callbacks = build_callbacks(config.callbacks)
-
     accelerator, run_dir = start_processes(config)
     show_messages()
     for line in settings_without_effect(config):
@@ -100,9 +85,7 @@ def _build(config: Config, rewards: RewardSum, on_failure: contextlib.ExitStack)
     checkpoint = find_checkpoint(config, run_dir)
     data = training_data(config, accelerator, rewards, model_path)
     if checkpoint is not None:
-        saved = migrate(read_state(checkpoint))
-        check_is_unfinished(checkpoint, saved["step"], config, run_dir)
-        check_resume(config, saved, rewards, accelerator.num_processes)
+        saved = check_resume(config, checkpoint, run_dir, rewards, accelerator.num_processes)
     held_out = held_out_prompts(config, held_out_rows, data)
     check_limits(
         config,
@@ -166,23 +149,6 @@ def start_processes(config: Config) -> tuple[Accelerator, Path]:
     return accelerator, run_dir
 
 
-def check_resume(config: Config, saved: dict[str, Any], rewards: RewardSum, processes: int) -> None:
-    """Log the settings that changed since the checkpoint. Raises ConfigError for those that may not change."""
-    changes = check_changes(
-        saved["config"], flatten(to_dict(config)), config.allow_changes, (saved["processes"], processes)
-    )
-    for line in changes:
-        log.info(line)
-    changed = changed_sources(saved["reward_sources"], reward_sources(rewards.functions))
-    if changed and "rewards" not in config.allow_changes:
-        raise ConfigError(
-            f"resume: {'; '.join(changed)}: that would be another run. Put the old file back, or go on with "
-            f"--allow_changes '[rewards]'"
-        )
-    for line in changed:
-        log.warning("resume: %s: further steps use the new version", line)
-
-
 def extent_of(data: TrainingData, held_out: list[Prompt]) -> Extent:
     """Return the longest prompt and the largest token id, of all prompts that are in memory or mapped."""
     extent = Extent()
@@ -202,7 +168,7 @@ def held_out_prompts(config: Config, rows: list[Example], data: TrainingData) ->
             *(too_long, len(rows), limit),
         )
     if isinstance(data.stream, PromptStream) and isinstance(data.stream.prompts, list):  # large files: launch/check.py
-        for line in repeated_prompts(data.stream.prompts, held_out):
+        for line in count_repeats(data.stream.prompts, held_out).warnings():
             log.warning(line)
     return held_out
 

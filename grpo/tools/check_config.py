@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config.schema import Config, flatten, to_dict
 from grpo.data.card import check_permission
+from grpo.data.duplicates import count_repeats
 from grpo.data.files import BadRows
 from grpo.data.rendering import check_template_kwargs, prompt_token_ids, prompts_token_ids, template_arguments
 from grpo.data.rows import Example, extraction_report, load_examples
@@ -18,7 +19,11 @@ from grpo.models.strategies.base import Machine
 from grpo.models.tiny import demonstration_notice
 from grpo.rewards.scoring import RewardSum
 from grpo.rollout.engine import find_engine
-from grpo.run.components import check_components, settings_without_effect
+from grpo.run.callbacks import build_callbacks
+from grpo.run.checkpointer import find_checkpoint
+from grpo.run.checks import check_resume, check_settings
+from grpo.run.components import settings_without_effect
+from grpo.runtime.run_lock import check_free
 from grpo.tools.check_cost import describe_batch, least_operations, measure_matrix_rate, steps_of
 from grpo.tools.check_result import Check, PromptCheck
 from grpo.tools.check_rewards import check_rewards
@@ -26,7 +31,6 @@ from grpo.tools.memory import estimate
 from grpo.tools.model_shape import tokenizer_and_shape
 from grpo.tools.red_team import search
 from grpo.tracking.run_dir import choose_run_dir
-from grpo.tracking.tracker import check_trackers
 
 MEASURED_ROWS = 8_000
 """Prompts tokenised for the length statistics. Of a larger file, rows at equal distances are taken."""
@@ -44,10 +48,12 @@ def check(config: Config, machine: Machine | None = None, *, red_team: bool = Fa
         ConfigError: `train` would refuse the config as well.
     """
     found = Check(config=flatten(to_dict(config)))
-    check_components(config)
+    check_settings(config)
     score = RewardSum(config.rewards, config.reward_kwargs)
-    check_trackers(config)
-    found.run_dir = str(choose_run_dir(config, datetime.now()))
+    build_callbacks(config.callbacks)
+    run_dir = choose_run_dir(config, datetime.now())
+    found.run_dir = str(run_dir)
+    check_free(run_dir)
     found.warnings += settings_without_effect(config)
     if notice := demonstration_notice(config):
         found.warnings.append(notice)
@@ -64,6 +70,9 @@ def check(config: Config, machine: Machine | None = None, *, red_team: bool = Fa
         found.data += f" (data.streaming: only the first {len(rows):,} rows were read)"
     held_out = load_examples(config.data, "held_out", config.seed) if config.eval_every else []
     score.check_columns(set(rows[0].columns))
+    checkpoint = find_checkpoint(config, run_dir)
+    if checkpoint is not None:
+        check_resume(config, checkpoint, run_dir, score, processes=None)
     tokenizer, model = tokenizer_and_shape(config, rows)
     check_template_kwargs(tokenizer, config.data.chat_template_kwargs)
     _check_questions(found, rows, held_out)
@@ -149,20 +158,9 @@ def _check_questions(found: Check, rows: list[Example], held_out: list[Example])
     """Count rows, repeated questions, and held-out questions that are trained on."""
     found.rows, found.held_out = len(rows), len(held_out)
     found.with_answer = sum(row.columns.get("answer") is not None for row in rows)
-    seen = {_question(row) for row in rows}
-    found.duplicates = len(rows) - len(seen)
-    found.overlap = sum(_question(row) in seen for row in held_out)
-    if found.overlap:
-        found.problems.append(
-            f"{found.overlap} of {len(held_out)} held-out questions are among the training rows: the evaluation would "
-            f"measure memory. Remove them from data.path or data.eval_path"
-        )
-    if found.duplicates:
-        found.warnings.append(f"{found.duplicates} training rows repeat a question of another row")
-
-
-def _question(row: Example) -> str:
-    return " ".join(str(row.columns.get("question", row.messages)).split())
+    repeats = count_repeats(rows, held_out)
+    found.duplicates, found.overlap = repeats.repeated, repeats.known
+    found.warnings += repeats.warnings()
 
 
 def _estimate_cost(found: Check, config: Config, model: PreTrainedModel, machine: Machine | None) -> None:

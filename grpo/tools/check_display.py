@@ -40,7 +40,7 @@ def show(found: Check, changed: dict[str, Any], *, everything: bool = False) -> 
         _show_red_team(printer, found.red_team)
     _show_cost(printer, found)
     for warning in found.warnings:
-        printer.line(f"warning: {warning}", "bold red" if warning.startswith("reward '") else "yellow")
+        printer.line(f"warning: {warning}", "bold red" if warning.startswith(("reward '", "a right")) else "yellow")
     for problem in found.problems:
         printer.line(f"problem: {problem}", "bold red")
     if not found.problems:

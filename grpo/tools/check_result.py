@@ -57,7 +57,7 @@ class RedTeam:
 
 @dataclass
 class Check:
-    """All findings. `problems` should stop a run; `warnings` should be known before it."""
+    """All findings. `problems` end a run before its first step is done; `train` goes on with `warnings`."""
 
     config: dict[str, Any] = field(default_factory=dict)
     """Every key with its value, flat."""

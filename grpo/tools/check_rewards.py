@@ -58,6 +58,8 @@ class Scored:
     scores: dict[str, list[float | None]]
     milliseconds: float
     problem: str | None = None
+    ends_the_run: bool = False
+    """The problem would end the first step of training, too."""
 
     def means(self) -> dict[str, float | None]:
         return {kind: _mean(values) for kind, values in self.scores.items()}
@@ -81,9 +83,10 @@ def check_rewards(found: Check, score: RewardSum, rows: list[Example], tokenizer
         result = _reward_check(weight, scored[name], found.form)
         found.rewards[name] = result
         if result.problem is not None:
-            broken = scored[name].problem is not None
-            (found.problems if broken else found.warnings).append(f"reward '{name}' is {result.problem}")
-    if with_gold and not found.problems:
+            (found.problems if scored[name].ends_the_run else found.warnings).append(
+                f"reward '{name}' is {result.problem}"
+            )
+    if with_gold and all(result.problem is None for result in scored.values()):
         _compare_totals(found, totals)
 
 
@@ -163,7 +166,7 @@ def _compare_totals(found: Check, totals: dict[str, float]) -> None:
     """Compare the weighted sums of right, wrong and hostile answers."""
     gold, wrong = totals[f"gold {found.form}"], totals[f"wrong {found.form}"]
     if not gold > wrong:
-        found.problems.append(
+        found.warnings.append(
             f"a right answer earns {gold:.3f}, a wrong one {wrong:.3f}: nothing tells the model to be right. Add a "
             f"reward that compares with the gold answer, such as --rewards.accuracy 1.0"
         )
@@ -190,7 +193,7 @@ def score_in_process(
         count = sum(map(len, groups.values()))
         return Scored({}, 0.0, f"too slow: not done after {deadline:.0f} s on {count} completions")
     except EOFError:
-        return Scored({}, 0.0, "broken: its process died")
+        return Scored({}, 0.0, "broken: its process died", ends_the_run=True)
     finally:
         process.kill()
         process.join()
@@ -204,7 +207,8 @@ def _score_all(name: str, score: RewardSum, groups: dict[str, list[Group]]) -> S
         try:
             values = call_reward(name, score.functions[name], made, score.kwargs[name])
         except GrpoError as error:
-            return Scored(scores, 0.0, f"broken on the {kind} completions: {error}")
+            problem = f"broken on the {kind} completions: {error}"
+            return Scored(scores, 0.0, problem, ends_the_run=kind.startswith("gold"))
         if not kind.startswith("hostile"):
             seconds, count = seconds + time.perf_counter() - started, count + len(made)
         scores[kind] = values

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from grpo.config.parser import load_config
 from grpo.config.schema import Config, DataConfig, TrackingConfig
-from grpo.data.duplicates import repeated_prompts
+from grpo.data.duplicates import count_repeats
 from grpo.data.files import BadRows
 from grpo.data.rendering import render_prompts
 from grpo.data.rows import Example, load_examples
@@ -120,10 +120,12 @@ def test_repeated_and_leaked_questions_are_counted() -> None:
         Prompt(2, "b", (1,)),
     ]
     held_out = [Prompt(0, "café one", (1,)), Prompt(1, "c", (1,))]
-    warnings = repeated_prompts(train, held_out)
+    found = count_repeats(train, held_out)
+    assert (found.repeated, found.known) == (1, 1)
+    warnings = found.warnings()
     assert "1 of 3 training prompts repeat another one" in warnings[0]
     assert "1 of 2 held-out questions are among the training prompts" in warnings[1]
-    assert repeated_prompts(train[2:], held_out[1:]) == []
+    assert count_repeats(train[2:], held_out[1:]).warnings() == []
 
 
 LETTERS = ["îâûôê ṯ ẖ ’ \u00a0", "čšžŋ", "🦜👩‍👩‍👧", "שלום مرحبا", "\u0000", "a\u2028b\u2029c\x85d"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from grpo.config.parser import load_config
+from grpo.data.duplicates import count_repeats
 from grpo.data.rows import load_examples
 from grpo.errors import ConfigError
 from grpo.tools import check_config, check_rewards
@@ -15,6 +16,7 @@ from grpo.tools.check_config import check
 from grpo.tools.check_cost import describe_batch
 from grpo.tools.model_shape import tokenizer_and_shape
 from grpo.tools.score_completions import score_rows
+from grpo.trainer import train
 from tests.fakes import tiny_data, tiny_folder
 
 ROOT = Path(__file__).parents[2]
@@ -97,36 +99,59 @@ def test_worked_examples_are_in_the_prompts_that_are_shown(flags: list[str]) -> 
     assert found.lengths["shortest"] > 4
 
 
-def test_a_dead_reward_is_named_and_one_that_pays_wrong_answers_is_a_problem(flags: list[str]) -> None:
+def test_a_dead_reward_is_named_and_one_that_pays_wrong_answers_is_named(flags: list[str]) -> None:
     found = check(load_config([*flags, '--rewards={"accuracy": 1.0, "soft_format": 0.5}']))
     assert found.rewards["soft_format"].problem == (
         "constant: 0.0 for gold, wrong, empty and hostile answers alike, so it teaches nothing"
     )
     assert found.problems == []
     found = check(load_config([*flags, '--rewards={"xml_format": 1.0}']))
-    assert found.problems[0].startswith("a right answer earns 1.000, a wrong one 1.000")
+    assert found.warnings[0].startswith("a right answer earns 1.000, a wrong one 1.000") and found.problems == []
 
 
 @pytest.mark.parametrize(
-    ("body", "problem"),
+    ("body", "problem", "ends"),
     [
-        ("__import__('time').sleep(60)", "too slow: not done after 1 s"),
-        ("1 / 0", "broken on the gold xml completions"),
-        ("__import__('os')._exit(1)", "broken: its process died"),
+        ("__import__('time').sleep(60)", "too slow: not done after 1 s", False),
+        ("1 / 0", "broken on the gold xml completions", True),
+        ("return [1 / len(c[0]['content']) for c in completions]", "broken on the empty completions", False),
+        ("__import__('os')._exit(1)", "broken: its process died", True),
     ],
 )
 def test_a_reward_that_hangs_raises_or_dies(
-    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, problem: str
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, problem: str, ends: bool
 ) -> None:
+    """What would end training as well is a problem; what training masks or waits for is a warning."""
     monkeypatch.setattr(check_rewards, "DEADLINE", 1.0)
     (tmp_path / "mine.py").write_text(f"def bad(completions, **columns):\n    {body}\n")
     found = check(load_config([*flags, f'--rewards={{"accuracy": 1.0, "{tmp_path}/mine.py:bad": 1.0}}']))
-    assert problem in found.problems[0]
+    assert problem in (found.problems if ends else found.warnings)[0] and bool(found.problems) == ends
 
 
 def test_held_out_questions_among_the_training_rows(flags: list[str], tmp_path: Path) -> None:
-    found = check(load_config([*flags, f"--data.eval_path={tmp_path / 'data.jsonl'}"]))
-    assert found.overlap == 12 and "12 of 12 held-out questions" in found.problems[0]
+    """A warning, as in `train`, from the same function."""
+    config = load_config([*flags, f"--data.eval_path={tmp_path / 'data.jsonl'}"])
+    found = check(config)
+    rows = load_examples(config.data, "train", config.seed)
+    assert found.overlap == 12 and found.problems == []
+    assert found.warnings == count_repeats(rows, rows).warnings()
+    assert found.warnings[0].startswith("12 of 12 held-out questions are among the training prompts")
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--callbacks=[no_such.py:Digits]", "no_such.py"),
+        ("--resume=no/such/run", "resume: there is no folder no/such/run"),
+        ("--tracking.report_to=[no_such]", "no_such"),
+    ],
+)
+def test_what_train_refuses_is_refused(flags: list[str], flag: str, message: str) -> None:
+    """Before weights load: both commands call the same checks."""
+    config = load_config([*flags, flag])
+    for command in (check, train):
+        with pytest.raises(ConfigError, match=message):
+            command(config)
 
 
 def test_bad_rows_streams_and_permission_are_looked_at_as_train_does(flags: list[str], tmp_path: Path) -> None:
