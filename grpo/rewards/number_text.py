@@ -88,6 +88,11 @@ _MEASURE = (
 _COUNTED_MEASURE = re.compile(rf"-[A-Za-z]|[ -]?{_MEASURE} (?!of\b|per\b|in\b|a\b|and\b|each\b|for\b|long\b)[A-Za-z]")
 """After "12 300": twelve 300-gram bags, or 12,300 grams? Such a number is refused."""
 
+_CHANGED_BEFORE = re.compile(
+    r"(?:\b(?:not|never|minus|negative)|n't) $|\{$|(?:[\^\u221a\u00b1\u2213]|\\pm|\\mp) ?$", re.IGNORECASE
+)
+"""Before a number, it makes it another one: "not 5", "10 ^ 5", "3 \u00b1 5"."""
+
 
 def parse_number(text: str) -> Fraction | None:
     r"""Return the value of a text that is one number and nothing else, or None.
@@ -154,6 +159,11 @@ def only_number(text: str) -> Fraction | None:
     return _value(number.group().strip())
 
 
+def without_notation(text: str) -> str:
+    r"""Return a text with one spelling of its numbers, and without LaTeX, quotes and spaces: "5\text{ cm}" -> "5cm"."""
+    return text if len(text) > 2 * MAX_CHARACTERS else re.sub(r"\s", "", _unwrapped(_plain(text)))
+
+
 def _value(plain: str) -> Fraction | None:
     """Return the value of a number in plain characters."""
     if len(plain) > MAX_CHARACTERS or sum(character.isdigit() for character in plain) > MAX_DIGITS:
@@ -218,7 +228,7 @@ def _without_latex(text: str) -> str:
     for _ in range(2):  # \boxed{\text{5}}
         text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|boxed)\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\[dtc]?frac ?(?:\{([^{}]*)\}|([0-9])) ?(?:\{([^{}]*)\}|([0-9]))", _plain_fraction, text)
-    text = re.sub(r"\\(?:times|cdot)\b", "\u00d7", text)
+    text = re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "\u00d7", text)
     text = re.sub(r"\^\{([-+]?[0-9]+)\}", r"^\1", text)
     text = re.sub(r"\^ ?\{?\\circ\}?|\\degree\b", "\u00b0", text)
     text = re.sub(r"\\([$%])", r"\1", text)
@@ -284,7 +294,7 @@ def _with_context(text: str, match: re.Match[str]) -> str:
             return f"{sign[1]}?{found}"
         if is_sign:
             found = sign[1] + found
-    if re.search(r"(?:\b(?:not|never|minus|negative)|n't) $|[{^\u221a]$", before, re.IGNORECASE):
+    if _CHANGED_BEFORE.search(before):
         return f"?{found}"
     return found
 

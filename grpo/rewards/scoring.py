@@ -16,6 +16,7 @@ from grpo.rewards.calls import call_reward
 from grpo.rewards.context import Notes, TrainerState
 from grpo.rewards.registry import REWARDS, RewardFunction
 from grpo.rewards.signature import check_columns, check_kwargs
+from grpo.rewards.sources import reward_sources
 from grpo.types import Group
 
 if TYPE_CHECKING:  # torch is imported where it is used: `grpo.rewards` must import fast
@@ -69,6 +70,8 @@ class RewardSum:
         self.state = TrainerState()
         """The state of the run that rewards are given; set by the trainer before each step."""
         self.functions: dict[str, RewardFunction] = {name: REWARDS.get(name) for name in weights}
+        self.sources = reward_sources(self.functions)
+        """The files as they were loaded: editing one during the run does not change this run."""
         for name, function in self.functions.items():
             needs = getattr(function, "needs", None)
             if needs is not None and importlib.util.find_spec(needs) is None:

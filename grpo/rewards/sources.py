@@ -1,16 +1,20 @@
 """Source files of custom rewards and their sha256, recorded with the run."""
 
+import ast
 import contextlib
 import hashlib
 import inspect
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from grpo.rewards.registry import RewardFunction
 
-Sources = dict[str, dict[str, str]]
-"""{"my_rewards.py:brevity": {"file": "/home/me/my_rewards.py", "sha256": "5c0f..."}}"""
+Sources = dict[str, dict[str, Any]]
+"""{"my_rewards.py:brevity": {"file": "/home/me/my_rewards.py", "sha256": "5c0f...", "imports": {FILE: SHA256, ...}}}
+
+The imports are those of the user's folders; the key is left out where there are none."""
 
 
 def reward_sources(functions: Mapping[str, RewardFunction]) -> Sources:
@@ -21,7 +25,10 @@ def reward_sources(functions: Mapping[str, RewardFunction]) -> Sources:
             continue
         try:
             path = Path(inspect.getfile(inspect.unwrap(function))).resolve()
-            sources[name] = {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            sources[name] = {"file": str(path), "sha256": _sha256(path)}
+            imports = {str(file): _sha256(file) for file in sorted(_imported_files(path, function.__module__))}
+            if imports:
+                sources[name]["imports"] = imports
         except (OSError, TypeError):
             continue
     return sources
@@ -36,29 +43,71 @@ def source_hashes(functions: Iterable[RewardFunction]) -> dict[str, str]:
     if not own:
         return {}
     roots = {*(path.parent for path in own), Path.cwd()}
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if (
-            isinstance(file, str)
-            and file.endswith(".py")
-            and not name.startswith("grpo.")
-            and "site-packages" not in file
-        ):
-            path = Path(file)
-            if any(root in path.parents for root in roots):
-                own.add(path)
+    own |= {path for name in list(sys.modules) if (path := _users_file(name, roots)) is not None}
     hashes = {}
     for path in own:
         with contextlib.suppress(OSError):
-            hashes[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+            hashes[str(path)] = _sha256(path)
     return hashes
 
 
 def changed_sources(before: Sources, now: Sources) -> list[str]:
-    """Return one line for each reward whose file has changed since the checkpoint was written."""
+    """Return one line for each file of a reward, or module that it imports, that differs from the checkpoint's."""
     return [
-        f"reward '{name}' has changed since the checkpoint was written ({source['file']}, sha256 "
-        f"{before[name]['sha256'][:12]} -> {source['sha256'][:12]})"
+        f"reward '{name}' has changed since the checkpoint was written ({file}, sha256 {old[:12]} -> {new[:12]})"
         for name, source in now.items()
-        if name in before and before[name]["sha256"] != source["sha256"]
+        if name in before
+        for file, old, new in _pairs(before[name], source)
+        if old != new
     ]
+
+
+def _pairs(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Iterate over (file, sha256 before, sha256 now) of the files that both name."""
+    yield now["file"], before["sha256"], now["sha256"]
+    imports = before.get("imports", {})
+    for file, sha256 in now.get("imports", {}).items():
+        if file in imports:
+            yield file, imports[file], sha256
+
+
+def _imported_files(path: Path, module: str) -> set[Path]:
+    """Return the user's files that `path` (the file of `module`) imports, directly or through others."""
+    roots, found = {path.parent, Path.cwd()}, {path: module}
+    todo = [path]
+    while todo:
+        file = todo.pop()
+        for name in _imported_names(file, found[file]):
+            other = _users_file(name, roots)
+            if other is not None and other not in found:
+                found[other] = name
+                todo.append(other)
+    return set(found) - {path}
+
+
+def _imported_names(path: Path, module: str) -> Iterator[str]:
+    """Iterate over the names that the import statements of a file may load as modules."""
+    with contextlib.suppress(OSError, SyntaxError, ValueError):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    parts = alias.name.split(".")
+                    yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+            elif isinstance(node, ast.ImportFrom):
+                package = module.split(".")[: -node.level] if node.level else []
+                base = ".".join([*package, *filter(None, [node.module])])
+                yield base
+                yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _users_file(name: str, roots: set[Path]) -> Path | None:
+    """Return the file of a loaded module below `roots`; None for installed packages and for this library."""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if not isinstance(file, str) or not file.endswith(".py") or name.startswith("grpo.") or "site-packages" in file:
+        return None
+    path = Path(file).resolve()
+    return path if any(root.resolve() in path.parents for root in roots) else None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

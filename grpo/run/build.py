@@ -30,7 +30,6 @@ from grpo.models.strategies.registry import start_accelerator
 from grpo.models.weights import save_dtype
 from grpo.policy import Policy
 from grpo.rewards.scoring import RewardSum
-from grpo.rewards.sources import reward_sources
 from grpo.rewards.workers import RewardWorkerPool
 from grpo.rewards.xml_format import only_answer
 from grpo.rollout.async_sampler import AsyncSampler
@@ -287,11 +286,10 @@ def build_sampler(
 def start_records(config: Config, run_dir: Path, data: TrainingData, rewards: RewardSum, start: int) -> RunLogger:
     """Write the data card, reward sources and rejected rows; start the trackers."""
     record_card(run_dir, config.data)
-    sources = reward_sources(rewards.functions)
-    for name, source in sources.items():
+    for name, source in rewards.sources.items():
         log.info("reward '%s' is %s (sha256 %s)", name, source["file"], source["sha256"][:12])
     derived = derived_values(config, data.size, run_dir.name)
-    derived |= {"base_model": str(data.model_path), "reward_sources": sources}
+    derived |= {"base_model": str(data.model_path), "reward_sources": rewards.sources}
     tracker = RunLogger(run_dir, config, derived, start + 1 if start else 0)
     if data.rejected:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in data.rejected]

@@ -16,7 +16,6 @@ from grpo.config.schema import Config, flatten, to_dict
 from grpo.errors import ConfigError, StorageError
 from grpo.experience import ExperienceCollector
 from grpo.policy import Policy
-from grpo.rewards.sources import reward_sources
 from grpo.run.checkpoint import Tensors, load_checkpoint, newest_valid, save_checkpoint
 from grpo.run.final import final_step
 from grpo.runtime.distributed import gather_rows, max_over_ranks, run_on_main
@@ -129,7 +128,7 @@ class Checkpointer:
                 "stream": self.collector.prompts.state_dict(),
                 "config": flatten(to_dict(self.config)),
                 "processes": self.accelerator.num_processes,
-                "reward_sources": reward_sources(self.collector.rewards.functions),
+                "reward_sources": self.collector.rewards.sources,
                 "contents": self.contents,
                 "first_eval": first_eval,
                 "last_eval": last_eval,

@@ -9,7 +9,7 @@ from grpo.config.validation import check_config
 from grpo.errors import ConfigError
 from grpo.registry import check_is_no_import
 from grpo.rewards.scoring import RewardSum
-from grpo.rewards.sources import changed_sources, reward_sources
+from grpo.rewards.sources import changed_sources
 from grpo.run.checkpoint import read_state
 from grpo.run.checkpointer import check_is_unfinished, migrate
 from grpo.run.components import check_components
@@ -50,7 +50,7 @@ def check_resume(
     )
     for line in changes:
         log.info(line)
-    changed = changed_sources(saved["reward_sources"], reward_sources(rewards.functions))
+    changed = changed_sources(saved["reward_sources"], rewards.sources)
     if changed and "rewards" not in config.allow_changes:
         raise ConfigError(
             f"resume: {'; '.join(changed)}: that would be another run. Put the old file back, or go on with "

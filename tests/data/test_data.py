@@ -80,6 +80,9 @@ NO_NUMBERS += [
     "3 and a half",
     "it holds 12 200-kilobyte videos",
     "that is 12 300 gram bags",
+    "5 \u00b1 1",
+    r"x = 5 \pm 0.5",
+    "2.5 \u00d7 10 ^ -3",
 ]
 
 

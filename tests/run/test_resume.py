@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from grpo.config.schema import Config, flatten, to_dict
 from grpo.errors import ConfigError, StorageError
-from grpo.rewards.sources import changed_sources
+from grpo.rewards.scoring import RewardSum
+from grpo.rewards.sources import changed_sources, reward_sources
 from grpo.run.checkpoint import save_checkpoint
 from grpo.run.checkpointer import find_checkpoint
 from grpo.run.resume import check_changes, class_of
@@ -228,6 +229,36 @@ def test_changed_sources_by_hand() -> None:
     one, other = {"file": "/a.py", "sha256": "1" * 64}, {"file": "/a.py", "sha256": "2" * 64}
     assert changed_sources({"r": one}, {"r": one, "new": other}) == []
     assert "sha256 111111111111 -> 222222222222" in changed_sources({"r": one}, {"r": other})[0]
+    before, now = one | {"imports": {"/b.py": "3" * 64}}, one | {"imports": {"/b.py": "4" * 64, "/new.py": "5" * 64}}
+    [line] = changed_sources({"r": before}, {"r": now})
+    assert "(/b.py, sha256 333333333333 -> 444444444444)" in line
+
+
+def test_sources_are_those_that_were_loaded_and_what_they_import(tmp_path: Path) -> None:
+    """Sibling modules count, through others too; an edit after the load does not change what a checkpoint records."""
+    files = {
+        "judge_a.py": "from sib_b import LIMIT\n\ndef judge(completions, **_):\n    return [LIMIT] * len(completions)\n",
+        "sib_b.py": "import json\nfrom sib_c import *\nLIMIT = VALUE\n",
+        "sib_c.py": "VALUE = 1.0\n",
+        "sib_unused.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    rewards = RewardSum({f"{tmp_path}/judge_a.py:judge": 1.0})
+    old = {name: sha256_of(tmp_path / name) for name in files}
+    (tmp_path / "judge_a.py").write_text("# edited\n" + files["judge_a.py"])
+    (tmp_path / "sib_c.py").write_text("VALUE = 2.0\n")
+    [source] = rewards.sources.values()
+    assert source == {
+        "file": str(tmp_path / "judge_a.py"),
+        "sha256": old["judge_a.py"],
+        "imports": {str(tmp_path / name): old[name] for name in ("sib_b.py", "sib_c.py")},
+    }
+    changed = changed_sources(rewards.sources, reward_sources(rewards.functions))
+    assert [line.split("(")[1].split(",")[0] for line in changed] == [
+        str(tmp_path / "judge_a.py"),
+        str(tmp_path / "sib_c.py"),
+    ]
 
 
 def test_the_folder_of_a_run_means_its_newest_checkpoint(tmp_path: Path) -> None:
