@@ -237,7 +237,7 @@ def test_changed_sources_by_hand() -> None:
 def test_sources_are_those_that_were_loaded_and_what_they_import(tmp_path: Path) -> None:
     """Sibling modules count, through others too; an edit after the load does not change what a checkpoint records."""
     files = {
-        "judge_a.py": "from sib_b import LIMIT\n\ndef judge(completions, **_):\n    return [LIMIT] * len(completions)\n",
+        "judge_a.py": "from sib_b import LIMIT\ndef judge(completions, **_): return [LIMIT for _ in completions]\n",
         "sib_b.py": "import json\nfrom sib_c import *\nLIMIT = VALUE\n",
         "sib_c.py": "VALUE = 1.0\n",
         "sib_unused.py": "",
