@@ -118,3 +118,18 @@ def test_a_changed_header_is_another_library(tmp_path: Path, monkeypatch: pytest
 def test_c_includes_lie_beside_their_source(source: Path) -> None:
     for name in re.findall(r'^#include "(.+)"', source.read_text(encoding="utf-8"), re.MULTILINE):
         assert (source.parent / name).is_file(), f"{source.name} includes {name}"
+
+
+def test_every_test_that_a_page_names_is_there() -> None:
+    """`tests/FILE.py::NAME`, as in docs/data_habits.md, whose first column counts from 1 to 26 without a gap."""
+    named = {
+        (name, file, test)
+        for name, text in texts().items()
+        if name.endswith(".md")
+        for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    }
+    assert len(named) > 50
+    for page, file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{page}: {file}::{test}"
+    numbers = re.findall(r"^\| (\d+) \|", (ROOT / "docs" / "data_habits.md").read_text(), re.MULTILINE)
+    assert sorted(set(map(int, numbers))) == list(range(1, 27))

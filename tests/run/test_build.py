@@ -1,5 +1,6 @@
 """Config errors are raised before any weight loads: `model.name` does not exist, and no test reaches it."""
 
+import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -71,8 +72,10 @@ def test_a_reference_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
         "--data.system_prompt=null",
         "--tracking.report_to=[]",
     ]
+    before = multiprocessing.active_children()
     with pytest.raises(ConfigError, match="a vocabulary of 50, the policy one of 42"):
         build_run(load_config(flags))
+    assert [child.name for child in multiprocessing.active_children() if child not in before] == []  # reward workers
 
 
 def test_effective_values_for_the_trackers() -> None:

@@ -11,7 +11,13 @@ from grpo.errors import ConfigError
 from grpo.models.strategies.base import Machine, ModelSize
 from grpo.models.strategies.deepspeed import Zero2, Zero3
 from grpo.models.strategies.fsdp import FullyShardedDataParallel
-from grpo.models.strategies.registry import STRATEGIES, machine_of, strategy_class, strategy_for
+from grpo.models.strategies.registry import (
+    STRATEGIES,
+    check_accelerate_settings,
+    machine_of,
+    strategy_class,
+    strategy_for,
+)
 from grpo.models.strategies.single import DistributedDataParallel, SingleProcess
 from tests.fakes import tiny_folder
 from tests.models.strategies.rank_program import learn, tiny_policy
@@ -97,3 +103,29 @@ def test_a_new_strategy_is_one_class_and_one_entry(tmp_path: Path, monkeypatch: 
     learn(policy, [0])
     assert type(policy.strategy) is Counting and calls == [True]
     assert strategy_class(Machine("counting")) is Counting
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "accepted"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", False),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", True),
+        ("ACCELERATE_DYNAMO_BACKEND", "EAGER", False),
+        ("ACCELERATE_DYNAMO_BACKEND", "inductor", False),
+        ("ACCELERATE_DYNAMO_BACKEND", "NO", True),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", False),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", True),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", False),
+        ("ACCELERATE_USE_MEGATRON_LM", "false", True),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "1", False),
+    ],
+)
+def test_settings_of_accelerate_that_change_training_are_refused(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, accepted: bool
+) -> None:
+    monkeypatch.setenv(variable, value)
+    if accepted:
+        check_accelerate_settings()
+    else:
+        with pytest.raises(ConfigError, match=f"{variable} in the environment"):
+            check_accelerate_settings()
