@@ -1,6 +1,6 @@
 """Mutations: small faults are put into a copy of the code, one at a time, and the fast tests must notice each.
 
-    python benchmarks/mutations.py [--area rollout] [--file grpo/losses.py] [--only NAME ...] [--output FILE.json]
+    python benchmarks/mutations.py [--area rollout] [--file grpo/losses.py ...] [--only NAME ...] [--output FILE.json]
 
 The mutations are data: benchmarks/mutations/*.yaml, each with a file, a text in it, its replacement, and the tests of
 that file. First the tests run without a mutation, and must pass. Then each mutation is applied, its tests run until
@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ class Result:
     tests: str
     seconds: float = 0.0
     reason: str = field(default="")
+    commit: str = field(default="")
+    """The code that it was run on; with + where that was not committed."""
 
 
 def mutations(area: str = "*") -> list[Mutation]:
@@ -75,8 +77,8 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--area", default="*", help="only those of one list: " + ", ".join(names_of_lists()))
     parser.add_argument("--only", nargs="+", help="only the mutations of these names")
-    parser.add_argument("--file", help="only the mutations of this file")
-    parser.add_argument("--output", help="write the JSON here")
+    parser.add_argument("--file", nargs="+", help="only the mutations of these files")
+    parser.add_argument("--output", help="write the JSON here; results of other mutations that it holds stay")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for the tests of one mutation")
     parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="do not run the tests as they are")
     parser.add_argument("--page", action="store_true", help="write docs/mutations.md from the stored results")
@@ -85,10 +87,10 @@ def main() -> None:
         PAGE.write_text(page(read_json(RESULTS / "mutations.json")), encoding="utf-8")
         return
     chosen = [m for m in mutations(options.area) if options.only is None or m.name in options.only]
-    chosen = [m for m in chosen if options.file is None or m.file == options.file]
+    chosen = [m for m in chosen if options.file is None or m.file in options.file]
     for name in PRELOADED:
         importlib.import_module(name)
-    results = []
+    results, commit = [], commit_of_the_code()
     with copied_tree() as tree:
         tests = dict.fromkeys(m.tests for m in chosen if not m.equivalent)
         failing = [given for given in tests if options.baseline and run_tests(tree, given, options.timeout) != 0]
@@ -96,7 +98,7 @@ def main() -> None:
             print("these tests fail without a mutation:", *failing, sep="\n  ", file=sys.stderr)
         for mutation in chosen:
             if mutation.tests not in failing:
-                results.append(judge(tree, mutation, options.timeout))
+                results.append(replace(judge(tree, mutation, options.timeout), commit=commit))
                 print(line(results[-1]), flush=True)
     report = {
         "command": "python benchmarks/mutations.py --output docs/results/mutations.json",
@@ -105,9 +107,25 @@ def main() -> None:
     }
     print(summary(report))
     if options.output:
-        write_json(options.output, report)
+        stored = read_json(Path(options.output))["mutations"] if Path(options.output).exists() else []
+        write_json(options.output, report | {"mutations": merged(stored, report["mutations"])})
     if failing:
         sys.exit(1)
+
+
+def merged(stored: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the stored results with those that were measured again, in the order of the lists."""
+    found = {(row["file"], row["name"]): row for row in [*stored, *new]}
+    return [found[key] for m in mutations() if (key := (m.file, m.name)) in found]
+
+
+def commit_of_the_code() -> str:
+    """Return the short hash of the commit, with + if files differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "grpo", "tests") else "")
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -132,16 +150,16 @@ def page(report: dict[str, Any]) -> str:
         "the mutated file. A fault is killed if a test fails. The faults are in `benchmarks/mutations/*.yaml`.",
         "",
         summary(report),
-        *([report["note"]] if "note" in report else []),
         *([f"The lists hold {left} more, which were not run for this page."] if left else []),
         "",
-        "| file | faults | killed | survived | equivalent |",
-        "|---|---|---|---|---|",
+        "| file | faults | killed | survived | equivalent | run on the code of |",
+        "|---|---|---|---|---|---|",
     ]
     for file in dict.fromkeys(row["file"] for row in rows):
         of_file = Counter(row["verdict"] for row in rows if row["file"] == file)
         counts = " | ".join(str(of_file[verdict]) for verdict in ("killed", "survived", "equivalent"))
-        lines.append(f"| `{file}` | {of_file.total()} | {counts} |")
+        commits = dict.fromkeys(row["commit"] for row in rows if row["file"] == file)
+        lines.append(f"| `{file}` | {of_file.total()} | {counts} | {', '.join(commits)} |")
     for verdict, title in (("survived", "Not noticed"), ("equivalent", "Equivalent")):
         found = [row for row in rows if row["verdict"] == verdict]
         if found:
