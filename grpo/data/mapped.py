@@ -59,6 +59,10 @@ class MappedPrompts(Sequence[Prompt]):
         return (self[index] for index in range(len(self)))
 
 
+class UnstorableError(ConfigError):
+    """A column that JSON cannot hold, such as a picture. Under data.cache auto, the prompts stay in memory."""
+
+
 def token_ids_of(prompts: Sequence[Prompt]) -> Iterator[Sequence[int]]:
     """Iterate over the token ids of prompts, without their other columns."""
     if isinstance(prompts, MappedPrompts):
@@ -176,7 +180,7 @@ def _json(value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=True)
     except TypeError as error:
-        raise ConfigError(f"data.cache: a column cannot be stored ({error}): set data.cache never") from error
+        raise UnstorableError(f"data.cache: a column cannot be stored ({error}): set data.cache never") from error
 
 
 def _checksum(path: Path) -> str:

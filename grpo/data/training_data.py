@@ -19,7 +19,7 @@ from grpo.config.schema import Config
 from grpo.data.card import check_permission
 from grpo.data.curriculum import Curriculum
 from grpo.data.files import BadRows
-from grpo.data.mapped import MappedPrompts, map_prompts, mapped_folder, open_mapped, wants_mapping
+from grpo.data.mapped import MappedPrompts, UnstorableError, map_prompts, mapped_folder, open_mapped, wants_mapping
 from grpo.data.rendering import check_template_kwargs, render_prompts
 from grpo.data.rows import Example, extraction_report, load_examples
 from grpo.data.stream import PromptStream
@@ -120,6 +120,10 @@ def _make_mapped(
             prompts = map_prompts(folder, examples, tokenizer, config.data.max_prompt_length, bad.rejected)
         except OSError as error:
             log.warning("data.cache: cannot write %s: %s. The prompts are kept in memory", folder, error)
+        except UnstorableError as error:
+            if config.data.cache == "always":
+                raise
+            log.info("%s. The prompts are kept in memory", str(error).partition(": set ")[0])
     if not broadcast_object_list([prompts is not None])[0]:
         return None
     prompts = prompts or open_mapped(folder)

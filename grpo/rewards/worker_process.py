@@ -34,6 +34,8 @@ MAX_TEMPORARY_PATH = 60
 START_TIMEOUT = 120.0
 """Seconds for a worker to start and to import the file of its reward."""
 
+ENDED = "ended its process"
+"""Beginning of the reason for a process that died."""
 PARENT_SECONDS = 1.0
 """Seconds between two checks whether the parent is alive."""
 
@@ -136,8 +138,8 @@ class Worker:
             code = process.exitcode
         self.kill()
         if code is not None and code < 0:
-            return f"ended its process by {signal.Signals(-code).name}"
-        return f"ended its process (exit code {code})"
+            return f"{ENDED} by {signal.Signals(-code).name}"
+        return f"{ENDED} (exit code {code})"
 
     def kill(self) -> None:
         """Kill the process and whatever it has started."""

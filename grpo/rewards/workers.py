@@ -28,7 +28,7 @@ from grpo.rewards.context import Notes, TrainerState
 from grpo.rewards.registry import RewardFunction
 from grpo.rewards.scoring import Failure, RewardSum, Scores
 from grpo.rewards.signature import column_arguments
-from grpo.rewards.worker_process import Worker
+from grpo.rewards.worker_process import ENDED, Worker
 from grpo.runtime.exit import before_forced_exit
 from grpo.types import Group
 
@@ -222,7 +222,10 @@ class RewardExecutor:
         if failure.timed_out or not good:
             return alone
         self._notes = Notes()  # those of the calls with one completion each do not count either
-        again: Failure | Values = failure if len(good) == len(everyone) else self._together(arguments, good)
+        died = failure.reason.startswith(ENDED)  # killed from outside, perhaps: not by these completions
+        again: Failure | Values = failure
+        if died or len(good) < len(everyone):
+            again = self._together(arguments, good)
         if isinstance(again, Failure):
             return [Failure(self.name, index, again.reason, again.timed_out) for index in everyone]
         for index, value in zip(good, again, strict=True):

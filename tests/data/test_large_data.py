@@ -1,12 +1,14 @@
 """Mapped, streamed and measured prompts: each equals the plain list, and resumes at the exact position."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 
-from grpo.config.schema import DataConfig
+from grpo.config.schema import Config, DataConfig
 from grpo.data.curriculum import Curriculum
 from grpo.data.files import BadRows
 from grpo.data.invented_language import generate_rows
@@ -15,6 +17,7 @@ from grpo.data.rendering import render_prompts
 from grpo.data.rows import load_examples
 from grpo.data.stream import PromptStream
 from grpo.data.streaming import StreamedPrompts, buffer_shuffled, peek
+from grpo.data.training_data import _make_mapped
 from grpo.errors import ConfigError
 from grpo.types import Prompt
 from tests.data.test_stream import TEMPLATE, make_tokenizer
@@ -100,6 +103,21 @@ def test_what_is_mapped(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert wants_mapping(settings(file))
     assert not wants_mapping(settings(file, cache="never"))
     assert not wants_mapping(DataConfig(name="arithmetic", cache="always"))
+
+
+@pytest.mark.parametrize("cache", ["auto", "always"])
+def test_a_picture_is_no_reason_to_refuse_a_large_file(file: Path, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
+    """auto keeps the prompts in memory; only `always` is an error."""
+    monkeypatch.setattr("grpo.data.mapped.MAP_FROM_BYTES", 100)
+    config = Config(data=settings(file, cache=cache, max_prompt_length=None))
+    examples = load_examples(config.data, "train", 0)
+    examples[1].columns["image"] = b"\x00\x01"
+    make = partial(_make_mapped, config, examples, make_tokenizer(None), BadRows(skip=True), Accelerator(cpu=True))
+    if cache == "always":
+        with pytest.raises(ConfigError, match="a column cannot be stored"):
+            make()
+    else:
+        assert make() is None
 
 
 def streamed(file: Path, **changes: Any) -> StreamedPrompts:

@@ -216,6 +216,21 @@ def test_rewards_of_a_file_and_a_registered_one(pools: list[RewardWorkerPool], t
     assert run(pools, "a", name="runner_test_mine").rewards_PG.tolist() == [[2.0]]
 
 
+def test_a_worker_that_is_killed_once_costs_no_completion(pools: list[RewardWorkerPool], tmp_path: Any) -> None:
+    """By the system for want of memory, or by hand: the call is made again."""
+    (tmp_path / "killed.py").write_text(
+        "import os, pathlib\n"
+        "def once(completions, **columns):\n"
+        f"    mark = pathlib.Path({str(tmp_path / 'mark')!r})\n"
+        "    if not mark.exists():\n"
+        "        mark.touch()\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    return [float(len(completions)) for _ in completions]\n"
+    )
+    scores = run(pools, "a", "ab", name=f"{tmp_path}/killed.py:once")
+    assert scores.rewards_PG.tolist() == [[2.0, 2.0]] and scores.failures == []
+
+
 def test_no_process_thread_or_file_is_left(pools: list[RewardWorkerPool]) -> None:
     def open_files() -> int:
         return len(os.listdir("/proc/self/fd"))
