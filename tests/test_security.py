@@ -226,7 +226,7 @@ def test_secrets_are_found_nowhere(
     canaries = CANARIES | {"WANDB_OTHER_API_KEY": in_file}
     wandb = RecordingWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr("grpo.run.build.check_trackers", lambda names: None)
+    monkeypatch.setattr("grpo.run.checks.check_trackers", lambda names: None)
     monkeypatch.setattr(sys, "argv", ["train.py", f"--data.path={CANARIES['HF_TOKEN']}", in_file])
     settings = {"steps": 2, "tracking.report_to": "[wandb, tensorboard]", "tracking.report": "true"}
     run(tmp_path, "run", **settings)
