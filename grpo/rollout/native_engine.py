@@ -43,6 +43,9 @@ log = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 8192
 """Maximum number of prompt tokens, padding included, in one prefill."""
+TOKEN_BYTES = 144
+"""Machine memory of a sampled token: id and logprob as Python numbers in lists (72 bytes), the id in two reward
+processes (36 each)."""
 BUCKET = 128
 """If steps are captured in CUDA graphs, cache lengths are rounded up to multiples of this, and rows to powers of
 two. Each combination has one graph."""
@@ -253,7 +256,7 @@ class NativeEngine(RolloutEngine):
         if not self.schedule.captures_graphs:
             self._kept = None
             length = prompt + draws
-            slots = self.slots_that_fit(completions, length, free_memory(device))
+            slots = self.slots_that_fit(completions, length, free_memory(device, completions * draws * TOKEN_BYTES))
             return SlotCache(slots, length, dtype), _State(slots, window, draws, device)
         cache, state = self._kept or (SlotCache(0, 0, dtype), None)
         if self.step_completions is not None:  # the cache stays: an evaluation does not make it larger

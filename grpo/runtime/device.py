@@ -151,12 +151,19 @@ def attention_backends(device: torch.device) -> list[str]:
     return [name for name, enabled in allowed.items() if enabled()]
 
 
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that can still be allocated on `device`."""
+def free_memory(device: torch.device, host_bytes: int = 0) -> int:
+    """Return the bytes that can still be allocated on `device`.
+
+    Args:
+        device: The device.
+        host_bytes: Bytes of the machine's memory that something else will take. They count, up to three quarters of
+            what is free, where `device` uses that memory.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return available_memory()
+    free = available_memory()
+    return max(free - host_bytes, free // 4)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -127,6 +127,14 @@ def test_groups_are_handed_out_as_soon_as_they_are_whole(engine: str) -> None:
     assert all(any(g is group for group in groups) for g in early)
 
 
+def test_the_cache_leaves_room_for_the_completions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what is free without 144 bytes for each token: (9 x 6144 - 6 x 10 x 144) / 2 / 6144 = 3.8 completions."""
+    monkeypatch.setattr("grpo.runtime.device.available_memory", lambda: 9 * 6144)
+    engine = build_engine("native", tiny_model(), CharTokenizer(), slots=64, uses_packed_attention=True)
+    cache, _ = engine._memory(completions=6, prompt=14, draws=10)
+    assert cache.slots == 3
+
+
 def test_the_cache_keeps_to_its_budget() -> None:
     model, plan = tiny_model(), SamplingPlan(3, 10, 1.0, seed=1)
     wide = build_engine("native", model, CharTokenizer(), slots=64, uses_packed_attention=True)

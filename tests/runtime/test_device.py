@@ -80,6 +80,7 @@ def test_limits_of_a_container_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     assert free_memory(CPU) == 5 and cpu_threads(2) == 3
+    assert (free_memory(CPU, 2), free_memory(CPU, 100)) == (3, 1)  # what else will be needed leaves a quarter
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
     assert cpu_threads(2) == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
