@@ -2,22 +2,24 @@
 
     python benchmarks/parity.py [--output docs/results/parity.json] [--only dapo] [--random 300]
 
-Each case takes two optimizer steps (SGD) on the same completions, so the second one is off-policy: its ratios leave the
-clip range. Compared in float32, for both steps: the loss, the gradient norm and every parameter's gradient. A
-difference is relative: |ours - theirs| / |theirs|, for gradients divided by the norm of all gradients. Where the two
-differ on purpose, the table shows the factor: masked completions do not count in our denominators.
+Each case takes two or more optimizer steps (SGD) on the same completions, so those after the first one are off-policy:
+their ratios leave the clip range. Compared in float32, for each step: the loss, the gradient norm and every parameter's
+gradient. A difference is relative: |ours - theirs| / |theirs|, for gradients divided by the norm of all gradients. Where
+the two differ on purpose, the table shows the factor: masked completions do not count in our denominators.
 
 The random cases draw a value of each setting, with a fixed seed: losses and their parameters, temperature, correction
 of another sampler's logprobs, rewards that do not apply (None) or have weight 0, a reference of its own, tied weights,
-one to three optimizer steps. Needs: pip install -e ".[benchmark]"
+one to three passes, one to four optimizer steps in each (mini-batches). Needs: pip install -e ".[benchmark]"
 """
 
+import contextlib
 import gc
 import itertools
 import math
 import os
 import random
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -53,10 +55,13 @@ class Case:
     theirs: dict[str, Any] = field(default_factory=dict)
     """The same in TRL's GRPOConfig, where key or value differ."""
     steps: int = 2
+    """Passes over the completions."""
     optimizer: str = "sgd"
     factor: float = 1.0
     """TRL's gradient divided by ours: not 1 where the two differ on purpose."""
     micro_batches: int = 1
+    mini_batches: int = 1
+    """Optimizer steps of a pass, each on its part of the completions: TRL's steps_per_generation."""
     shape: tuple[int, int] = (P, G)
     """Prompts, completions of each."""
     trl_defaults: bool = False
@@ -104,6 +109,7 @@ class Case:
 
 DRAWN = {
     "steps": 2,
+    "mini_batches": 1,
     "temperature": 1.0,
     "correction": "none",
     "reference": False,
@@ -147,6 +153,10 @@ def cases() -> list[Case]:
             {"multi_objective_aggregation": "normalize_then_sum"},
         ):
             made.append(Case(loss, {"beta": 0.3, **extra}))
+    for loss in ("grpo", "dapo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"):  # bnpo: TRL divides by micro-batches
+        for beta, count in itertools.product((0.0, 0.3), (2, 3)):
+            made.append(Case(loss, {"beta": beta}, mini_batches=count))
+    made.append(Case("dapo", {"beta": 0.3}, mini_batches=3, micro_batches=2))
     made.append(Case("gspo", {"beta": 0.0}, {"loss_type": "grpo", "importance_sampling_level": "sequence"}))
     made.append(Case("luspo", {"beta": 0.3, "importance_sampling_level": "token"}))
     return made
@@ -212,7 +222,14 @@ def random_case(chance: random.Random, seed: int) -> Case:
         weights=weights,
         unknown=chance.choice([0.0, 0.0, 0.2]) if weights[1] else 0.0,
     )
+    if loss != "bnpo" and "entropy_coef" not in ours and not masked:  # where TRL divides by the same
+        case = replace(case, mini_batches=chance.choice([1, 1, *equal_parts(case.shape)]))
     return replace(case, factor=masked_factor(loss, case.groups())) if masked else case
+
+
+def equal_parts(shape: tuple[int, int]) -> list[int]:
+    """Return the numbers of mini-batches, 2 to 4, that cut the completions into equal parts."""
+    return [count for count in (2, 3, 4) if math.prod(shape) % count == 0]
 
 
 def main() -> None:
@@ -410,7 +427,9 @@ def run_ours(case: Case, folder: Path) -> Outcome:
     config = Config(
         prompts_per_step=prompts,
         tokens_per_batch=40 if case.micro_batches == 1 else 20,
-        objective=ObjectiveConfig(loss_type=case.loss_type, num_iterations=case.steps, **case.ours),
+        objective=ObjectiveConfig(
+            loss_type=case.loss_type, num_iterations=case.steps, mini_batches=case.mini_batches, **case.ours
+        ),
         optimizer=OptimizerConfig(learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=1e9),
         sampling=SamplingConfig(num_generations=generations, max_completion_length=LENGTH),
         rollout=RolloutConfig(correction=case.correction, correction_cap=case.cap),
@@ -423,7 +442,7 @@ def run_ours(case: Case, folder: Path) -> Outcome:
         config.objective,
         config.optimizer,
         temperature=case.temperature,
-        optimizer_steps=case.steps,
+        optimizer_steps=config.optimizer_steps,
     )
     if case.reference:
         policy.reference.model.load_state_dict(other_weights(folder))  # type: ignore[union-attr]
@@ -515,11 +534,25 @@ def run_trl(case: Case, folder: Path) -> Outcome:
             trainer.vllm_importance_sampling_clip_min = 1 / case.cap if case.correction == "mask" else None
             trainer._last_loaded_step = 0
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        with in_order() if case.mini_batches > 1 else contextlib.nullcontext():
+            trainer.train()
     outcome.weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     logged = [entry["frac_reward_zero_std"] for entry in trainer.state.log_history if "frac_reward_zero_std" in entry]
     outcome.flat_groups = logged[0]
     return outcome
+
+
+@contextlib.contextmanager
+def in_order() -> Iterator[None]:
+    """Let TRL cut the completions in the order of the prompts, as ours are, instead of at random."""
+    from trl.trainer import grpo_trainer
+
+    shuffle = grpo_trainer.shuffle_sequence_dict
+    grpo_trainer.shuffle_sequence_dict = lambda sequences: sequences
+    try:
+        yield
+    finally:
+        grpo_trainer.shuffle_sequence_dict = shuffle
 
 
 def trl_rollouts(case: Case) -> Any:
@@ -569,9 +602,10 @@ def trl_config(case: Case, folder: str) -> Any:
         settings.setdefault("importance_sampling_level", "sequence")
     return trl.GRPOConfig(
         output_dir=folder,
-        max_steps=case.steps,
-        per_device_train_batch_size=math.prod(case.shape) // case.micro_batches,
+        max_steps=case.steps * case.mini_batches,
+        per_device_train_batch_size=math.prod(case.shape) // (case.micro_batches * case.mini_batches),
         gradient_accumulation_steps=case.micro_batches,
+        steps_per_generation=case.micro_batches * case.mini_batches,
         num_generations=case.shape[1],
         num_iterations=case.steps,
         max_completion_length=LENGTH,

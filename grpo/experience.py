@@ -6,12 +6,13 @@ The default path is short. Each of these settings adds one thing to it:
     objective.soft_overlong_cache  one more reward: a length penalty
     objective.subset               only some completions of each group are trained
     objective.kl_in_reward         the KL to the reference is subtracted from the reward
+    objective.mini_batches         the completions are packed in several parts, one for each optimizer step
     rollout.max_staleness          later steps are sampled meanwhile (grpo/rollout/async_sampler.py)
 """
 
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +26,7 @@ from grpo.kl import kl_estimate
 from grpo.losses import find_loss, per_sequence
 from grpo.models.architecture import vocabulary_size
 from grpo.models.logprob_model import probe_batch
-from grpo.packing import PackedBatch, pack
+from grpo.packing import PackedBatch, pack, regroup
 from grpo.policy import Policy
 from grpo.registry import call_with_supported_args
 from grpo.rewards.context import TrainerState
@@ -40,16 +41,27 @@ from grpo.types import Group, Prompt
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Packed:
-    """The batches of one set of completions, on the device."""
+    """The batches of one mini-batch (the completions of one optimizer step), on the device."""
 
     batches: list[PackedBatch]
     """As many on every rank: a rank with fewer real ones is padded with zero-weight batches."""
     real: int
     """Number of batches that are not padding."""
-    references: list[Tensor | None] | None = None
-    """[N] reference logprobs of each batch; None: not computed yet."""
+    references: list[Tensor | None] = field(default_factory=list)
+    """[N] reference logprobs of each batch; empty: not computed yet."""
+    old: list[Tensor] = field(default_factory=list)
+    """[N] logprobs of each batch under the policy before the first optimizer step; empty: not computed yet."""
+
+    def real_references(self) -> list[tuple[PackedBatch, Tensor | None]]:
+        """Return the batches that are not padding, with their reference logprobs [N]."""
+        return list(zip(self.batches, self.references, strict=True))[: self.real]
+
+    def with_advantages(self, advantages_PG: Tensor) -> "Packed":
+        """Return the batches with the advantages [P, G] of the completions that were packed."""
+        real = [batch.with_advantages(advantages_PG) for batch in self.batches[: self.real]]
+        return replace(self, batches=real + self.batches[self.real :])
 
 
 @dataclass(frozen=True)
@@ -62,8 +74,8 @@ class Sampled:
     """Indices of the groups to train on."""
     rounds: int = 1
     """Rounds of sampling (dynamic sampling)."""
-    packed: Packed | None = None
-    """All completions, where they could be packed before the rewards were known."""
+    packed: list[Packed] | None = None
+    """The mini-batches of all completions, where they could be packed before the rewards were known."""
     seconds: float = 0.0
     """Time spent sampling."""
     staleness: int = 0
@@ -75,11 +87,15 @@ class Experience:
     """The data of one training step. P groups, fewer than were sampled where some were dropped; G completions each."""
 
     groups: list[Group]
-    packed: Packed
+    mini_batches: list[Packed]
     all_advantages_PG: Tensor
     """Advantages of everything that was sampled, 0 for what was dropped: for the records."""
     advantages_PG: Tensor | None = None
     """Advantages of `groups`, to pack them again."""
+
+    def real_batches(self) -> list[PackedBatch]:
+        """Return the batches of all mini-batches that are not padding."""
+        return [batch for part in self.mini_batches for batch in part.batches[: part.real]]
 
 
 @dataclass
@@ -114,7 +130,7 @@ class ExperienceCollector:
         groups: list[Group] = []
         scores: list[Scores] = []
         kept: list[int] = []
-        packed: Packed | None = None
+        packed: list[Packed] | None = None
         found, rounds, seconds, version = 0, 0, 0.0, step - 1
         while rounds < (config.sampling.max_sampling_rounds if dynamic else 1) and found < wanted:
             count = math.ceil((wanted - found) * config.sampling.oversample) if dynamic else wanted
@@ -159,12 +175,11 @@ class ExperienceCollector:
                 for group, chosen in zip(groups, chosen_PK.tolist(), strict=True)
             ]
             packed = self._pack(groups, advantages_PG)
-        batches = packed.batches[: packed.real]
-        batches = [batch.with_advantages(advantages_PG) for batch in batches] + packed.batches[packed.real :]
+        packed = [part.with_advantages(advantages_PG) for part in packed]
         everything = torch.zeros_like(sampled.scores.rewards_PG)
         for row, chosen, advantages in zip(sampled.kept, chosen_PK, advantages_PG, strict=True):
             everything[row, chosen] = advantages
-        return Experience(groups, replace(packed, batches=batches), everything, advantages_PG)
+        return Experience(groups, packed, everything, advantages_PG)
 
     def limits(self) -> dict[str, int]:
         """Return the sizes that were lowered when memory ran out, for the checkpoint."""
@@ -175,15 +190,22 @@ class ExperienceCollector:
         self.tokens_per_batch = min(self.tokens_per_batch, limits.get("tokens_per_batch", self.tokens_per_batch))
         self.sampler.engine.load_state_dict(limits)
 
-    def repack(self, experience: Experience) -> Experience | None:
+    def repack(self, experience: Experience, stepped: bool) -> Experience | None:
         """Pack the completions again with half of tokens_per_batch, from now on. Collective.
+
+        Args:
+            stepped: The policy has changed since it sampled: keep the old logprobs.
 
         Returns:
             None if the longest completion does not fit into a smaller batch.
         """
         if not self._halve(experience.groups):
             return None
-        return replace(experience, packed=self._pack(experience.groups, experience.advantages_PG))
+        packed = self._pack(experience.groups, experience.advantages_PG)
+        if stepped:  # the policy of the old logprobs is no more
+            for part, before in zip(packed, experience.mini_batches, strict=True):
+                part.old = regroup(before.old, before.batches[: before.real], part.batches, part.real)
+        return replace(experience, mini_batches=packed)
 
     def _halve(self, groups: list[Group]) -> bool:
         """Halve tokens_per_batch. Return False if a completion of any rank would not fit. Collective."""
@@ -211,13 +233,29 @@ class ExperienceCollector:
         by_reward = {**scores.by_name, "overlong": penalty_PG}
         return replace(scores, rewards_PG=scores.rewards_PG + penalty_PG, by_name=by_reward)
 
-    def _pack(self, groups: list[Group], advantages_PG: Tensor | None = None) -> Packed:
-        """Pack the groups on the device. With advantages, completions that have no gradient are left out."""
+    def _pack(self, groups: list[Group], advantages_PG: Tensor | None = None) -> list[Packed]:
+        """Pack each mini-batch on the device. With advantages, completions that have no gradient are left out."""
+        count = self.config.objective.mini_batches
+        if count == 1:
+            return [self._pack_one(groups, advantages_PG)]
+        parts_PG = self._mini_batch_of(groups)
+        return [self._pack_one(groups, advantages_PG, parts_PG == part) for part in range(count)]
+
+    def _mini_batch_of(self, groups: list[Group]) -> Tensor:
+        """Return the index [P, G] of each completion's mini-batch: all ranks' in the order of draws, in equal parts."""
+        rows = gather_rows(self.accelerator, [{"draw": group.prompt.draw} for group in groups])
+        place = {draw: index for index, draw in enumerate(sorted(row["draw"] for row in rows))}
+        size = len(groups[0].completions) if groups else 1
+        first_P1 = torch.tensor([place[group.prompt.draw] * size for group in groups], dtype=torch.long)[:, None]
+        return (first_P1 + torch.arange(size)) * self.config.objective.mini_batches // max(1, len(rows) * size)
+
+    def _pack_one(self, groups: list[Group], advantages_PG: Tensor | None, chosen_PG: Tensor | None = None) -> Packed:
         objective, policy = self.config.objective, self.policy
         batches = pack(
             groups,
             advantages_PG,
             max_tokens=self.tokens_per_batch,
+            chosen_PG=chosen_PG,
             mask_truncated=objective.mask_truncated_completions,
             skip_flat=not kl_in_loss(objective) and objective.entropy_coef == 0,
             share_prompts=policy.shares_prompts,
@@ -226,14 +264,14 @@ class ExperienceCollector:
         batches += [probe_batch(vocabulary_size(policy.model))] * (rounds - real)
         return Packed([batch.to(policy.device) for batch in batches], real)
 
-    def _pack_with_references(self, groups: list[Group]) -> Packed:
+    def _pack_with_references(self, groups: list[Group]) -> list[Packed]:
         """Pack the groups and compute the reference's logprobs, in smaller batches if memory runs out on a rank."""
         policy = self.policy
         while True:
             packed = self._pack(groups)
             error: BaseException | None = None
             try:
-                packed = replace(packed, references=policy.reference_logprobs(packed.batches))
+                packed = [replace(one, references=policy.reference_logprobs(one.batches)) for one in packed]
             except (RuntimeError, MemoryError) as caught:
                 if not policy.survives(caught):
                     raise
@@ -245,11 +283,10 @@ class ExperienceCollector:
             if not self._halve(groups):
                 raise error
 
-    def _completion_kl(self, packed: Packed, rewards_PG: Tensor, sums: Sums) -> Tensor:
+    def _completion_kl(self, packed: list[Packed], rewards_PG: Tensor, sums: Sums) -> Tensor:
         """Return the KL estimate [P, G] of each completion, summed over its tokens. `rewards_PG` gives the shape."""
         kl = torch.zeros(rewards_PG.numel(), dtype=torch.float64)
-        references = packed.references or []
-        for batch, reference_N in zip(packed.batches[: packed.real], references[: packed.real], strict=True):
+        for batch, reference_N in (pair for part in packed for pair in part.real_references()):
             if reference_N is not None:
                 kl_N = kl_estimate(batch.sampling_logprobs_N, reference_N, self.config.objective.kl_estimator)
                 first_S = batch.lengths_S.cumsum(0) - batch.lengths_S

@@ -93,6 +93,7 @@ def pack(
     advantages_PG: Tensor | None = None,
     *,
     max_tokens: int,
+    chosen_PG: Tensor | None = None,
     mask_truncated: bool = False,
     skip_flat: bool = False,
     share_prompts: bool = False,
@@ -103,6 +104,7 @@ def pack(
         groups: P groups of G completions.
         advantages_PG: [P, G]; None where they are attached later (`PackedBatch.with_advantages`).
         max_tokens: Token budget of a batch.
+        chosen_PG: [P, G] bool: the completions to lay down. None: all.
         mask_truncated: Give completions that were cut off weight 0 (DAPO's overlong filter, arXiv 2503.14476).
         skip_flat: Leave out completions with an advantage of exactly 0. Exact only without a KL or entropy term in
             the loss: then they have no gradient.
@@ -121,6 +123,7 @@ def pack(
             sample: len(completion.token_ids)
             for sample, completion in enumerate(group.completions)
             if completion.token_ids
+            and (chosen_PG is None or chosen_PG[row, sample])
             and not (skip_flat and advantages_PG is not None and advantages_PG[row, sample] == 0)
         }
         for length in lengths.values():

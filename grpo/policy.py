@@ -23,7 +23,7 @@ from grpo.models.logprob_model import probe_batch, run_self_test
 from grpo.models.lora import save_adapter
 from grpo.models.optimizer_state import Tensors, optimizer_from_tensors, optimizer_to_tensors
 from grpo.models.optimizers import override_hyperparameters
-from grpo.models.reference import FrozenReference
+from grpo.models.reference import FrozenReference, detached_logprobs
 from grpo.models.weights import bytes_on_disk, save_full_weights, save_live_model
 from grpo.packing import PackedBatch
 from grpo.runtime.device import empty_cache, is_cpu, return_freed_memory
@@ -109,6 +109,13 @@ class Policy:
         """Return logprobs [N] with a gradient, and entropies [N] in nats."""
         with self.strategy.autocast():
             return self.logprob_model(batch)
+
+    def old_logprobs(self, batches: list[PackedBatch]) -> list[Tensor]:
+        """Return logprobs [N] of each batch under the weights as they are now, without a gradient."""
+        with self.strategy.autocast():
+            logprobs = detached_logprobs(self.logprob_model, batches)
+        return_freed_memory(self.device)
+        return logprobs
 
     def reference_logprobs(self, batches: list[PackedBatch]) -> list[Tensor | None]:
         """Return the reference's logprobs [N] of each batch, or None for each if there is no reference."""

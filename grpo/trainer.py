@@ -1,5 +1,6 @@
 """The training loop: prompts -> completions -> rewards -> advantages -> packed batches -> clipped steps."""
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -8,7 +9,6 @@ from grpo.config.schema import Config
 from grpo.errors import EngineError, Interrupted, NumericsError
 from grpo.experience import Experience, Packed, kl_in_loss
 from grpo.losses import Counts, find_loss, importance_correction, policy_loss
-from grpo.packing import PackedBatch, regroup
 from grpo.rollout.engine import correction_of
 from grpo.rollout.logprob_mismatch import check_difference
 from grpo.run.build import build_run
@@ -73,7 +73,7 @@ def training_loop(run: Run, signals: Signals, until: int | None = None) -> None:
         run.sync_weights(step)
         clock.lap("update")
         # 5. Record the step.
-        skipped = experience.packed.batches[: experience.packed.real] if sums.total("skipped") else []
+        skipped = experience.real_batches() if sums.total("skipped") else []
         run.recorder.dump_failed_batches(step, sampled.groups, sampled.scores, skipped)
         curriculum = run.update_curriculum(sampled)
         metrics = step_metrics(config, run.accelerator, sampled, experience.all_advantages_PG, sums, clock.laps)
@@ -101,97 +101,89 @@ def training_loop(run: Run, signals: Signals, until: int | None = None) -> None:
 
 @phase("learning")
 def update(run: Run, experience: Experience, sums: Sums, clock: Clock) -> None:
-    """Take num_iterations optimizer steps on one set of completions. Token sums for the logs go to `sums`.
+    """Learn from one set of completions: num_iterations passes, each with an optimizer step on every mini-batch.
 
-    Losses are sums, divided once by a count over all ranks and the whole mini-batch. So the gradient does not depend
-    on the packing. If memory runs out on a rank, all ranks pack smaller batches and start the update again.
+    Losses are sums, divided once by a count over all ranks. So the gradient does not depend on the packing. If memory
+    runs out on a rank, all ranks pack smaller batches and start the mini-batch again. Token sums for the logs go to
+    `sums`.
     """
-    policy, counts = run.policy, count_tokens(run, experience.groups)
-    references: list[torch.Tensor | None] = []
-    old: list[torch.Tensor] = []  # logprobs before this step: the first pass computes them anyway
-    for iteration in range(run.config.objective.num_iterations):
+    objective, counts = run.config.objective, count_tokens(run, experience.groups)
+    for iteration, index in itertools.product(range(objective.num_iterations), range(objective.mini_batches)):
         while True:
             passed = Sums()
-            error = run_batches(run, experience.packed, references, counts, old, iteration, passed, clock)
+            error = run_batches(run, experience.mini_batches, index, counts, iteration == 0, passed, clock)
             if error is None:
                 break
-            policy.discard_gradients()
-            smaller = run.collector.repack(experience)
+            run.policy.discard_gradients()
+            smaller = run.collector.repack(experience, stepped=sums.count("grad_norm") > 0)
             if smaller is None:
                 raise error
-            before, after = experience.packed.batches[: experience.packed.real], smaller.packed
-            for values in (references, old):  # a later iteration still needs those of the first
-                values[:] = regroup(values, before, after.batches, after.real) if iteration else []
             experience = smaller
         sums.merge(passed)
-        sums.add("learning_rate", policy.learning_rate, 1)
-        if experience.packed.batches:
+        sums.add("learning_rate", run.policy.learning_rate, 1)
+        if experience.mini_batches[index].batches:
             # If the loss is not finite on any rank, all ranks skip the step.
             usable = max_over_ranks(run.accelerator, passed.total("infinite") > 0) == 0
-            sums.add("grad_norm", policy.step(usable), 1)
-            sums.add("skipped", policy.skipped_in_a_row > 0)
+            sums.add("grad_norm", run.policy.step(usable), 1)
+            sums.add("skipped", run.policy.skipped_in_a_row > 0)
         else:  # all groups are flat: a step would only apply weight decay and momentum
-            policy.skip_step()
-    real = experience.packed.batches[: experience.packed.real]
-    sums.add("tokens_trained", sum(len(batch.tokens_N) for batch in real))
+            run.policy.skip_step()
+    sums.add("tokens_trained", sum(len(batch.tokens_N) for batch in experience.real_batches()))
     clock.lap("update")
 
 
 def run_batches(
-    run: Run,
-    packed: Packed,
-    references: list[torch.Tensor | None],
-    counts: Counts,
-    old: list[torch.Tensor],
-    iteration: int,
-    sums: Sums,
-    clock: Clock,
+    run: Run, mini_batches: list[Packed], part: int, counts: Counts, first: bool, sums: Sums, clock: Clock
 ) -> BaseException | None:
-    """Add the gradients of all batches. In the first iteration, `references` and `old` get the logprobs of each.
+    """Add the gradients of all batches of the mini-batch `part`. `first`: it is the first pass over it.
 
     Returns:
         None, or the error if memory ran out on any rank, on every rank.
     """
-    policy, batches = run.policy, packed.batches
+    policy, packed = run.policy, mini_batches[part]
     error: BaseException | None = None
     try:
-        for index, batch in enumerate(batches):
-            if not references:
-                references += reference_logprobs(run, packed)
-                clock.lap("reference")
-            sync = index == len(batches) - 1 and not policy.batches_are_local
-            run_batch(run, batch, references[index], counts, old, index, iteration, sync, sums)
+        for index in range(len(packed.batches)):
+            prepare(run, mini_batches, part, clock)
+            sync = index == len(packed.batches) - 1 and not policy.batches_are_local
+            run_batch(run, packed, index, counts, first, sync, sums)
     except (RuntimeError, MemoryError) as caught:
         if not policy.survives(caught):
             raise
         error = caught.with_traceback(None)  # whose frames hold the memory
-    return policy.complete_gradients(error) if batches else None
+    return policy.complete_gradients(error) if packed.batches else None
 
 
-def run_batch(
-    run: Run,
-    batch: PackedBatch,
-    reference: torch.Tensor | None,
-    counts: Counts,
-    old: list[torch.Tensor],
-    index: int,
-    iteration: int,
-    sync: bool,
-    sums: Sums,
-) -> None:
+def prepare(run: Run, mini_batches: list[Packed], part: int, clock: Clock) -> None:
+    """Compute what the mini-batch `part` needs beside the policy, where it is not there yet.
+
+    Before the first optimizer step, these are the old logprobs of all other mini-batches. The first pass over the first
+    one computes its own anyway.
+    """
+    packed = mini_batches[part]
+    if not packed.references:
+        packed.references = reference_logprobs(run, packed)
+        clock.lap("reference")
+    for later in mini_batches[1:]:
+        if not later.old:
+            later.old = run.policy.old_logprobs(later.batches)
+
+
+def run_batch(run: Run, packed: Packed, index: int, counts: Counts, first: bool, sync: bool, sums: Sums) -> None:
     """Add the gradient of one batch."""
-    config, policy, rollout = run.config.objective, run.policy, run.config.rollout
+    config, policy, rollout, batch = run.config.objective, run.policy, run.config.rollout, packed.batches[index]
     with policy.accumulate(sync=sync):
         logprobs, entropies = policy.logprobs(batch)
-        if iteration == 0:
-            old.append(logprobs.detach())
+        if index == len(packed.old):
+            packed.old.append(logprobs.detach())
+        old = packed.old[index]
         correction = importance_correction(
-            old[index], batch.sampling_logprobs_N, correction_of(rollout), rollout.correction_cap
+            old, batch.sampling_logprobs_N, correction_of(rollout), rollout.correction_cap
         )
         loss = policy_loss(
             logprobs,
-            old[index],
-            reference,
+            old,
+            packed.references[index],
             batch,
             find_loss(config.loss_type),
             counts,
@@ -207,8 +199,8 @@ def run_batch(
     sums.add("clipped", loss.clipped, count)
     if kl_in_loss(config):
         sums.add("kl", loss.kl, count)
-    if iteration == 0:
-        difference = (logprobs.detach() - batch.sampling_logprobs_N).abs()
+    if first:
+        difference = (old - batch.sampling_logprobs_N).abs()
         sums.add("entropy", torch.where(counted, entropies.detach(), 0.0).sum(), count)
         sums.add("mismatch", torch.where(counted, difference, 0.0).sum(), count)
 
@@ -217,19 +209,23 @@ def reference_logprobs(run: Run, packed: Packed) -> list[torch.Tensor | None]:
     """Return the reference logprobs of each batch for the KL in the loss. None for each without one."""
     if not kl_in_loss(run.config.objective):
         return [None] * len(packed.batches)
-    return packed.references or run.policy.reference_logprobs(packed.batches)
+    return run.policy.reference_logprobs(packed.batches)
 
 
 def count_tokens(run: Run, groups: list[Group]) -> Counts:
-    """Count the tokens and completions of the loss over all ranks."""
+    """Count the tokens and completions of the loss over all ranks, per mini-batch: the mean over the mini-batches.
+
+    So a token weighs the same in every mini-batch, and the mean of their gradients is that of a single one.
+    """
     lengths = [
         len(completion.token_ids)
         for group in groups
         for completion in group.completions
         if completion.ended or not run.config.objective.mask_truncated_completions
     ]
+    share = 1 / run.config.objective.mini_batches
     tokens, sequences = sum_over_ranks(run.accelerator, [float(sum(lengths)), float(len(lengths))])
-    return Counts(tokens, sequences, run.config.sampling.max_completion_length)
+    return Counts(tokens * share, sequences * share, run.config.sampling.max_completion_length)
 
 
 def check_skipped(run: Run, step: int) -> None:

@@ -130,7 +130,7 @@ def test_completions_without_advantage_are_computed_where_they_have_a_gradient(
     policy: Policy, settings: dict[str, float], tokens: int
 ) -> None:
     made = collector(policy, lambda draw: [], objective=ObjectiveConfig(**settings))
-    packed = made._pack([group(0, [5], [[7, 8, 9], [10]])], torch.tensor([[0.0, 1.0]]))
+    [packed] = made._pack([group(0, [5], [[7, 8, 9], [10]])], torch.tensor([[0.0, 1.0]]))
     assert len(packed.batches[0].tokens_N) == tokens
 
 

@@ -52,7 +52,7 @@ def learn(run: Any, room: float, calls: int = 0) -> Sums:
     run.policy.logprobs = limited
     packed = pack(groups(), ADVANTAGES, max_tokens=16, skip_flat=True)
     sums = Sums()
-    update(run, Experience(groups(), Packed(packed, len(packed)), ADVANTAGES, ADVANTAGES), sums, Clock())
+    update(run, Experience(groups(), [Packed(packed, len(packed))], ADVANTAGES, ADVANTAGES), sums, Clock())
     return sums
 
 

@@ -87,10 +87,10 @@ def test_a_run_leaves_everything_behind(tmp_path: Path) -> None:
     assert torch.equal(model.model.embed_tokens.weight, stored["model.embed_tokens.weight"])
 
 
-@pytest.mark.parametrize("stop", [1, 3])
-@pytest.mark.parametrize("iterations", [1, 2])
-def test_resume_is_exact_to_the_bit(tmp_path: Path, stop: int, iterations: int) -> None:
-    extra = {"objective.num_iterations": iterations, "optimizer.lr_scheduler_type": "cosine"}
+@pytest.mark.parametrize(("stop", "iterations", "mini_batches"), [(1, 1, 1), (3, 1, 2), (1, 2, 1), (3, 2, 5)])
+def test_resume_is_exact_to_the_bit(tmp_path: Path, stop: int, iterations: int, mini_batches: int) -> None:
+    extra = {"objective.num_iterations": iterations, "objective.mini_batches": mini_batches}
+    extra["optimizer.lr_scheduler_type"] = "cosine"
     whole = run(tmp_path, "whole", **extra)
     # A run that is stopped after step `stop` leaves its checkpoint and the records up to there: take the rest away.
     import shutil

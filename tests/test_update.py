@@ -57,7 +57,7 @@ def learn(run: Any, groups: list[Group], advantages_PG: Tensor = ADVANTAGES, shi
         with torch.no_grad():
             references = [run.policy.logprobs(batch)[0] - shift for batch in batches]
     sums = Sums()
-    update(run, Experience(groups, Packed(batches, len(batches), references), advantages_PG), sums, Clock())
+    update(run, Experience(groups, [Packed(batches, len(batches), references or [])], advantages_PG), sums, Clock())
     return sums
 
 

@@ -217,7 +217,10 @@ class ObjectiveConfig:
     vespo_lambda_neg: float = setting(2.0, "[0, inf)", trl="vespo_lambda_neg")
     """Decay lambda of the sequence weight where the advantage is negative."""
     num_iterations: int = setting(1, "[1, inf)", common=True, trl="num_iterations")
-    """Optimizer steps on the same completions (mu)."""
+    """Passes over the completions of a step (mu); each takes mini_batches optimizer steps."""
+    mini_batches: int = setting(1, "[1, inf)", common=True)
+    """Equal parts of a step's completions, in the order of the prompts, with an optimizer step on each (verl:
+    data.train_batch_size / ppo_mini_batch_size; TRL: steps_per_generation / gradient_accumulation_steps)."""
     scale_rewards: Literal["group", "batch", "none"] = setting("group", common=True, trl="scale_rewards")
     """Divide advantages by the standard deviation of the group, of the whole batch, or not at all (Dr. GRPO)."""
     mask_truncated_completions: bool = setting(False, trl="mask_truncated_completions")
@@ -389,6 +392,11 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the run: the length of the learning rate schedule."""
+        return self.steps * self.objective.num_iterations * self.objective.mini_batches
 
 
 def to_dict(config: Config) -> dict[str, Any]:

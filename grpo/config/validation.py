@@ -108,6 +108,13 @@ def check_objective(config: Config) -> None:
             f"objective.subset_size is {objective.subset_size}, needs to be between 2 and sampling.num_generations "
             f"{sampling.num_generations}"
         )
+    completions = config.prompts_per_step * sampling.num_generations
+    if objective.mini_batches > completions:
+        raise ConfigError(
+            f"objective.mini_batches is {objective.mini_batches}, but a step has only {completions} completions "
+            f"(prompts_per_step {config.prompts_per_step} x sampling.num_generations {sampling.num_generations}): "
+            f"lower it to at most {completions}"
+        )
     if objective.soft_overlong_cache >= sampling.max_completion_length:
         raise ConfigError(
             f"objective.soft_overlong_cache is {objective.soft_overlong_cache}, needs to be below "

@@ -77,7 +77,7 @@ def check_schedule(config: Config) -> None:
                 f"optimizer.lr_scheduler_type {name} needs {key}.{needed}: set it, for example "
                 f"--{key} '{{{needed}: {max(1, config.steps // 10)}}}'"
             )
-    steps = config.steps * config.objective.num_iterations
+    steps = config.optimizer_steps
     decay = optimizer.lr_scheduler_kwargs.get("num_decay_steps")
     if isinstance(decay, int) and decay > steps and config.num_train_epochs is None:
         raise ConfigError(f"{key}.num_decay_steps is {decay}, but there are {steps} optimizer steps: lower it")

@@ -43,13 +43,13 @@ class FrozenReference:
     def logprobs(self, batches: list[PackedBatch]) -> list[Tensor]:
         """Return logprobs [N] of each batch. Offloaded weights are moved to the device once for all batches."""
         if not self.offload:
-            return _logprobs(self.logprob_model, batches)
+            return detached_logprobs(self.logprob_model, batches)
         parameters = list(self.logprob_model.parameters())
         on_cpu = [parameter.data for parameter in parameters]
         try:
             for parameter, tensor in zip(parameters, on_cpu, strict=True):
                 parameter.data = to_device(tensor, self.device)
-            return _logprobs(self.logprob_model, batches)
+            return detached_logprobs(self.logprob_model, batches)
         finally:  # they were only read: nothing is copied back
             for parameter, tensor in zip(parameters, on_cpu, strict=True):
                 parameter.data = tensor
@@ -78,11 +78,12 @@ class AdapterReference:
     def logprobs(self, batches: list[PackedBatch]) -> list[Tensor]:
         """Return logprobs [N] of each batch."""
         with adapter_disabled(self.adapter):
-            return _logprobs(self.logprob_model, batches)
+            return detached_logprobs(self.logprob_model, batches)
 
 
 @torch.no_grad()
-def _logprobs(logprob_model: nn.Module, batches: list[PackedBatch]) -> list[Tensor]:
+def detached_logprobs(logprob_model: nn.Module, batches: list[PackedBatch]) -> list[Tensor]:
+    """Return logprobs [N] of each batch, without a gradient."""
     # In reverse: the last batch of a split group has the prompt in its row (grpo/models/shared_prompt.py).
     return [logprob_model(batch)[0] for batch in reversed(batches)][::-1]
 

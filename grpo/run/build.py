@@ -209,7 +209,7 @@ def build_policy(config: Config, accelerator: Accelerator, path: str) -> Policy:
         config.optimizer,
         config.lora,
         temperature=config.sampling.temperature,
-        optimizer_steps=config.steps * config.objective.num_iterations,
+        optimizer_steps=config.optimizer_steps,
         separate_sampler=config.rollout.max_staleness > 0,
         sampled_elsewhere=find_engine(config.rollout.engine).has_own_weights,
     )

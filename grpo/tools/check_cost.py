@@ -28,8 +28,8 @@ def describe_batch(config: Config, prompts: int | None) -> str:
     if prompts is not None:
         total += f" = {steps * P / max(1, prompts):.2f} epochs of {prompts:,}"
     tokens = P * G * config.sampling.max_completion_length
-    iterations = config.objective.num_iterations
-    updates = "1 optimizer step" if iterations == 1 else f"{iterations} optimizer steps"
+    count = config.objective.num_iterations * config.objective.mini_batches
+    updates = "1 optimizer step" if count == 1 else f"{count} optimizer steps"
     return (
         f"{P} prompts x {G} completions = {P * G} completions per step, at most {tokens:,} tokens; {updates} on them, "
         f"in batches of up to {config.tokens_per_batch:,} tokens; {total}; totals over all processes"
@@ -39,8 +39,8 @@ def describe_batch(config: Config, prompts: int | None) -> str:
 def least_operations(config: Config, parameters: int, prompt_tokens: int) -> float:
     """Return a lower bound on the floating-point operations of a step, with completions of half the maximum length.
 
-    Per weight and token: 2 to sample, 2 for the reference, 6 per training iteration (forward 2, backward 4). Kaplan et
-    al. 2020, section 2.1.
+    Per weight and token: 2 to sample, 2 for the reference, 6 per training iteration (forward 2, backward 4), 2 for the
+    old logprobs of all mini-batches but the first. Kaplan et al. 2020, section 2.1.
 
     Args:
         config: The config.
@@ -49,7 +49,8 @@ def least_operations(config: Config, parameters: int, prompt_tokens: int) -> flo
     """
     completions = config.prompts_per_step * config.sampling.num_generations
     tokens = completions * config.sampling.max_completion_length / 2
-    passes = 2 + (2 if config.objective.beta > 0 else 0) + 6 * config.objective.num_iterations
+    objective = config.objective
+    passes = 2 + (2 if objective.beta > 0 else 0) + 6 * objective.num_iterations + 2 * (1 - 1 / objective.mini_batches)
     return passes * parameters * (tokens + config.prompts_per_step * prompt_tokens)
 
 

@@ -178,8 +178,9 @@ def stopped_after_a_step(run: Ended, folder: Path) -> None:
         (["two", "fsdp"], LORA),
         (["two"], {"rollout.max_staleness": 1}),
         (["two", "fsdp"], {"tokens_per_batch": 256}),
+        (["two", "fsdp", "three"], {"objective.mini_batches": 2, "objective.num_iterations": 2}),
     ],
-    ids=["full", "idle rank", "lora", "sampled ahead", "large batches"],
+    ids=["full", "idle rank", "lora", "sampled ahead", "large batches", "mini-batches"],
 )
 def test_any_number_of_processes_does_the_same(runs: Runs, cases: list[str], changes: dict[str, object]) -> None:
     """Uneven lengths, 5 prompts on 2 ranks (2 on 3), uneven micro-batches: same groups, rewards, advantages, metrics
