@@ -4,8 +4,8 @@
 
 Each case takes two or more optimizer steps (SGD) on the same completions, so those after the first one are off-policy:
 their ratios leave the clip range. Compared in float32, for each step: the loss, the gradient norm and every parameter's
-gradient. A difference is relative: |ours - theirs| / |theirs|, for gradients divided by the norm of all gradients. Where
-the two differ on purpose, the table shows the factor: masked completions do not count in our denominators.
+gradient. A difference is relative: |ours - theirs| / |theirs|, for gradients divided by the norm of all gradients.
+Where the two differ on purpose, the table shows the factor: masked completions do not count in our denominators.
 
 The random cases draw a value of each setting, with a fixed seed: losses and their parameters, temperature, correction
 of another sampler's logprobs, rewards that do not apply (None) or have weight 0, a reference of its own, tied weights,
