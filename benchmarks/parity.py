@@ -157,6 +157,18 @@ def cases() -> list[Case]:
         for beta, count in itertools.product((0.0, 0.3), (2, 3)):
             made.append(Case(loss, {"beta": beta}, mini_batches=count))
     made.append(Case("dapo", {"beta": 0.3}, mini_batches=3, micro_batches=2))
+    for share in (0.2, 0.5):
+        made.append(Case("grpo", {"beta": 0.3, "top_entropy_quantile": share}))
+        made.append(Case("dapo", {"beta": 0.0, "top_entropy_quantile": share}, mini_batches=2))
+    for mode, loss in itertools.product(("sequence_truncate", "sequence_mask"), ("grpo", "dapo", "cispo", "vespo")):
+        made.append(Case(loss, {"beta": 0.3}, seed=3, learning_rate=2.0, correction=mode, cap=5.0))
+    for threshold in (0.5, 2.0):
+        ours = {"beta": 0.3, "off_policy_mask_threshold": threshold}
+        made.append(Case("dapo", ours, seed=4, learning_rate=2.0, correction="truncate"))
+    for beta in (0.0, 0.3):
+        ours = {"beta": beta, "epsilon": 0.4, "use_bias_correction_kl": False}
+        made.append(Case("gmpo", ours))
+        made.append(Case("gmpo", ours | {"epsilon": 0.2, "epsilon_high": 0.3}, mini_batches=2))
     made.append(Case("gspo", {"beta": 0.0}, {"loss_type": "grpo", "importance_sampling_level": "sequence"}))
     made.append(Case("luspo", {"beta": 0.3, "importance_sampling_level": "token"}))
     return made
@@ -224,6 +236,12 @@ def random_case(chance: random.Random, seed: int) -> Case:
     )
     if loss != "bnpo" and "entropy_coef" not in ours and not masked:  # where TRL divides by the same
         case = replace(case, mini_batches=chance.choice([1, 1, *equal_parts(case.shape)]))
+    if case.correction != "none" and chance.random() < 0.4:
+        case = replace(case, correction=f"sequence_{case.correction}")
+    if case.correction != "none" and chance.random() < 0.3:
+        ours["off_policy_mask_threshold"] = chance.choice([0.5, 2.0])
+    if not masked and "entropy_coef" not in ours and chance.random() < 0.2:
+        ours["top_entropy_quantile"] = chance.choice([0.2, 0.5, 0.8])
     return replace(case, factor=masked_factor(loss, case.groups())) if masked else case
 
 
@@ -487,7 +505,7 @@ def run_ours(case: Case, folder: Path) -> Outcome:
 def run_trl(case: Case, folder: Path) -> Outcome:
     """Run a case through TRL's GRPOTrainer.train(), whose rollout_func returns the fixed completions."""
     try:
-        import trl
+        import trl  # noqa: F401
     except ImportError as error:
         raise ConfigError('parity is measured against TRL: pip install -e ".[benchmark]"') from error
     from datasets import Dataset
@@ -495,7 +513,7 @@ def run_trl(case: Case, folder: Path) -> Outcome:
 
     outcome = Outcome([], [], {})
 
-    class Watched(trl.GRPOTrainer):
+    class Watched(trl_class(case)):  # type: ignore[misc]
         running = 0.0
 
         def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
@@ -529,9 +547,10 @@ def run_trl(case: Case, folder: Path) -> Outcome:
             trainer.ref_model.load_state_dict(other_weights(folder))
         if case.correction != "none":  # part of TRL's vLLM path; the completions are given, so vLLM is never called
             trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
-            trainer.vllm_importance_sampling_mode = f"token_{case.correction}"
+            mode = case.correction if "_" in case.correction else f"token_{case.correction}"
+            trainer.vllm_importance_sampling_mode = mode
             trainer.vllm_importance_sampling_clip_max = case.cap
-            trainer.vllm_importance_sampling_clip_min = 1 / case.cap if case.correction == "mask" else None
+            trainer.vllm_importance_sampling_clip_min = 1 / case.cap if "mask" in case.correction else None
             trainer._last_loaded_step = 0
         trainer.remove_callback(PrinterCallback)
         with in_order() if case.mini_batches > 1 else contextlib.nullcontext():
@@ -540,6 +559,17 @@ def run_trl(case: Case, folder: Path) -> Outcome:
     logged = [entry["frac_reward_zero_std"] for entry in trainer.state.log_history if "frac_reward_zero_std" in entry]
     outcome.flat_groups = logged[0]
     return outcome
+
+
+def trl_class(case: Case) -> Any:
+    """Return TRL's trainer of the loss."""
+    import trl
+
+    if case.loss_type != "gmpo":
+        return trl.GRPOTrainer
+    from trl.experimental.gmpo import GMPOTrainer
+
+    return GMPOTrainer
 
 
 @contextlib.contextmanager
@@ -600,7 +630,12 @@ def trl_config(case: Case, folder: str) -> Any:
         settings.setdefault("epsilon_high", 5.0)  # our default
     if settings["loss_type"] == "luspo":
         settings.setdefault("importance_sampling_level", "sequence")
-    return trl.GRPOConfig(
+    config_class = trl.GRPOConfig
+    if case.loss_type == "gmpo":
+        from trl.experimental.gmpo import GMPOConfig as config_class
+
+        del settings["loss_type"]
+    return config_class(
         output_dir=folder,
         max_steps=case.steps * case.mini_batches,
         per_device_train_batch_size=math.prod(case.shape) // (case.micro_batches * case.mini_batches),

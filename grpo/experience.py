@@ -53,6 +53,8 @@ class Packed:
     """[N] reference logprobs of each batch; empty: not computed yet."""
     old: list[Tensor] = field(default_factory=list)
     """[N] logprobs of each batch under the policy before the first optimizer step; empty: not computed yet."""
+    high_entropy: list[Tensor | None] = field(default_factory=list)
+    """[N] tokens of high entropy in each batch (objective.top_entropy_quantile); None: all."""
 
     def real_references(self) -> list[tuple[PackedBatch, Tensor | None]]:
         """Return the batches that are not padding, with their reference logprobs [N]."""
@@ -257,7 +259,7 @@ class ExperienceCollector:
             max_tokens=self.tokens_per_batch,
             chosen_PG=chosen_PG,
             mask_truncated=objective.mask_truncated_completions,
-            skip_flat=not kl_in_loss(objective) and objective.entropy_coef == 0,
+            skip_flat=not kl_in_loss(objective) and objective.entropy_coef == 0 and objective.top_entropy_quantile == 1,
             share_prompts=policy.shares_prompts,
         )
         rounds, real = max_over_ranks(self.accelerator, len(batches)), len(batches)

@@ -23,13 +23,13 @@ A new loss names the tensors [N] and the settings that it needs, as a reward nam
         return -ratio.clamp(max=1 + epsilon) * advantages / tau
 
 Tensors: ratio, log_ratio (per token), sequence_log_ratio (summed over n's completion), logprobs, advantages, and
-sequence_log_correction (log of the correction, summed over n's completion; 0 without a correction). A loss that names
-the last one applies the correction itself, and its terms are not multiplied by it. Settings: the keys of the config's
-`objective`, and your own in objective.loss_kwargs. grpo/objectives/ has further losses.
+sequence_log_correction (log of the correction of n's completion; 0 without a correction). A loss that names the last
+one applies the correction itself, and its terms are not multiplied by it. sequence_mean is a function: [N] -> [N], the
+mean over n's completion. Settings: the keys of the config's `objective`, and your own in objective.loss_kwargs.
+grpo/objectives/ has further losses, and the corrections.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,8 +45,6 @@ from grpo.registry import Check, Registry, call_with_supported_args, check_argum
 MAX_LOG_RATIO = 20.0
 """Log-ratios of the policy are capped at 20 before exp: a ratio above e^20 counts as e^20, and its token has no
 gradient. This bounds the step where the unclipped ratio is used (A < 0 without delta), and keeps float32 finite."""
-MIN_LOG_CORRECTION = math.log(1e-8)
-"""Log of a correction that is 0, for its sum over a completion."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class LossFunction:
 
 PER = ("token", "sequence", "sequence_sum", "max_length")
 SEQUENCE_CORRECTION = "sequence_log_correction"
-TENSORS = ("ratio", "log_ratio", "sequence_log_ratio", "logprobs", "advantages", SEQUENCE_CORRECTION)
+TENSORS = ("ratio", "log_ratio", "sequence_log_ratio", "sequence_mean", "logprobs", "advantages", SEQUENCE_CORRECTION)
 LOSSES: Registry[LossFunction] = Registry("loss", "grpo.objectives", key="objective.loss_type")
 
 
@@ -199,6 +197,8 @@ def policy_loss(
     *,
     entropies_N: Tensor | None = None,
     correction_N: Tensor | None = None,
+    sequence_log_correction_N: Tensor | None = None,
+    mask_N: Tensor | None = None,
 ) -> LossOutput:
     """Compute the formula at the top of the file for one batch.
 
@@ -207,7 +207,9 @@ def policy_loss(
         reference_logprobs_N: under the reference; None = no KL term.
         settings: the keys of the config's `objective`.
         entropies_N: with a gradient; needed where entropy_coef is not 0.
-        correction_N: weights of the policy term, for tokens that another policy drew (`importance_correction`).
+        correction_N: weights of the policy term, for tokens that another policy drew (grpo/objectives/correction.py).
+        sequence_log_correction_N: the log of the weight of the whole completion.
+        mask_N: 0 where the policy term does not count (`policy_term_mask`).
     """
     log_ratio = (logprobs_N - old_logprobs_N).clamp(max=MAX_LOG_RATIO)
     sequence_log_ratio = per_sequence(log_ratio, batch)
@@ -220,15 +222,19 @@ def policy_loss(
         "ratio": ratio,
         "log_ratio": log_ratio,
         "sequence_log_ratio": sequence_log_ratio,
+        "sequence_mean": lambda values_N: per_sequence(values_N, batch) / lengths_N,
         "logprobs": logprobs_N,
         "advantages": batch.advantages_N,
     }
     applies_correction = SEQUENCE_CORRECTION in inspect.signature(function.term).parameters
     if applies_correction:
-        offered[SEQUENCE_CORRECTION] = sequence_log_correction(correction_N, batch, like=log_ratio)
+        found = sequence_log_correction_N
+        offered[SEQUENCE_CORRECTION] = torch.zeros_like(log_ratio) if found is None else found
     per_token = call_with_supported_args(function.term, offered)
     if correction_N is not None and not applies_correction:
         per_token = per_token * correction_N
+    if mask_N is not None:
+        per_token = per_token * mask_N
     counted = (batch.weights_N != 0).to(per_token.dtype)
     kl_sum = torch.zeros((), device=per_token.device)
     if reference_logprobs_N is not None:
@@ -249,26 +255,3 @@ def per_sequence(values_N: Tensor, batch: PackedBatch) -> Tensor:
     """[N] -> [N]: the sum over the completion that each token belongs to."""
     sums_S = torch.zeros(len(batch.lengths_S), dtype=values_N.dtype, device=values_N.device)
     return sums_S.index_add(0, batch.sequence_N, values_N)[batch.sequence_N]
-
-
-def sequence_log_correction(correction_N: Tensor | None, batch: PackedBatch, *, like: Tensor) -> Tensor:
-    """[N]: the log of the correction, summed over the completion that each token belongs to. 0 without a correction."""
-    if correction_N is None:
-        return torch.zeros_like(like)
-    return per_sequence(correction_N.log().clamp(MIN_LOG_CORRECTION, MAX_LOG_RATIO), batch)
-
-
-def importance_correction(
-    old_logprobs_N: Tensor, sampling_logprobs_N: Tensor, mode: str, cap: float = 2.0
-) -> Tensor | None:
-    """Return weights for tokens that another policy drew: w = exp(old - sampling) per token, without a gradient.
-
-    none: no weight. truncate: min(w, cap) (TIS, fengyao.notion.site/off-policy-rl). mask: w where it is within
-    [1 / cap, cap], else 0 (IcePop). Exactly 1 where both policies are the same.
-    """
-    if mode == "none":
-        return None
-    weight = torch.exp((old_logprobs_N - sampling_logprobs_N).detach().clamp(max=MAX_LOG_RATIO))
-    if mode == "truncate":
-        return weight.clamp(max=cap)
-    return torch.where((weight >= 1 / cap) & (weight <= cap), weight, 0.0)

@@ -23,7 +23,7 @@ from grpo.models.logprob_model import probe_batch, run_self_test
 from grpo.models.lora import save_adapter
 from grpo.models.optimizer_state import Tensors, optimizer_from_tensors, optimizer_to_tensors
 from grpo.models.optimizers import override_hyperparameters
-from grpo.models.reference import FrozenReference, detached_logprobs
+from grpo.models.reference import FrozenReference, detached_outputs
 from grpo.models.weights import bytes_on_disk, save_full_weights, save_live_model
 from grpo.packing import PackedBatch
 from grpo.runtime.device import empty_cache, is_cpu, return_freed_memory
@@ -112,10 +112,17 @@ class Policy:
 
     def old_logprobs(self, batches: list[PackedBatch]) -> list[Tensor]:
         """Return logprobs [N] of each batch under the weights as they are now, without a gradient."""
+        return [logprobs for logprobs, _ in self._detached(batches)]
+
+    def entropies(self, batches: list[PackedBatch]) -> list[Tensor]:
+        """Return entropies [N] of each batch, as `old_logprobs`."""
+        return [entropies for _, entropies in self._detached(batches)]
+
+    def _detached(self, batches: list[PackedBatch]) -> list[tuple[Tensor, Tensor]]:
         with self.strategy.autocast():
-            logprobs = detached_logprobs(self.logprob_model, batches)
+            found = detached_outputs(self.logprob_model, batches)
         return_freed_memory(self.device)
-        return logprobs
+        return found
 
     def reference_logprobs(self, batches: list[PackedBatch]) -> list[Tensor | None]:
         """Return the reference's logprobs [N] of each batch, or None for each if there is no reference."""

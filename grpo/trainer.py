@@ -8,10 +8,12 @@ import torch
 from grpo.config.schema import Config
 from grpo.errors import EngineError, Interrupted, NumericsError
 from grpo.experience import Experience, Packed, kl_in_loss
-from grpo.losses import Counts, find_loss, importance_correction, policy_loss
+from grpo.losses import Counts, find_loss, policy_loss
+from grpo.objectives.correction import importance_correction, policy_term_mask, sequence_log_correction
 from grpo.rollout.engine import correction_of
 from grpo.rollout.logprob_mismatch import check_difference
 from grpo.run.build import build_run
+from grpo.run.high_entropy import high_entropy_masks
 from grpo.run.state import Run
 from grpo.run.step_metrics import rollout_rows, step_metrics
 from grpo.runtime.device import torch_defaults
@@ -143,6 +145,7 @@ def run_batches(
     policy, packed = run.policy, mini_batches[part]
     error: BaseException | None = None
     try:
+        packed.high_entropy = high_entropy_masks(policy, packed, run.config.objective.top_entropy_quantile)
         for index in range(len(packed.batches)):
             prepare(run, mini_batches, part, clock)
             sync = index == len(packed.batches) - 1 and not policy.batches_are_local
@@ -177,9 +180,8 @@ def run_batch(run: Run, packed: Packed, index: int, counts: Counts, first: bool,
         if index == len(packed.old):
             packed.old.append(logprobs.detach())
         old = packed.old[index]
-        correction = importance_correction(
-            old, batch.sampling_logprobs_N, correction_of(rollout), rollout.correction_cap
-        )
+        mode, bounds = correction_of(rollout), (rollout.correction_cap, rollout.correction_floor)
+        correction = importance_correction(old, batch.sampling_logprobs_N, mode, *bounds, batch)
         loss = policy_loss(
             logprobs,
             old,
@@ -190,6 +192,8 @@ def run_batch(run: Run, packed: Packed, index: int, counts: Counts, first: bool,
             vars(config) | {"beta": run.beta},
             entropies_N=entropies,
             correction_N=correction,
+            sequence_log_correction_N=sequence_log_correction(correction, batch, mode),
+            mask_N=policy_term_mask(config, logprobs, batch, packed.high_entropy[index]),
         )
         policy.backward(loss.loss)
     counted = batch.weights_N != 0

@@ -21,9 +21,15 @@ from grpo.losses import (
     LossOutput,
     check_loss,
     find_loss,
-    importance_correction,
     policy_loss,
     register_loss,
+)
+from grpo.objectives.correction import (
+    importance_correction,
+    off_policy_mask,
+    policy_term_mask,
+    quantile,
+    sequence_log_correction,
 )
 from grpo.packing import PackedBatch, pack
 from tests.fakes import group
@@ -250,12 +256,18 @@ def test_vespo_corrects_the_ratio_of_the_completion_and_not_its_tokens() -> None
     sampling = torch.tensor([-0.3, -1.7, -0.2])
     batch, logprobs, old = batch_of([2.0], [3]), torch.tensor([0.2, 0.3, -0.1]), torch.zeros(3)
     # w(old / sampling) = e^0.3, e^1.7, e^0.2; capped at 2: 0.3 + log 2 + 0.2. Masked: the second is 0, counted as 1e-8.
-    for mode, log_correction in [("truncate", 0.5 + math.log(2)), ("mask", 0.5 + math.log(1e-8))]:
+    # Of the whole completion: w = e^2.2, capped at 2, once for all three tokens.
+    for mode, log_correction in [
+        ("truncate", 0.5 + math.log(2)),
+        ("mask", 0.5 + math.log(1e-8)),
+        ("sequence_truncate", math.log(2)),
+    ]:
         given = logprobs.clone().requires_grad_()
-        correction = importance_correction(old, sampling, mode, 2.0)
+        weights = importance_correction(old, sampling, mode, 2.0, batch=batch)
+        both = {"correction_N": weights, "sequence_log_correction_N": sequence_log_correction(weights, batch, mode)}
         settings = vars(ObjectiveConfig())
         policy_loss(
-            given, old, None, batch, LOSSES.get("vespo"), Counts(3.0, 1.0, 10), settings, correction_N=correction
+            given, old, None, batch, LOSSES.get("vespo"), Counts(3.0, 1.0, 10), settings, **both
         ).loss.backward()
         log_w = max(0.4 + log_correction, math.log(1e-8))
         phi = math.exp(3 + 2 * log_w - 3 * math.exp(log_w))
@@ -331,6 +343,75 @@ def test_correction_by_hand() -> None:
     near = torch.log(torch.tensor([1.9, 0.6, 2.1, 0.4]))
     kept = importance_correction(near, torch.zeros(4), "mask", 2.0)
     assert torch.allclose(kept, torch.tensor([1.9, 0.6, 0.0, 0.0]))
+    wide = importance_correction(near, torch.zeros(4), "mask", 2.0, 0.0)
+    assert torch.allclose(wide, torch.tensor([1.9, 0.6, 0.0, 0.4]))
+    assert importance_correction(near, torch.zeros(4), "truncate", 1.5, 0.5).tolist() == pytest.approx(
+        [1.5, 0.6, 1.5, 0.5]
+    )
+
+
+def test_the_correction_of_whole_completions_by_hand() -> None:
+    """Two completions: ratios 2 and 1.5 (product 3, mean sqrt 3); 0.5, 0.8 and 1 (product 0.4, mean 0.737)."""
+    batch = batch_of([1.0, -1.0], [2, 3])
+    old, sampling = torch.log(torch.tensor([2.0, 1.5, 0.5, 0.8, 1.0])), torch.zeros(5)
+
+    def weights(mode: str, *bounds: float) -> list[float]:
+        found = importance_correction(old, sampling, mode, *bounds, batch=batch)
+        assert found is not None
+        return found.tolist()
+
+    assert weights("sequence_truncate", 2.0) == pytest.approx([2.0] * 2 + [0.4] * 3)
+    assert weights("sequence_truncate", 4.0, 0.5) == pytest.approx([3.0] * 2 + [0.5] * 3)
+    assert weights("sequence_mask", 2.0) == pytest.approx([0.0] * 5)
+    assert weights("sequence_mask", 3.01, 0.39) == pytest.approx([3.0] * 2 + [0.4] * 3)
+    assert weights("geometric_mask", 2.0) == pytest.approx([3**0.5] * 2 + [0.4 ** (1 / 3)] * 3)
+    assert weights("geometric_mask", 1.7) == pytest.approx([0.0] * 2 + [0.4 ** (1 / 3)] * 3)
+    assert importance_correction(old, old, "sequence_mask", batch=batch).tolist() == [1.0] * 5  # exactly
+
+
+def test_completions_far_from_the_policy_are_not_pushed_away_further() -> None:
+    """The means of sampling - logprobs are 0.5, 0.5 and 0.1. Above 0.3, only the first is left out: its A < 0."""
+    batch = replace(batch_of([-1.0, 1.0, -1.0], [2, 1, 1]), sampling_logprobs_N=torch.tensor([-1.0, -2.0, -1.0, -1.0]))
+    logprobs = torch.tensor([-1.2, -2.8, -1.5, -1.1])
+    assert off_policy_mask(logprobs, batch, 0.3).tolist() == [0, 0, 1, 1]
+    assert off_policy_mask(logprobs, batch, 0.6).tolist() == [1, 1, 1, 1]
+    settings = ObjectiveConfig(off_policy_mask_threshold=0.3)
+    assert policy_term_mask(settings, logprobs, batch, torch.tensor([True, True, True, False])).tolist() == [0, 0, 1, 0]
+    assert policy_term_mask(ObjectiveConfig(), logprobs, batch, None) is None
+
+
+def test_the_mask_is_of_the_policy_term_only() -> None:
+    """Two tokens, d = -1 each: k1 is 1. The mask takes the first token's -A away, and no KL, and no denominator."""
+    batch, logprobs = batch_of([2.0, 2.0], [1, 1]), torch.tensor([-1.0, -1.0])
+    settings = vars(ObjectiveConfig(beta=0.5, kl_estimator="k1"))
+    found = policy_loss(
+        logprobs,
+        logprobs,
+        logprobs - 1,
+        batch,
+        LOSSES.get("dapo"),
+        Counts(2.0, 2.0, 9),
+        settings,
+        mask_N=torch.tensor([0.0, 1.0]),
+    )
+    assert found.loss.item() == pytest.approx((-2.0 + 2 * 0.5) / 2)
+
+
+def test_quantiles_are_torchs() -> None:
+    values = torch.rand(11, generator=torch.Generator().manual_seed(0))
+    for q in (0.0, 0.2, 0.37, 0.8, 1.0):
+        assert quantile(values, q) == pytest.approx(torch.quantile(values.double(), q).item())
+
+
+def test_gmpo_by_hand() -> None:
+    """A completion of log-ratios 0.6 and 0.1, clipped at 0.4: A > 0: exp((0.4 + 0.1) / 2); A < 0: exp(0.35)."""
+    for advantage, value, slopes in [(2.0, math.exp(0.25), [0.0, 0.5]), (-2.0, math.exp(0.35), [0.5, 0.5])]:
+        logprobs = torch.tensor([0.6, 0.1], requires_grad=True)
+        got = loss_of("gmpo", batch_of([advantage], [2]), logprobs, torch.zeros(2), epsilon=0.4)
+        got.loss.backward()
+        assert got.loss.item() == pytest.approx(-value * advantage, rel=1e-6)
+        assert logprobs.grad.tolist() == pytest.approx([-advantage * value * slope for slope in slopes], rel=1e-6)
+        assert got.clipped.item() == (1 if advantage > 0 else 0)
 
 
 def test_a_new_variant_is_added_in_under_ten_lines(tmp_path: Path) -> None:

@@ -216,6 +216,12 @@ class ObjectiveConfig:
     """Exponent k of the sequence weight where the advantage is negative."""
     vespo_lambda_neg: float = setting(2.0, "[0, inf)", trl="vespo_lambda_neg")
     """Decay lambda of the sequence weight where the advantage is negative."""
+    off_policy_mask_threshold: float | None = setting(None, "(0, inf)", trl="off_policy_mask_threshold")
+    """Leave completions with a negative advantage out of the policy term if the mean of log p(sampling) - log
+    p(training) over their tokens is above this value (DeepSeek-V3.2). Null = none."""
+    top_entropy_quantile: float = setting(1.0, "(0, 1]", trl="top_entropy_quantile")
+    """Share of tokens, those with the highest entropies of the mini-batch, that have a policy gradient (0.2 in arXiv
+    2506.01939). Below 1, one more forward pass for each optimizer step. 1 = all."""
     num_iterations: int = setting(1, "[1, inf)", common=True, trl="num_iterations")
     """Passes over the completions of a step (mu); each takes mini_batches optimizer steps."""
     mini_batches: int = setting(1, "[1, inf)", common=True)
@@ -238,13 +244,16 @@ class ObjectiveConfig:
 @dataclass
 class OptimizerConfig:
     optim: str = fixed("adamw_torch", trl="optim")
-    """A registered optimizer (adamw_torch), or your own: package.module:function, file.py:function."""
+    """A registered optimizer: adamw_torch (also adamw_torch_fused), adamw_8bit (also adamw_bnb_8bit), paged_adamw_8bit,
+    paged_adamw_32bit (of bitsandbytes), adafactor, sgd; or your own: package.module:function, file.py:function."""
     learning_rate: float = free(1e-6, "[0, inf)", common=True, trl="learning_rate")
     """Peak learning rate."""
     adam_beta1: float = free(0.9, "[0, 1)", trl="adam_beta1")
     """Decay of AdamW's first moment."""
     adam_beta2: float = free(0.999, "[0, 1)", trl="adam_beta2")
     """Decay of AdamW's second moment."""
+    adam_epsilon: float = free(1e-8, "(0, inf)", trl="adam_epsilon")
+    """Added to the root of AdamW's second moment."""
     weight_decay: float = free(0.0, "[0, inf)", trl="weight_decay")
     """AdamW's. A step whose groups are all flat is skipped where beta is 0, with its decay and momentum; with a beta it
     is taken."""
@@ -282,12 +291,17 @@ class RolloutConfig:
     max_staleness: int = setting(0, "[0, inf)")
     """Sample the completions of so many later steps while the policy learns from this one's: each step then learns from
     completions of an older policy. 0 = never, and exact. Keeps a copy of the weights to sample from."""
-    correction: Literal["none", "truncate", "mask"] | None = setting(None)
-    """Weight tokens by p(training) / p(sampling), where another policy drew them: capped (TIS), or left out beyond the
-    cap (IcePop). none is exact where the policy that trains is the one that sampled. Null = truncate with max_staleness
-    above 0 and for engines with their own rounding, else none."""
+    correction: Literal["none", "truncate", "mask", "sequence_truncate", "sequence_mask", "geometric_mask"] | None = (
+        setting(None)
+    )
+    """Weight tokens by p(training) / p(sampling), where another policy drew them: capped (truncate: TIS), or left out
+    outside of the bounds (mask: IcePop). sequence_...: the weight of the whole completion, the product over its tokens;
+    geometric_mask: their geometric mean. none is exact where the policy that trains is the one that sampled. Null =
+    truncate with max_staleness above 0 and for engines with their own rounding, else none."""
     correction_cap: float = setting(2.0, "[1, inf]")
     """Cap of these weights."""
+    correction_floor: float | None = setting(None, "[0, 1]")
+    """Lower bound of these weights. Null = 0 for ..._truncate, 1 / correction_cap for ..._mask."""
     max_logprob_difference: float | None = free(None, "[0, inf]")
     """Engines with weights of their own: mean |log p(sampling) - log p(training)| per token that ends the run, at the
     start and after each step. Null = 1e-3 in float32, 2e-2 in float16, 0.1 in bfloat16."""

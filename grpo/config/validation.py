@@ -115,6 +115,12 @@ def check_objective(config: Config) -> None:
             f"(prompts_per_step {config.prompts_per_step} x sampling.num_generations {sampling.num_generations}): "
             f"lower it to at most {completions}"
         )
+    if objective.top_entropy_quantile < 1 and objective.entropy_coef != 0:
+        raise ConfigError(
+            f"objective.top_entropy_quantile is {objective.top_entropy_quantile} and objective.entropy_coef is "
+            f"{objective.entropy_coef}: the bonus would raise the entropy of tokens that have no policy gradient. Set "
+            "one of them back (top_entropy_quantile 1, or entropy_coef 0)"
+        )
     if objective.soft_overlong_cache >= sampling.max_completion_length:
         raise ConfigError(
             f"objective.soft_overlong_cache is {objective.soft_overlong_cache}, needs to be below "

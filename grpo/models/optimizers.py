@@ -6,6 +6,7 @@ def sgd(parameters, config, *, fused):
 """
 
 import difflib
+import importlib.util
 import inspect
 import math
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import get_scheduler
+from transformers import Adafactor, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
@@ -36,18 +37,84 @@ register_optimizer = OPTIMIZERS.register
 
 
 ADAMW = "adamw_torch"
+ADAMW_NAMES = (ADAMW, "adamw_torch_fused")
+"""Names of torch's AdamW. The fused implementation is used under both, where there is one for the device."""
 
 
-@register_optimizer(ADAMW)
+@register_optimizer(ADAMW_NAMES[0])
+@register_optimizer(ADAMW_NAMES[1])
 def adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, fused: bool | None) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101). `fused` None lets torch choose the implementation."""
     return torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
         fused=fused,
     )
+
+
+@register_optimizer("sgd")
+def sgd(parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, fused: bool | None) -> torch.optim.Optimizer:
+    """w <- w - learning_rate * (g + weight_decay * w), without a momentum: no memory beside the gradient."""
+    return torch.optim.SGD(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+@register_optimizer("adafactor")
+def adafactor(
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, fused: bool | None
+) -> torch.optim.Optimizer:
+    """Adafactor (Shazeer and Stern, arXiv 1804.04235) with the learning rate of the config, as transformers' Trainer.
+
+    The second moments of a matrix are kept as sums over its rows and columns: almost no memory beside the gradient.
+    """
+    return Adafactor(
+        parameters,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        scale_parameter=False,
+        relative_step=False,
+    )
+
+
+def check_bitsandbytes(config: Config) -> None:
+    """Raise ConfigError if bitsandbytes is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"optimizer.optim {config.optimizer.optim} needs bitsandbytes: pip install bitsandbytes, or set "
+            f"optimizer.optim to {ADAMW}"
+        )
+
+
+def _register_bitsandbytes(name: str, bits: int, paged: bool) -> None:
+    def create(
+        parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, fused: bool | None
+    ) -> torch.optim.Optimizer:
+        import bitsandbytes
+
+        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW(
+            parameters,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            optim_bits=bits,
+            is_paged=paged,
+        )
+        return optimizer
+
+    OPTIMIZERS.add(name, create, check=check_bitsandbytes)
+
+
+# AdamW of bitsandbytes (arXiv 2110.02861): moments in 8 bits; paged: in memory that CUDA moves to the CPU when short.
+for _name, _bits, _paged in (
+    ("adamw_bnb_8bit", 8, False),
+    ("adamw_8bit", 8, False),
+    ("paged_adamw_8bit", 8, True),
+    ("paged_adamw_32bit", 32, True),
+):
+    _register_bitsandbytes(_name, _bits, _paged)
 
 
 SCHEDULES: dict[str, Any] = {
@@ -126,5 +193,7 @@ def override_hyperparameters(optimizer: torch.optim.Optimizer, scheduler: LRSche
         group["initial_lr"] = config.learning_rate
         group["lr"] = config.learning_rate * factor(scheduler.last_epoch)
         options = {"betas": (config.adam_beta1, config.adam_beta2), "weight_decay": config.weight_decay}
+        if not isinstance(group.get("eps"), tuple):  # Adafactor has two, which are not the config's
+            options["eps"] = config.adam_epsilon
         group.update({key: value for key, value in options.items() if key in group})
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]

@@ -81,11 +81,16 @@ class AdapterReference:
             return detached_logprobs(self.logprob_model, batches)
 
 
-@torch.no_grad()
 def detached_logprobs(logprob_model: nn.Module, batches: list[PackedBatch]) -> list[Tensor]:
     """Return logprobs [N] of each batch, without a gradient."""
+    return [logprobs for logprobs, _ in detached_outputs(logprob_model, batches)]
+
+
+@torch.no_grad()
+def detached_outputs(logprob_model: nn.Module, batches: list[PackedBatch]) -> list[tuple[Tensor, Tensor]]:
+    """Return logprobs and entropies [N] of each batch, without a gradient."""
     # In reverse: the last batch of a split group has the prompt in its row (grpo/models/shared_prompt.py).
-    return [logprob_model(batch)[0] for batch in reversed(batches)][::-1]
+    return [logprob_model(batch) for batch in reversed(batches)][::-1]
 
 
 def check_vocabulary(

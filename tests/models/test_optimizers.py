@@ -1,5 +1,6 @@
 """Optimizers by name: AdamW by hand, a user's own optimizer, and hyperparameters overridden by the config."""
 
+import json
 import math
 from pathlib import Path
 
@@ -34,6 +35,56 @@ def test_adamw_by_hand() -> None:
     weight.grad = torch.tensor([3.0, -0.2])
     optimizer.step()
     assert torch.allclose(weight, torch.tensor([2.0 * 0.95 - 0.1, -1.0 * 0.95 + 0.1]), atol=1e-6)
+
+
+def test_other_optimizers_by_hand() -> None:
+    """SGD: w - lr * (g + decay * w). Adafactor's first step of a vector is lr * g / |g|, up to its clip at an RMS of 1."""
+    config = OptimizerConfig(optim="sgd", learning_rate=0.1, weight_decay=0.5)
+    for name, expected in [("sgd", [2.0 - 0.1 * (3 + 1), -1.0 - 0.1 * (-0.2 - 0.5)]), ("adafactor", None)]:
+        weight = torch.nn.Parameter(torch.tensor([2.0, -1.0]))
+        optimizer = OPTIMIZERS.get(name)([weight], config, fused=None)
+        weight.grad = torch.tensor([3.0, -0.2])
+        optimizer.step()
+        expected = expected or [2.0 * 0.95 - 0.1, -1.0 * 0.95 + 0.1]
+        assert weight.tolist() == pytest.approx(expected, rel=1e-4), name
+
+
+def trained_and_resumed(optimizer: OptimizerConfig, folder: str) -> tuple[Policy, Policy]:
+    """Return a policy after two steps, and one that resumed after the first step and took the second."""
+
+    def policy() -> Policy:
+        parts = (ModelConfig(), ObjectiveConfig(beta=0.0), optimizer)
+        return Policy(Accelerator(cpu=True), folder, *parts, temperature=1.0, optimizer_steps=10)
+
+    first, second = policy(), policy()
+    first.backward(-first.logprobs(batch_of(0))[0].sum())
+    first.step()
+    tensors, state = first.state_dict()
+    copied = {key: {n: t.clone() for n, t in part.items()} for key, part in tensors.items()}
+    second.load_state_dict(copied, json.loads(json.dumps(state)))
+    for one in (first, second):
+        one.backward(-one.logprobs(batch_of(1))[0].sum())
+        one.step()
+    return first, second
+
+
+@pytest.mark.parametrize("name", ["adafactor", "sgd", "adamw_8bit", "paged_adamw_32bit"])
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_every_optimizer_moves_the_weights_and_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
+    if "_8bit" in name or "paged" in name:
+        pytest.importorskip("bitsandbytes")
+    folder = str(tiny_folder(tmp_path / "model"))
+    first, second = trained_and_resumed(OptimizerConfig(optim=name, learning_rate=0.01), folder)
+    start = trained_and_resumed(OptimizerConfig(optim=name, learning_rate=0.0), folder)[0]
+    for key, weight in full_weights(first).items():
+        assert torch.equal(weight, full_weights(second)[key]), key
+    assert any(not torch.equal(weight, full_weights(start)[key]) for key, weight in full_weights(first).items())
+
+
+def test_an_optimizer_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo.models.optimizers.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="optim adamw_8bit needs bitsandbytes: pip install bitsandbytes"):
+        check_components(load_config(["--model.name=m", "--optimizer.optim=adamw_8bit"]))
 
 
 def test_a_function_in_a_file_trains_and_resumes(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from grpo.config.schema import ModelConfig, OptimizerConfig
 from grpo.errors import ConfigError
 from grpo.models.logprob_model import LogprobModel
-from grpo.models.optimizers import ADAMW
+from grpo.models.optimizers import ADAMW, ADAMW_NAMES
 from grpo.models.strategies.base import (
     FLOAT32_BYTES,
     Machine,
@@ -82,7 +82,7 @@ class Zero2(Strategy):
                 f"of ours, which the learning rate's schedule and the checkpoints would not reach. Set it to none, and "
                 f"lora.r or more GPUs where memory is short"
             )
-        if optimizer.optim != ADAMW:
+        if optimizer.optim not in ADAMW_NAMES:
             raise ConfigError(
                 f"optimizer.optim is {optimizer.optim}, but a checkpoint of DeepSpeed's shards holds the moments of "
                 f"{ADAMW} only: set optimizer.optim to {ADAMW}, or use accelerate_configs/fsdp2.yaml"
