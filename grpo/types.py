@@ -80,3 +80,12 @@ class SamplingPlan:
     temperature: float
     """0 = greedy."""
     seed: int
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def is_restricted(self) -> bool:
+        """Tokens are drawn from another distribution than the policy's: for evaluation only."""
+        return (self.top_p, self.top_k, self.min_p, self.repetition_penalty) != (1.0, 0, 0.0, 1.0)

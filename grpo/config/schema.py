@@ -169,6 +169,23 @@ class SamplingConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    num_generations: int = free(1, "[1, inf)", trl="num_generations_eval")
+    """Completions per held-out prompt in the evaluations of training. Above 1, eval/pass@k is measured, too."""
+    temperature: float = free(0.0, "[0, inf)")
+    """Temperature of these completions. 0 = greedy."""
+    top_p: float = free(1.0, "(0, 1]")
+    """Draw from the most likely tokens whose probabilities add up to this. 1 = off."""
+    top_k: int = free(0, "[0, inf)")
+    """Draw from so many most likely tokens. 0 = off."""
+    min_p: float = free(0.0, "[0, 1]")
+    """Draw from tokens of at least this times the largest probability. 0 = off."""
+    repetition_penalty: float = free(1.0, "(0, inf)")
+    """Divide positive logits of tokens in the prompt and the completion so far by this, multiply negative ones. 1 =
+    off."""
+
+
+@dataclass
 class ObjectiveConfig:
     loss_type: str = setting("dapo", common=True, trl="loss_type")
     """A registered loss (docs/theory.md), or your own: package.module:name, path/file.py:name."""
@@ -401,6 +418,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -45,6 +45,15 @@ def check_sampling(config: Config) -> None:
             f"sampling.{key} is {value}: a truncated sampling distribution is not the one that the policy is trained "
             f"as, so the importance ratios would be biased. Leave top_p at 1.0 and top_k at 0 for training"
         )
+    evaluation = config.evaluation
+    if evaluation.temperature == 0:
+        off = {"num_generations": 1, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+        for key, value in off.items():
+            if getattr(evaluation, key) != value:
+                raise ConfigError(
+                    f"evaluation.{key} is {getattr(evaluation, key)}, but evaluation.temperature is 0: a greedy "
+                    f"completion is the most likely one. Set evaluation.temperature, for example to {sampling.temperature}"
+                )
     longest = (config.data.max_prompt_length or 0) + sampling.max_completion_length
     if config.tokens_per_batch < longest:
         raise ConfigError(

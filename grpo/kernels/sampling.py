@@ -1,6 +1,7 @@
 """Sampling: logits [B, V] and one uniform number per row -> tokens [B] and their logprobs [B]."""
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -50,6 +51,45 @@ def draw_tokens(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tup
         in_block = weights.gather(-1, index.clamp(max=logits.shape[-1] - 1)).double()
         tokens = block * BLOCK + _invert(in_block.masked_fill_(index >= logits.shape[-1], 0.0), rest)[0]
     return tokens, weights.gather(-1, tokens[:, None]).squeeze(-1).log()
+
+
+def restrict(
+    logits_BV: Tensor,
+    temperature: float,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seen_BV: Tensor | None = None,
+) -> Tensor:
+    """Return logits [B, V] float32, divided by the temperature, with -inf where a token may not be drawn.
+
+    In transformers' order: logits of tokens that were seen are divided by repetition_penalty where positive, else
+    multiplied (arXiv 1909.05858, section 4.1); temperature (0: left out); the top_k most likely tokens stay (0: all);
+    of these the most likely ones whose probabilities add up to top_p (arXiv 1904.09751); of these the ones of at least
+    min_p times the largest probability (arXiv 2407.01082). The most likely token always stays.
+
+    Args:
+        seen_BV: [B, V] bool: tokens of the prompt and the completion so far. Needed for a repetition_penalty.
+    """
+    logits = logits_BV.float()
+    if repetition_penalty != 1 and seen_BV is not None:
+        penalized = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
+        logits = torch.where(seen_BV, penalized, logits)
+    if temperature not in (0.0, 1.0):
+        logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, -1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if top_p < 1:
+        ordered, index = logits.sort(-1)
+        removed = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+        removed[:, -1] = False
+        logits = logits.masked_fill(torch.zeros_like(removed).scatter(-1, index, removed), -torch.inf)
+    if min_p > 0:
+        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -torch.inf)
+    return logits
 
 
 @functools.cache

@@ -1,7 +1,9 @@
 """Evaluation: held-out prompts -> accuracy and format, greedy or pass@k, with the engine and rewards of training."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -47,10 +49,13 @@ def evaluate(
     samples: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
+    limits: Mapping[str, Any] | None = None,
     prose: bool = False,
     rewards: RewardSum | None = None,
 ) -> Evaluation:
     """Score `samples` completions of every prompt; temperature 0 is greedy. Collective: all ranks return the same.
+
+    `limits`: top_p, top_k, min_p and repetition_penalty, where they are not off.
 
     Metrics: eval/accuracy, eval/accuracy_flexible (the last number, in any format), eval/format, eval/length_mean,
     eval/truncated_fraction, eval/accuracy_ci95 (half the width of the 95 % interval), and eval/pass@k for k = 2, 4, ...
@@ -58,7 +63,7 @@ def evaluate(
     training, give eval/reward/<name>/mean.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    plan = SamplingPlan(samples, max_completion_length, temperature, seed)
+    plan = SamplingPlan(samples, max_completion_length, temperature, seed, **(limits or {}))
     with torch.no_grad(), accelerator.autocast():
         groups = engine.generate(prompts[rank::world], plan)
     mine: list[dict] = []

@@ -23,9 +23,9 @@ from grpo.kernels.cuda.graphs import StepGraphs
 from grpo.kernels.decode import schedule_for
 from grpo.kernels.kv_cache import SlotCache
 from grpo.kernels.registry import is_on
-from grpo.kernels.sampling import draw_tokens
 from grpo.kernels.state_slots import States
 from grpo.kernels.transfer import to_device
+from grpo.models.architecture import vocabulary_size
 from grpo.rollout.backbones import ModuleBackbone, choose_backbone
 from grpo.rollout.engine import (
     RolloutEngine,
@@ -35,7 +35,7 @@ from grpo.rollout.engine import (
     hidden_token_ids,
     register_engine,
 )
-from grpo.rollout.sampling import counted_uniform, stream_key
+from grpo.rollout.sampling import counted_uniform, draw, stream_key
 from grpo.runtime.device import empty_cache, free_memory, return_freed_memory
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 
@@ -83,10 +83,13 @@ class _State:
         """Logprob of the newest token."""
         self.new_tokens = torch.zeros(window, slots, dtype=torch.long, device=device)
         self.new_logprobs = torch.zeros(window, slots, device=device)
+        self.seen: Tensor | None = None
+        """[slots, V] bool: tokens of the prompt and the completion so far, with a repetition_penalty."""
 
     def move(self, targets: Tensor, sources: Tensor) -> None:
         """Copy rows `sources` to rows `targets`."""
-        for tensor in (self.tokens, self.positions, self.uniforms, self.drawn):
+        seen = [] if self.seen is None else [self.seen]
+        for tensor in (self.tokens, self.positions, self.uniforms, self.drawn, *seen):
             tensor.index_copy_(0, targets, tensor.index_select(0, sources))
 
     def read(self, steps: int, first: int, rows: int) -> tuple[list[list[int]], list[list[float]]]:
@@ -228,6 +231,10 @@ class NativeEngine(RolloutEngine):
         longest_prompt = max(len(prompt.token_ids) for prompt in prompts)
         cache, state = self._memory(len(waiting), longest_prompt, plan.max_completion_length)
         self.used_slots = cache.slots
+        state.seen = None
+        if plan.repetition_penalty != 1:
+            shape = (cache.slots, vocabulary_size(self.model))
+            state.seen = torch.zeros(shape, dtype=torch.bool, device=state.tokens.device)
         prefilled: dict[int, _Prefilled] = {}
         rows: list[_Row] = []
         while waiting or rows:
@@ -366,7 +373,12 @@ class NativeEngine(RolloutEngine):
         state.positions[new] = cached
         state.drawn[new] = 1
         logits = torch.stack([prefilled[row.prompt].logits_V for row in rows])
-        state.tokens[new], state.new_logprobs[0, new] = draw_tokens(logits, state.uniforms[new, 0], plan.temperature)
+        seen = None
+        if state.seen is not None:
+            seen = state.seen[new]
+            for own, row in zip(seen, rows, strict=True):
+                own.zero_()[list(prompts[row.prompt].token_ids)] = True
+        state.tokens[new], state.new_logprobs[0, new] = draw(logits, state.uniforms[new, 0], plan, seen)
         state.new_tokens[0, new] = state.tokens[new]
         slot = taken
         for prompt in dict.fromkeys(row.prompt for row in rows):
@@ -388,18 +400,18 @@ class NativeEngine(RolloutEngine):
         steps = min(self.schedule.check_every, max(plan.max_completion_length - row.drawn for row in rows))
         active, longest = len(rows), max(row.cached for row in rows) + 1
         for step in range(steps):
-            if self.schedule.captures_graphs and is_on("cuda_graphs"):
-                self._captured_step(active, longest + step, cache, state, plan.temperature)
+            if self.schedule.captures_graphs and is_on("cuda_graphs") and not plan.is_restricted:
+                self._captured_step(active, longest + step, cache, state, plan)
             else:
                 running = min(self.backbone.padded_rows(active), cache.slots)
-                self._step(running, min(longest + step, cache.length), cache, state, plan.temperature)
+                self._step(running, min(longest + step, cache.length), cache, state, plan)
             state.new_tokens[step], state.new_logprobs[step] = state.tokens, state.logprobs
         for row in rows:
             row.cached += steps
             row.drawn += steps
         return steps
 
-    def _step(self, active: int, longest: int, cache: SlotCache, state: _State, temperature: float) -> None:
+    def _step(self, active: int, longest: int, cache: SlotCache, state: _State, plan: SamplingPlan) -> None:
         """Sample one token for each of the first `active` rows.
 
         This launches only device work, with the same shapes for the same arguments, so that it can be captured.
@@ -408,12 +420,13 @@ class NativeEngine(RolloutEngine):
         cache.aim(positions, longest)
         hidden = self.backbone.step(state.tokens[:active], positions, cache)
         uniform = state.uniforms[:active].gather(1, drawn[:, None]).squeeze(1)
-        state.tokens[:active], state.logprobs[:active] = draw_tokens(self.backbone.logits(hidden), uniform, temperature)
+        seen = None if state.seen is None else state.seen[:active]
+        state.tokens[:active], state.logprobs[:active] = draw(self.backbone.logits(hidden), uniform, plan, seen)
         # Finished rows go on until the host reads the tokens, or as a part of their bucket. They stay in their slot.
         positions.add_(1).clamp_(max=cache.length - 1)
         drawn.add_(1).clamp_(max=state.uniforms.shape[1] - 1)
 
-    def _captured_step(self, active: int, longest: int, cache: SlotCache, state: _State, temperature: float) -> None:
+    def _captured_step(self, active: int, longest: int, cache: SlotCache, state: _State, plan: SamplingPlan) -> None:
         """Run `_step` from the CUDA graph of its bucket.
 
         This computes some extra rows and positions, but needs only one launch.
@@ -421,8 +434,8 @@ class NativeEngine(RolloutEngine):
         active = min(_power_of_two(active), cache.slots)
         longest = min(-(-longest // BUCKET) * BUCKET, cache.length)
         self.graphs.run(
-            (active, longest, temperature),
-            lambda: self._step(active, longest, cache, state, temperature),
+            (active, longest, plan.temperature),
+            lambda: self._step(active, longest, cache, state, plan),
             (state.tokens, state.positions, state.drawn, *cache.states.tensors()),
             (state.logprobs,),
         )

@@ -7,6 +7,28 @@ sampler state, and a completion does not depend on the rows that are decoded bes
 import torch
 from torch import Tensor
 
+from grpo.kernels.sampling import draw_tokens, restrict
+from grpo.types import SamplingPlan
+
+
+def draw(logits_BV: Tensor, uniform_B: Tensor, plan: SamplingPlan, seen_BV: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the next tokens [B] and their logprobs [B] under the distribution that they are drawn from.
+
+    Args:
+        seen_BV: [B, V] bool, tokens of the prompt and the completion so far, to which the new ones are added. None
+            without a repetition_penalty.
+    """
+    if not plan.is_restricted:
+        return draw_tokens(logits_BV, uniform_B, plan.temperature)
+    limits = {"top_k": plan.top_k, "top_p": plan.top_p, "min_p": plan.min_p}
+    penalty = plan.repetition_penalty
+    logits = restrict(logits_BV, plan.temperature, **limits, repetition_penalty=penalty, seen_BV=seen_BV)  # type: ignore[arg-type]
+    tokens, logprobs = draw_tokens(logits, uniform_B, 1.0 if plan.temperature else 0.0)
+    if seen_BV is not None:
+        seen_BV.scatter_(1, tokens[:, None], True)
+    return tokens, logprobs
+
+
 _MASK = (1 << 64) - 1
 
 

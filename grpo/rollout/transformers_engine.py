@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.errors import is_out_of_memory
-from grpo.kernels.sampling import draw_tokens
 from grpo.models.architecture import own_attention
 from grpo.rollout.engine import (
     RolloutEngine,
@@ -22,7 +21,7 @@ from grpo.rollout.engine import (
     hidden_token_ids,
     register_engine,
 )
-from grpo.rollout.sampling import counted_uniform, stream_key
+from grpo.rollout.sampling import counted_uniform, draw, stream_key
 from grpo.runtime.device import empty_cache
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 
@@ -32,13 +31,16 @@ log = logging.getLogger(__name__)
 class _Draw(LogitsProcessor):
     """Draws the next tokens and returns logits whose argmax they are, so that generate picks them."""
 
-    def __init__(self, keys_B: Tensor, temperature: float, prompt_width: int):
-        self.keys, self.temperature, self.width = keys_B, temperature, prompt_width
+    def __init__(self, keys_B: Tensor, plan: SamplingPlan, prompt_width: int):
+        self.keys, self.plan, self.width = keys_B, plan, prompt_width
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         position = torch.full_like(self.keys, input_ids.shape[1] - self.width)
-        tokens, logprobs = draw_tokens(scores, counted_uniform(self.keys, position), self.temperature)
+        seen = None
+        if self.plan.repetition_penalty != 1:
+            seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, input_ids, True)
+        tokens, logprobs = draw(scores, counted_uniform(self.keys, position), self.plan, seen)
         self.logprobs.append(logprobs)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
@@ -115,7 +117,7 @@ class TransformersEngine(RolloutEngine):
         device = device_of(self.model)
         ids = torch.tensor([prompt.token_ids] * len(samples), device=device)
         keys = [stream_key(plan.seed, prompt.draw, sample) for sample in samples]
-        draw = _Draw(torch.tensor(keys, device=device), plan.temperature, ids.shape[1])
+        processor = _Draw(torch.tensor(keys, device=device), plan, ids.shape[1])
         output = self.model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
@@ -124,10 +126,10 @@ class TransformersEngine(RolloutEngine):
             max_new_tokens=plan.max_completion_length,
             eos_token_id=self.end_ids,
             pad_token_id=self.end_ids[0],
-            logits_processor=LogitsProcessorList([draw]),
+            logits_processor=LogitsProcessorList([processor]),
         )
         tokens = output[:, ids.shape[1] :].tolist()
-        logprobs = torch.stack(draw.logprobs, dim=1).tolist()
+        logprobs = torch.stack(processor.logprobs, dim=1).tolist()
         completions = []
         for row, scores in zip(tokens, logprobs, strict=True):
             ends = [index for index, token in enumerate(row) if token in self.end_ids]

@@ -172,6 +172,7 @@ class VLLMEngine(RolloutEngine):
             "n": 1 if plan.temperature == 0 else plan.num_generations,  # greedy completions are identical
             "seed": stream_key(plan.seed, prompt.draw, 0) >> 1,
             "temperature": plan.temperature,
+            **{name: getattr(plan, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")},
             "max_tokens": plan.max_completion_length,
             "logprobs": 0,  # for the sampled token only
             "stop_token_ids": self.end_ids,

@@ -51,19 +51,23 @@ class Run:
 
     @phase("evaluating")
     def evaluate(self, step: int) -> dict[str, float]:
-        """Evaluate the held-out prompts greedily and record every item. Collective.
+        """Evaluate the held-out prompts as `evaluation` says and record every item. Collective.
 
         Returns no metrics where nothing is held out, or where the engine fails: the step is complete without them, and
         sampling the next one will fail too.
         """
         if not self.held_out:
             return {}
+        chosen = self.config.evaluation
         try:
             evaluation = evaluate(
                 self.engine,
                 self.held_out,
                 self.accelerator,
                 max_completion_length=self.config.sampling.max_completion_length,
+                samples=chosen.num_generations,
+                temperature=chosen.temperature,
+                limits={name: getattr(chosen, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")},
                 prose=self.config.data.extractor == "quoted_terms",
                 rewards=self.collector.rewards,
             )

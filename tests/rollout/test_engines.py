@@ -40,6 +40,32 @@ def test_native_equals_transformers(family: str, temperature: float) -> None:
             assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"temperature": 0.0, "repetition_penalty": 1.5},
+        {"temperature": 1.3, "top_k": 5, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.2},
+    ],
+    ids=["greedy", "sampled"],
+)
+def test_native_equals_transformers_with_other_distributions(limits: dict[str, float]) -> None:
+    """Completions wait for slots, and rows move between them: the tokens that a row has seen move along."""
+    model, plan = tiny_model(), SamplingPlan(4, 12, seed=7, **limits)
+    assert plan.is_restricted and not SamplingPlan(4, 12, 1.0, seed=7).is_restricted
+    native, oracle = (
+        build_engine(engine, model, CharTokenizer(), slots=6, uses_packed_attention=True).generate(prompts(), plan)
+        for engine in ("native", "transformers")
+    )
+    plain = build_engine("native", model, CharTokenizer(), slots=6, uses_packed_attention=True).generate(
+        prompts(), SamplingPlan(4, 12, limits["temperature"], seed=7)
+    )
+    for mine, theirs in zip(native, oracle, strict=True):
+        for a, b in zip(mine.completions, theirs.completions, strict=True):
+            assert a.token_ids == b.token_ids
+            assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
+    assert [c.token_ids for g in native for c in g.completions] != [c.token_ids for g in plain for c in g.completions]
+
+
 def test_completions_do_not_depend_on_slots_or_neighbours() -> None:
     model, plan = tiny_model(), SamplingPlan(3, 10, 1.0, seed=1)
     wide = build_engine("native", model, CharTokenizer(), slots=64, uses_packed_attention=True).generate(

@@ -126,3 +126,12 @@ def test_rows_without_a_gold_answer_are_not_judged() -> None:
 
 def test_the_last_number_counts_in_any_format() -> None:
     assert is_correct_in_any_format("first 3, then 4", "4") and not is_correct_in_any_format("4, no: 3", "4")
+
+
+def test_the_settings_of_the_evaluation_reach_the_engine() -> None:
+    accelerator: Any = SimpleNamespace(process_index=0, num_processes=1, autocast=contextlib.nullcontext)
+    engine: Any = Engine()
+    limits = {"top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1}
+    prompts = [Prompt(0, "q", (5,), {"answer": "4"})]
+    evaluate(engine, prompts, accelerator, max_completion_length=9, samples=2, temperature=0.7, seed=3, limits=limits)
+    assert engine.plan == SamplingPlan(2, 9, 0.7, 3, 0.9, 5, 0.1, 1.1)

@@ -1,7 +1,15 @@
 import pytest
 import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from grpo.kernels.sampling import draw_tokens
+from grpo.kernels.sampling import draw_tokens, restrict
 from grpo.rollout.sampling import counted_uniform, stream_key
 
 pytestmark = pytest.mark.usefixtures("way")
@@ -55,3 +63,40 @@ def test_greedy_takes_the_most_likely() -> None:
     tokens, logprobs = draw_tokens(torch.tensor([[0.0, 3.0, 1.0]]), torch.tensor([0.99]), 0.0)
     assert tokens.tolist() == [1]
     assert torch.allclose(logprobs, torch.log_softmax(torch.tensor([0.0, 3.0, 1.0]), -1)[1])
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"top_k": 3},
+        {"top_p": 0.6},
+        {"min_p": 0.2},
+        {"repetition_penalty": 1.7},
+        {"top_k": 9, "top_p": 0.9, "min_p": 0.05},
+    ],
+    ids=str,
+)
+def test_restricted_distributions_are_those_of_transformers(limits: dict[str, float]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, ids = torch.randn(6, 40, generator=generator) * 3, torch.randint(0, 40, (6, 9), generator=generator)
+    made = {
+        "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+        "top_k": TopKLogitsWarper,
+        "top_p": TopPLogitsWarper,
+        "min_p": MinPLogitsWarper,
+    }
+    steps = [made[name](value) for name, value in limits.items()]
+    place = 1 if "repetition_penalty" in limits else 0
+    expected = LogitsProcessorList([*steps[:place], TemperatureLogitsWarper(0.7), *steps[place:]])(ids, logits)
+    seen = torch.zeros(6, 40, dtype=torch.bool).scatter_(1, ids, True)
+    found = restrict(logits, 0.7, **limits, seen_BV=seen)
+    assert torch.equal(found.isinf(), expected.isinf()) and found.isfinite().any(1).all()
+    assert torch.allclose(found.softmax(-1), expected.softmax(-1), atol=1e-6)
+    tokens, logprobs = draw_tokens(found, torch.rand(6, generator=generator, dtype=torch.float64), 1.0)
+    assert torch.allclose(logprobs, expected.log_softmax(-1).gather(1, tokens[:, None])[:, 0], atol=1e-5)
+
+
+def test_the_most_likely_token_always_stays() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    for limits in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
+        assert restrict(logits, 1.0, **limits).isfinite().tolist() == [[False, True, False]]
