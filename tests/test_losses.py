@@ -397,6 +397,14 @@ def test_the_mask_is_of_the_policy_term_only() -> None:
     assert found.loss.item() == pytest.approx((-2.0 + 2 * 0.5) / 2)
 
 
+def test_a_teacher_is_an_advantage_of_each_token() -> None:
+    """On-policy distillation: no reward, beta 1, rho * k3. The gradient is that of -d * logp at each token."""
+    batch, teacher = batch_of([0.0, 0.0], [2, 1]), torch.tensor([-0.5, -2.0, -1.0])
+    logprobs = torch.tensor([-1.0, -1.5, -1.0], requires_grad=True)
+    loss_of("dapo", batch, logprobs, None, teacher, beta=1.0).loss.backward()
+    assert logprobs.grad.tolist() == pytest.approx([-0.5 / 3, 0.5 / 3, 0.0], abs=1e-7)
+
+
 def test_quantiles_are_torchs() -> None:
     values = torch.rand(11, generator=torch.Generator().manual_seed(0))
     for q in (0.0, 0.2, 0.37, 0.8, 1.0):

@@ -226,3 +226,15 @@ def test_kl_in_the_reward_is_taken_off_before_comparing(tmp_path: Path) -> None:
     assert plain[0]["policy/grad_norm"] > 0
     assert inside[0]["policy/grad_norm"] == pytest.approx(plain[0]["policy/grad_norm"], rel=1e-3)
     assert abs(inside[0]["policy/kl"]) < 1e-9 < inside[2]["policy/kl"]
+
+
+@pytest.mark.slow
+def test_a_student_comes_near_its_teacher(tmp_path: Path) -> None:
+    """On-policy distillation: the reference is another model, and no reward has a weight."""
+    tiny_folder(tmp_path / "teacher", seed=1)
+    settings = {"model.reference": tmp_path / "teacher", "objective.beta": 1.0, "prompts_per_step": 8, "steps": 60}
+    arguments(tmp_path, "student")
+    silent = json.dumps({f"{tmp_path}/count_a.py:count_a": 0.0})
+    rows = run(tmp_path, "student", eval_every=0, save_every=0, rewards=silent, **settings)
+    assert rows[-1]["policy/kl"] < 0.5 * rows[0]["policy/kl"]
+    assert rows[-1]["policy/loss"] > 0  # the KL itself, without a reward

@@ -52,7 +52,7 @@ def check_sampling(config: Config) -> None:
             if getattr(evaluation, key) != value:
                 raise ConfigError(
                     f"evaluation.{key} is {getattr(evaluation, key)}, but evaluation.temperature is 0: a greedy "
-                    f"completion is the most likely one. Set evaluation.temperature, for example to {sampling.temperature}"
+                    f"completion is the most likely one. Set evaluation.temperature ({sampling.temperature} in training)"
                 )
     longest = (config.data.max_prompt_length or 0) + sampling.max_completion_length
     if config.tokens_per_batch < longest:
@@ -98,7 +98,8 @@ def check_run(config: Config) -> None:
     for name, weight in config.rewards.items():
         if not math.isfinite(weight):
             raise ConfigError(f"rewards.{name} is {weight}, needs to be a finite number: the weight of the reward")
-    if not config.rewards or all(weight == 0 for weight in config.rewards.values()):
+    distills = config.objective.beta > 0 and config.model.reference is not None  # docs/theory.md
+    if not config.rewards or (not distills and all(weight == 0 for weight in config.rewards.values())):
         raise ConfigError(
             "rewards is empty (or every weight is 0): name at least one, for example --rewards.accuracy 1.0"
         )
