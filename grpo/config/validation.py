@@ -52,7 +52,7 @@ def check_sampling(config: Config) -> None:
             if getattr(evaluation, key) != value:
                 raise ConfigError(
                     f"evaluation.{key} is {getattr(evaluation, key)}, but evaluation.temperature is 0: a greedy "
-                    f"completion is the most likely one. Set evaluation.temperature ({sampling.temperature} in training)"
+                    f"completion is the most likely one. Set evaluation.temperature (training: {sampling.temperature})"
                 )
     longest = (config.data.max_prompt_length or 0) + sampling.max_completion_length
     if config.tokens_per_batch < longest:
