@@ -396,6 +396,13 @@ class Config:
     """A checkpoint every so many steps, and at the end. 0 = only at the end."""
     save_total_limit: int = free(2, "[1, inf)", trl="save_total_limit")
     """Number of checkpoints to keep."""
+    load_best_model_at_end: bool = free(False, trl="load_best_model_at_end")
+    """final/ is the model of the best evaluation after step 0, instead of the last one. It is kept in best/ meanwhile;
+    checkpoints are not affected."""
+    metric_for_best_model: str = free("eval/accuracy", trl="metric_for_best_model")
+    """Metric that decides which evaluation is the best (docs/metrics.md)."""
+    greater_is_better: bool | None = free(None, trl="greater_is_better")
+    """Larger values of that metric are better. Null = yes, unless its name ends with loss."""
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = free(None)
     """Data type of the weights in final/. Null = that of the model that training started from. Checkpoints hold the
     trained weights in float32."""

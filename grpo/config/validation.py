@@ -95,6 +95,10 @@ def check_run(config: Config) -> None:
         raise ConfigError(
             "resume is auto, but neither run_dir nor tracking.run_name says which run: add --run_dir outputs/YOUR_RUN"
         )
+    if config.load_best_model_at_end and not config.eval_every:
+        raise ConfigError(
+            "load_best_model_at_end is true, but eval_every is 0: there is no evaluation to choose by. Set eval_every"
+        )
     for name, weight in config.rewards.items():
         if not math.isfinite(weight):
             raise ConfigError(f"rewards.{name} is {weight}, needs to be a finite number: the weight of the reward")

@@ -1,5 +1,6 @@
 """Run: the parts of one training run while it lasts, and the few operations that involve several of them."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from grpo.kl import adapted_beta
 from grpo.policy import Policy
 from grpo.rollout.engine import RolloutEngine
 from grpo.rollout.evaluation import evaluate
+from grpo.run.best import BestModel
 from grpo.run.checkpointer import Checkpointer
 from grpo.run.final import write_final
 from grpo.run.records import Recorder
@@ -22,6 +24,12 @@ from grpo.runtime.distributed import gather_rows
 from grpo.runtime.oom import phase
 from grpo.runtime.run_lock import LockLost, RunLock
 from grpo.types import Prompt
+
+log = logging.getLogger(__name__)
+
+
+def _nothing(folder: Path) -> None:
+    """Write nothing: the main process copies the best model alone."""
 
 
 @dataclass
@@ -46,6 +54,8 @@ class Run:
     """Lock of the run directory, on the main process."""
     save_dtype: torch.dtype = torch.float32
     """Data type of final/."""
+    best: BestModel | None = None
+    """The model of the best evaluation, with load_best_model_at_end."""
     evaluation_error: EngineError | None = None
     """Reason why the last evaluation is missing."""
 
@@ -75,6 +85,9 @@ class Run:
             self.evaluation_error = error
             return {}
         self.recorder.log_evaluation(step, evaluation.rows)
+        if self.best is not None and step:
+            main = self.accelerator.is_main_process
+            self.best.keep(step, self.config.steps, evaluation.metrics, self._save_model, main=main)
         return evaluation.metrics
 
     def sync_weights(self, step: int) -> None:
@@ -141,14 +154,16 @@ class Run:
                 f"--resume auto goes on from an older one"
             ) from error
 
+    def _save_model(self, folder: Path) -> None:
+        self.policy.save(folder, self.tokenizer, self.save_dtype)
+
     def _write_final(self, step: int) -> None:
-        write_final(
-            self.run_dir,
-            step,
-            self.config.steps,
-            lambda folder: self.policy.save(folder, self.tokenizer, self.save_dtype),
-            main=self.accelerator.is_main_process,
-        )
+        main = self.accelerator.is_main_process
+        save = self._save_model
+        if step == self.config.steps and self.best is not None and self.best.value is not None:
+            log.info("final/ is the model after step %d, the best of all evaluations", self.best.step)
+            save = self.best.copy if main else _nothing
+        write_final(self.run_dir, step, self.config.steps, save, main=main)
 
     def resume_hint(self) -> str:
         """Return how to resume this run."""

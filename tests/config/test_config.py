@@ -36,6 +36,7 @@ LAUNCH = Path(__file__).parents[2] / "launch"
         (["--objective.top_entropy_quantile", "0.2", "--objective.entropy_coef", "0.1"], "top_entropy_quantile is 0.2"),
         (["--objective.scale_rewards", "std"], "scale_rewards"),
         (["--rewards", "{}"], "rewards is empty"),
+        (["--load_best_model_at_end", "true", "--eval_every", "0"], "there is no evaluation to choose by"),
         (["--tokens_per_batch", "10"], "tokens_per_batch is 10"),
         (["--optimizer.adam_beta1", "1"], "optimizer.adam_beta1 is 1.0, needs at least 0 and below 1"),
         (["--optimizer.max_grad_norm", "-1"], "optimizer.max_grad_norm is -1.0, needs at least 0"),
