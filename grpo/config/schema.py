@@ -261,8 +261,9 @@ class ObjectiveConfig:
 @dataclass
 class OptimizerConfig:
     optim: str = fixed("adamw_torch", trl="optim")
-    """A registered optimizer: adamw_torch (also adamw_torch_fused), adamw_8bit (also adamw_bnb_8bit), paged_adamw_8bit,
-    paged_adamw_32bit (of bitsandbytes), adafactor, sgd; or your own: package.module:function, file.py:function."""
+    """A registered optimizer: adamw_torch (also adamw_torch_fused), adafactor, sgd, and of bitsandbytes adamw_8bit (also
+    adamw_bnb_8bit), paged_adamw_8bit and paged_adamw_32bit; or your own: package.module:function, file.py:function.
+    DeepSpeed takes adamw_torch only. Those of bitsandbytes were tried on a CPU, not on a GPU or with FSDP."""
     learning_rate: float = free(1e-6, "[0, inf)", common=True, trl="learning_rate")
     """Peak learning rate."""
     adam_beta1: float = free(0.9, "[0, 1)", trl="adam_beta1")
