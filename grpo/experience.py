@@ -26,6 +26,7 @@ from grpo.kl import kl_estimate
 from grpo.losses import find_loss, per_sequence
 from grpo.models.architecture import vocabulary_size
 from grpo.models.logprob_model import probe_batch
+from grpo.objectives.entropy import has_entropy_bonus
 from grpo.packing import PackedBatch, pack, regroup
 from grpo.policy import Policy
 from grpo.registry import call_with_supported_args
@@ -259,7 +260,7 @@ class ExperienceCollector:
             max_tokens=self.tokens_per_batch,
             chosen_PG=chosen_PG,
             mask_truncated=objective.mask_truncated_completions,
-            skip_flat=not kl_in_loss(objective) and objective.entropy_coef == 0 and objective.top_entropy_quantile == 1,
+            skip_flat=not (kl_in_loss(objective) or has_entropy_bonus(objective) or objective.top_entropy_quantile < 1),
             share_prompts=policy.shares_prompts,
         )
         rounds, real = max_over_ranks(self.accelerator, len(batches)), len(batches)

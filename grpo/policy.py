@@ -25,6 +25,7 @@ from grpo.models.optimizer_state import Tensors, optimizer_from_tensors, optimiz
 from grpo.models.optimizers import override_hyperparameters
 from grpo.models.reference import FrozenReference, detached_outputs
 from grpo.models.weights import bytes_on_disk, save_full_weights, save_live_model
+from grpo.objectives.entropy import EntropyBonus
 from grpo.packing import PackedBatch
 from grpo.runtime.device import empty_cache, is_cpu, return_freed_memory
 from grpo.runtime.distributed import run_on_main
@@ -53,6 +54,7 @@ class Policy:
         logprob_model: The forward pass of `model`, wrapped by the strategy.
         uses_packed_attention: The model takes packed batches as they are; otherwise they are padded.
         shares_prompts: Batches of one optimizer step may share the forward pass of a prompt.
+        entropy_bonus: Coefficient of the entropy bonus.
         skipped_in_a_row: Number of optimizer steps that were just skipped because of a number that is not finite.
     """
 
@@ -90,7 +92,7 @@ class Policy:
         self.synced_reference: FrozenReference | None = None
         if config.sync_ref_model and isinstance(built.reference, FrozenReference):
             self.synced_reference = built.reference
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row, self.entropy_bonus = 0, EntropyBonus(objective)
         self.reference_is_initial_policy = config.reference is None
 
     @property
@@ -261,7 +263,7 @@ class Policy:
         if self.synced_reference is not None:
             tensors["reference"] = dict(self.synced_reference.model.state_dict())
         state: dict[str, Any] = {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
-        state["skipped_in_a_row"] = self.skipped_in_a_row
+        state |= {"skipped_in_a_row": self.skipped_in_a_row, "entropy_bonus": self.entropy_bonus.state_dict()}
         if self.accelerator.scaler is not None:
             state["loss_scale"] = self.accelerator.scaler.state_dict()
         return tensors, state
@@ -289,6 +291,7 @@ class Policy:
             run_on_main(self.accelerator, lambda: _check_has_reference(tensors))
             self.strategy.load_replicated(self.synced_reference.model, tensors.get("reference", {}))
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
+        self.entropy_bonus.load_state_dict(state.get("entropy_bonus", {}))
         self.reference_is_initial_policy = False
 
     def bytes_on_disk(self) -> tuple[int, int]:

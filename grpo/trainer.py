@@ -78,7 +78,8 @@ def training_loop(run: Run, signals: Signals, until: int | None = None) -> None:
         skipped = experience.real_batches() if sums.total("skipped") else []
         run.recorder.dump_failed_batches(step, sampled.groups, sampled.scores, skipped)
         curriculum = run.update_curriculum(sampled)
-        metrics = step_metrics(config, run.accelerator, sampled, experience.all_advantages_PG, sums, clock.laps)
+        measured = (sampled, experience.all_advantages_PG, sums, clock.laps, run.policy.entropy_bonus.coefficient)
+        metrics = step_metrics(config, run.accelerator, *measured)
         metrics |= curriculum
         run.adapt_beta(metrics)
         if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
@@ -128,6 +129,9 @@ def update(run: Run, experience: Experience, sums: Sums, clock: Clock) -> None:
             usable = max_over_ranks(run.accelerator, passed.total("infinite") > 0) == 0
             sums.add("grad_norm", run.policy.step(usable), 1)
             sums.add("skipped", run.policy.skipped_in_a_row > 0)
+            if objective.use_adaptive_entropy:
+                entropy = [passed.total("step_entropy"), passed.count("step_entropy")]
+                run.policy.entropy_bonus.update(*sum_over_ranks(run.accelerator, entropy))
         else:  # all groups are flat: a step would only apply weight decay and momentum
             run.policy.skip_step()
     sums.add("tokens_trained", sum(len(batch.tokens_N) for batch in experience.real_batches()))
@@ -189,7 +193,7 @@ def run_batch(run: Run, packed: Packed, index: int, counts: Counts, first: bool,
             batch,
             find_loss(config.loss_type),
             counts,
-            vars(config) | {"beta": run.beta},
+            vars(config) | {"beta": run.beta, "entropy_coef": policy.entropy_bonus.applied},
             entropies_N=entropies,
             correction_N=correction,
             sequence_log_correction_N=sequence_log_correction(correction, batch, mode),
@@ -203,6 +207,7 @@ def run_batch(run: Run, packed: Packed, index: int, counts: Counts, first: bool,
     sums.add("clipped", loss.clipped, count)
     if kl_in_loss(config):
         sums.add("kl", loss.kl, count)
+    sums.add("step_entropy", torch.where(counted, entropies.detach(), 0.0).sum(), count)
     if first:
         difference = (old - batch.sampling_logprobs_N).abs()
         sums.add("entropy", torch.where(counted, entropies.detach(), 0.0).sum(), count)

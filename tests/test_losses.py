@@ -31,6 +31,7 @@ from grpo.objectives.correction import (
     quantile,
     sequence_log_correction,
 )
+from grpo.objectives.entropy import EntropyBonus
 from grpo.packing import PackedBatch, pack
 from tests.fakes import group
 
@@ -403,6 +404,24 @@ def test_a_teacher_is_an_advantage_of_each_token() -> None:
     logprobs = torch.tensor([-1.0, -1.5, -1.0], requires_grad=True)
     loss_of("dapo", batch, logprobs, None, teacher, beta=1.0).loss.backward()
     assert logprobs.grad.tolist() == pytest.approx([-0.5 / 3, 0.5 / 3, 0.0], abs=1e-7)
+
+
+def test_adaptive_entropy_by_hand() -> None:
+    """Target 1, steps of 0.1 from 0.25 on, at most 0.4: entropies 2, 0.5, 0.5, 0.5, 3 and none."""
+    settings = {"entropy_coef": 0.25, "entropy_coef_delta": 0.1, "entropy_coef_max": 0.4, "entropy_target": 1.0}
+    bonus = EntropyBonus(ObjectiveConfig(use_adaptive_entropy=True, **settings))
+    assert bonus.applied == 0  # nothing is measured yet
+    found = []
+    for entropy, count in [(2.0, 4), (0.5, 4), (0.5, 4), (0.5, 4), (3.0, 4), (0.0, 0)]:
+        bonus.update(entropy * count, count)
+        found.append((round(bonus.coefficient, 6), round(bonus.applied, 6)))
+    assert found == [(0.15, 0), (0.25, 0.25), (0.35, 0.35), (0.4, 0.4), (0.3, 0), (0.3, 0)]
+    other = EntropyBonus(bonus.objective)
+    other.load_state_dict(bonus.state_dict())
+    assert (other.coefficient, other.entropy) == (bonus.coefficient, 3.0)
+    constant = EntropyBonus(ObjectiveConfig(entropy_coef=0.1))
+    constant.update(0.0, 4)
+    assert constant.applied == 0.1 and constant.state_dict() == {}
 
 
 def test_quantiles_are_torchs() -> None:

@@ -213,7 +213,19 @@ class ObjectiveConfig:
     kl_horizon: int = setting(10000, "[1, inf)")
     """Completions over which beta adapts, where kl_target is set."""
     entropy_coef: float = setting(0.0, "(-inf, inf)", trl="entropy_coef")
-    """Bonus for the mean entropy per token."""
+    """Bonus for the mean entropy per token. With use_adaptive_entropy: its first value."""
+    use_adaptive_entropy: bool = setting(False, trl="use_adaptive_entropy")
+    """Raise entropy_coef by entropy_coef_delta after each optimizer step whose mean entropy per token was at most
+    entropy_target, lower it otherwise; apply it only after such steps (Skywork-OR1)."""
+    entropy_coef_min: float = setting(0.0, "(-inf, inf)", trl="entropy_coef_min")
+    """Lowest value of the adapted entropy_coef."""
+    entropy_coef_max: float = setting(1.0, "(-inf, inf)", trl="entropy_coef_max")
+    """Highest value of the adapted entropy_coef."""
+    entropy_coef_delta: float = setting(0.005, "[0, inf)", trl="entropy_coef_delta")
+    """Change of the adapted entropy_coef in one optimizer step."""
+    entropy_target: float = setting(0.2, "[0, inf)", trl="entropy_target")
+    """Entropy in nats per token below which the bonus is applied, with use_adaptive_entropy: a value near the entropy
+    at the start (policy/entropy)."""
     epsilon: float = setting(0.2, "[0, inf)", common=True, trl="epsilon")
     """Clip of the ratio: 1 - epsilon below, 1 + epsilon_high above."""
     epsilon_high: float | None = setting(None, "[0, inf]", common=True, trl="epsilon_high")
@@ -261,9 +273,10 @@ class ObjectiveConfig:
 @dataclass
 class OptimizerConfig:
     optim: str = fixed("adamw_torch", trl="optim")
-    """A registered optimizer: adamw_torch (also adamw_torch_fused), adafactor, sgd, and of bitsandbytes adamw_8bit (also
-    adamw_bnb_8bit), paged_adamw_8bit and paged_adamw_32bit; or your own: package.module:function, file.py:function.
-    DeepSpeed takes adamw_torch only. Those of bitsandbytes were tried on a CPU, not on a GPU or with FSDP."""
+    """A registered optimizer: adamw_torch (also adamw_torch_fused), adafactor, sgd, and of bitsandbytes adamw_8bit
+    (also adamw_bnb_8bit), paged_adamw_8bit and paged_adamw_32bit; or your own: package.module:function,
+    file.py:function. DeepSpeed takes adamw_torch only. Those of bitsandbytes were tried on a CPU, not on a GPU or with
+    FSDP."""
     learning_rate: float = free(1e-6, "[0, inf)", common=True, trl="learning_rate")
     """Peak learning rate."""
     adam_beta1: float = free(0.9, "[0, 1)", trl="adam_beta1")

@@ -129,11 +129,16 @@ def check_objective(config: Config) -> None:
             f"(prompts_per_step {config.prompts_per_step} x sampling.num_generations {sampling.num_generations}): "
             f"lower it to at most {completions}"
         )
-    if objective.top_entropy_quantile < 1 and objective.entropy_coef != 0:
+    if objective.top_entropy_quantile < 1 and (objective.entropy_coef != 0 or objective.use_adaptive_entropy):
         raise ConfigError(
             f"objective.top_entropy_quantile is {objective.top_entropy_quantile} and objective.entropy_coef is "
             f"{objective.entropy_coef}: the bonus would raise the entropy of tokens that have no policy gradient. Set "
-            "one of them back (top_entropy_quantile 1, or entropy_coef 0)"
+            "one of them back (top_entropy_quantile 1, or entropy_coef 0 and use_adaptive_entropy false)"
+        )
+    if objective.entropy_coef_min > objective.entropy_coef_max:
+        raise ConfigError(
+            f"objective.entropy_coef_min is {objective.entropy_coef_min}, needs to be at most "
+            f"objective.entropy_coef_max {objective.entropy_coef_max}"
         )
     if objective.soft_overlong_cache >= sampling.max_completion_length:
         raise ConfigError(

@@ -17,6 +17,7 @@ from grpo.models.loading import recompute_activations
 from grpo.models.logprob_model import LogprobModel
 from grpo.models.lora import Adapter, add_adapter
 from grpo.models.optimizers import OPTIMIZERS, build_scheduler
+from grpo.objectives.entropy import has_entropy_bonus
 from grpo.models.reference import AdapterReference, FrozenReference, check_vocabulary
 from grpo.models.strategies.base import Strategy
 from grpo.models.strategies.registry import strategy_for
@@ -70,7 +71,7 @@ def build_trained_model(
         model,
         uses_packed_attention=uses_packed_attention,
         temperature=temperature,
-        entropy_gradient=objective.entropy_coef != 0,
+        entropy_gradient=has_entropy_bonus(objective),
         uses_kernels=strategy.uses_kernels,
     )
     has_adapter = lora is not None and lora.r is not None

@@ -45,6 +45,9 @@ def settings_without_effect(config: Config) -> list[str]:
         reasons |= dict.fromkeys(("kl_estimator", "use_bias_correction_kl"), "objective.beta is 0")
     elif objective.kl_in_reward:
         reasons["use_bias_correction_kl"] = "objective.kl_in_reward takes the KL off the reward"
+    if not objective.use_adaptive_entropy:
+        adaptive = ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target")
+        reasons |= dict.fromkeys(adaptive, "objective.use_adaptive_entropy is false")
     if objective.kl_target is None:
         reasons["kl_horizon"] = "objective.kl_target is not set"
     lines = [

@@ -29,6 +29,7 @@ def step_metrics(
     advantages_PG: Tensor,
     sums: Sums,
     laps: dict[str, float],
+    entropy_coef: float = 0.0,
 ) -> dict[str, float]:
     """Return the metrics of one step, over all ranks and everything that was sampled. Collective.
 
@@ -36,6 +37,7 @@ def step_metrics(
         advantages_PG: Of everything that was sampled, 0 for what was dropped.
         sums: Token sums of the update.
         laps: Seconds by phase.
+        entropy_coef: Coefficient of the entropy bonus after the step.
     """
     groups, scores = sampled.groups, sampled.scores
     lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
@@ -77,6 +79,8 @@ def step_metrics(
     metrics |= {key: sums.mean(name) for key, name in OVER_TRAINED_TOKENS.items() if sums.count(name)}
     if config.objective.beta == 0:
         metrics["policy/kl"] = 0.0
+    if config.objective.use_adaptive_entropy:
+        metrics["policy/entropy_coef"] = entropy_coef
     if config.rollout.max_staleness:
         metrics["rollout/staleness"] = float(sampled.staleness)
     if config.sampling.dynamic_sampling:

@@ -36,6 +36,7 @@ from grpo.models.lora import add_adapter
 from grpo.models.mixers import use_grpo_mixers
 from grpo.models.strategies.base import Machine, ModelSize
 from grpo.models.strategies.registry import strategy_class
+from grpo.objectives.entropy import has_entropy_bonus
 from grpo.packing import PackedBatch, pack
 from grpo.rollout.engine import find_engine
 from grpo.types import Completion, Group, Prompt
@@ -308,7 +309,7 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
         made,
         uses_packed_attention=True,
         temperature=1.0,
-        entropy_gradient=config.objective.entropy_coef != 0,
+        entropy_gradient=has_entropy_bonus(config.objective),
         uses_kernels=machine.cpu and strategy.uses_kernels,
     )
     logprob_model.accumulate_grads_inplace = machine.kind == "single"

@@ -139,6 +139,9 @@ for _metric in (
         _NATS,
         "absolute difference between sampling and training logprobs: rounding, or a bug" + _FIRST,
     ),
+    Metric(
+        "policy/entropy_coef", "", "only with `objective.use_adaptive_entropy`: weight of the entropy after this step"
+    ),
     Metric("policy/beta", "", "only with `objective.kl_target`, which adapts it: weight of the KL in this step"),
     Metric("rollout/sampling_rounds", "rounds", _DYNAMIC + "rounds of sampling in this step"),
     Metric("rollout/groups_sampled", "groups", _DYNAMIC + "groups that were sampled"),
