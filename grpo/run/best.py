@@ -10,12 +10,24 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from accelerate import Accelerator
+
+from grpo.config.schema import Config
 from grpo.errors import ConfigError
 from grpo.run.final import final_step, write_final
+from grpo.runtime.distributed import run_on_main
 
 log = logging.getLogger(__name__)
 
 RECORD = "best.json"
+
+
+def find_best(config: Config, accelerator: Accelerator, run_dir: Path, start: int) -> "BestModel | None":
+    """Return the best model so far of a run that goes on after step `start`. None without load_best_model_at_end."""
+    if not config.load_best_model_at_end:
+        return None
+    metric, greater = config.metric_for_best_model, config.greater_is_better
+    return run_on_main(accelerator, lambda: BestModel(run_dir, metric, greater, start))
 
 
 class BestModel:

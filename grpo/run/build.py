@@ -35,7 +35,7 @@ from grpo.rewards.xml_format import only_answer
 from grpo.rollout.async_sampler import AsyncSampler
 from grpo.rollout.engine import RolloutEngine, build_engine, correction_of, find_engine, longest_of, step_completions
 from grpo.rollout.logprob_mismatch import check_agreement, verify_weight_sync
-from grpo.run.best import BestModel
+from grpo.run.best import find_best
 from grpo.run.callbacks import Callback, Callbacks, State, build_callbacks
 from grpo.run.checkpoint import check_free_space
 from grpo.run.checkpointer import Checkpointer, ResumePoint, find_checkpoint, restore
@@ -126,10 +126,7 @@ def _build(config: Config, rewards: RewardSum, on_failure: contextlib.ExitStack)
     checkpointer = Checkpointer(*parts, start=point.start, beta=point.beta, lock=lock, contents=contents)
     dtype = save_dtype(config, data.model_path)
     state = (held_out, recorder, checkpointer, point.start, point.beta, lock, dtype)
-    best = None
-    if config.load_best_model_at_end:
-        arguments = (run_dir, config.metric_for_best_model, config.greater_is_better, point.start)
-        best = run_on_main(accelerator, lambda: BestModel(*arguments))
+    best = find_best(config, accelerator, run_dir, point.start)
     return Run(config, accelerator, run_dir, policy, data.tokenizer, engine, collector, *state, best=best)
 
 
