@@ -37,7 +37,7 @@ from grpo.runtime.sums import Sums
 from grpo.types import Completion, Group, Prompt
 
 P, G, LENGTH, VOCABULARY = 3, 4, 9, 24
-LEARNING_RATE = 6.0  # SGD: large enough for the second step's ratios to leave [0.8, 1.2]
+LEARNING_RATE = 6.0  # SGD: large enough for the second step's ratios to leave [0.8, 1.2]; less where more steps follow
 
 
 DIVERGED = 1e6
@@ -155,8 +155,8 @@ def cases() -> list[Case]:
             made.append(Case(loss, {"beta": 0.3, **extra}))
     for loss in ("grpo", "dapo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"):  # bnpo: TRL divides by micro-batches
         for beta, count in itertools.product((0.0, 0.3), (2, 3)):
-            made.append(Case(loss, {"beta": beta}, mini_batches=count))
-    made.append(Case("dapo", {"beta": 0.3}, mini_batches=3, micro_batches=2))
+            made.append(Case(loss, {"beta": beta}, mini_batches=count, learning_rate=LEARNING_RATE / 6))
+    made.append(Case("dapo", {"beta": 0.3}, mini_batches=3, micro_batches=2, learning_rate=LEARNING_RATE / 6))
     for target in (0.5, 5.0):
         adaptive = {"use_adaptive_entropy": True, "entropy_coef_delta": 0.05, "entropy_target": target}
         made.append(Case("dapo", {"beta": 0.3, "entropy_coef": 0.1, **adaptive}, steps=3))
@@ -171,7 +171,8 @@ def cases() -> list[Case]:
     for beta in (0.0, 0.3):
         ours = {"beta": beta, "epsilon": 0.4, "use_bias_correction_kl": False}
         made.append(Case("gmpo", ours))
-        made.append(Case("gmpo", ours | {"epsilon": 0.2, "epsilon_high": 0.3}, mini_batches=2))
+        ours = ours | {"epsilon": 0.2, "epsilon_high": 0.3}
+        made.append(Case("gmpo", ours, mini_batches=2, learning_rate=LEARNING_RATE / 6))
     made.append(Case("gspo", {"beta": 0.0}, {"loss_type": "grpo", "importance_sampling_level": "sequence"}))
     made.append(Case("luspo", {"beta": 0.3, "importance_sampling_level": "token"}))
     return made
@@ -238,7 +239,8 @@ def random_case(chance: random.Random, seed: int) -> Case:
         unknown=chance.choice([0.0, 0.0, 0.2]) if weights[1] else 0.0,
     )
     if loss != "bnpo" and "entropy_coef" not in ours and not masked:  # where TRL divides by the same
-        case = replace(case, mini_batches=chance.choice([1, 1, *equal_parts(case.shape)]))
+        count = chance.choice([1, 1, *equal_parts(case.shape)])
+        case = replace(case, mini_batches=count, learning_rate=case.learning_rate / count)  # more steps, as far apart
     if case.correction != "none" and chance.random() < 0.4:
         case = replace(case, correction=f"sequence_{case.correction}")
     if case.correction != "none" and chance.random() < 0.3:

@@ -105,6 +105,7 @@ def test_delta_bounds_what_the_clip_leaves_open() -> None:
         ("gfpo", (-1 + 3) / 4),
         ("grpo", (-1 + 1) / 2),
         ("gspo", (-1 + 1) / 2),
+        ("gmpo", (-1 + 1) / 2),
         ("luspo", (-1 + 3) / 2),
         ("dr_grpo", (-1 + 3) / (2 * 10)),
         # sigmoid(0) * 4 / tau = 2 / tau: -2 / 1 and 2 / 1.05

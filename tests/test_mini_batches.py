@@ -206,4 +206,4 @@ def test_only_the_tokens_of_high_entropy_have_a_policy_gradient(folder: Path, to
         model.zero_grad()
         (-(torch.cat(logprobs) * torch.cat(advantages) * kept).sum() / 7).backward()
         for name, parameter in model.named_parameters():
-            assert torch.allclose(gradients[name], parameter.grad, atol=1e-6), name
+            assert torch.allclose(gradients[name], parameter.grad, atol=1e-5), name
