@@ -518,6 +518,21 @@ CASES: dict[str, Case] = {
         ConfigError,
         "sampling.top_p is 0.9: a truncated sampling distribution is not the one that the policy is trained as, so the importance ratios would be biased. Leave top_p at 1.0 and top_k at 0 for training",
     ),
+    "truncated greedy evaluation": Case(
+        flags("--evaluation.top_p=0.9"),
+        ConfigError,
+        "evaluation.top_p is 0.9, but evaluation.temperature is 0: a greedy completion is the most likely one. Set evaluation.temperature (training: 1.0)",
+    ),
+    "more mini-batches than completions": Case(
+        flags("--objective.mini_batches=65"),
+        ConfigError,
+        "objective.mini_batches is 65, but a step has only 64 completions (prompts_per_step 8 x sampling.num_generations 8): lower it to at most 64",
+    ),
+    "best model without an evaluation": Case(
+        flags("--load_best_model_at_end=true", "--eval_every=0"),
+        ConfigError,
+        "load_best_model_at_end is true, but eval_every is 0: there is no evaluation to choose by. Set eval_every",
+    ),
     "token budget too small": Case(
         flags("--tokens_per_batch=600"),
         ConfigError,
