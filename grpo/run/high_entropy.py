@@ -37,4 +37,4 @@ def high_entropy_masks(policy: Policy, packed: Packed, share: float) -> list[Ten
     mine = torch.cat(counted[: packed.real]).cpu() if packed.real else torch.zeros(0)
     everyone = torch.cat([row["entropies"] for row in gather_rows(policy.accelerator, [{"entropies": mine}])])
     threshold = quantile(everyone, 1 - share) if len(everyone) else 0.0
-    return [values >= threshold for values in entropies]
+    return [values.double() >= threshold for values in entropies]  # float32 would round the threshold
