@@ -28,7 +28,7 @@ from grpo.tools.check_cost import describe_batch, least_operations, measure_matr
 from grpo.tools.check_result import Check, PromptCheck
 from grpo.tools.check_rewards import check_rewards
 from grpo.tools.memory import estimate
-from grpo.tools.model_shape import tokenizer_and_shape
+from grpo.tools.model_shape import check_reference, tokenizer_and_shape
 from grpo.tools.red_team import search
 from grpo.tracking.run_dir import choose_run_dir
 
@@ -74,6 +74,7 @@ def check(config: Config, machine: Machine | None = None, *, red_team: bool = Fa
     if checkpoint is not None:
         check_resume(config, checkpoint, run_dir, score, processes=None)
     tokenizer, model = tokenizer_and_shape(config, rows)
+    check_reference(config, tokenizer, model)
     check_template_kwargs(tokenizer, config.data.chat_template_kwargs)
     _check_questions(found, rows, held_out)
     extent = _check_lengths(found, config, rows, tokenizer)

@@ -10,7 +10,8 @@ from grpo.data.gguf import plain_model
 from grpo.data.rows import Example
 from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError
-from grpo.models.architecture import create_model
+from grpo.models.architecture import create_model, vocabulary_size
+from grpo.models.reference import check_vocabulary
 from grpo.models.tiny import GSM8K_RECIPE, Recipe, completion_text, generate_problems, make_model, make_tokenizer
 
 
@@ -27,13 +28,31 @@ def tokenizer_and_shape(config: Config, rows: list[Example]) -> tuple[PreTrained
     name = config.model.name
     if name == "starter":
         return _tiny_model(config, rows)
-    tokenizer = load_tokenizer(name, config.model.gguf_file)
+    plain = plain_model(name, config.model.gguf_file)
+    return load_tokenizer(name, config.model.gguf_file), _shape("model.name", name, plain)
+
+
+def check_reference(config: Config, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Check that the model of model.reference can be loaded and has the vocabulary of the policy, as `train` does.
+
+    Raises:
+        ConfigError: It cannot, or has not.
+    """
+    name = config.model.reference
+    if name is None:
+        return
+    reference = _shape("model.reference", name, name)
+    check_vocabulary(vocabulary_size(model), vocabulary_size(reference), tokenizer, load_tokenizer(name), name)
+
+
+def _shape(key: str, name: str, path: str) -> PreTrainedModel:
+    """Return the model in `path` on the "meta" device. `key` and `name` are for the message of an error."""
     try:
-        shape = AutoConfig.from_pretrained(plain_model(name, config.model.gguf_file), trust_remote_code=False)
+        shape = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
-            return tokenizer, create_model(shape, path=name)
+            return create_model(shape, path=name)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name '{name}' cannot be loaded: {error}") from error
+        raise ConfigError(f"{key} '{name}' cannot be loaded: {error}") from error
 
 
 def _tiny_model(config: Config, rows: list[Example]) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from grpo.config.parser import load_config
 from grpo.data.duplicates import count_repeats
@@ -17,7 +18,7 @@ from grpo.tools.check_cost import describe_batch
 from grpo.tools.model_shape import tokenizer_and_shape
 from grpo.tools.score_completions import score_rows
 from grpo.trainer import train
-from tests.fakes import tiny_data, tiny_folder
+from tests.fakes import tiny_data, tiny_folder, tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -152,6 +153,16 @@ def test_what_train_refuses_is_refused(flags: list[str], flag: str, message: str
     for command in (check, train):
         with pytest.raises(ConfigError, match=message):
             command(config)
+
+
+def test_the_reference_is_looked_at(flags: list[str], tmp_path: Path) -> None:
+    other = tiny_model(vocab_size=50)
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match="a vocabulary of 50, the policy one of 42"):
+        check(load_config([*flags, f"--model.reference={tmp_path / 'other'}"]))
+    with pytest.raises(ConfigError, match="model.reference '.*none' cannot be loaded"):
+        check(load_config([*flags, f"--model.reference={tmp_path / 'none'}"]))
 
 
 def test_bad_rows_streams_and_permission_are_looked_at_as_train_does(flags: list[str], tmp_path: Path) -> None:
