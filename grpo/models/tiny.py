@@ -30,6 +30,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from grpo.config.schema import Config
 from grpo.data.arithmetic import generate_problems
 from grpo.data.invented_language import unmarked
+from grpo.data.rows import Example
 from grpo.errors import StorageError
 from grpo.rewards.text_match import quoted_terms
 from grpo.runtime.storage import cache_folders, share_mode
@@ -79,6 +80,25 @@ class ProseRecipe(Recipe):
 
 GSM8K_RECIPE = Recipe(vocabulary=4096, steps=300, batch=32, hasty_fraction=0.5, formatted_fraction=0.3, longest=224)
 PROSE_RECIPE = ProseRecipe(vocabulary=450, steps=500, unmarked_fraction=0.75)
+
+
+def tiny_model_for(config: Config, rows: list[Example]) -> Path:
+    """Return the folder of the tiny model of a run, made from its training rows, or from generated arithmetic."""
+    if notice := demonstration_notice(config):
+        log.info(notice)
+    problems = None
+    if config.data.name != "arithmetic":
+        problems = [{"question": _question(row, config), "answer": _worked_answer(row)} for row in rows]
+    recipe = recipe_for(problems, unmarked=config.data.name == "invented_language")
+    return make_tiny_model(seed=config.seed, problems=problems, recipe=recipe)
+
+
+def _question(row: Example, config: Config) -> str:
+    return str(row.columns.get("question", row.columns.get(config.data.question, "")))
+
+
+def _worked_answer(row: Example) -> str:
+    return str(row.columns.get("solution") or row.columns["answer"])
 
 
 def make_tiny_model(

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config.schema import Config, DataConfig, RolloutConfig
+from grpo.config.schema import Config, RolloutConfig
 from grpo.data.card import record_card
 from grpo.data.duplicates import count_repeats
 from grpo.data.gguf import gguf_path
@@ -178,26 +178,10 @@ def model_path(config: Config, rows: list[Example], accelerator: Accelerator) ->
     """Return the folder, hub id or GGUF to load. For "starter", the main process makes the folder first."""
     if config.model.name != "starter":
         return str(gguf_path(config.model.name, config.model.gguf_file) or config.model.name)
-    from grpo.models.tiny import demonstration_notice, make_tiny_model, recipe_for
+    from grpo.models.tiny import tiny_model_for
 
-    if notice := demonstration_notice(config):
-        log.info(notice)
-    problems = None
-    if config.data.name != "arithmetic":
-        problems = [{"question": _question(row, config.data), "answer": _worked_answer(row)} for row in rows]
-    path = ""
-    if accelerator.is_main_process:
-        recipe = recipe_for(problems, unmarked=config.data.name == "invented_language")
-        path = str(make_tiny_model(seed=config.seed, problems=problems, recipe=recipe))
+    path = str(tiny_model_for(config, rows)) if accelerator.is_main_process else ""
     return broadcast_object_list([path])[0]
-
-
-def _question(row: Example, data: DataConfig) -> str:
-    return str(row.columns.get("question", row.columns.get(data.question, "")))
-
-
-def _worked_answer(row: Example) -> str:
-    return str(row.columns.get("solution") or row.columns["answer"])
 
 
 def build_policy(config: Config, accelerator: Accelerator, path: str) -> Policy:

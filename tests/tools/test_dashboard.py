@@ -192,7 +192,6 @@ def test_a_color_belongs_to_a_run_and_a_dash_pattern_to_a_metric(tmp_path: Path)
         ("own · b", 1, 1),
     ]
     assert [line.color for line in lines_of(CURVES[0], board.chosen(["c", "b"]))] == [2, 1]
-    assert [(line.color, line.dash) for line in lines_of(both, runs[:1])] == [(None, 0)] * 2
     runs[2].color = 8 + runs[0].color  # the ninth run: the colors begin again
     assert curves.colors_of(runs) == {"a": 0, "b": 1, "c": 2}
     drawn = plot("", "", lines_of(both, runs[:2]))
