@@ -93,6 +93,17 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def remark(runs: list[dict[str, Any]]) -> str:
+    """Return a sentence about the runs that were not repeated with the present tiny model; "" if there are none."""
+    older = [str(run["seed"]) for run in runs if run.get("first_version")]
+    if not older:
+        return ""
+    return (
+        f"Seeds {', '.join(older)} were not run again: they are of the first version, whose tiny model had one "
+        "embedding less."
+    )
+
+
 def digest(path: Path) -> str:
     """Return the SHA-256 of the results, which the picture holds as its description."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

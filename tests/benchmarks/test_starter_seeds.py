@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.shared import read_json
-from benchmarks.starter_seeds import PICTURE, STORED, digest, draw, results_of, table
+from benchmarks.starter_seeds import PICTURE, STORED, digest, draw, remark, results_of, table
 from grpo.data.arithmetic import is_held_out
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,9 @@ def test_the_caption_tells_what_the_results_say() -> None:
         README.split()
     )
     assert all(run["accuracy_by_step"]["30"] == 1.0 for run in RUNS) and len(RUNS) == 5
-    assert "\n".join(table(RUNS)) in (ROOT / "docs" / "quickstart.md").read_text()
+    quickstart = (ROOT / "docs" / "quickstart.md").read_text()
+    assert "\n".join(table(RUNS)) in quickstart
+    assert remark(RUNS) in " ".join(quickstart.split())
 
 
 def test_the_example_is_a_held_out_question_that_training_made_right() -> None:
