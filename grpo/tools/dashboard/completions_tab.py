@@ -25,27 +25,62 @@ class CompletionsTab:
     """The widgets that follow a run during training."""
 
     board: Board
-    run: Any
-    step: Any
-    follow: Any
+    inputs: list[Any]
+    """Follow, the question that was answered last, the open group, and the widgets of the question."""
+    outputs: list[Any]
+    """Run, step, and what an answer changes: table, sentence, keys of the rows, open group, question."""
 
-    def newer(
-        self, gr: Any, found: list[str], name: str | None, following: bool, at: float, before: dict[str, Any]
-    ) -> tuple[list[Any], dict[str, Any]]:
-        """Return updates of the run and step widgets, and the state they were made from.
+    def refresh(self, gr: Any, found: list[str], before: dict[str, Any], *given: Any) -> tuple[list[Any], dict]:
+        """Return updates of the outputs, and the state they were made from.
 
-        The run is the newest at first; the step is the newest while it is followed.
+        The run is the newest at first; the step is the newest while it is followed. Step and table come in one update:
+        an answer of its own could arrive after a newer one, and stay.
+
+        Args:
+            gr: The module gradio.
+            found: Names of the runs.
+            before: The state of the refresh before.
+            given: Values of the inputs.
         """
+        following, asked, opened, name, at, *rest = given
         current = name if name in found else (found[0] if found else None)
         runs = self.board.chosen([current] if current else [])
         last = (runs[0].last_rollout_step() if runs else None) or 1
+        following = following and at == before.get("at", at)  # not if the slider was moved since
         wanted = last if following else min(int(at), last)
         same_runs = current == name and found == before.get("runs")
         same_step = wanted == at and last == before.get("last")
+        question = (current, wanted, *rest)
         return [
             gr.skip() if same_runs else gr.Dropdown(choices=found, value=current),
             gr.skip() if same_step else gr.Slider(maximum=max(2, last), value=wanted),
-        ], {"runs": found, "last": last}
+            *([gr.skip()] * 5 if question == asked else answer(gr, self.board, following, asked, opened, question)),
+        ], {"runs": found, "last": last, "at": wanted}
+
+
+def answer(
+    gr: Any, board: Board, following: bool, before: Any, opened: list[Row], question: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """Return the table, a sentence about it, the keys of its rows, the open group, and the question.
+
+    A group stays open while newer steps arrive. Another question closes it, unless it is among the answers.
+
+    Args:
+        gr: The module gradio.
+        board: The runs.
+        following: The newest step is followed.
+        before: The question before.
+        opened: The open group.
+        question: Run, step, scope, judgement, lowest and highest reward, text.
+    """
+    name, at, scope, judged, low, high, text = question
+    wanted = {"right": True, "wrong": False}.get(judged)
+    conditions = {"text": text or "", "correct": wanted, "lowest": _parsed(low), "highest": _parsed(high)}
+    rows, oldest = find(board, name, int(at), SCOPES.get(scope, 1), conditions)
+    keys = [_key(row) for row in rows]
+    same = bool(before) and (name, *question[2:]) == (before[0], *before[2:])
+    stays = not opened or _key(opened[0]) in keys or (following and same)
+    return _table(gr, rows), _told(rows, int(at), oldest), keys, gr.skip() if stays else [], question
 
 
 def completions_tab(gr: Any, board: Board) -> CompletionsTab:
@@ -72,21 +107,10 @@ def completions_tab(gr: Any, board: Board) -> CompletionsTab:
         show_label=False,
         buttons=[],
     )
-    shown, group = gr.State([]), gr.State([])
+    shown, group, asked = gr.State([]), gr.State([]), gr.State(())
 
-    asked = gr.State(())
-
-    def fill(
-        following: bool, before: tuple[Any, ...], opened: list[Row], name: str | None, at: float, *rest: str
-    ) -> tuple[Any, ...]:
-        scope, judged, low, high, text = rest
-        wanted = {"right": True, "wrong": False}.get(judged)
-        conditions = {"text": text or "", "correct": wanted, "lowest": _parsed(low), "highest": _parsed(high)}
-        rows, oldest = find(board, name, int(at), SCOPES.get(scope, 1), conditions)
-        keys, now = [_key(row) for row in rows], (name, *rest)
-        # A group stays open while newer steps arrive. A new question closes it, unless it is among the answers.
-        stays = not opened or _key(opened[0]) in keys or (following and now == before)
-        return _table(gr, rows), _told(rows, int(at), oldest), keys, gr.skip() if stays else [], now
+    def fill(following: bool, before: Any, opened: list[Row], *question: Any) -> tuple[Any, ...]:
+        return answer(gr, board, following, before, opened, question)
 
     def open_group(name: str | None, keys: list[Key], event: Any) -> list[Row]:
         found = board.chosen([name] if name else [])
@@ -98,16 +122,11 @@ def completions_tab(gr: Any, board: Board) -> CompletionsTab:
 
     open_group.__annotations__["event"] = gr.SelectData  # gradio passes the event by this annotation
 
-    # One event for all widgets: events of their own would run at once, and an older answer could arrive last.
-    filters = [run, step, scope, judged, lowest, highest, text]
-    gr.on(
-        [widget.change for widget in filters],
-        fill,
-        [follow, asked, group, *filters],
-        [table, told, shown, group, asked],
-        trigger_mode="always_last",
-        **options,
-    )
+    question = [run, step, scope, judged, lowest, highest, text]
+    inputs, outputs = [follow, asked, group, *question], [table, told, shown, group, asked]
+    # What the user changes is answered at once; what `refresh` changes comes with its answer.
+    changes = [widget.input for widget in question]
+    gr.on(changes, fill, inputs, outputs, trigger_mode="always_last", **options)
     step.input(lambda: False, None, follow, **options)
     table.select(open_group, [run, shown], group, **options)
 
@@ -115,7 +134,7 @@ def completions_tab(gr: Any, board: Board) -> CompletionsTab:
     def cards(name: str | None, rows: list[Row]) -> None:
         _cards(gr, board, name, rows)
 
-    return CompletionsTab(board, run, step, follow)
+    return CompletionsTab(board, inputs, [run, step, *outputs])
 
 
 def find(

@@ -47,12 +47,10 @@ def build(board: Board) -> "gr.Blocks":
 
         seen = gr.State({})
         timer = gr.Timer(REFRESH_SECONDS)
-        outputs = [runs, numbers, findings, plots, *compared, completions.run, completions.step, seen]
-        inputs = [runs, smoothing, completions.run, completions.follow, completions.step, seen]
+        outputs = [runs, numbers, findings, plots, *compared, seen, *completions.outputs]
+        inputs = [runs, smoothing, seen, *completions.inputs]
 
-        def show(
-            names: list[str] | None, amount: float, run: str | None, follow: bool, step: float, before: dict[str, Any]
-        ) -> list[Any]:
+        def show(names: list[str] | None, amount: float, before: dict[str, Any], *given: Any) -> list[Any]:
             """Return updates of the outputs that changed since `before`. Others are skipped and do not flicker."""
             found = board.refresh()
             if not names and not before.get("found"):  # the first refresh with a run
@@ -74,8 +72,8 @@ def build(board: Board) -> "gr.Blocks":
             updates.append(now["findings"] if now["findings"] != before.get("findings") else gr.skip())
             updates.append(gr.skip() if same else _plots(CURVES, chosen, amount))
             updates += [gr.skip()] * 2 if same else [table(*curves.comparison(chosen)), _config_table(chosen)]
-            newer, now["completions"] = completions.newer(gr, found, run, follow, step, before.get("completions", {}))
-            return [*updates, *newer, now]
+            newer, now["completions"] = completions.refresh(gr, found, before.get("completions", {}), *given)
+            return [*updates, now, *newer]
 
         options: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         page.load(show, inputs, outputs, **options)
