@@ -238,7 +238,7 @@ def test_events_history_and_files(folder: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_push_to_hub_says_what_failed(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trained(folder, tmp_path / "out", hub_model_id="me/mine")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(StorageError, match="cannot push .*final to me/mine"):
         trainer.push_to_hub(token="none")
 
