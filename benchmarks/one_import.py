@@ -24,6 +24,7 @@ from grpo.runtime.command import run_main
 
 SCRIPT = Path(__file__).with_name("one_import_script.py")
 CHARACTERS = "abcdefghij+="
+SHAPE = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
 CASES = [
     {"LOSS": loss, "ITERATIONS": iterations}
     for loss in ("dapo", "grpo", "dr_grpo", "bnpo", "sapo")
@@ -60,7 +61,7 @@ def compare(case: dict[str, str]) -> dict[str, Any]:
         tokenizer = character_tokenizer(CHARACTERS)
         tokenizer.save_pretrained(model)
         torch.manual_seed(0)
-        random_qwen2(len(tokenizer), num_hidden_layers=2, hidden_size=32, intermediate_size=64).save_pretrained(model)
+        random_qwen2(len(tokenizer), **SHAPE).save_pretrained(model)
         environment = case | {"MODEL": str(model)}
         with recorded() as completions:
             ours = run_script("grpo", environment | {"OUT": f"{folder}/ours"})
