@@ -28,7 +28,7 @@ from grpo import GRPOConfig, GRPOTrainer
 from grpo.compat.logs import completion_logs, evaluation_logs, merged
 from grpo.compat.rewards import reward_model_function, rewards_of
 from grpo.errors import ConfigError, StorageError
-from tests.fakes import tiny_folder
+from tests.fakes import SHAPE, tiny_folder
 
 ROOT = Path(__file__).parents[2]
 ROWS = [{"prompt": f"{a}+{a}=", "n": a} for a in range(12)]
@@ -290,7 +290,9 @@ def test_16_bit_and_config_made_models(folder: str, tmp_path: Path) -> None:
     trainer = GRPOTrainer(model, count_a, arguments(tmp_path / "out"), data)
     trainer.train()
     assert trainer.model.dtype == torch.float32
-    made = AutoModelForCausalLM.from_config(Qwen2Config.from_pretrained(folder, num_hidden_layers=1))
+    made = AutoModelForCausalLM.from_config(
+        Qwen2Config(**SHAPE | {"vocab_size": len(tokenizer), "num_hidden_layers": 1})
+    )
     made.config._name_or_path = ""
     with pytest.raises(ConfigError, match="processing_class is missing"):
         GRPOTrainer(made, count_a, arguments(tmp_path / "made"), data)
