@@ -116,9 +116,9 @@ EXPECTATIONS: list[Expectation] = [
         "vlm_training",
         "vlm_processor_vllm_colocate_mode",
     ),
-    *_not(
-        "top_entropy_quantile is refused",
-        "training_with_entropy_filter",
+    *_same("test_entropy_filter_and_off_policy_mask", "training_with_entropy_filter", "training_with_off_policy_mask"),
+    *_same(
+        "tests/test_losses.py",
         "compute_entropy_mask_0",
         "compute_entropy_mask_1",
         "compute_entropy_mask_lower_threshold",
@@ -126,12 +126,7 @@ EXPECTATIONS: list[Expectation] = [
         "compute_entropy_threshold_1",
         "compute_entropy_all_masked",
     ),
-    *_not(
-        "off_policy_mask_threshold is refused",
-        "get_off_policy_mask",
-        "get_off_policy_mask_padding",
-        "training_with_off_policy_mask",
-    ),
+    *_same("tests/test_losses.py", "get_off_policy_mask", "get_off_policy_mask_padding"),
 ]
 
 

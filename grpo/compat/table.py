@@ -32,9 +32,9 @@ same loop. `grpo migrate script.py` writes that config as a file ([below](#migra
   TRL. A directory that holds a run is not overwritten: pass `resume_from_checkpoint=True` or another `output_dir`.
 - **Weights are float32.** A model in 16 bits is converted, with a message. `bf16=True` (the default, as in TRL)
   computes in bfloat16. A loaded model is trained in place.
-- **Evaluation** samples one greedy completion per prompt, at the start, every `eval_steps`, and at the end. There is no
-  `eval_loss`. Keys: `eval_reward`, `eval_rewards/<name>/mean`, `eval_completions/mean_length`,
-  `eval_completions/clipped_ratio`; of several sets also `eval_<set>_reward` and so on.
+- **Evaluation** samples as in TRL (`num_generations_eval` completions at `temperature`), at the start, every
+  `eval_steps`, and at the end. There is no `eval_loss`. Keys: `eval_reward`, `eval_rewards/<name>/mean`,
+  `eval_completions/mean_length`, `eval_completions/clipped_ratio`; of several sets also `eval_<set>_reward` and so on.
 - **Rewards** that other processes can import run in worker processes with a deadline. Lambdas, closures, functions of
   the script itself and reward models run in the training process, as in TRL. A reward that raises ends the run.
 - **Callbacks** get `on_init_end`, `on_train_begin`, `on_epoch_begin`, `on_step_begin`, `on_step_end`, `on_epoch_end`,

@@ -13,8 +13,8 @@ from grpo.compat.batch import Schedule, schedule
 from grpo.compat.fields import changed, outcomes
 from grpo.config.parser import build_config
 from grpo.config.schema import Config
-from grpo.config.setting import keys_of
 from grpo.errors import ConfigError
+from grpo.rewards.registry import reward_labels
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ def translate(arguments: GRPOConfig, rows: int | None, given: Values) -> Transla
     values = verbatim(arguments)
     values |= lengths(arguments, batch, remarks) | optimizer_values(arguments, batch) | tracking_values(arguments)
     values |= model_values(arguments.model_init_kwargs, remarks) | vllm_values(arguments)
+    values |= evaluation_values(arguments, given)
     if arguments.loss_type == "cispo" and arguments.epsilon_high is None:
         remarks.append("loss_type cispo without epsilon_high caps ratios at 5.0; TRL would cap all of them at epsilon")
     return Translation(build_config(values | given), batch, precision_of(arguments), remarks)
@@ -124,12 +125,6 @@ def lengths(arguments: GRPOConfig, batch: Schedule, remarks: list[str]) -> Value
         "model.ref_model_sync_steps": batch.steps_of(arguments.ref_model_sync_steps),
     }
     if batch.mini_batches > 1:
-        if "objective.mini_batches" not in keys_of(Config):
-            raise ConfigError(
-                f"steps_per_generation is {arguments.steps_per_generation}, which makes {batch.mini_batches} optimizer "
-                f"steps of one set of completions: set it to gradient_accumulation_steps "
-                f"{arguments.gradient_accumulation_steps}"
-            )
         values["objective.mini_batches"] = batch.mini_batches
     return values
 
@@ -166,14 +161,13 @@ def interval(what: str, strategy: str, every: float, batch: Schedule, remarks: l
 
 
 def optimizer_values(arguments: GRPOConfig, batch: Schedule) -> Values:
-    """Return optimizer and warm-up."""
+    """Return the warm-up."""
     total, warmup = batch.steps * batch.updates, arguments.warmup_steps
     if warmup > total:
         raise ConfigError(f"warmup_steps is {warmup}, but there are {total} optimizer steps: lower it")
-    optim = "adamw_torch" if arguments.optim == "adamw_torch_fused" else arguments.optim
     # The trainer rounds ratio * total up: half a step less gives exactly `warmup` steps.
     ratio = warmup if warmup < 1 else (warmup - 0.5) / total
-    return {"optimizer.optim": optim, "optimizer.warmup_ratio": ratio}
+    return {"optimizer.warmup_ratio": ratio}
 
 
 def tracking_values(arguments: GRPOConfig) -> Values:
@@ -190,6 +184,30 @@ def tracking_values(arguments: GRPOConfig) -> Values:
     recompute = arguments.activation_checkpointing
     recompute = arguments.gradient_checkpointing if recompute is None else recompute
     return {"tracking.report_to": asked, "model.gradient_checkpointing": bool(recompute)}
+
+
+def evaluation_values(arguments: GRPOConfig, given: Values) -> Values:
+    """Return the sampling of evaluations, which is that of training in TRL, and the metric of the best model.
+
+    Raises:
+        ConfigError: The best model is to be chosen by a metric that no evaluation has.
+    """
+    values = {
+        "evaluation.num_generations": arguments.num_generations_eval or arguments.num_generations,
+        "evaluation.temperature": arguments.temperature,
+    }
+    if not arguments.load_best_model_at_end:
+        return values
+    names = list(reward_labels(given.get("rewards", {})).values())
+    asked = (arguments.metric_for_best_model or "").removeprefix("eval_")
+    if asked == "reward" and len(names) == 1:
+        asked = f"rewards/{names[0]}/mean"
+    if asked not in [f"rewards/{name}/mean" for name in names]:
+        raise ConfigError(
+            f"metric_for_best_model is {arguments.metric_for_best_model!r}, needs to be one of "
+            f"{', '.join(f'eval_rewards/{name}/mean' for name in names)}: an evaluation computes no loss"
+        )
+    return values | {"metric_for_best_model": "eval/" + asked.replace("rewards/", "reward/", 1)}
 
 
 def model_values(options: Any, remarks: list[str]) -> Values:
@@ -241,6 +259,7 @@ def vllm_values(arguments: GRPOConfig) -> Values:
     cap = arguments.vllm_importance_sampling_cap
     cap = arguments.vllm_importance_sampling_clip_max if cap is None else cap
     values["rollout.correction_cap"] = math.inf if cap is None else cap
+    values["rollout.correction_floor"] = arguments.vllm_importance_sampling_clip_min or 0.0
     return values
 
 

@@ -236,7 +236,7 @@ class GRPOTrainer(Outputs):
     # Evaluation
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """Answer the evaluation prompts greedily and score them. Collective.
+        """Answer the evaluation prompts and score them. Collective.
 
         Args:
             eval_dataset: Rows, or several sets by name; default: those of the constructor.
@@ -256,7 +256,7 @@ class GRPOTrainer(Outputs):
         return logs | {"epoch": self.state.epoch}
 
     def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> PredictionOutput:
-        """Return the greedy completions of `test_dataset`, in its order, and their metrics."""
+        """Return the completions of `test_dataset`, in its order, and their metrics."""
         found = self._evaluate(Prompts([], {"": list(examples_of(test_dataset, "test_dataset"))}, False))
         metrics = self.events.evaluated(found.rows, metric_key_prefix, {})
         return PredictionOutput([row["completion"] for row in found.rows], None, metrics)  # type: ignore[arg-type]
@@ -267,8 +267,15 @@ class GRPOTrainer(Outputs):
         rendered, _ = render_prompts(examples, self.processing_class, None)
         with self._objects(), contextlib.closing(build_rewards(run.config)) as rewards:
             rewards.start()
-            length = run.config.sampling.max_completion_length
-            return evaluate(run.engine, rendered, run.accelerator, max_completion_length=length, rewards=rewards)
+            return evaluate(
+                run.engine,
+                rendered,
+                run.accelerator,
+                max_completion_length=run.config.sampling.max_completion_length,
+                samples=run.config.evaluation.num_generations,
+                temperature=run.config.evaluation.temperature,
+                rewards=rewards,
+            )
 
     # Attributes of transformers' Trainer
 

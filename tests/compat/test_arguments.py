@@ -46,7 +46,7 @@ def test_every_field_has_an_outcome_and_mapped_ones_name_keys() -> None:
 def test_trls_defaults_are_the_defaults() -> None:
     values = keys()
     assert values["objective.beta"] == 0.0 and values["optimizer.learning_rate"] == 1e-6
-    assert values["optimizer.lr_scheduler_type"] == "linear" and values["optimizer.optim"] == "adamw_torch"
+    assert values["optimizer.lr_scheduler_type"] == "linear" and values["optimizer.optim"] == "adamw_torch_fused"
     assert values["sampling.num_generations"] == 8 and values["sampling.max_completion_length"] == 512
     assert values["sampling.temperature"] == 1.0 and values["objective.loss_type"] == "dapo"
     assert values["objective.scale_rewards"] == "group" and values["objective.epsilon"] == 0.2
@@ -168,6 +168,16 @@ def test_model_options_trackers_and_vllm() -> None:
     assert values["rollout.engine"] == "vllm" and values["rollout.vllm_mode"] == "server"
     assert values["rollout.correction"] == "truncate" and values["rollout.correction_cap"] == 3.0
     assert keys(use_vllm=True, vllm_importance_sampling_correction=False)["rollout.correction"] == "none"
+
+
+def test_evaluations_and_the_best_model() -> None:
+    values = keys(num_generations=4, temperature=0.7)
+    assert (values["evaluation.num_generations"], values["evaluation.temperature"]) == (4, 0.7)
+    values = keys(num_generations_eval=1, load_best_model_at_end=True, metric_for_best_model="eval_reward")
+    assert values["evaluation.num_generations"] == 1 and values["load_best_model_at_end"] is True
+    assert values["metric_for_best_model"] == "eval/reward/accuracy/mean"
+    with pytest.raises(ConfigError, match="needs to be one of eval_rewards/accuracy/mean: an evaluation"):
+        translated(load_best_model_at_end=True)
 
 
 def test_a_truth_value_scales_rewards_as_in_trl() -> None:

@@ -189,6 +189,13 @@ def test_a_reference_with_and_without_sync(folder: str, tmp_path: Path) -> None:
     assert moved and all(moved)
 
 
+def test_entropy_filter_and_off_policy_mask(folder: str, tmp_path: Path) -> None:
+    filtered, before = run(folder, tmp_path / "filtered", by_length, top_entropy_quantile=0.2)
+    assert changed(filtered, before) == list(before) and filtered.config.objective.top_entropy_quantile == 0.2
+    masked, before = run(folder, tmp_path / "masked", by_length, off_policy_mask_threshold=0.5)
+    assert changed(masked, before) == list(before) and masked.config.objective.off_policy_mask_threshold == 0.5
+
+
 def test_truncated_completions_alone_change_nothing(folder: str, tmp_path: Path) -> None:
     trainer, before = run(
         folder, tmp_path / "out", by_length, mask_truncated_completions=True, max_completion_length=1, max_steps=1
