@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from grpo import GRPOTrainer
 from grpo.compat.expectations import EXPECTATIONS
 from grpo.errors import ConfigError
-from tests.compat.test_trainer import ROWS, arguments, count_a
+from tests.compat.rewards import by_length, count_a
+from tests.compat.test_trainer import ROWS, arguments
 from tests.fakes import save_tokenizer, tiny_folder
 
 pytestmark = pytest.mark.slow
@@ -39,11 +40,6 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> str:
     config = Qwen2Config(vocab_size=size, num_key_value_heads=2, num_labels=1, pad_token_id=1, **shape)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(path)
     return str(path)
-
-
-def by_length(completions: Any, **columns: Any) -> list[float]:
-    texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
-    return [float(text.count("a")) + 0.1 * len(set(text)) for text in texts]
 
 
 def run(folder: str, path: Path, rewards: Any, rows: list[dict] = ROWS, **fields: Any) -> tuple[GRPOTrainer, dict]:

@@ -28,6 +28,7 @@ from grpo import GRPOConfig, GRPOTrainer
 from grpo.compat.logs import completion_logs, evaluation_logs, merged
 from grpo.compat.rewards import reward_model_function, rewards_of
 from grpo.errors import ConfigError, StorageError
+from tests.compat.rewards import count_a
 from tests.fakes import SHAPE, tiny_folder
 
 ROOT = Path(__file__).parents[2]
@@ -37,10 +38,6 @@ ROWS = [{"prompt": f"{a}+{a}=", "n": a} for a in range(12)]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_folder(tmp_path_factory.mktemp("model")))
-
-
-def count_a(completions: list[str], **columns: Any) -> list[float]:
-    return [float(completion.count("a") + completion.count("b")) for completion in completions]
 
 
 def arguments(path: Path, **fields: Any) -> GRPOConfig:
@@ -104,7 +101,7 @@ def test_names_of_rewards() -> None:
 
     found = rewards_of(["accuracy", count_a, inner, inner, lambda completions: [1.0]], [1, 2, 3, 4, 5], None)
     here = "tests.compat.test_trainer"
-    names = ["accuracy", f"{here}:count_a", f"{here}:inner", f"{here}:inner_2", f"{here}:<lambda>"]
+    names = ["accuracy", "tests.compat.rewards:count_a", f"{here}:inner", f"{here}:inner_2", f"{here}:<lambda>"]
     assert found.weights == dict(zip(names, [1.0, 2.0, 3.0, 4.0, 5.0], strict=True))
     assert list(found.live) == names[2:]  # other processes find the first two by their names
 
