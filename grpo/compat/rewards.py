@@ -44,7 +44,8 @@ def rewards_of(reward_funcs: Any, weights: Sequence[float] | None, tokenizers: A
     funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     if not funcs or funcs == [None]:
         raise ConfigError("reward_funcs is empty: pass at least one reward function")
-    own = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] * len(funcs)
+    own = [None] * len(funcs) if tokenizers is None else tokenizers
+    own = list(own) if isinstance(own, list | tuple) else [own]
     for name, given in (("reward_weights", weights), ("reward_processing_classes", own)):
         if given is not None and len(given) != len(funcs):
             raise ConfigError(f"{name} has {len(given)} entries, needs one for each of the {len(funcs)} reward_funcs")
