@@ -17,11 +17,11 @@ from grpo.models.loading import recompute_activations
 from grpo.models.logprob_model import LogprobModel
 from grpo.models.lora import Adapter, add_adapter
 from grpo.models.optimizers import OPTIMIZERS, build_scheduler
-from grpo.objectives.entropy import has_entropy_bonus
 from grpo.models.reference import AdapterReference, FrozenReference, check_vocabulary
 from grpo.models.strategies.base import Strategy
 from grpo.models.strategies.registry import strategy_for
 from grpo.models.weights import WorkingCopy
+from grpo.objectives.entropy import has_entropy_bonus
 from grpo.runtime.precision import compute_dtype
 
 

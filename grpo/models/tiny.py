@@ -185,8 +185,8 @@ def demonstration_notice(config: Config) -> str | None:
     return (
         "model.name starter is a demonstration: a model of about a million parameters, made from your rows in a "
         "minute. It shows that data, rewards and config work, and knows nothing else. For results, set a pretrained "
-        "model: --model.name Qwen/Qwen2.5-0.5B-Instruct (or another hub id or folder), or `python launch/fetch.py smollm2` and "
-        "--model.name models/SmolLM2-135M-Instruct.Q4_1.gguf"
+        "model: --model.name Qwen/Qwen2.5-0.5B-Instruct (or another hub id or folder), or `python launch/fetch.py "
+        "smollm2` and --model.name models/SmolLM2-135M-Instruct.Q4_1.gguf"
     )
 
 

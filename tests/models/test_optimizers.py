@@ -38,7 +38,7 @@ def test_adamw_by_hand() -> None:
 
 
 def test_other_optimizers_by_hand() -> None:
-    """SGD: w - lr * (g + decay * w). Adafactor's first step of a vector is lr * g / |g|, up to its clip at an RMS of 1."""
+    """SGD: w - lr * (g + decay * w). Adafactor, first step of a vector: lr * g / |g|, clipped at an RMS of 1."""
     config = OptimizerConfig(optim="sgd", learning_rate=0.1, weight_decay=0.5)
     for name, expected in [("sgd", [2.0 - 0.1 * (3 + 1), -1.0 - 0.1 * (-0.2 - 0.5)]), ("adafactor", None)]:
         weight = torch.nn.Parameter(torch.tensor([2.0, -1.0]))
