@@ -31,9 +31,9 @@ CASES = [
     for iterations in ("1", "2")
 ]
 OTHER = ("step_time", "num_tokens", "total_flos", "learning_rate", "entropy", "kl", "completions/clipped_ratio")
-"""Keys that are not compared: times; the learning rate, which TRL logs after the schedule's step; entropy and KL, which
-are means over tokens here and means of micro-batch means in TRL; and lengths and shares of completions that ended, among
-which TRL counts those whose last token is a drawn padding token."""
+"""Keys that are not compared: times. The learning rate, which TRL logs after the schedule's step. Entropy and KL, which
+are means over tokens here, and means of micro-batch means in TRL. The share and the lengths of completions that ended:
+TRL counts those whose last token is a drawn padding token."""
 FIRST_OR_LAST = ("grad_norm", "clip_ratio/region_mean")
 """Keys that are of another pass over the completions, where there are several: here of the first one or of all."""
 
