@@ -157,6 +157,9 @@ def cases() -> list[Case]:
         for beta, count in itertools.product((0.0, 0.3), (2, 3)):
             made.append(Case(loss, {"beta": beta}, mini_batches=count, learning_rate=0.5))
     made.append(Case("dapo", {"beta": 0.3}, mini_batches=3, micro_batches=2, learning_rate=0.5))
+    for target in (0.5, 5.0):
+        adaptive = {"use_adaptive_entropy": True, "entropy_coef_delta": 0.05, "entropy_target": target}
+        made.append(Case("dapo", {"beta": 0.3, "entropy_coef": 0.1, **adaptive}, steps=3, learning_rate=0.5))
     for share in (0.2, 0.5):
         made.append(Case("grpo", {"beta": 0.3, "top_entropy_quantile": share}))
         made.append(Case("dapo", {"beta": 0.0, "top_entropy_quantile": share}, mini_batches=2))

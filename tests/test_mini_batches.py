@@ -183,3 +183,31 @@ def test_memory_may_run_out_in_a_later_mini_batch(folder: Path) -> None:
     assert ours.collector.tokens_per_batch == 8 and calls > 6 + 1
     for name, weight in weights(expected).items():
         assert torch.allclose(weight, weights(ours)[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("tokens_per_batch", [99, 8])
+def test_only_the_tokens_of_high_entropy_have_a_policy_gradient(tmp_path: Path, tokens_per_batch: int) -> None:
+    """Of each half of the completions, the third of the tokens with the highest entropy; all tokens are counted."""
+    folder = tiny_folder(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)  # entropies of about 3.7 that differ by rounding are no test
+    model.save_pretrained(folder)
+    run = learner(folder, 2, rate=0.0, top_entropy_quantile=1 / 3, tokens_per_batch=tokens_per_batch)
+    learn(run)
+    parts = [[(0, 0), (0, 1), (1, 0)], [(1, 1), (2, 0), (2, 1)]]
+    for part, gradients in zip(parts, run.gradients, strict=True):
+        logprobs, entropies, advantages = [], [], []
+        for p, s in part:
+            prompt, ids = list(groups()[p].prompt.token_ids), groups()[p].completions[s].token_ids
+            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            logprobs.append(logits[torch.arange(len(ids)), torch.tensor(ids)])
+            entropies.append(-(logits.exp() * logits).sum(-1).detach())
+            advantages.append(torch.full((len(ids),), float(ADVANTAGES[p, s])))
+        entropy = torch.cat(entropies)
+        kept = entropy >= torch.quantile(entropy, 2 / 3)
+        assert 0 < kept.sum() < len(kept) / 2
+        model.zero_grad()
+        (-(torch.cat(logprobs) * torch.cat(advantages) * kept).sum() / 7).backward()
+        for name, parameter in model.named_parameters():
+            assert torch.allclose(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4), name
