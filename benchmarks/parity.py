@@ -81,6 +81,8 @@ class Case:
     """The reference is another model, not a copy of the policy."""
     tied: bool = False
     """The head is the embedding."""
+    experts: bool = False
+    """The model is a mixture of experts."""
     weights: tuple[float, float] = (1.0, 0.5)
     """Of the two rewards."""
     unknown: float = 0.0
@@ -114,6 +116,7 @@ DRAWN = {
     "correction": "none",
     "reference": False,
     "tied": False,
+    "experts": False,
     "weights": (1.0, 0.5),
     "unknown": 0.0,
 }
@@ -176,6 +179,17 @@ def cases() -> list[Case]:
     made.append(Case("gspo", {"beta": 0.0}, {"loss_type": "grpo", "importance_sampling_level": "sequence"}))
     made.append(Case("luspo", {"beta": 0.3, "importance_sampling_level": "token"}))
     return made
+
+
+def expert_cases() -> list[Case]:
+    """Return cases of a mixture of experts with its load-balancing loss. TRL has one micro-batch, ours has several."""
+    small = {"experts": True, "learning_rate": 0.5}
+    return [
+        Case("dapo", {"beta": 0.0, "router_aux_loss_coef": 0.5}, **small),
+        Case("grpo", {"beta": 0.3, "router_aux_loss_coef": 0.1}, **small),
+        Case("dapo", {"beta": 0.0}, **small),  # both take the coefficient from the model's config
+        Case("dapo", {"beta": 0.0, "router_aux_loss_coef": 0.0}, **small),
+    ]
 
 
 def masked_factor(loss_type: str, groups: list[Group] | None = None) -> float:
@@ -272,11 +286,12 @@ def main() -> None:
                 gc.freeze()  # TRL collects garbage after each run, among all objects of the libraries
         return found
 
-    rows, drawn = run(cases()), run(random_cases(options.random))
+    rows, drawn, experts = run(cases()), run(random_cases(options.random)), run(expert_cases())
     whole = compare(Case("dapo", {"beta": 0.3}, steps=5, optimizer="adamw")) if not options.only else None
     worst, worst_drawn = largest(rows), largest(drawn)
     print(f"{len(rows)} cases, largest relative difference {worst:.1e}")
     print(f"{len(drawn)} random cases, largest relative difference {worst_drawn:.1e}")
+    print(f"{len(experts)} cases with experts, largest relative difference {largest(experts):.1e}")
     if whole:
         print(
             f"5 AdamW steps on fixed completions: weights apart by {whole['moved']:.1e} of what they moved, "
@@ -288,6 +303,7 @@ def main() -> None:
             "versions": {package: version(package) for package in ("torch", "transformers", "trl")},
             "cases": rows,
             "random": drawn,
+            "experts": experts,
             "five_steps": whole,
             "largest": worst,
             "largest_random": worst_drawn,
@@ -312,7 +328,7 @@ def line(row: dict[str, Any]) -> str:
 def compare(case: Case) -> dict[str, Any]:
     """Run one case. Return its row of the table: the largest relative differences over its optimizer steps."""
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder), tied=case.tied)
+        make_model(Path(folder), tied=case.tied, experts=case.experts)
         if case.reference:
             make_model(Path(folder) / "reference", seed=1, tied=case.tied)
         ours, theirs = run_ours(case, Path(folder)), run_trl(case, Path(folder))
@@ -344,13 +360,15 @@ def total_norm(gradients: dict[str, Tensor]) -> float:
     return math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients.values()))
 
 
-def make_model(folder: Path, seed: int = 0, tied: bool = False) -> None:
-    """Save a tiny Qwen2, far from uniform, with a tokenizer of single letters."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def make_model(folder: Path, seed: int = 0, tied: bool = False, experts: bool = False) -> None:
+    """Save a tiny Qwen2 or Qwen3-MoE, far from uniform, with a tokenizer of single letters."""
+    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3MoeConfig
 
     character_tokenizer("".join(chr(ord("a") + i) for i in range(VOCABULARY - 2))).save_pretrained(folder)
     torch.manual_seed(seed)
-    shape = Qwen2Config(
+    mixture = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_aux_loss_coef": 0.02}
+    shape = (Qwen3MoeConfig if experts else Qwen2Config)(
+        **(mixture if experts else {}),
         tie_word_embeddings=tied,
         vocab_size=VOCABULARY,
         hidden_size=16,
@@ -362,7 +380,7 @@ def make_model(folder: Path, seed: int = 0, tied: bool = False) -> None:
         pad_token_id=1,
         bos_token_id=None,
     )
-    model = Qwen2ForCausalLM(shape)
+    model = AutoModelForCausalLM.from_config(shape)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5.0 if parameter.ndim > 1 else 1.0)
@@ -514,7 +532,7 @@ def run_trl(case: Case, folder: Path) -> Outcome:
     except ImportError as error:
         raise ConfigError('parity is measured against TRL: pip install -e ".[benchmark]"') from error
     from datasets import Dataset
-    from transformers import AutoTokenizer, PrinterCallback, Qwen2ForCausalLM, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
     outcome = Outcome([], [], {})
 
@@ -533,7 +551,7 @@ def run_trl(case: Case, folder: Path) -> Outcome:
             outcome.losses.append(trainer.running)
             trainer.running = 0.0
 
-    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompts = [{"prompt": str(group.prompt.messages)} for group in case.groups()]
     sgd = torch.optim.SGD(model.parameters(), lr=case.learning_rate) if case.optimizer == "sgd" else None
     with tempfile.TemporaryDirectory() as temporary:

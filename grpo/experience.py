@@ -12,7 +12,9 @@ The default path is short. Each of these settings adds one thing to it:
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +28,7 @@ from grpo.kl import kl_estimate
 from grpo.losses import find_loss, per_sequence
 from grpo.models.architecture import vocabulary_size
 from grpo.models.logprob_model import probe_batch
+from grpo.models.padded_rows import pack_rows
 from grpo.objectives.entropy import has_entropy_bonus
 from grpo.packing import PackedBatch, pack, regroup
 from grpo.policy import Policy
@@ -254,14 +257,21 @@ class ExperienceCollector:
 
     def _pack_one(self, groups: list[Group], advantages_PG: Tensor | None, chosen_PG: Tensor | None = None) -> Packed:
         objective, policy = self.config.objective, self.policy
-        batches = pack(
+        into: Callable[..., list[PackedBatch]] = pack_rows
+        if policy.uses_packed_attention:
+            into = partial(pack, share_prompts=policy.shares_prompts)
+        batches = into(
             groups,
             advantages_PG,
             max_tokens=self.tokens_per_batch,
             chosen_PG=chosen_PG,
             mask_truncated=objective.mask_truncated_completions,
-            skip_flat=not (kl_in_loss(objective) or has_entropy_bonus(objective) or objective.top_entropy_quantile < 1),
-            share_prompts=policy.shares_prompts,
+            skip_flat=not (
+                kl_in_loss(objective)
+                or has_entropy_bonus(objective)
+                or objective.top_entropy_quantile < 1
+                or policy.has_router_loss
+            ),
         )
         rounds, real = max_over_ranks(self.accelerator, len(batches)), len(batches)
         batches += [probe_batch(vocabulary_size(policy.model))] * (rounds - real)

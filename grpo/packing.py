@@ -106,8 +106,8 @@ def pack(
         max_tokens: Token budget of a batch.
         chosen_PG: [P, G] bool: the completions to lay down. None: all.
         mask_truncated: Give completions that were cut off weight 0 (DAPO's overlong filter, arXiv 2503.14476).
-        skip_flat: Leave out completions with an advantage of exactly 0. Exact only without a KL or entropy term in
-            the loss: then they have no gradient.
+        skip_flat: Leave out completions with an advantage of exactly 0. Exact only without a KL, entropy or router
+            term in the loss: then they have no gradient.
         share_prompts: Of the parts of a split group, only the last one is laid down with its prompt in the budget;
             the others read the prompt's keys and values (grpo/models/shared_prompt.py). Each batch, as stored here, is
             complete by itself either way.
@@ -150,7 +150,7 @@ def pack(
                 batches.append([])
                 used = 0
         if share_prompts and len(parts) > 1:
-            split = SplitGroup(len(parts))
+            split = SplitGroup(len(parts), sum(_weight(group, sample, mask_truncated) > 0 for sample in lengths))
             for part in parts:
                 part.split, part.last = split, part is parts[-1]
     packed = [_lay(parts, mask_truncated) for parts in batches if parts]
@@ -189,6 +189,10 @@ class _Part:
     last: bool = True
 
 
+def _weight(group: Group, sample: int, mask_truncated: bool) -> float:
+    return 0.0 if mask_truncated and not group.completions[sample].ended else 1.0
+
+
 def _lay(parts: list[_Part], mask_truncated: bool) -> PackedBatch:
     ids: list[int] = []
     positions: list[int] = []
@@ -215,7 +219,7 @@ def _lay(parts: list[_Part], mask_truncated: bool) -> PackedBatch:
             sampling += completion.logprobs
             lengths.append(length)
             sources.append(part.row * len(group.completions) + sample)
-            weights.append(0.0 if mask_truncated and not completion.ended else 1.0)
+            weights.append(_weight(group, sample, mask_truncated))
         own_lengths = tuple(len(group.completions[sample].token_ids) for sample in part.chosen)
         spans.append(GroupSpan(start, len(prompt), own_lengths, part.split, part.last))
     lengths_S = torch.tensor(lengths)

@@ -55,6 +55,7 @@ class Policy:
         uses_packed_attention: The model takes packed batches as they are; otherwise they are padded.
         shares_prompts: Batches of one optimizer step may share the forward pass of a prompt.
         entropy_bonus: Coefficient of the entropy bonus.
+        balance: Load balancing of a mixture of experts; None for other models.
         skipped_in_a_row: Number of optimizer steps that were just skipped because of a number that is not finite.
     """
 
@@ -89,6 +90,7 @@ class Policy:
         self.adapter, self.reference, self.working_copy = built.adapter, built.reference, built.working_copy
         self.optimizer, self.scheduler = built.optimizer, built.scheduler
         self.uses_packed_attention, self.shares_prompts = built.uses_packed_attention, built.shares_prompts
+        self.balance = built.balance
         self.synced_reference: FrozenReference | None = None
         if config.sync_ref_model and isinstance(built.reference, FrozenReference):
             self.synced_reference = built.reference
@@ -164,6 +166,32 @@ class Policy:
                 f"the reference is a copy of the policy, but their logprobs differ by up to {largest:.2g} at the start "
                 f"(rounding explains {tolerance}): the KL would not start at 0"
             )
+
+    # Load of experts
+
+    @property
+    def has_router_loss(self) -> bool:
+        """The load-balancing loss of a mixture of experts is a term of the objective."""
+        return self.balance is not None and self.balance.coefficient != 0
+
+    def count_expert_load(self, batches: list[PackedBatch]) -> BaseException | None:
+        """Start an optimizer step on `batches`: count the experts' load, where a loss needs it. Collective.
+
+        Returns:
+            None, or the error if memory ran out on any rank, on every rank.
+        """
+        if self.balance is None:
+            return None
+        with torch.no_grad(), self.strategy.autocast():
+            return self.balance.count(batches, self.logprob_model, self.survives, self.agree_on)
+
+    def router_loss(self) -> Tensor | float:
+        """Return the share of the last forward pass in the router loss of the step. 0 without experts."""
+        return 0.0 if self.balance is None else self.balance.loss()
+
+    def expert_metrics(self) -> dict[str, float]:
+        """Return the load of the experts in the last optimizer step over all ranks. Collective."""
+        return {} if self.balance is None else self.balance.metrics()
 
     # Update
 

@@ -80,7 +80,7 @@ def training_loop(run: Run, signals: Signals, until: int | None = None) -> None:
         curriculum = run.update_curriculum(sampled)
         measured = (sampled, experience.all_advantages_PG, sums, clock.laps, run.policy.entropy_bonus.coefficient)
         metrics = step_metrics(config, run.accelerator, *measured)
-        metrics |= curriculum
+        metrics |= curriculum | run.policy.expert_metrics()
         run.adapt_beta(metrics)
         if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
             metrics |= run.evaluate(step)
@@ -89,7 +89,7 @@ def training_loop(run: Run, signals: Signals, until: int | None = None) -> None:
         run.recorder.record(step, metrics, rows)
         check_skipped(run, step)
         difference = metrics.get("policy/sampling_logprob_difference", 0.0)  # not measured: no token was trained
-        check_difference(run.engine, run.policy, config.rollout, step, difference)
+        check_difference(run.engine, run.policy, config, step, difference, first=step == run.start + 1)
         # 6. Save, and stop if a signal or a callback has asked for it.
         signal = max_over_ranks(run.accelerator, signals.received)  # sent to one rank or all: they stop together
         stop, save = run.recorder.callbacks.requests()
@@ -147,7 +147,9 @@ def run_batches(
         None, or the error if memory ran out on any rank, on every rank.
     """
     policy, packed = run.policy, mini_batches[part]
-    error: BaseException | None = None
+    error = policy.count_expert_load(packed.batches)
+    if error is not None:
+        return error
     try:
         packed.high_entropy = high_entropy_masks(policy, packed, run.config.objective.top_entropy_quantile)
         for index in range(len(packed.batches)):
@@ -199,11 +201,12 @@ def run_batch(run: Run, packed: Packed, index: int, counts: Counts, first: bool,
             sequence_log_correction_N=sequence_log_correction(correction, batch, mode),
             mask_N=policy_term_mask(config, logprobs, batch, packed.high_entropy[index]),
         )
-        policy.backward(loss.loss)
+        total = loss.loss + policy.router_loss()
+        policy.backward(total)
     counted = batch.weights_N != 0
     count = counted.sum()
-    sums.add("infinite", ~torch.isfinite(loss.loss.detach()), 0)
-    sums.add("loss", loss.loss.detach(), 0)
+    sums.add("infinite", ~torch.isfinite(total.detach()), 0)
+    sums.add("loss", total.detach(), 0)
     sums.add("clipped", loss.clipped, count)
     if kl_in_loss(config):
         sums.add("kl", loss.kl, count)

@@ -3,6 +3,7 @@ import torch
 
 from grpo.kernels.attention import PackedLayout
 from grpo.models.logprob_model import LogprobModel
+from grpo.models.padded_rows import pack_rows
 from grpo.packing import pack
 from tests.fakes import FAMILIES, group, tiny_model, use_slow_varlen
 
@@ -108,3 +109,24 @@ def test_rows_are_the_same_sequences() -> None:
         packed = LogprobModel(model, uses_packed_attention=True, temperature=1.0)(batch)[0]
         rows = LogprobModel(model, uses_packed_attention=False, temperature=1.0)(batch)[0]
     assert torch.allclose(packed, rows, atol=1e-5)
+
+
+def test_the_budget_of_padded_rows_is_their_rectangle() -> None:
+    """Rows of 9, 8, 5, 3, 3 and 2 tokens, at most 16 in a batch: one row of 9; 8 and 5 (16); 3, 3 and 2 (9)."""
+    groups = [group(0, [5, 6], [[7] * 7, [8], [9] * 3]), group(1, [10], [[11], [12] * 2, [13] * 7])]
+    advantages_PG = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    batches = pack_rows(groups, advantages_PG, max_tokens=16)
+    shapes = [tuple(batch.rows()[0].shape) for batch in batches]
+    assert shapes == [(1, 9), (2, 8), (3, 3)]
+    assert [batch.completion_S.tolist() for batch in batches] == [[0], [2, 5], [1, 3, 4]]
+    assert [batch.advantages_N.tolist() for batch in batches] == [[1] * 7, [3] * 3 + [6] * 7, [2, 4, 5, 5]]
+    rows, predictor = batches[1].rows()
+    assert rows.tolist() == [[5, 6, 9, 9, 9, 0, 0, 0], [10, 13, 13, 13, 13, 13, 13, 13]]
+    assert predictor.tolist() == [1, 2, 3, 8, 9, 10, 11, 12, 13, 14]
+    with pytest.raises(ValueError, match="a prompt and a completion of 9 tokens exceed tokens_per_batch 8"):
+        pack_rows(groups, max_tokens=8)
+    left = pack_rows(groups, advantages_PG - 2, max_tokens=16, skip_flat=True)
+    assert [batch.completion_S.tolist() for batch in left] == [[0], [2, 5], [3, 4]]
+    assert pack_rows([], max_tokens=1) == []
+    # The budget of packed rows alone would let them grow to 4 rows of 9 tokens.
+    assert [batch.rows()[0].numel() for batch in pack(groups, max_tokens=16)] == [36, 16]

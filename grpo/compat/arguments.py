@@ -142,7 +142,7 @@ class GRPOConfig:
     local_rank: int = no_effect(-1, LAUNCH)
     model_init_kwargs: dict | str | None = mapped(None, "model.torch_dtype, model.attn_implementation, ...")
     trust_remote_code: bool = refused(False, "code from a model's repository is never run")
-    router_aux_loss_coef: float | None = refused(None, "no balancing loss is added", 0.0)
+    router_aux_loss_coef: float | None = copied(None, "objective.router_aux_loss_coef")
     disable_dropout: bool = no_effect(False, "every dropout is 0, so that sampling and training see one policy")
     cast_lm_head_to_fp32: bool = no_effect(False, "the output head is always in float32")
     num_generations: int | None = copied(8, "sampling.num_generations")

@@ -9,6 +9,7 @@ RENAMED = {
     "policy/grad_norm": "grad_norm",
     "policy/learning_rate": "learning_rate",
     "policy/entropy": "entropy",
+    "policy/router_aux_loss": "aux_loss",
     "policy/clip_fraction": "clip_ratio/region_mean",
     "policy/sampling_logprob_difference": "sampling/sampling_logp_difference/mean",
     "rollout/length_mean": "completions/mean_length",

@@ -226,6 +226,9 @@ class ObjectiveConfig:
     entropy_target: float = setting(0.2, "[0, inf)", trl="entropy_target")
     """Entropy in nats per token below which the bonus is applied, with use_adaptive_entropy: a value near the entropy
     at the start (policy/entropy)."""
+    router_aux_loss_coef: float | None = setting(None, "[0, inf)", trl="router_aux_loss_coef")
+    """Weight of the load-balancing loss of a mixture of experts (docs/models.md). Null = that of the model's config.
+    0 = off."""
     epsilon: float = setting(0.2, "[0, inf)", common=True, trl="epsilon")
     """Clip of the ratio: 1 - epsilon below, 1 + epsilon_high above."""
     epsilon_high: float | None = setting(None, "[0, inf]", common=True, trl="epsilon_high")
@@ -334,8 +337,8 @@ class RolloutConfig:
     correction_floor: float | None = setting(None, "[0, 1]")
     """Lower bound of these weights. Null = 0 for ..._truncate, 1 / correction_cap for ..._mask."""
     max_logprob_difference: float | None = free(None, "[0, inf]")
-    """Engines with weights of their own: mean |log p(sampling) - log p(training)| per token that ends the run, at the
-    start and after each step. Null = 1e-3 in float32, 2e-2 in float16, 0.1 in bfloat16."""
+    """Mean |log p(sampling) - log p(training)| per token that ends the run: at the start, and after each step with
+    lora.r or an engine with weights of its own. Null = 1e-3 in float32, 2e-2 in float16, 0.1 in bfloat16."""
     vllm_mode: Literal["server", "colocate"] = free("colocate", trl="vllm_mode")
     """vLLM in this process, or a server that launch/vllm_server.py starts. docs/vllm.md"""
     vllm_server_base_url: str | None = free(None, trl="vllm_server_base_url")
@@ -426,7 +429,7 @@ class Config:
     """P: prompts per step, over all processes."""
     tokens_per_batch: int = free(8192, "[1, inf)", common=True)
     """Prompt and completion tokens that go through the model at once in training: bounds memory, never changes the
-    gradient."""
+    gradient. Of models without packed attention, padding included."""
     rewards: dict[str, float] = setting({"accuracy": 1.0, "xml_format": 0.2}, common=True, trl="reward_funcs")
     """Reward function -> weight. Registered names, package.module:function, or path/file.py:function."""
     reward_kwargs: dict[str, dict[str, Any]] = setting({})

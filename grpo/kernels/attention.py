@@ -37,6 +37,8 @@ class SplitGroup:
     """Identity of a group that is split over `parts` batches. Equal only to itself."""
 
     parts: int
+    counted: int = 0
+    """Completions in all parts that count in the loss."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class PackedLayout:
     layers pass the states at the end of the prompt (grpo/kernels/recurrent.py)."""
     states: StateSlots | None = None
     """Receives the states of recurrent layers at the end of the prompts."""
+    counts_T: Tensor | None = None
+    """How often each token of the row counts in the load of experts (grpo/models/routers.py)."""
     scans: dict[int, object] = field(default_factory=dict)
     """Places of the row in recurrent layers, by the length of their convolution."""
     _padding: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)

@@ -1,6 +1,7 @@
 """Construction of the trained model: a path and the config -> model, adapter, reference, working copy, optimizer."""
 
 import copy
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +19,14 @@ from grpo.models.logprob_model import LogprobModel
 from grpo.models.lora import Adapter, add_adapter
 from grpo.models.optimizers import OPTIMIZERS, build_scheduler
 from grpo.models.reference import AdapterReference, FrozenReference, check_vocabulary
+from grpo.models.routers import LoadBalance, experts_line, load_balance
 from grpo.models.strategies.base import Strategy
 from grpo.models.strategies.registry import strategy_for
 from grpo.models.weights import WorkingCopy
 from grpo.objectives.entropy import has_entropy_bonus
 from grpo.runtime.precision import compute_dtype
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -42,6 +46,8 @@ class TrainedModel:
     scheduler: LRScheduler
     shares_prompts: bool
     """Batches of one optimizer step may share the forward pass of a prompt."""
+    balance: LoadBalance | None
+    """Load balancing of a mixture of experts."""
 
 
 def build_trained_model(
@@ -87,6 +93,10 @@ def build_trained_model(
             # Checkpointing is active in train mode only. The modules below a layer stay in eval mode, which switches
             # off whatever they would do otherwise (dropout, noise in a router).
             module.training = bool(getattr(module, "gradient_checkpointing", False))
+    logprob_model.balance = balance = load_balance(model, objective.router_aux_loss_coef, accelerator)
+    line = experts_line(model, balance, adapted=has_adapter)
+    if line is not None:
+        log.info(line)
     compute, rounded = compute_dtype(accelerator), strategy.holds_rounded_weights()
     in_16_bits = compute is not None or working_copy.model.dtype != torch.float32
     if lora is not None and has_adapter and in_16_bits and not sampled_elsewhere:
@@ -117,6 +127,7 @@ def build_trained_model(
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, optimizer_config, optimizer_steps),
         # A checkpointed layer must run once in each direction.
+        balance=balance,
         shares_prompts=uses_packed_attention and strategy.supports_shared_prompts and not config.gradient_checkpointing,
     )
 

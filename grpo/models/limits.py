@@ -11,6 +11,7 @@ from grpo.data.gguf import plain_model
 from grpo.errors import ConfigError
 from grpo.models.architecture import text_config
 from grpo.models.families import ROWS
+from grpo.models.routers import COEFFICIENT, no_router_loss
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,9 @@ def check_limits(
             f"rollout.engine {config.rollout.engine} cannot run model.name '{path}': its family {shape.model_type} "
             f"{ROWS[shape.model_type]}. Set rollout.engine to transformers"
         )
+    coefficient = config.objective.router_aux_loss_coef
+    if coefficient and not hasattr(shape, COEFFICIENT):
+        raise ConfigError(no_router_loss(coefficient, f"model.name '{path}' ({shape.model_type})"))
     _check_vocabulary(shape, path, tokenizer, extent)
     longest = extent.longest_prompt + config.sampling.max_completion_length
     if longest > config.tokens_per_batch:

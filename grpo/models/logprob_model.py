@@ -20,6 +20,7 @@ from grpo.models.architecture import head_bias, logit_transform, probe_ids, text
 from grpo.models.families import describe
 from grpo.models.lora import head_weight
 from grpo.models.mixers import has_mixers, layout_arguments, use_grpo_mixers
+from grpo.models.routers import LoadBalance, padded_row_counts, row_counts
 from grpo.models.shared_prompt import SharedPrompts
 from grpo.packing import PackedBatch
 from grpo.runtime.precision import PRECISIONS
@@ -59,20 +60,25 @@ class LogprobModel(nn.Module):
         self.accumulate_grads_inplace = False
         """Backward passes may add directly to `.grad`. Set if no wrapper exchanges gradients (grpo/policy.py)."""
         self.prompts = SharedPrompts()
+        self.balance: LoadBalance | None = None
+        """Receives the router logits of each forward pass."""
         self._no_split_modules = model._no_split_modules  # the layers that FSDP shards one by one
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Return logprobs [N] and entropies [N], float32, of the completion tokens of `batch`."""
+        counts_T = row_counts(batch) if self.balance is not None and self.uses_packed_attention else None
         if self.uses_packed_attention and any(span.split for span in batch.spans):
-            hidden_NH = self.prompts.hidden(self.hidden_states, batch)
+            hidden_NH = self.prompts.hidden(self.hidden_states, batch, counts_T)
         elif self.uses_packed_attention:
-            hidden_TH = self.hidden_states(batch.input_ids_T, batch.positions_T, batch.layout)
+            layout = batch.layout
+            layout.counts_T = counts_T
+            hidden_TH = self.hidden_states(batch.input_ids_T, batch.positions_T, layout)
             # Not hidden_TH[...]: its backward pass adds atomically, in an order that depends on the machine's load.
             hidden_NH = hidden_TH.index_select(0, batch.predictor_N)
         else:
             ids, predictor = batch.rows()
-            hidden = text_decoder(self.model)(input_ids=ids, use_cache=False).last_hidden_state
-            hidden_NH = hidden.flatten(0, 1).index_select(0, predictor)
+            counts_T = None if self.balance is None else padded_row_counts(batch, ids.shape[1])
+            hidden_NH = self._decode(counts_T, input_ids=ids).flatten(0, 1).index_select(0, predictor)
         head, bias = self.model.get_output_embeddings(), head_bias(self.model)
         dtypes = training_dtypes(hidden_NH.device)
         with torch.autocast(hidden_NH.device.type, enabled=False):  # the head in float32: see Float32Head
@@ -99,12 +105,22 @@ class LogprobModel(nn.Module):
                 layout,
                 accumulate_grads_inplace=self.accumulate_grads_inplace,
             )
-        return text_decoder(self.model)(
+        return self._decode(
+            layout.counts_T,
             input_ids=ids_T[None],
             position_ids=positions_T[None],
-            use_cache=False,
             **layout_arguments(self.model, layout),
-        ).last_hidden_state[0]
+        )[0]
+
+    def _decode(self, counts_T: Tensor | None, **inputs: Any) -> Tensor:
+        """Return the last hidden states of the text decoder, and record its routers if their tokens are counted."""
+        if self.balance is None or counts_T is None:
+            hidden: Tensor = text_decoder(self.model)(**inputs, use_cache=False).last_hidden_state
+            return hidden
+        output = text_decoder(self.model)(**inputs, use_cache=False, output_router_logits=True)
+        self.balance.record(output.router_logits, counts_T)
+        hidden = output.last_hidden_state
+        return hidden
 
 
 def use_grpo_attention(model: PreTrainedModel) -> bool:

@@ -65,6 +65,8 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, base: str) -> Adapte
     try:
         with warnings.catch_warnings():  # of transformers about a call in peft
             warnings.simplefilter("ignore", FutureWarning)
+            # peft sets patterns for stacked experts itself, and warns that no module has the parameter's name.
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
             adapted = peft.get_peft_model(model, settings)
     except ValueError as error:
         known = sorted({name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)})

@@ -43,12 +43,13 @@ class SharedPrompts:
         """Drop the prompts of groups that were not completed. Required after the weights have changed."""
         self._open.clear()
 
-    def hidden(self, hidden_states: HiddenStates, batch: PackedBatch) -> Tensor:
+    def hidden(self, hidden_states: HiddenStates, batch: PackedBatch, counts_T: Tensor | None = None) -> Tensor:
         """Return the hidden states [N, H] that predict the completion tokens of `batch`.
 
         Args:
             hidden_states: computes the last hidden states of one packed row.
             batch: a packed batch with parts of split groups.
+            counts_T: how often each token of `batch` counts in the load of experts.
         """
         learning, layout = torch.is_grad_enabled(), batch.layout
         here_T = torch.ones(len(batch.input_ids_T), dtype=torch.bool)
@@ -63,6 +64,7 @@ class SharedPrompts:
                 layout.elsewhere[index] = iter(prompt.keys_values)
                 here_T[span.start : span.start + span.prompt_length] = False
         row = here_T.nonzero().squeeze(1).to(batch.input_ids_T.device)
+        layout.counts_T = None if counts_T is None else counts_T[row]
         hidden_TH = hidden_states(batch.input_ids_T[row], batch.positions_T[row], layout)
         # Appended to the row: last tokens of split prompts, kept or joined with the gradients of the other parts.
         place_T, last_tokens = here_T.cumsum(0) - 1, []

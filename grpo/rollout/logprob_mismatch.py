@@ -3,13 +3,13 @@
 Both must come from the same policy. Rounding causes a small difference. Another temperature, stale weights or a wrong
 mask cause a large one. The difference is measured at the start of a run, and in every step as
 policy/sampling_logprob_difference. For an engine with its own copy of the weights, the weight sync is verified at the
-start, and the difference is checked in every step.
+start. For such an engine and with LoRA, the difference is checked in every step.
 """
 
 import torch
 from torch import nn
 
-from grpo.config.schema import Config, RolloutConfig
+from grpo.config.schema import Config
 from grpo.errors import NumericsError
 from grpo.models.architecture import vocabulary_size
 from grpo.models.logprob_model import probe_batch
@@ -118,28 +118,43 @@ def scale(model: nn.Module, factor: float) -> None:
                 parameter.mul_(factor)
 
 
-def check_difference(engine: RolloutEngine, policy: Policy, config: RolloutConfig, step: int, found: float) -> None:
+def check_difference(
+    engine: RolloutEngine, policy: Policy, config: Config, step: int, found: float, *, first: bool = False
+) -> None:
     """Check that the tokens of a step were sampled with the trainer's weights.
 
-    Only an engine with its own copy of the weights can fail this.
+    Only an engine with its own copy of the weights can fail this, or one that samples from weights with a LoRA adapter
+    merged in. An adapter starts at 0: after the first step, a few more tokens are sampled with the updated one.
 
     Args:
         engine: the engine that sampled.
         policy: the trainer's policy.
-        config: the rollout section of the config.
+        config: the config.
         step: number of the step, for the message.
         found: policy/sampling_logprob_difference of the step, in nats.
+        first: the step is the first one of this process. Collective if weights are sharded.
 
     Raises:
-        NumericsError: `found` exceeds rollout.max_logprob_difference, or the tolerance of the precision if that is
-            null.
+        NumericsError: the difference exceeds rollout.max_logprob_difference, or the tolerance of the precision if that
+            is null.
     """
-    if not engine.has_own_weights or (config.max_staleness and config.max_logprob_difference is None):
+    rollout, merged = config.rollout, policy.adapter is not None and not engine.has_own_weights
+    if not (engine.has_own_weights or merged) or (rollout.max_staleness and rollout.max_logprob_difference is None):
         return  # completions of an older policy differ by what it has learned since
-    allowed = config.max_logprob_difference or tolerance_for(policy)
-    if not found <= allowed:
+    allowed = rollout.max_logprob_difference or tolerance_for(policy)
+    if merged and first and not rollout.max_staleness and found <= allowed:
+        found = difference(engine, policy, config.sampling.temperature)
+    if found <= allowed:
+        return
+    measured = f"policy/sampling_logprob_difference is {found:.2g} in step {step} (rounding explains {allowed:g}): "
+    if merged:
         raise NumericsError(
-            f"policy/sampling_logprob_difference is {found:.2g} in step {step} (rounding explains {allowed:g}): "
-            f"rollout.engine {config.engine} sampled with other weights than the trainer's. The weights here are "
-            f"sound; see docs/vllm.md, or set rollout.max_logprob_difference"
+            f"{measured}rollout.engine {rollout.engine} samples from weights with the adapter merged in, as final/ "
+            f"would hold them, and these do not compute what the model computes with the adapter beside its weights. "
+            f"This step is not saved. Name fewer layers in lora.target_modules, for example q_proj, k_proj, v_proj, "
+            f"o_proj, or set rollout.max_logprob_difference"
         )
+    raise NumericsError(
+        f"{measured}rollout.engine {rollout.engine} sampled with other weights than the trainer's. The weights here "
+        f"are sound; see docs/vllm.md, or set rollout.max_logprob_difference"
+    )

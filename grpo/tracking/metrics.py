@@ -85,6 +85,8 @@ def markdown_table() -> list[str]:
 _NATS = "nats per token"
 _TRAINED = ". Mean over the tokens of the loss"
 _FIRST = ". Mean over the tokens of the loss, in the first of `objective.num_iterations` passes"
+_EXPERTS = "only for mixtures of experts that a loss balances: "
+_LAST = ". Over the tokens of all rows that count in the last optimizer step, prompts included"
 _DYNAMIC = "only with `sampling.dynamic_sampling`: "
 _CURRICULUM = "only with `curriculum.reward`: "
 _PROSE = "only with `data.extractor quoted_terms`: "
@@ -142,6 +144,19 @@ for _metric in (
     Metric(
         "policy/entropy_coef", "", "only with `objective.use_adaptive_entropy`: weight of the entropy after this step"
     ),
+    Metric(
+        "policy/router_aux_loss",
+        "",
+        _EXPERTS
+        + "load-balancing loss before its coefficient; the number of experts per token if all is balanced"
+        + _LAST,
+    ),
+    Metric(
+        "policy/expert_load_max",
+        "",
+        _EXPERTS + "tokens of the busiest expert of any layer over its fair share; 1 if all is balanced" + _LAST,
+    ),
+    Metric("policy/experts_unused", "share", _EXPERTS + "experts of all layers that no token went to" + _LAST),
     Metric("policy/beta", "", "only with `objective.kl_target`, which adapts it: weight of the KL in this step"),
     Metric("rollout/sampling_rounds", "rounds", _DYNAMIC + "rounds of sampling in this step"),
     Metric("rollout/groups_sampled", "groups", _DYNAMIC + "groups that were sampled"),

@@ -16,6 +16,7 @@ from benchmarks.parity import (
     Outcome,
     cases,
     compare,
+    expert_cases,
     make_model,
     masked_factor,
     random_cases,
@@ -58,6 +59,12 @@ def test_random_settings_are_trls_too() -> None:
     for case in random_cases(24):
         row = compare(case)
         assert max(row["loss"], row["gradient_norm"], row["gradient"]) <= 1e-5, row
+
+
+@pytest.mark.parametrize("case", expert_cases(), ids=lambda case: case.setting)
+def test_the_load_balancing_loss_is_trls(case: Case) -> None:
+    row = compare(case)
+    assert max(row["loss"], row["gradient_norm"], row["gradient"]) <= 1e-5, row
 
 
 def test_five_adamw_steps_end_with_equal_weights() -> None:
@@ -109,6 +116,21 @@ def test_bnpo_of_trl_depends_on_micro_batches_and_ours_does_not(folder: Path) ->
     assert apart(gradient(run_ours(two, folder)), gradient(run_ours(one, folder))) <= 1e-5
     assert apart(gradient(run_trl(two, folder)), gradient(run_trl(one, folder))) > 1e-2
     assert apart(gradient(run_ours(two, folder)), gradient(run_trl(one, folder))) <= 1e-5
+
+
+def test_the_load_of_trl_is_that_of_a_micro_batch_and_ours_that_of_the_step(tmp_path: Path) -> None:
+    """The loss is the product of two means. TRL takes both over a micro-batch, so accumulating gradients over two of
+    them is another objective; here, the shares of the experts are those of the whole optimizer step."""
+    make_model(tmp_path, experts=True)
+
+    def gradient(outcome: Outcome) -> dict:
+        return outcome.gradients[0]
+
+    one = Case("dapo", {"beta": 0.0, "router_aux_loss_coef": 5.0}, steps=1, experts=True)
+    two = replace(one, micro_batches=2)
+    assert apart(gradient(run_ours(two, tmp_path)), gradient(run_ours(one, tmp_path))) <= 1e-5
+    assert apart(gradient(run_trl(two, tmp_path)), gradient(run_trl(one, tmp_path))) > 1e-2
+    assert apart(gradient(run_ours(two, tmp_path)), gradient(run_trl(one, tmp_path))) <= 1e-5
 
 
 def test_rewards_that_are_all_equal_teach_trl_rounding_noise_and_us_nothing(folder: Path) -> None:

@@ -39,6 +39,7 @@ from grpo.rewards.calls import call_reward
 from grpo.rewards.scoring import RewardSum
 from grpo.rewards.workers import RewardWorkerPool
 from grpo.rollout.engine import find_engine
+from grpo.rollout.logprob_mismatch import check_difference
 from grpo.run.checkpoint import check_free_space, load_checkpoint, newest_valid, save_checkpoint
 from grpo.run.checkpointer import find_checkpoint
 from grpo.run.claim import claim_run_dir
@@ -412,6 +413,20 @@ def limit(longest: int, largest_id: int, name: str = "llama", **changes: Any) ->
         check_limits(config, str(folder), load_tokenizer(str(folder)), Extent(longest, largest_id))
 
     return provoke
+
+
+def router_loss(folder: Path) -> None:
+    tiny_config("llama").save_pretrained(folder)
+    config = load_config([f"--model.name={folder}", "--objective.router_aux_loss_coef=0.01"])
+    check_limits(config, str(folder), None, Extent(5, 5))
+
+
+def wrong_merge(_: Path) -> None:
+    policy: Any = SimpleNamespace(
+        adapter="an adapter", accelerator=Accelerator(cpu=True), model=SimpleNamespace(dtype=torch.float32)
+    )
+    engine: Any = SimpleNamespace(has_own_weights=False)
+    check_difference(engine, policy, load_config(["--model.name=m"]), 7, 0.25)
 
 
 def not_a_language_model(folder: Path) -> None:
@@ -1057,6 +1072,16 @@ CASES: dict[str, Case] = {
         limit(200, 5, "phi3 longrope"),
         ConfigError,
         "model.name 'DIR' rotates by other frequencies as soon as a sequence exceeds 256 tokens (rope_type longrope), so a token's logprob would depend on the other sequences of its batch, but the longest prompt and sampling.max_completion_length 80 make 280: lower one of them (data.max_prompt_length)",
+    ),
+    "load-balancing loss without experts": Case(
+        router_loss,
+        ConfigError,
+        "objective.router_aux_loss_coef is 0.01, but model.name 'DIR' (llama) has no routers that a loss balances (it has no experts, or balances them otherwise): set it to 0, or leave it out",
+    ),
+    "merged adapter that computes something else": Case(
+        wrong_merge,
+        NumericsError,
+        "policy/sampling_logprob_difference is 0.25 in step 7 (rounding explains 0.001): rollout.engine native samples from weights with the adapter merged in, as final/ would hold them, and these do not compute what the model computes with the adapter beside its weights. This step is not saved. Name fewer layers in lora.target_modules, for example q_proj, k_proj, v_proj, o_proj, or set rollout.max_logprob_difference",
     ),
     "model that is no language model": Case(
         not_a_language_model,

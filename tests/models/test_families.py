@@ -17,7 +17,7 @@ from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError
 from grpo.kernels.head import IDENTITY, LogitTransform
 from grpo.models.architecture import auto_class, head_bias, logit_transform, own_attention
-from grpo.models.families import PACKED, ROWS
+from grpo.models.families import FAMILIES, PACKED, ROWS
 from grpo.models.loading import load_model, prepare_model
 from grpo.models.logprob_model import LogprobModel, gradient_leak, is_isolated, leak, probe_batch, use_grpo_attention
 from grpo.models.lora import lora_layers
@@ -166,6 +166,19 @@ def test_the_page_lists_every_family_that_is_checked() -> None:
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \| (packed|rows) \|", page, re.MULTILINE))
     assert rows == {name: "packed" if name in PACKED else "rows" for name in checked}
+
+
+def test_the_families_that_people_train_are_checked() -> None:
+    wanted = {
+        *("llama", "mistral", "ministral3", "qwen2", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5", "qwen3_5_text"),
+        *("gemma2", "gemma3", "gemma3_text", "gemma4", "phi3", "smollm3", "olmo2", "olmo3", "granite"),
+        *("granitemoehybrid", "lfm2", "falcon_h1", "nemotron_h", "gpt_oss", "glm4", "deepseek_v3", "cohere2"),
+        *("exaone4", "ernie4_5", "hunyuan_v1_dense", "stablelm", "starcoder2", "gpt2", "opt", "bamba", "jamba"),
+        "mamba2",
+    }
+    assert wanted <= PACKED | ROWS.keys()
+    assert wanted - PACKED == {"gemma2", "gpt_oss", "stablelm"}  # exact with rollout.engine transformers
+    assert FAMILIES.keys() <= PACKED
 
 
 @pytest.mark.parametrize(("name", "way"), [("gemma2", "rows"), ("qwen3_moe", "packed")])

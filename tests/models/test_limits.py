@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ from grpo.config.parser import load_config
 from grpo.config.schema import Config
 from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError
+from grpo.models.families import ROWS
 from grpo.models.limits import Extent, check_limits
+from grpo.rollout.engine import find_engine
 from grpo.trainer import train
 from tests.fakes import save_tokenizer, tiny_data, tiny_folder
-from tests.models.zoo import tiny_config
+from tests.models.zoo import ZOO, tiny_config
 
 
 def config_of(folder: Path, **more: object) -> Config:
@@ -55,6 +58,36 @@ def test_positions_of_a_table(name: str, limit: str, tmp_path: Path) -> None:
     check(folder, longest=20)  # 20 + 16
     with pytest.raises(ConfigError, match="has 36 positions, but the longest prompt and sampling"):
         check(folder, longest=21)
+
+
+def test_families_that_run_on_rows_name_the_engine_that_runs_them(tmp_path: Path) -> None:
+    names = {entry.model_type: name for name, entry in ZOO.items() if entry.model_type in ROWS}
+    assert names.keys() == ROWS.keys()
+    save_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    for kind, name in names.items():
+        folder = tmp_path / name
+        tiny_config(name).save_pretrained(folder)
+        for engine, needs_packed_attention in (("native", True), ("transformers", False)):
+            assert find_engine(engine).needs_packed_attention == needs_packed_attention
+            arguments = (config_of(folder, **{"rollout.engine": engine}), str(folder), tokenizer)
+            with pytest.raises(ConfigError) if needs_packed_attention else nullcontext() as raised:
+                check_limits(*arguments, Extent(5, 5), needs_packed_attention=needs_packed_attention)
+            if raised is not None:
+                text = f"its family {kind} {ROWS[kind]}. Set rollout.engine to transformers"
+                assert str(raised.value).endswith(text)
+
+
+@pytest.mark.parametrize(("name", "has_loss"), [("llama", False), ("deepseek_v3", False), ("qwen3_moe", True)])
+def test_a_router_loss_needs_a_family_that_has_one(name: str, has_loss: bool, tmp_path: Path) -> None:
+    folder = folder_of(name, tmp_path)
+    check(folder, **{"objective.router_aux_loss_coef": 0.0})
+    key = {"objective.router_aux_loss_coef": 0.01}
+    if has_loss:
+        check(folder, **key)
+        return
+    with pytest.raises(ConfigError, match=rf"coef is 0.01, but .* \({name}\) has no routers that a loss balances"):
+        check(folder, **key)
 
 
 def test_rotary_positions_beyond_the_trained_ones_are_a_warning(

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from grpo.config.parser import load_config
 from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.data.tokenizer import load_tokenizer
-from grpo.errors import ConfigError
+from grpo.errors import ConfigError, NumericsError
 from grpo.models.loading import load_model
 from grpo.models.logprob_model import probe_batch
 from grpo.models.lora import add_adapter, delta_weight, load_adapter, lora_layers
@@ -200,3 +200,22 @@ def test_merged_layers_get_the_dtype_that_zero2_gives_the_live_ones(folder: Path
     add_adapter(model, LoraConfig(r=4), base="")
     copied.bind(model, torch.device("cpu"), compute_dtype=None, live_dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in copied.own.values()} == {torch.bfloat16}
+
+
+def test_a_merge_that_is_wrong_ends_the_run_at_its_first_step(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a layer that the check at the start misses: the merge adds the double. An adapter of 0 hides it."""
+    monkeypatch.setattr("grpo.policy.check_merge", lambda *_: None)
+    monkeypatch.setattr("grpo.models.weights.delta_weight", lambda layer: 2 * delta_weight(layer))
+    source = "def by_index(completions, **_):\n    return [float(i % 3) for i in range(len(completions))]\n"
+    (tmp_path / "mine.py").write_text(source)  # no group is flat, so the first step moves the adapter
+    extra = {"rewards": f'{{"{tmp_path}/mine.py:by_index": 1.0}}', "scoring.workers": 0}
+    with pytest.raises(
+        NumericsError, match=r"difference is .* in step 1 \(rounding explains 0.001\): .*lora.target_mod"
+    ):
+        lora_run(tmp_path, folder, "wrong", 3, **extra)
+    assert not (tmp_path / "wrong" / "checkpoints").exists()
+    rows = [json.loads(line) for line in (tmp_path / "wrong" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1] and rows[0]["policy/sampling_logprob_difference"] < 1e-5
+    lora_run(tmp_path, folder, "allowed", 1, **extra, **{"rollout.max_logprob_difference": 10})

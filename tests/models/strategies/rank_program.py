@@ -1,7 +1,7 @@
 """One optimizer step of a tiny policy on every rank, each with a batch of its own, and its checkpoint loaded again.
 
-Arguments: model folder, result stem, "full" or "lora". Writes STEM.safetensors, the full weights after the step, and
-STEM-RANK.json.
+Arguments: model folder, result stem, "full", "lora" or "experts". Writes STEM.safetensors, the full weights after
+the step, and STEM-RANK.json.
 """
 
 import json
@@ -27,13 +27,14 @@ def batch_of(rank: int) -> PackedBatch:
     """Return the probe batch with different tokens on each rank."""
     batch = probe_batch(VOCABULARY)
     ids, tokens = ((part + 5 * rank) % VOCABULARY for part in (batch.input_ids_T, batch.tokens_N))
-    return replace(batch, input_ids_T=ids, tokens_N=tokens)
+    return replace(batch, input_ids_T=ids, tokens_N=tokens, weights_N=torch.ones_like(batch.weights_N))
 
 
 def tiny_policy(accelerator: Accelerator, folder: str, case: str) -> Policy:
     """Return a policy with a schedule of 10 steps. An adapter has the same initial weights on every rank."""
     torch.manual_seed(0)
-    parts = (ModelConfig(), ObjectiveConfig(), OptimizerConfig(learning_rate=0.01, weight_decay=0.1))
+    objective = ObjectiveConfig(router_aux_loss_coef=20.0 if case == "experts" else None)
+    parts = (ModelConfig(), objective, OptimizerConfig(learning_rate=0.01, weight_decay=0.1))
     lora = LoraConfig(r=4) if case == "lora" else None
     return Policy(accelerator, folder, *parts, lora, temperature=1.0, optimizer_steps=10)
 
@@ -41,10 +42,12 @@ def tiny_policy(accelerator: Accelerator, folder: str, case: str) -> Policy:
 def learn(policy: Policy, ranks: list[int]) -> float:
     """Take one optimizer step on two passes over the batch of each of `ranks`. Return the gradient norm."""
     passes = [rank for rank in ranks for _ in range(2)]
-    for index, rank in enumerate(passes):
+    batches = [batch_of(rank).to(policy.device) for rank in passes]
+    policy.count_expert_load(batches)
+    for index, (rank, batch) in enumerate(zip(passes, batches, strict=True)):
         with policy.accumulate(sync=index == len(passes) - 1):
-            batch = batch_of(rank).to(policy.device)
-            policy.backward(-policy.logprobs(batch)[0].sum() / (1 + rank))
+            loss = -policy.logprobs(batch)[0].sum() / (1 + rank)
+            policy.backward(loss + policy.router_loss())
     return policy.step()
 
 
@@ -86,6 +89,7 @@ def main(folder: str, stem: str, case: str) -> None:
         ),
         "trained": sorted(tensors.get("model", {})),
         "learning_rate": learning_rates,
+        "load": again.expert_metrics(),
     }
     with open(f"{stem}-{accelerator.process_index}.json", "w") as file:
         json.dump(seen, file)

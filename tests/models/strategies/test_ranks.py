@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.fakes import tiny_folder
 from tests.models.strategies.rank_program import RANKS, full_weights, learn, tiny_policy
+from tests.models.zoo import zoo_folder
 from tests.runtime.test_distributed import CPU_2, FSDP_2, OFFLOADED, ROOT, zero
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -27,14 +28,15 @@ STRATEGIES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["full", "lora"])
+@pytest.mark.parametrize("case", ["full", "lora", "experts"])
 @pytest.mark.parametrize(("strategy", "launcher"), STRATEGIES)
 def test_a_step_equals_that_of_one_process(
     tmp_path: Path, strategy: str, launcher: list[str], case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Not every strategy uses the kernels, which round in other places. AdamW's first step enlarges small gradients.
     monkeypatch.setenv("GRPO_KERNELS", "torch")
-    folder = tiny_folder(tmp_path / "model")
+    place = tmp_path / "model"
+    folder = zoo_folder("qwen3_moe", place) if case == "experts" else tiny_folder(place)
     stem = tmp_path / "rank"
     program = [str(ROOT / "tests/models/strategies/rank_program.py"), str(folder), str(stem), case]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -45,6 +47,8 @@ def test_a_step_equals_that_of_one_process(
     alone = tiny_policy(Accelerator(cpu=True), str(folder), case)
     start = full_weights(alone)
     norm = learn(alone, list(range(RANKS)))
+    load = alone.expert_metrics()
+    assert bool(load) == (case == "experts")
     expected, found = full_weights(alone), load_file(f"{stem}.safetensors")
     assert found.keys() == expected.keys()
     assert any((expected[name] - start[name]).abs().max() > 1e-3 for name in expected)
@@ -55,6 +59,8 @@ def test_a_step_equals_that_of_one_process(
         assert rank["norms"] == pytest.approx([norm, rank["norms"][1], rank["norms"][1]], rel=1e-5)
         assert rank["restored"]
         assert rank["continued"] < 1e-6 and rank["sampler"] < 1e-6
+        # The loads after the second step: those of all ranks, and near those of the first.
+        assert rank["load"] == pytest.approx(load, rel=0.3) and rank["load"] == ranks[0]["load"]
         assert rank["learning_rate"] == pytest.approx([0.008, 0.008])
     tensors = alone.state_dict()[0]["model"]
     untied = {
