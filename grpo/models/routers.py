@@ -232,9 +232,9 @@ def load_balance(model: PreTrainedModel, coefficient: float | None, accelerator:
 def has_routers(model: PreTrainedModel) -> bool:
     """Return whether the text decoder returns the logits of its routers, and has any."""
     recorders: Any = (getattr(text_decoder(model), "_can_record_outputs", None) or {}).get("router_logits", [])
-    kinds = [getattr(one, "target_class", one) for one in (recorders if isinstance(recorders, list) else [recorders])]
-    kinds = [kind for kind in kinds if isinstance(kind, type)]
-    return any(isinstance(module, tuple(kinds)) for module in text_decoder(model).modules())
+    found = [getattr(one, "target_class", one) for one in (recorders if isinstance(recorders, list) else [recorders])]
+    kinds = tuple(kind for kind in found if isinstance(kind, type))
+    return any(isinstance(module, kinds) for module in text_decoder(model).modules())
 
 
 def no_router_loss(coefficient: float, kind: str) -> str:
