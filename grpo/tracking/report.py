@@ -87,7 +87,8 @@ def length_buckets(
             lengths.setdefault(int(row["length"]), []).append(float(found))
     wanted = sum(map(len, lengths.values())) / buckets
     parts: list[tuple[int, int, list[float]]] = []
-    shortest, values = None, []
+    shortest: int | None = None
+    values: list[float] = []
     for length in sorted(lengths):
         shortest, values = length if shortest is None else shortest, [*values, *lengths[length]]
         if len(values) >= wanted or length == max(lengths):
