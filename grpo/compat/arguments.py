@@ -16,7 +16,8 @@ from grpo.runtime.env import env_count
 
 LOADER = "there is no DataLoader: all prompts are tokenised before training"
 EVALUATION = "an evaluation samples and scores text, and computes no loss"
-LAUNCH = "accelerate decides: accelerate launch --config_file accelerate_configs/..."
+LAUNCH = "accelerate decides: accelerate launch --config_file X.yaml"
+FSDP = LAUNCH.replace("X.yaml", "accelerate_configs/fsdp2.yaml")
 NOT_LOGGED = "metrics.jsonl and rollouts.jsonl hold every step and every completion"
 TOOLS = "tools are not supported"
 TRUNCATED = "a truncated or changed sampling distribution would bias the importance ratios: leave it out"
@@ -130,9 +131,9 @@ class GRPOConfig:
     ddp_static_graph: bool | None = no_effect(None, LAUNCH)
     ddp_backend: str | None = refused(None, LAUNCH, "nccl", "gloo")
     ddp_timeout: int = copied(1800, "rank_timeout")
-    fsdp: str | None = refused(None, f"{LAUNCH}/fsdp.yaml", "", False)
-    fsdp_config: dict | str | None = refused(None, f"{LAUNCH}/fsdp.yaml", {})
-    deepspeed: dict | str | None = refused(None, f"{LAUNCH}/deepspeed_zero3.yaml")
+    fsdp: str | None = refused(None, FSDP, "", False)
+    fsdp_config: dict | str | None = refused(None, FSDP, {})
+    deepspeed: dict | str | None = refused(None, LAUNCH.replace("X.yaml", "accelerate_configs/deepspeed_zero3.yaml"))
     debug: str | list[str] = no_effect("", "diagnostics are always on")
     skip_memory_metrics: bool = no_effect(True, "memory/peak_gib is in every step")
     do_train: bool = no_effect(False, "call train()")

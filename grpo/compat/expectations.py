@@ -138,7 +138,7 @@ def section() -> str:
         [
             "## TRL's own tests",
             "",
-            f"TRL's tests of its GRPOTrainer are {len(EXPECTATIONS)} (`tests/test_grpo_trainer.py` in its repository). "
+            f"TRL's tests of its GRPOTrainer are {len(EXPECTATIONS)} (`test_grpo_trainer.py` in its repository). "
             f"{len(applied)} of them apply here:",
             "each has a test of ours, which passes. Run them with `pytest -m slow tests/compat`.",
             "",
