@@ -79,6 +79,7 @@ def test_packages_hold_no_code() -> None:
             assert all(isinstance(node, ast.Expr) for node in body), f"{path}: only a docstring belongs here"
 
 
+@pytest.mark.slow
 def test_everything_imports_without_the_optional_libraries() -> None:
     # A module that is None in sys.modules raises ImportError, as if it were not installed.
     program = (

@@ -52,6 +52,7 @@ def test_the_entropy_has_a_gradient_where_it_is_asked_for(monkeypatch, temperatu
     assert not token_logprobs(hidden, head, targets, temperature)[1].requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux's /proc")
 def test_all_logits_at_once_never_exist() -> None:
     """A loss and its gradients at a real vocabulary: 512 x 152k float32 logits would be 311 MB, and several times

@@ -45,8 +45,8 @@ from grpo.run.components import settings_without_effect
 from grpo.run.contents import check_contents, contents_of
 from grpo.run.records import Recorder
 from grpo.run.state import Run
-from grpo.runtime.device import attention_backends, device_kind
-from grpo.runtime.distributed import run_on_main
+from grpo.runtime.device import attention_backends, device_kind, free_memory, is_cpu
+from grpo.runtime.distributed import max_over_ranks, run_on_main
 from grpo.runtime.precision import compute_dtype, precision_of
 from grpo.runtime.run_lock import check_free
 from grpo.tracking.console import Display, show_messages
@@ -56,6 +56,10 @@ from grpo.tracking.run_logger import RunLogger
 from grpo.types import Prompt, SamplingPlan
 
 log = logging.getLogger(__name__)
+
+LITTLE_MEMORY = 2 * 2**30
+SMALL_BATCH = 2048
+"""Tokens per batch where less than LITTLE_MEMORY bytes are free on a CPU."""
 
 
 def build_run(config: Config) -> Run:
@@ -111,6 +115,7 @@ def _build(config: Config, rewards: RewardSum, on_failure: contextlib.ExitStack)
         config, accelerator, policy, sampler, data.stream, rewards, prompts_drawn=point.prompts_drawn
     )
     collector.load_limits(point.limits)
+    collector.tokens_per_batch = batch_for_memory(collector.tokens_per_batch, longest_of(config), accelerator)
     sizes = policy.bytes_on_disk()
     if accelerator.is_main_process:
         check_free_space(run_dir, *sizes, config.save_total_limit)
@@ -128,6 +133,27 @@ def _build(config: Config, rewards: RewardSum, on_failure: contextlib.ExitStack)
     state = (held_out, recorder, checkpointer, point.start, point.beta, lock, dtype)
     best = find_best(config, accelerator, run_dir, point.start)
     return Run(config, accelerator, run_dir, policy, data.tokenizer, engine, collector, *state, best=best)
+
+
+def batch_for_memory(tokens: int, longest: int | None, accelerator: Accelerator) -> int:
+    """Return `tokens` per batch, or less on a CPU with little free memory, as in a small container. Collective.
+
+    A container's limit ends the process: there is no error that an update could survive with smaller batches.
+
+    Args:
+        tokens: What is configured, or was lowered to.
+        longest: Tokens of the longest possible prompt with a completion, which must fit. None: unknown.
+    """
+    smaller = tokens if longest is None else max(SMALL_BATCH, longest)
+    little = is_cpu(accelerator.device) and free_memory(accelerator.device) < LITTLE_MEMORY
+    if not max_over_ranks(accelerator, little) or tokens <= smaller:
+        return tokens
+    log.warning(
+        "less than %.0f GiB of memory are free: batches of %d tokens instead of tokens_per_batch %d; the result is the "
+        "same up to rounding",
+        *(LITTLE_MEMORY / 2**30, smaller, tokens),
+    )
+    return smaller
 
 
 def build_rewards(config: Config) -> RewardSum:

@@ -220,6 +220,7 @@ def test_the_identity_of_a_row_is_carried_under_its_own_name(tmp_path: Path) -> 
         load(path, extractor="plain", pair_id="no")
 
 
+@pytest.mark.slow
 def test_a_hub_dataset_and_its_held_out_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of data files is loaded by the same call as a name on the hub."""
     datasets = pytest.importorskip("datasets")

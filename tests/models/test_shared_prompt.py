@@ -262,6 +262,7 @@ def test_under_autocast(tmp_path: Path) -> None:
     assert distance(ours) < 0.05 * sum(float(gradient.square().sum()) for gradient in exact.values()) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.0, 0.01])
 def test_a_run_learns_the_same(tmp_path: Path, beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
 

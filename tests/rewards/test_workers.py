@@ -251,6 +251,7 @@ def test_no_process_thread_or_file_is_left(pools: list[RewardWorkerPool]) -> Non
     assert [child for child in psutil.Process().children(recursive=True) if child.status() == "zombie"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_reward_may_print_to_a_full_disk() -> None:
     program = (
@@ -506,6 +507,7 @@ def test_a_forked_worker_ends_with_its_parent() -> None:
     assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in left)
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_trainer_that_is_killed() -> None:
     """Also a forked worker, whose function cannot be imported elsewhere, and one started before it."""
     program = (

@@ -113,6 +113,7 @@ def test_weights_travel_in_parcels(fake: FakeVLLM, monkeypatch: pytest.MonkeyPat
         sender.send(iter(weights.items()), "2")
 
 
+@pytest.mark.slow
 def test_a_refused_update_does_not_hold_the_program_up(fake: FakeVLLM) -> None:
     """The server answers with an error and its worker does not join, so the broadcast would wait forever."""
     fake.fails["/update_weights"] = 500
@@ -196,6 +197,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 DEATHS = {"sampling": "/v1/completions", "evaluation": "/v1/completions", "update": "/update_weights"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "when", ["sampling", *(pytest.param(n, marks=pytest.mark.slow) for n in ("evaluation", "update"))]
 )
@@ -262,6 +264,7 @@ def test_a_server_that_loses_weights_is_found_out_at_the_start(tmp_path: Path) -
     assert caught.value.exit_code == 4
 
 
+@pytest.mark.slow
 def test_updates_that_stop_arriving_are_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments(tmp_path, "none")  # makes model and data
     with FakeVLLM(tmp_path / "model") as server:

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from accelerate import Accelerator
 
 from grpo.config.parser import load_config
 from grpo.data.rows import Example
 from grpo.errors import ConfigError
-from grpo.run import claim
-from grpo.run.build import build_run, derived_values, held_out_prompts
+from grpo.run import build, claim
+from grpo.run.build import batch_for_memory, build_run, derived_values, held_out_prompts
 from grpo.run.claim import warn_of_slow_saves
 from tests.fakes import tiny_data, tiny_folder
 
@@ -112,3 +113,19 @@ def test_a_save_that_torchrun_would_cut_short_is_said_at_the_start(
     monkeypatch.setattr(claim, "seconds_to_write", lambda run_dir, size: seconds)
     warn_of_slow_saves(tmp_path, 2 * 10**9)
     assert ("a checkpoint of 2.0 GB takes about 15 s to save here, and torchrun kills" in caplog.text) == said
+
+
+def test_batches_are_smaller_where_a_cpu_has_little_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    accelerator = Accelerator(cpu=True)
+    for free, tokens, longest, expected in (
+        (3 << 30, 8192, 500, 8192),
+        (1 << 30, 8192, 500, 2048),
+        (1 << 30, 8192, 3000, 3000),  # the longest must fit
+        (1 << 30, 1024, 500, 1024),
+        (1 << 30, 8192, None, 8192),
+    ):
+        monkeypatch.setattr(build, "free_memory", lambda device, free=free: free)
+        assert batch_for_memory(tokens, longest, accelerator) == expected
+    assert sum("batches of 2048 tokens instead of tokens_per_batch 8192" in line for line in caplog.messages) == 1

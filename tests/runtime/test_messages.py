@@ -105,6 +105,7 @@ def test_a_level_that_the_application_has_set_stays(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == "warning: enough\n"
 
 
+@pytest.mark.slow
 def test_an_import_changes_no_logging() -> None:
     done = python(
         "import logging, grpo.trainer; logger = logging.getLogger('grpo'); "

@@ -55,6 +55,7 @@ def test_a_wrong_flag_is_named(words: list[str], message: str) -> None:
         main(words)
 
 
+@pytest.mark.slow
 def test_the_stored_table_of_published_shapes_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rows, machines and command; one small shape is computed again."""
     stored = json.loads((ROOT / "docs" / "results" / "memory_fits.json").read_text(encoding="utf-8"))

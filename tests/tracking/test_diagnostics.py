@@ -242,6 +242,7 @@ def findings(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "findings.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_with_the_classic_dead_reward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The common reward soft_format: reported once, in the file, in the terminal and in the report."""
     rewards = {"soft_format": 1.0, f"{tmp_path}/count_a.py:count_a": 1.0}
