@@ -48,6 +48,7 @@ def run(place: Path) -> Path:
         "steps": STEPS,
         "prompts_per_step": PROMPTS,
         "sampling.num_generations": COMPLETIONS,
+        "sampling.dynamic_sampling": "false",  # the number of rollouts is known
         "data.eval_size": HELD_OUT,
         "eval_every": STEPS,
         "tracking.report_to": "[]",
@@ -100,12 +101,15 @@ def test_the_saved_model_writes_in_transformers_what_it_writes_here(run: Path) -
     model = AutoModelForCausalLM.from_pretrained(run / "final", dtype=torch.float32)
     assert (tokenizer.eos_token, tokenizer.bos_token) == ("<|im_end|>", "<|im_start|>")
     config = load_config([f"--config={run / 'config.yaml'}"])
-    prompts, _ = render_prompts(load_examples(config.data, "held_out", config.seed), tokenizer, 240)
+    prompts, _ = render_prompts(
+        load_examples(config.data, "held_out", config.seed), tokenizer, config.data.max_prompt_length
+    )
     ours = [row["completion"] for row in rows_of(run, "evaluations.jsonl") if row["step"] == STEPS]
+    longest = config.sampling.max_completion_length
     for prompt, expected in list(zip(prompts, ours, strict=True))[:3]:
         ids = torch.tensor([prompt.token_ids])
         written = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, pad_token_id=0
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, do_sample=False, pad_token_id=0
         )
         assert tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True) == expected
 
