@@ -41,7 +41,7 @@ def check_reference(config: Config, tokenizer: PreTrainedTokenizerBase, model: P
     name = config.model.reference
     if name is None:
         return
-    reference = _shape("model.reference", name, name)
+    reference = _shape("model.reference", name, plain_model(name))
     check_vocabulary(vocabulary_size(model), vocabulary_size(reference), tokenizer, load_tokenizer(name), name)
 
 
