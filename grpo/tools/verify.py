@@ -7,9 +7,7 @@ processor and library versions everything is equal to the bit. Elsewhere, the fi
 reported. Between a checkpoint and a step lies training: the command says how long that took.
 """
 
-import contextlib
 import dataclasses
-import io
 import json
 import logging
 import math
@@ -21,23 +19,13 @@ from typing import Any
 from grpo.config.schema import Config
 from grpo.errors import ConfigError, Mismatch
 from grpo.tools.arguments import command_parser
+from grpo.tools.replay import Difference, checkpoint_steps, describe, metrics_by_step, same_rows, train_until
 
 log = logging.getLogger(__name__)
 
 UNCOMPARED = ("time/", "memory/", "eval/", "rollout/tokens_per_second", "reward/milliseconds")
 """Beginnings of the metrics that a replay does not repeat: durations and memory; evaluations are not repeated."""
 COMPARED_VERSIONS = ("python", "torch", "transformers", "accelerate", "tokenizers", "grpo-trainer")
-
-
-@dataclass
-class Difference:
-    """What differs first in one step."""
-
-    step: int
-    what: str
-    """The completion, metric or tensor, by name."""
-    recorded: Any
-    replayed: Any
 
 
 @dataclass
@@ -89,7 +77,7 @@ def verify(run_dir: Path, steps: list[int] | None = None) -> Verification:
     from grpo.tools.export import config_of
 
     config = config_of(run_dir)
-    recorded = _metrics_by_step(run_dir)
+    recorded = metrics_by_step(run_dir)
     if not recorded:
         raise ConfigError(f"{run_dir} records no step: there is nothing to verify")
     steps = steps or [max(recorded)]
@@ -123,9 +111,9 @@ def _replay(run_dir: Path, config: Config, start: int, until: int, steps: list[i
             allow_changes=[],
             tracking=dataclasses.replace(config.tracking, report_to=[], report=False, log_completions=True),
         )
-        _train(changed, until)
-        replayed = _metrics_by_step(replayed_dir)
-        recorded = _metrics_by_step(run_dir)
+        train_until(changed, until)
+        replayed = metrics_by_step(replayed_dir)
+        recorded = metrics_by_step(run_dir)
         for step in steps:
             _compare_completions(run_dir, replayed_dir, step, found)
             _compare_metrics(step, recorded[step], replayed[step], found)
@@ -133,45 +121,13 @@ def _replay(run_dir: Path, config: Config, start: int, until: int, steps: list[i
         _compare_weights(run_dir, replayed_dir, until, found)
 
 
-def _train(config: Config, until: int) -> None:
-    """Train to a step, and save its checkpoint. Nothing is printed."""
-    from grpo.run.build import build_run
-    from grpo.runtime.device import torch_defaults
-    from grpo.runtime.signals import Signals
-    from grpo.trainer import training_loop
-
-    with Signals() as signals, torch_defaults(), contextlib.redirect_stdout(io.StringIO()):
-        run = build_run(config)
-        signals.training = True
-        try:
-            training_loop(run, signals, until=until)
-        finally:
-            run.close()
-
-
-def _metrics_by_step(run_dir: Path) -> dict[int, dict[str, float]]:
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        return {}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return {row["step"]: row for row in rows if row["step"]}
-
-
 def _checkpoint_before(run_dir: Path, step: int) -> int:
     """Return the step of the newest checkpoint before a step; 0 for the start of the run."""
-    names = [path.name.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*")]
-    return max((int(name) for name in names if name.isdigit() and int(name) < step), default=0)
+    return max((saved for saved in checkpoint_steps(run_dir) if saved < step), default=0)
 
 
 def _compare_completions(run_dir: Path, replayed_dir: Path, step: int, found: Verification) -> None:
-    from grpo.tracking.rollout_reader import rows_of_step
-
-    before, after = (rows_of_step(folder / "rollouts.jsonl", step) for folder in (run_dir, replayed_dir))
-    if not before:  # tracking.log_completions was off, or not every step was written
-        return
-    if len(before) != len(after):
-        found.differences.append(Difference(step, "number of completions", len(before), len(after)))
-    for old, new in zip(before, after, strict=False):
+    for old, new in same_rows(run_dir, replayed_dir, step):
         found.completions += 1
         for key in old.keys() & new.keys() if old != new else ():
             if old[key] != new[key]:
@@ -240,15 +196,6 @@ def _environment_changes(run_dir: Path) -> list[str]:
 
 def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
-
-
-def describe(difference: Difference) -> str:
-    """Return one difference as a sentence."""
-    size = ""
-    if isinstance(difference.recorded, float) and isinstance(difference.replayed, float):
-        size = f" (difference {abs(difference.recorded - difference.replayed):.3g})"
-    texts = [repr(value)[:120] for value in (difference.recorded, difference.replayed)]
-    return f"step {difference.step}, {difference.what}: {texts[0]} recorded, {texts[1]} replayed{size}"
 
 
 def summary(found: Verification) -> str:
