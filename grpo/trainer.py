@@ -59,7 +59,8 @@ def training_loop(run: Run, signals: Signals, until: int | None = None) -> None:
     config, collector = run.config, run.collector
     if run.start == 0 and config.eval_every:
         run.recorder.record(0, run.evaluate(0))
-    for step in range(run.start + 1, (until or config.steps) + 1):
+    until = until or config.steps
+    for step in range(run.start + 1, until + 1):
         run.recorder.step_begins(step)
         clock, sums = Clock(run.accelerator.device), Sums()
         # 1. Sample G completions of each prompt. 2. Score them.
@@ -93,7 +94,7 @@ def training_loop(run: Run, signals: Signals, until: int | None = None) -> None:
         # 6. Save, and stop if a signal or a callback has asked for it.
         signal = max_over_ranks(run.accelerator, signals.received)  # sent to one rank or all: they stop together
         stop, save = run.recorder.callbacks.requests()
-        last = bool(signal) or stop or step == (until or config.steps)
+        last = bool(signal) or stop or step == until
         if last or save or (config.save_every and step % config.save_every == 0):
             run.save(step, last=last)
         if signal and step < config.steps:

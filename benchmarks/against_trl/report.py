@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import platform
 import statistics
 import sys
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from against_trl.suites import PHASES, RUNNERS, Suite, forced_lengths
+from grpo.tracking.environment import processor_name
 
 
 def limits(suite: Suite, steps: list[dict], shape: dict, rates: dict[str, float]) -> dict[str, float]:
@@ -62,7 +62,7 @@ def summarize(flags: argparse.Namespace, suite: Suite, runs: dict[str, list[dict
         ),
         "work": asdict(suite),
         "machine": {
-            "processor": torch.cuda.get_device_name() if suite.device == "cuda" else _processor(),
+            "processor": torch.cuda.get_device_name() if suite.device == "cuda" else processor_name(),
             "cores": os.cpu_count(),
             **rates,
         },
@@ -87,13 +87,6 @@ def summarize(flags: argparse.Namespace, suite: Suite, runs: dict[str, list[dict
             "tokens_per_second": mine["tokens_per_second"] / theirs["tokens_per_second"],
         }
     return report
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def table(report: dict) -> str:

@@ -1,4 +1,4 @@
-"""What the tests of TRL's GRPOTrainer expect, and the test here for each of them. Part of docs/trl.md."""
+"""Expectations of the tests of TRL's GRPOTrainer, and the test here for each of them. Part of docs/trl.md."""
 
 from dataclasses import dataclass
 

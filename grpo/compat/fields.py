@@ -9,7 +9,7 @@ Kind = Literal["mapped", "no effect", "refused"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What becomes of one field of TRL's GRPOConfig."""
+    """Treatment of one field of TRL's GRPOConfig."""
 
     kind: Kind
     text: str

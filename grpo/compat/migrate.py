@@ -27,7 +27,7 @@ HUB_ROWS = 1000
 
 @dataclass
 class Migration:
-    """What `grpo migrate` writes."""
+    """Result of `grpo migrate`."""
 
     config: dict[str, Any]
     """Flat key -> value, without defaults."""

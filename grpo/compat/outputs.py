@@ -15,7 +15,7 @@ DEFAULT_DIR = "trainer_output"
 
 
 class Outputs:
-    """What a GRPOTrainer writes. Base class."""
+    """Base class of GRPOTrainer: the files that it writes."""
 
     args: GRPOConfig
     processing_class: Any

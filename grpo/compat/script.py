@@ -25,7 +25,7 @@ class Unknown:
 
 @dataclass
 class Script:
-    """What a script says."""
+    """Contents of a script."""
 
     config: dict[str, Any] = field(default_factory=dict)
     """Arguments of GRPOConfig: values, or Unknown."""

@@ -27,7 +27,7 @@ class PromptCheck:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What one text earns in a search for exploits, as means over the rows it was tried on."""
+    """Earnings of one text in a search for exploits, as means over the rows it was tried on."""
 
     name: str
     text: str

@@ -32,6 +32,7 @@ from grpo.models.weights import WeightReader, save_dtype, save_full_weights
 from grpo.run.checkpoint import load_checkpoint
 from grpo.run.final import final_step
 from grpo.tools.arguments import command_parser
+from grpo.tools.replay import checkpoint_steps
 from grpo.tracking.run_reader import RunFolder
 from grpo.types import Message
 
@@ -93,11 +94,11 @@ def export(run_dir: Path, kind: str, output: Path | None = None, step: int | Non
             f"--format adapter: {run_dir} was trained without lora.r and has no adapter: use --format merged"
         )
     if step is None and not (run_dir / "final").is_dir():
-        steps = _checkpoint_steps(run_dir)
+        steps = checkpoint_steps(run_dir)
         have = f"it has checkpoints of step {', '.join(map(str, steps))}: add --step" if steps else "and no checkpoint"
         raise ConfigError(f"{run_dir} has no final/: the run did not end; {have}")
     of = final_step(run_dir)
-    newest = max(_checkpoint_steps(run_dir), default=0)
+    newest = max(checkpoint_steps(run_dir), default=0)
     if step is None and _is_older(run_dir, of, newest):
         at = "an earlier step" if of is None else f"step {of}"
         raise ConfigError(
@@ -122,11 +123,6 @@ def export(run_dir: Path, kind: str, output: Path | None = None, step: int | Non
     except OSError as error:
         raise StorageError(f"cannot export {run_dir} to {folder}: {error}") from error
     return folder
-
-
-def _checkpoint_steps(run_dir: Path) -> list[int]:
-    names = [path.name.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*")]
-    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _is_older(run_dir: Path, of: int | None, newest: int) -> bool:

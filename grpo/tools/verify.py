@@ -23,7 +23,7 @@ from grpo.tools.replay import Difference, checkpoint_steps, describe, metrics_by
 
 log = logging.getLogger(__name__)
 
-UNCOMPARED = ("time/", "memory/", "eval/", "rollout/tokens_per_second", "reward/milliseconds")
+UNCOMPARED = ("time/", "memory/", "eval/", "rollout/tokens_per_second")
 """Beginnings of the metrics that a replay does not repeat: durations and memory; evaluations are not repeated."""
 COMPARED_VERSIONS = ("python", "torch", "transformers", "accelerate", "tokenizers", "grpo-trainer")
 
@@ -184,11 +184,11 @@ def _compare_weights(run_dir: Path, replayed_dir: Path, step: int, found: Verifi
 def _environment_changes(run_dir: Path) -> list[str]:
     """Return what differs from the environment that the run recorded."""
     from grpo.tracking.environment import environment
+    from grpo.tracking.run_reader import RunFolder
 
-    path = run_dir / "environment.json"
-    if not path.is_file():
+    old, new = RunFolder(run_dir).environment(), environment()
+    if not old:
         return ["the run has no environment.json"]
-    old, new = json.loads(path.read_text(encoding="utf-8")), environment()
     versions = [(name, old.get("versions", {}).get(name), new["versions"].get(name)) for name in COMPARED_VERSIONS]
     pairs = [*versions, *((key, old.get(key), new.get(key)) for key in ("platform", "processor", "torch_threads"))]
     return [f"{name}: {before} in the run, {now} here" for name, before, now in pairs if before != now]
