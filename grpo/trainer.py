@@ -153,8 +153,9 @@ def run_batches(
         return error
     try:
         packed.high_entropy = high_entropy_masks(policy, packed, run.config.objective.top_entropy_quantile)
-        for index in range(len(packed.batches)):
+        if packed.batches:
             prepare(run, mini_batches, part, clock)
+        for index in range(len(packed.batches)):
             sync = index == len(packed.batches) - 1 and not policy.batches_are_local
             run_batch(run, packed, index, counts, first, sync, sums)
     except (RuntimeError, MemoryError) as caught:
