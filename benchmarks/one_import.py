@@ -7,12 +7,13 @@ through its rollout_func, prompt by prompt. Model, rows, rewards, losses, steps 
 keys that both log, apart from times, and the weights at the end are compared. Needs: pip install -e ".[benchmark]"
 """
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -107,20 +108,14 @@ def run_script(library: str, environment: dict[str, str], trainer: Any = None) -
     assert library == "trl" or changed != source
     os.environ |= environment
     names: dict[str, Any] = {"__name__": "__main__", "__file__": str(SCRIPT)}
-    if trainer is not None:
-        import trl
-
-        original, trl.GRPOTrainer = trl.GRPOTrainer, trainer
-        try:
-            exec(compile(changed, str(SCRIPT), "exec"), names)
-        finally:
-            trl.GRPOTrainer = original
-    else:
+    with contextlib.ExitStack() as stack:
+        if trainer is not None:
+            stack.enter_context(mock.patch("trl.GRPOTrainer", trainer))
         exec(compile(changed, str(SCRIPT), "exec"), names)
     return names["trainer"]
 
 
-@contextmanager
+@contextlib.contextmanager
 def recorded() -> Iterator[dict[str, list[Any]]]:
     """Record within what the native engine samples: text of a prompt -> its groups, one after the other."""
     from grpo.rollout.native_engine import NativeEngine

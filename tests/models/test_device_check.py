@@ -45,10 +45,13 @@ def test_a_right_model_passes(family: str, dtype: torch.dtype, nothing_failed: d
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_an_adapter_has_a_gradient_to_compare() -> None:
+def test_an_adapter_has_a_gradient_to_compare(nothing_failed: dict[str, str]) -> None:
     model = model_of()
     add_adapter(model.model, LoraConfig(r=4), base="")
     check(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained and all(parameter.grad is None for parameter in trained)
+    assert not nothing_failed
 
 
 def test_a_wrong_kernel_is_switched_off(
