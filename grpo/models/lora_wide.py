@@ -32,8 +32,13 @@ def _wide_class(kind: type) -> type:
     class Wide(kind):
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             dtype = compute_dtype(x, self.get_base_layer())
-            if dtype is None or self.disable_adapters or self.merged or args or kwargs or self.lora_variant:
+            if dtype is None or self.merged or args or kwargs or self.lora_variant:
                 return super().forward(x, *args, **kwargs)
+            if self.disable_adapters:  # the reference: rounded alike, so that the KL to it starts at exactly 0
+                if torch.is_grad_enabled():
+                    return super().forward(x)
+                with torch.autocast(x.device.type, enabled=False):
+                    return base_sum(x, self.get_base_layer(), dtype)
             [name] = self.active_adapters
             low, high = self.lora_A[name].weight, self.lora_B[name].weight
             with torch.autocast(x.device.type, enabled=False):
@@ -69,6 +74,14 @@ def wide_sum(rows: Tensor, inner: Tensor, high: Tensor, weight: Tensor, bias: Te
     if bias is not None:
         total += bias
     return add_wide_product(total, inner, high)
+
+
+def base_sum(x: Tensor, base: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """Return round(x W^T + bias) [..., O], bit for bit the layer's output while the adapter's term is 0."""
+    total = wide_product(x.to(dtype).flatten(0, -2), _weight(base, dtype))
+    if base.bias is not None:
+        total += base.bias
+    return total.to(dtype).view(*x.shape[:-1], -1)
 
 
 class _WideSum(torch.autograd.Function):

@@ -240,4 +240,6 @@ def test_the_command_on_the_starter_and_on_a_broken_config(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     assert "8 prompts x 16 completions = 128 completions per step" in done.stdout and "ready to train" in done.stdout
     done = subprocess.run([*command, '--rewards={"xml_format": 1}'], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "problem: a right answer earns" in done.stdout
+    assert done.returncode == 0 and "warning: a right answer earns" in done.stdout
+    done = subprocess.run([*command, "--data.answer=gold"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "gold" in done.stdout + done.stderr
