@@ -203,7 +203,7 @@ class ExperienceCollector:
             stepped: The policy has changed since it sampled: keep the old logprobs.
 
         Returns:
-            None if the longest completion does not fit into a smaller batch.
+            None if neither smaller batches nor the sampler's memory are left.
         """
         if not self._halve(experience.groups):
             return None
@@ -214,12 +214,12 @@ class ExperienceCollector:
         return replace(experience, mini_batches=packed)
 
     def _halve(self, groups: list[Group]) -> bool:
-        """Halve tokens_per_batch. Return False if a completion of any rank would not fit. Collective."""
+        """Halve tokens_per_batch, or free the sampler's memory if a completion would not fit. False: neither can be."""
         lengths = [len(group.prompt.token_ids) + len(one.token_ids) for group in groups for one in group.completions]
         before = self.tokens_per_batch
         self.tokens_per_batch = max(before // 2, max_over_ranks(self.accelerator, max(lengths, default=0)))
         if self.tokens_per_batch >= before:
-            return False
+            return bool(max_over_ranks(self.accelerator, self.sampler.give_up_memory()))
         log.info("out of memory in the update: tokens_per_batch is %d instead of %d", self.tokens_per_batch, before)
         return True
 

@@ -1,5 +1,6 @@
 """Fakes with the real interface: a tiny random model and a tokenizer whose ids are characters. No download."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.attention.varlen import varlen_attn
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -125,7 +127,7 @@ def slow_varlen_attn(
         for tensor, starts in ((query, query_starts), (key, key_starts), (value, key_starts))
     )
     assert longest == max(map(len, queries)) and longest_keys == max(map(len, keys))
-    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert enable_gqa == (query.shape[1] != key.shape[1]) or not varlen.SHARED_KEYS
     results = []
     for own, its_keys, its_values in zip(queries, keys, values, strict=True):
         repeats = query.shape[1] // key.shape[1]
@@ -145,9 +147,11 @@ def use_slow_varlen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         A list that gets the number of sequences of each call.
     """
     calls: list[int] = []
+    signature = inspect.signature(varlen_attn)
 
     def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
         calls.append(len(args[3]) - 1)
+        signature.bind(*args, **kwargs)  # torch has all arguments
         return slow_varlen_attn(*args, **kwargs)
 
     monkeypatch.setattr(PackedLayout, "uses_varlen", True)

@@ -1,18 +1,23 @@
 """Out of memory is survived: in sampling with fewer slots, in the update with smaller batches, with the same result."""
 
 import logging
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from grpo.config.schema import Config, RolloutConfig
 from grpo.experience import Experience, ExperienceCollector, Packed
+from grpo.kernels.cuda.graphs import StepGraphs
+from grpo.kernels.decode import Schedule
 from grpo.models.strategies.deepspeed import Zero2
 from grpo.models.strategies.single import DistributedDataParallel
 from grpo.packing import PackedBatch, pack, regroup
+from grpo.rollout.async_sampler import AsyncSampler
 from grpo.rollout.engine import build_engine
 from grpo.run.checkpointer import _is_unchanged
 from grpo.runtime.distributed import OutOfMemoryElsewhere
@@ -35,10 +40,20 @@ def groups() -> list[Group]:
     return [group(0, [5, 6], [[7, 8, 9], [10, 11]]), group(1, [4], [[12, 13], [14, 15, 16]])]
 
 
-def learn(run: Any, room: float, calls: int = 0) -> Sums:
-    """Update once on a device that has memory for `room` tokens, after `calls` batches. tokens_per_batch is 16."""
+def learn(run: Any, room: float, calls: int = 0, freed: float = 0) -> Sums:
+    """Update once on a device that has memory for `room` tokens, after `calls` batches. tokens_per_batch is 16.
+
+    The sampler can free memory for `freed` tokens more, once.
+    """
+
+    def give_up_memory() -> bool:
+        nonlocal room, freed
+        helps, room, freed = freed > 0, room + freed, 0
+        return helps
+
     engine = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
-    sampler, parts = SimpleNamespace(engine=engine), (run.config, run.accelerator, run.policy)
+    sampler = SimpleNamespace(engine=engine, give_up_memory=give_up_memory)
+    parts = (run.config, run.accelerator, run.policy)
     run.collector = ExperienceCollector(*parts, sampler, None, None, tokens_per_batch=16)  # type: ignore[arg-type]
     logprobs, called = type(run.policy).logprobs, 0
 
@@ -77,6 +92,15 @@ def test_a_completion_that_does_not_fit_ends_the_run(folder: Path) -> None:
         learn(run, room=3)
     assert run.collector.tokens_per_batch == 5
     assert all(torch.equal(weight, before[name]) for name, weight in weights(run).items())
+
+
+def test_before_that_the_sampler_frees_its_memory(folder: Path) -> None:
+    expected, ours = run_of(folder), run_of(folder)
+    sums = [learn(expected, room=99), learn(ours, room=3, freed=2)]
+    assert ours.collector.tokens_per_batch == 5
+    assert sums[1].total("loss") == pytest.approx(sums[0].total("loss"), rel=1e-5)
+    for name, weight in weights(expected).items():
+        assert torch.allclose(weight, weights(ours)[name], atol=1e-5), name
 
 
 def test_a_later_iteration_keeps_the_logprobs_of_the_first(folder: Path) -> None:
@@ -161,6 +185,53 @@ def test_sampling_is_the_same_with_fewer_slots(caplog: pytest.LogCaptureFixture)
     assert expected.state_dict() == {"slots": 4}
 
 
+def replay_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let engines on a CPU take the path of CUDA graphs. Their steps run as they are."""
+    monkeypatch.setattr("grpo.rollout.native_engine.schedule_for", lambda device: Schedule(16, True))
+
+    def run(self: StepGraphs, key: Hashable, step: Callable[[], None], *_: object) -> bool:
+        self._graphs[key] = step  # type: ignore[assignment]
+        step()
+        return True
+
+    monkeypatch.setattr(StepGraphs, "run", run)
+
+
+def test_memory_is_given_up_and_taken_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    prompts, plan = [Prompt(draw, "", (3 + draw, 5, 7)) for draw in range(3)], SamplingPlan(4, 40, 1.0, seed=7)
+    model = tiny_model()
+
+    def engine() -> Any:
+        return build_engine("native", model, CharTokenizer(), slots=5, uses_packed_attention=True)
+
+    wanted = engine().generate(prompts, plan)
+    replay_without_a_gpu(monkeypatch)
+    ours = engine()
+    assert not ours.give_up_memory()  # nothing was sampled yet
+    assert ours.generate(prompts, plan) == wanted
+    ours.free_memory()
+    assert ours._kept is not None and ours.graphs._graphs and ours.backbone.decoder.layers
+    with caplog.at_level(logging.INFO, logger="grpo"):
+        assert ours.give_up_memory()
+    assert "the KV cache is freed before each update from now on" in caplog.text
+    for _ in range(2):
+        assert ours._kept is None and not ours.graphs._graphs and not ours.backbone.decoder.layers
+        assert not ours.give_up_memory()
+        assert ours.generate(prompts, plan) == wanted
+        ours.free_memory()
+    resumed = engine()
+    resumed.load_state_dict(ours.state_dict())
+    assert resumed.gives_up_memory and ours.state_dict() == {"slots": 5, "gives_up_memory": 1}
+
+
+def test_memory_is_not_taken_from_a_sampler_that_samples_ahead() -> None:
+    engine = SimpleNamespace(give_up_memory=lambda: True)
+    parts = (engine, SamplingPlan(1, 1, 1.0, 0), Accelerator(cpu=True))
+    ahead, now = (AsyncSampler(*parts, staleness=staleness, steps_left=1) for staleness in (1, 0))  # type: ignore[arg-type]
+    assert now.give_up_memory() and not ahead.give_up_memory()
+    ahead.close()
+
+
 def test_sampling_that_never_fits_raises() -> None:
     engine = build_engine("native", tiny_model(), CharTokenizer(), slots=4, uses_packed_attention=True)
 
@@ -202,3 +273,4 @@ def test_a_limit_holds_until_its_key_is_changed() -> None:
     saved = {"tokens_per_batch": 64, "rollout.slots": 8}
     config = Config(tokens_per_batch=64, rollout=RolloutConfig(slots=16))
     assert _is_unchanged("tokens_per_batch", saved, config) and not _is_unchanged("slots", saved, config)
+    assert _is_unchanged("gives_up_memory", saved, config)

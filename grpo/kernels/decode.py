@@ -130,13 +130,9 @@ class FusedDecoder:
         return head_logits(hidden_BH, self.head, product_dtype(hidden_BH.device))
 
     def release(self) -> None:
-        """Free memory until the next refresh.
-
-        On CUDA the copied weights stay, since captured graphs read them.
-        """
-        if self.embedding.device.type != "cuda":
-            self.layers.clear()
-            self.head = torch.empty(0)
+        """Free the copied weights until the next refresh. No captured graph may read them any more."""
+        self.layers.clear()
+        self.head = torch.empty(0)
 
     def prefill(self, ids: Tensor, cache: SlotCache) -> Tensor:
         """Compute prompts and keep their keys and values in cache.prompt.

@@ -1,15 +1,16 @@
 """KV cache for decoding: a fixed number of slots, allocated once, each row at its own position.
 
-keys[layer], values[layer]    [slots, K, length, D] in one dtype. Both are halves of one tensor, so that one copy
-writes both
+keys[layer], values[layer]    [slots, K, length, D] in one dtype. They are parts of one tensor for all layers of equal
+shape, so that a few copies admit a prompt or move a row in every layer
 """
-
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from grpo.kernels.state_slots import States, StateSlots
+
+MOVED_BYTES = 2**26
+"""Maximum size of the copy of the rows that `SlotCache.move` makes at a time, or one layer's if that is larger."""
 
 
 class SlotCache:
@@ -23,7 +24,12 @@ class SlotCache:
         self.slots, self.length, self.dtype = slots, length, dtype
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self._joint: list[Tensor] = []
+        self._joint: dict[int, Tensor] = {}
+        """Layer -> its keys and values in one tensor, [2, slots, K, length, D]."""
+        self._blocks: list[tuple[list[int], Tensor]] = []
+        """Layers, and their keys and values in one tensor, [layers, 2, slots, K, length, D]."""
+        self._moved: list[Tensor] = []
+        """All memory: the blocks, and [layers, slots, K, length, D] where values have another head size than keys."""
         self.prompt: list[tuple[Tensor, Tensor]] = []
         """Result of the last prefill: keys and values [prompts, K, tokens, D] per layer."""
         self.prompt_lengths: list[int] = []
@@ -56,22 +62,31 @@ class SlotCache:
         self._flat: dict[int, Tensor] = {}
 
     def collect(self, key: Tensor, value: Tensor) -> None:
-        """Collect one layer's keys and values of prompts, [prompts, K, tokens, D].
-
-        The first call for a layer allocates its slots.
-        """
-        layer = len(self.prompt)
+        """Collect one layer's keys and values of prompts, [prompts, K, tokens, D]."""
         self.prompt.append((key, value))
-        if layer == len(self.keys):
-            new = partial(key.new_zeros if self.zeroed else key.new_empty, dtype=self.dtype)
-            shape = (self.slots, key.shape[1], self.length, key.shape[3])
-            if value.shape == key.shape:
-                self._joint.append(new((2, *shape)))
-                keys, values = self._joint[layer]
+
+    def _allocate(self, prompt: list[tuple[Tensor, Tensor]]) -> None:
+        """Allocate the slots of all layers. `prompt` is that of `admit`."""
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for layer, (key, value) in enumerate(prompt):
+            shapes.setdefault((key.shape[0], key.shape[2], value.shape[2]), []).append(layer)
+        parts: dict[int, tuple[Tensor, Tensor]] = {}
+        for (heads, key_size, value_size), layers in shapes.items():
+            empty = prompt[layers[0]][0]
+            allocate = empty.new_zeros if self.zeroed else empty.new_empty
+            if key_size == value_size:
+                shape = (len(layers), 2, self.slots, heads, self.length, key_size)
+                block = allocate(shape, dtype=self.dtype)
+                self._blocks.append((layers, block))
+                self._moved.append(block)
+                self._joint.update(zip(layers, block, strict=True))
+                parts.update((layer, (block[row, 0], block[row, 1])) for row, layer in enumerate(layers))
             else:  # values have another head size than keys
-                keys, values = new(shape), new((*shape[:3], value.shape[3]))
-            self.keys.append(keys)
-            self.values.append(values)
+                sizes = ((self.slots, heads, self.length, size) for size in (key_size, value_size))
+                keys, values = (allocate((len(layers), *shape), dtype=self.dtype) for shape in sizes)
+                self._moved += [keys, values]
+                parts.update(zip(layers, zip(keys, values, strict=True), strict=True))
+        self.keys, self.values = ([parts[layer][kind] for layer in range(len(prompt))] for kind in (0, 1))
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write one new token per active row, [B, K, D].
@@ -105,7 +120,7 @@ class SlotCache:
     def admit(
         self, first_slot: int, prompt: list[tuple[Tensor, Tensor]], samples: int, states: States | None = None
     ) -> None:
-        """Copy one prompt into `samples` slots from `first_slot` on.
+        """Copy one prompt into `samples` slots from `first_slot` on. The first call allocates all slots.
 
         Args:
             first_slot: the first slot.
@@ -114,17 +129,25 @@ class SlotCache:
             states: states of recurrent layers at the end of the prompt.
         """
         self.states.admit(first_slot, states or {}, samples)
+        if not self.keys:
+            self._allocate(prompt)
+        slots = slice(first_slot, first_slot + samples)
+        for layers, block in self._blocks:
+            new = torch.stack([part for layer in layers for part in prompt[layer]]).unflatten(0, (len(layers), 2))
+            block[:, :, slots, :, : new.shape[3]] = new[:, :, None]
         for layer, (key, value) in enumerate(prompt):
-            self.keys[layer][first_slot : first_slot + samples, :, : key.shape[1]] = key
-            self.values[layer][first_slot : first_slot + samples, :, : value.shape[1]] = value
+            if layer not in self._joint:
+                self.keys[layer][slots, :, : key.shape[1]] = key
+                self.values[layer][slots, :, : value.shape[1]] = value
 
     def move(self, targets: Tensor, sources: Tensor, used: int) -> None:
         """Copy the first `used` positions of rows `sources` to rows `targets`, on the device of the cache."""
         self.states.move(targets, sources)
-        whole = self._joint if len(self._joint) == len(self.keys) else [*self.keys, *self.values]
-        for tensor in whole:
-            positions, rows = tensor.narrow(-2, 0, used), tensor.ndim - 4
-            positions.index_copy_(rows, targets, positions.index_select(rows, sources))
+        for tensor in self._moved:
+            rows = tensor.ndim - 4
+            bytes_per_layer = tensor[0].nbytes // (self.slots * self.length) * used * len(sources)
+            for part in tensor.narrow(-2, 0, used).split(max(1, MOVED_BYTES // bytes_per_layer)):
+                part.index_copy_(rows, targets, part.index_select(rows, sources))
 
     # Interface of a transformers Cache, called by attention layers.
 

@@ -167,7 +167,7 @@ def _judge(name: str, check: Callable[[], float], tolerance: float) -> None:
     before = Counter(ops.calls)
     try:
         distance = check()
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:  # a kernel, or an argument that this torch does not have
         raise_device_error(error)
         switch_off(name, f"the self-test failed ({str(error).splitlines()[0]})")
         return

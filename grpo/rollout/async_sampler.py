@@ -79,6 +79,13 @@ class AsyncSampler:
         """Wait until nothing is being sampled."""
         wait(self._pending)
 
+    def give_up_memory(self) -> bool:
+        """Let the engine free memory before each update, from now on. Return False if it can free nothing.
+
+        It cannot while it samples for later steps.
+        """
+        return self.staleness == 0 and self.engine.give_up_memory()
+
     def close(self) -> None:
         """Cancel what has not begun."""
         if self._thread is not None:

@@ -203,7 +203,7 @@ def choose_backbone(model: PreTrainedModel) -> tuple[Backbone, int]:
         backbone = KernelBackbone(model, kind())
         try:
             hidden, _ = _probe(backbone)
-        except RuntimeError as error:  # an operation that this device lacks
+        except (RuntimeError, TypeError) as error:  # an operation that this device or this torch lacks
             raise_device_error(error)
             switch_off(name, f"it failed on this device ({str(error).splitlines()[0]})")
             continue

@@ -98,6 +98,14 @@ class RolloutEngine(ABC):
     def free_memory(self) -> None:  # noqa: B027 (optional)
         """Free memory that is not needed until the next `update_weights`. Called before each update."""
 
+    def give_up_memory(self) -> bool:
+        """Free what `free_memory` keeps, now and before each later update: memory has run out in one.
+
+        Returns:
+            Whether there was anything to free.
+        """
+        return False
+
     def update_weights(self, step: int) -> None:  # noqa: B027 (no-op for engines that read the live weights)
         """Copy the model's weights, which are those after `step`. Collective if they are sharded."""
 

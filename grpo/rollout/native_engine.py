@@ -70,27 +70,34 @@ class _State:
     """State of all slots, as tensors on the device."""
 
     def __init__(self, slots: int, window: int, draws: int, device: torch.device):
-        self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
-        """Newest token of each row: sampled, but not yet in the cache."""
-        self.positions = torch.zeros_like(self.tokens)
-        """Position of that token."""
+        self._integers = torch.zeros(3, slots, dtype=torch.long, device=device)
+        self.tokens, self.positions, self.drawn = self._integers
+        """Newest token of each row, sampled but not yet in the cache; its position; and the number of tokens sampled so
+        far, which is the position in the row's random stream."""
         self.uniforms = torch.zeros(slots, draws + window, dtype=torch.float64, device=device)
         """Random numbers of each row for all its tokens. They depend only on its key and the position."""
-        self.drawn = torch.zeros_like(self.tokens)
-        """Number of tokens sampled so far, which is the position in the row's random stream."""
         self.draws = draws
         self.logprobs = torch.zeros(slots, device=device)
         """Logprob of the newest token."""
         self.new_tokens = torch.zeros(window, slots, dtype=torch.long, device=device)
+        """[window, slots] tokens of the last steps."""
         self.new_logprobs = torch.zeros(window, slots, device=device)
+        self.step = torch.zeros(1, dtype=torch.long, device=device)
+        """Steps since the host has read the tokens."""
         self.seen: Tensor | None = None
         """[slots, V] bool: tokens of the prompt and the completion so far, with a repetition_penalty."""
 
     def move(self, targets: Tensor, sources: Tensor) -> None:
         """Copy rows `sources` to rows `targets`."""
         seen = [] if self.seen is None else [self.seen]
-        for tensor in (self.tokens, self.positions, self.uniforms, self.drawn, *seen):
+        for tensor in (self._integers.T, self.uniforms, *seen):
             tensor.index_copy_(0, targets, tensor.index_select(0, sources))
+
+    def record(self) -> None:
+        """Keep the newest token of each row for the host."""
+        self.new_tokens.index_copy_(0, self.step, self.tokens[None])
+        self.new_logprobs.index_copy_(0, self.step, self.logprobs[None])
+        self.step.add_(1)
 
     def read(self, steps: int, first: int, rows: int) -> tuple[list[list[int]], list[list[float]]]:
         """Return the tokens and logprobs of the last `steps` steps for `rows` rows from `first` on, row by row.
@@ -171,6 +178,8 @@ class NativeEngine(RolloutEngine):
         self.backbone, self.position_numbers = choose_backbone(model)
         self.schedule, self.graphs = schedule_for(device_of(model)), StepGraphs()
         self._kept: tuple[SlotCache, _State] | None = None
+        self.gives_up_memory = False
+        """Keep nothing during updates: one had no memory."""
         self.used_slots = slots
         """Number of slots of the last call."""
 
@@ -180,10 +189,30 @@ class NativeEngine(RolloutEngine):
         return f", decoding by {by}, KV cache in {cached}"
 
     def state_dict(self) -> dict[str, int]:
-        return {"slots": self.slots}
+        return {"slots": self.slots} | ({"gives_up_memory": 1} if self.gives_up_memory else {})
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.slots = min(self.slots, state.get("slots", self.slots))
+        self.gives_up_memory = bool(state.get("gives_up_memory", self.gives_up_memory))
+
+    def give_up_memory(self) -> bool:
+        if self._kept is None:
+            return False
+        log.info("out of memory in the update: the KV cache is freed before each update from now on (slower)")
+        self.gives_up_memory = True
+        self.free_memory()
+        return True
+
+    def free_memory(self) -> None:
+        if self.gives_up_memory:
+            self._drop_memory()
+
+    def _drop_memory(self) -> None:
+        """Free the cache, the graphs that read it, and the decoder's copy of the weights."""
+        self.graphs.clear()
+        self._kept = None
+        self.backbone.release()
+        empty_cache(device_of(self.model))
 
     @torch.no_grad()
     def generate(
@@ -198,14 +227,14 @@ class NativeEngine(RolloutEngine):
             return []
         done = _Done(prompts, plan.num_generations, finished)
         while (error := self._try_sampling(prompts, plan, done)) is not None:
-            self.graphs.clear()
-            self._kept, smaller = None, self.used_slots // 2
-            empty_cache(device_of(self.model))
+            self._drop_memory()
+            smaller = self.used_slots // 2
             if smaller < 1:
                 raise error
             log.info("out of memory while sampling: rollout.slots is %d instead of %d", smaller, self.used_slots)
             self.slots = smaller
-        self.backbone.release()
+        if self._kept is None:  # otherwise graphs read the copy of the weights
+            self.backbone.release()
         return_freed_memory(device_of(self.model))
         return [done.groups[index] for index in range(len(prompts))]
 
@@ -399,13 +428,13 @@ class NativeEngine(RolloutEngine):
         """
         steps = min(self.schedule.check_every, max(plan.max_completion_length - row.drawn for row in rows))
         active, longest = len(rows), max(row.cached for row in rows) + 1
+        state.step.zero_()
         for step in range(steps):
             if self.schedule.captures_graphs and is_on("cuda_graphs") and not plan.is_restricted:
                 self._captured_step(active, longest + step, cache, state, plan)
             else:
                 running = min(self.backbone.padded_rows(active), cache.slots)
                 self._step(running, min(longest + step, cache.length), cache, state, plan)
-            state.new_tokens[step], state.new_logprobs[step] = state.tokens, state.logprobs
         for row in rows:
             row.cached += steps
             row.drawn += steps
@@ -425,6 +454,7 @@ class NativeEngine(RolloutEngine):
         # Finished rows go on until the host reads the tokens, or as a part of their bucket. They stay in their slot.
         positions.add_(1).clamp_(max=cache.length - 1)
         drawn.add_(1).clamp_(max=state.uniforms.shape[1] - 1)
+        state.record()
 
     def _captured_step(self, active: int, longest: int, cache: SlotCache, state: _State, plan: SamplingPlan) -> None:
         """Run `_step` from the CUDA graph of its bucket.
@@ -436,8 +466,8 @@ class NativeEngine(RolloutEngine):
         self.graphs.run(
             (active, longest, plan.temperature),
             lambda: self._step(active, longest, cache, state, plan),
-            (state.tokens, state.positions, state.drawn, *cache.states.tensors()),
-            (state.logprobs,),
+            (state.tokens, state.positions, state.drawn, state.step, *cache.states.tensors()),
+            (state.logprobs, state.new_tokens, state.new_logprobs),
         )
 
     def _collect(

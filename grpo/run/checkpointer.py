@@ -243,7 +243,7 @@ def restore(checkpoint: Path, config: Config, policy: Policy, stream: Any) -> Re
 
 def _is_unchanged(limit: str, saved: dict[str, Any], config: Config) -> bool:
     """Return whether the config still has the value that `limit` was lowered from."""
-    key = {"slots": "rollout.slots"}.get(limit, limit)
+    key = {"slots": "rollout.slots", "gives_up_memory": "tokens_per_batch"}.get(limit, limit)
     return bool(saved.get(key) == flatten(to_dict(config))[key])
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Qwen2Config
 
 from grpo import GRPOTrainer
@@ -20,6 +19,7 @@ from tests.compat.rewards import by_length, count_a
 from tests.compat.test_trainer import ROWS, arguments
 from tests.fakes import save_tokenizer, tiny_folder
 
+Dataset = pytest.importorskip("datasets").Dataset
 pytestmark = pytest.mark.slow
 CHATS = [{"prompt": [{"role": "user", "content": row["prompt"]}], "n": row["n"]} for row in ROWS]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"

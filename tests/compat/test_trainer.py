@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -31,6 +30,8 @@ from grpo.errors import ConfigError, StorageError
 from tests.compat.rewards import count_a
 from tests.fakes import SHAPE, tiny_folder
 
+datasets = pytest.importorskip("datasets")
+Dataset, IterableDataset = datasets.Dataset, datasets.IterableDataset
 ROOT = Path(__file__).parents[2]
 ROWS = [{"prompt": f"{a}+{a}=", "n": a} for a in range(12)]
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import nbformat
 import pytest
 
+nbformat = pytest.importorskip("nbformat", reason='pip install -e ".[test]"')
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "walkthrough.ipynb"
 
 

@@ -7,7 +7,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from grpo.kernels import registry
 from grpo.kernels.attention import GroupSpan, PackedLayout, packed_attention
-from grpo.kernels.cuda.varlen import GatherKeys, is_available, is_supported
+from grpo.kernels.cuda.varlen import SHARED_KEYS, GatherKeys, is_available, is_supported
 from tests.fakes import slow_varlen_attn, use_slow_varlen
 
 GROUPS = ((7, (5, 3, 9)), (4, (2,)), (6, (1, 1, 8, 4)), (3, ()))
@@ -122,7 +122,7 @@ def test_the_stand_in_is_the_kernel() -> None:
     for window in ((-1, 0), (3, 0)):
         real = varlen_attn(
             query, key, key, plan.query_starts, plan.key_starts, plan.longest, plan.longest_keys,
-            scale=0.1, window_size=window, enable_gqa=True,
+            scale=0.1, window_size=window, **SHARED_KEYS,
         )  # fmt: skip
         slow = slow_varlen_attn(
             *(tensor.cpu().float() for tensor in (query, key, key)), plan.query_starts.cpu(), plan.key_starts.cpu(),

@@ -24,7 +24,7 @@ def test_checks_and_the_file(
     found: dict[str, Any] = json.loads((tmp_path / "doctor.json").read_text())
     checks = found["precisions"]["float32"]["checks"]
     assert found["ok"] and len(checks) == 6 and all(check["ok"] for check in checks.values())
-    assert found["versions"]["torch"] == torch.__version__ and found["kernels"].startswith("kernels: ")
+    assert torch.__version__.startswith(found["versions"]["torch"]) and found["kernels"].startswith("kernels: ")
     assert "all checks passed" in capsys.readouterr().out
 
     monkeypatch.setattr(self_test, "attention_leak", lambda *_: 1e-3)

@@ -9,6 +9,7 @@ copied side by side. Attention is causal, aligned at the last token of each sequ
     #                                                5                         0 1 2 5
 """
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ from grpo.kernels.transfer import to_device
 
 MAX_HEAD_SIZE = 256
 MIN_CAPABILITY = (8, 0)
+SHARED_KEYS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+"""Argument for queries with more heads than keys. The kernel of torch 2.11 takes them without it."""
 
 
 def is_available(device: torch.device) -> bool:
@@ -144,7 +147,7 @@ def packed_attention(
         plan.longest_keys,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **(SHARED_KEYS if query.shape[1] != key.shape[1] else {}),
     )
     assert isinstance(attended, Tensor)
     return attended.transpose(0, 1)[None]
