@@ -6,6 +6,8 @@ Each case takes two or more optimizer steps (SGD) on the same completions, so th
 their ratios leave the clip range. Compared in float32, for each step: the loss, the gradient norm and every parameter's
 gradient. A difference is relative: |ours - theirs| / |theirs|, for gradients divided by the norm of all gradients.
 Where the two differ on purpose, the table shows the factor: masked completions do not count in our denominators.
+In random cases, which take up to 12 optimizer steps, each step here starts from TRL's weights: large steps multiply
+rounding errors, and the difference of one step would be that of all before it.
 
 The random cases draw a value of each setting, with a fixed seed: losses and their parameters, temperature, correction
 of another sampler's logprobs, rewards that do not apply (None) or have weight 0, a reference of its own, tied weights,
@@ -24,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -32,6 +35,7 @@ from shared import character_tokenizer, script_parser, write_json
 from torch import Tensor
 
 from grpo.errors import ConfigError
+from grpo.losses import MAX_LOG_RATIO
 from grpo.runtime.command import run_main
 from grpo.runtime.sums import Sums
 from grpo.types import Completion, Group, Prompt
@@ -40,9 +44,9 @@ P, G, LENGTH, VOCABULARY = 3, 4, 9, 24
 LEARNING_RATE = 6.0  # SGD: large enough for the second step's ratios to leave [0.8, 1.2]; less where more steps follow
 
 
-DIVERGED = 1e6
-"""A loss above this: the steps before were too large, and log-ratios pass the clamp at 20 that TRL has not
-(docs/theory.md). The row names the step, and this one is not compared."""
+SMALLEST_NORM = 1e-3
+"""A gradient norm below this counts as this: where a correction masks nearly all tokens or a loss is saturated, only
+the rounding errors of terms of size 1 are left."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,10 @@ class Outcome:
     losses: list[float]
     gradients: list[dict[str, Tensor]]
     weights: dict[str, Tensor]
-    start: dict[str, Tensor] = field(default_factory=dict)
-    """TRL: the weights before the first step."""
+    starts: list[dict[str, Tensor]] = field(default_factory=list)
+    """TRL: the weights before each step."""
+    log_ratios: list[float] = field(default_factory=list)
+    """Ours: the largest log-ratio to the old policy or of the reference in each step."""
     clipped: float = 0.0
     flat_groups: float = 0.0
     """TRL: its metric for the fraction of groups whose rewards are all equal."""
@@ -277,16 +283,16 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=300, help="number of random cases")
     options = parser.parse_args()
 
-    def run(chosen: list[Case]) -> list[dict[str, Any]]:
+    def run(chosen: list[Case], forced: bool = False) -> list[dict[str, Any]]:
         found = []
         for case in chosen:
             if options.only in (None, case.loss_type):
-                found.append(compare(case))
+                found.append(compare(case, forced=forced))
                 print(line(found[-1]), flush=True)
                 gc.freeze()  # TRL collects garbage after each run, among all objects of the libraries
         return found
 
-    rows, drawn, experts = run(cases()), run(random_cases(options.random)), run(expert_cases())
+    rows, drawn, experts = run(cases()), run(random_cases(options.random), True), run(expert_cases())
     whole = compare(Case("dapo", {"beta": 0.3}, steps=5, optimizer="adamw")) if not options.only else None
     worst, worst_drawn = largest(rows), largest(drawn)
     print(f"{len(rows)} cases, largest relative difference {worst:.1e}")
@@ -325,21 +331,29 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def compare(case: Case) -> dict[str, Any]:
-    """Run one case. Return its row of the table: the largest relative differences over its optimizer steps."""
+def compare(case: Case, *, forced: bool = False) -> dict[str, Any]:
+    """Run one case. Return its row of the table: the largest relative differences over its optimizer steps.
+
+    `capped` is the number of steps that are not compared: they have a log-ratio above 20, where ratios here are capped
+    and TRL's are not (docs/theory.md).
+
+    Args:
+        forced: Each of our optimizer steps starts from TRL's weights.
+    """
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), tied=case.tied, experts=case.experts)
         if case.reference:
             make_model(Path(folder) / "reference", seed=1, tied=case.tied)
-        ours, theirs = run_ours(case, Path(folder)), run_trl(case, Path(folder))
+        theirs = run_trl(case, Path(folder))
+        ours = run_ours(case, Path(folder), theirs.starts if forced else None)
     row = {"loss_type": case.loss_type, "setting": case.setting, "steps": case.steps, "factor": case.factor}
     row |= {"loss": 0.0, "gradient_norm": 0.0, "gradient": 0.0, "clipped": ours.clipped}
-    steps = zip(ours.losses, theirs.losses, ours.gradients, theirs.gradients, strict=True)
-    for step, (mine, other, mine_g, other_g) in enumerate(steps, start=1):
-        if abs(other) > DIVERGED:
-            row["diverged"] = step
-            break
-        norm = max(total_norm(other_g), 1e-6)  # 0 where the correction masks all tokens
+    steps = zip(ours.losses, theirs.losses, ours.gradients, theirs.gradients, ours.log_ratios, strict=True)
+    row["capped"] = sum(ratio > MAX_LOG_RATIO for ratio in ours.log_ratios)
+    for mine, other, mine_g, other_g, ratio in steps:
+        if ratio > MAX_LOG_RATIO:
+            continue
+        norm = max(total_norm(other_g), SMALLEST_NORM)
         # A loss is a mean of terms of size 1 and both signs that cancel (advantages sum to 0). Float32 rounds
         # the terms, so a difference is compared with their size. tests/benchmarks/test_parity.py shows it
         # against float64.
@@ -350,8 +364,8 @@ def compare(case: Case) -> dict[str, Any]:
         row["gradient"] = max(row["gradient"], apart / norm)
     row["weights"] = max(float((ours.weights[name] - theirs.weights[name]).abs().max()) for name in theirs.weights)
     apart = total_norm({name: ours.weights[name] - theirs.weights[name] for name in theirs.weights})
-    moved = total_norm({name: theirs.weights[name] - theirs.start[name] for name in theirs.weights})
-    row["moved"] = apart / max(moved, 1e-6)  # 0, as the norm above
+    moved = total_norm({name: theirs.weights[name] - theirs.starts[0][name] for name in theirs.weights})
+    row["moved"] = apart / max(moved, 1e-6)  # 0 where the correction masks all tokens
     return row
 
 
@@ -444,8 +458,12 @@ def drawn_rewards(case: Case) -> dict[str, list[Any]]:
     return found
 
 
-def run_ours(case: Case, folder: Path) -> Outcome:
-    """Run a case through our compute_advantages and update: advantages, packing, objective, optimizer."""
+def run_ours(case: Case, folder: Path, starts: list[dict[str, Tensor]] | None = None) -> Outcome:
+    """Run a case through our compute_advantages and update: advantages, packing, objective, optimizer.
+
+    Args:
+        starts: Weights that each optimizer step starts from; None: those of the step before.
+    """
     from types import SimpleNamespace
 
     from accelerate import Accelerator
@@ -459,6 +477,7 @@ def run_ours(case: Case, folder: Path) -> Outcome:
         SamplingConfig,
     )
     from grpo.experience import ExperienceCollector, Sampled
+    from grpo.losses import policy_loss
     from grpo.policy import Policy
     from grpo.rewards.scoring import RewardSum
     from grpo.runtime.timing import Clock
@@ -494,17 +513,31 @@ def run_ours(case: Case, folder: Path) -> Outcome:
         )
     outcome = Outcome([], [], {})
     step, backward = policy.step, policy.backward
-    running = [0.0]
+    running, ratios = [0.0], [0.0]
 
     def watched_backward(loss: Tensor) -> None:
         running[0] += float(loss.detach())
         backward(loss)
 
+    def watched_loss(
+        logprobs: Tensor, old: Tensor, reference: Tensor | None, batch: Any, *given: Any, **more: Any
+    ) -> Any:
+        of_loss, now = batch.weights_N != 0, logprobs.detach()
+        for log_ratio in (now - old, *(() if reference is None else (reference - now,))):
+            ratios[0] = max(ratios[0], float(log_ratio[of_loss].max()) if bool(of_loss.any()) else 0.0)
+        return policy_loss(logprobs, old, reference, batch, *given, **more)
+
     def watched_step(usable: bool = True) -> float:
         outcome.gradients.append({name: p.grad.clone() for name, p in policy.model.named_parameters()})
         outcome.losses.append(running[0])
-        running[0] = 0.0
-        return step(usable)
+        outcome.log_ratios.append(ratios[0])
+        running[0] = ratios[0] = 0.0
+        norm = step(usable)
+        if starts is not None and len(outcome.losses) < len(starts):
+            with torch.no_grad():
+                for name, parameter in policy.model.named_parameters():
+                    parameter.copy_(starts[len(outcome.losses)][name])
+        return norm
 
     policy.backward, policy.step = watched_backward, watched_step  # type: ignore[method-assign]
     rewards: Any = SimpleNamespace(weights=dict(zip(("first", "second"), case.weights, strict=True)))
@@ -519,7 +552,8 @@ def run_ours(case: Case, folder: Path) -> Outcome:
     collector = ExperienceCollector(config, policy.accelerator, policy, unused, unused, rewards)
     sums = Sums()
     sampled = Sampled(case.groups(), scores, list(range(prompts)))
-    update(run, collector.compute_advantages(sampled, run.beta, sums), sums, Clock())
+    with mock.patch("grpo.trainer.policy_loss", watched_loss):
+        update(run, collector.compute_advantages(sampled, run.beta, sums), sums, Clock())
     outcome.weights = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     outcome.clipped = sums.mean("clipped")
     return outcome
@@ -549,6 +583,7 @@ def run_trl(case: Case, folder: Path) -> Outcome:
             grads = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
             outcome.gradients.append(grads)
             outcome.losses.append(trainer.running)
+            outcome.starts.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
             trainer.running = 0.0
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -565,7 +600,6 @@ def run_trl(case: Case, folder: Path) -> Outcome:
             rollout_func=trl_rollouts(case),
             optimizers=(sgd, torch.optim.lr_scheduler.LambdaLR(sgd, lambda _: 1.0)) if sgd else (None, None),
         )
-        outcome.start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
         if case.reference:
             trainer.ref_model.load_state_dict(other_weights(folder))
         if case.correction != "none":  # part of TRL's vLLM path; the completions are given, so vLLM is never called

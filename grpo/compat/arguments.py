@@ -107,7 +107,7 @@ class GRPOConfig:
     metric_for_best_model: str | None = mapped(None, "metric_for_best_model: eval_rewards/<name>/mean, eval_reward")
     greater_is_better: bool | None = copied(None, "greater_is_better")
     ignore_data_skip: bool = refused(False, "a resumed run goes on at the next prompt, without reading the others")
-    restore_callback_states_from_checkpoint: bool = refused(False, "the state of callbacks is not saved")
+    restore_callback_states_from_checkpoint: bool = mapped(False, "callbacks with a state() go on with it on resume")
     full_determinism: bool = refused(False, "call torch.use_deterministic_algorithms(True) in the script")
     seed: int = copied(42, "seed")
     data_seed: int | None = refused(None, "the order of the data follows seed")
@@ -237,6 +237,8 @@ class GRPOConfig:
             setattr(self, name, getattr(getattr(self, name), "value", getattr(self, name)))  # an Enum of transformers
         if self.bf16 is None:
             self.bf16 = not self.fp16
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
         self.generation_batch_size, self.steps_per_generation = generation_batch(
             self.per_device_train_batch_size,
             self.world_size,

@@ -17,7 +17,7 @@ RENAMED = {
     "time/step": "step_time",
 }
 """Metric here -> the same in TRL."""
-LATEST = ("grad_norm", "learning_rate")
+LATEST = ("grad_norm", "learning_rate", "num_tokens")
 """Keys of which a log entry holds the latest value; of the others, the mean since the entry before."""
 EVALUATED = {
     "eval/length_mean": "eval_completions/mean_length",

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError
+from grpo.models.given_adapter import GivenAdapter
 
 SAME = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 """Entries of a config that make two models alike."""
@@ -30,6 +31,8 @@ class GivenModel:
     """The loaded model, which is trained in place; None: the weights in `path`."""
     tokenizer: Any
     model_type: str
+    adapter: GivenAdapter | None = None
+    """The adapter that the loaded model has, which is trained on."""
 
 
 def given_model(model: Any, tokenizer: Any, remarks: list[str]) -> GivenModel:
@@ -41,7 +44,7 @@ def given_model(model: Any, tokenizer: Any, remarks: list[str]) -> GivenModel:
         remarks: Gets a line where the weights are converted.
 
     Raises:
-        ConfigError: It is no model for text, or has an adapter already.
+        ConfigError: It is no model for text, or has several adapters.
     """
     if tokenizer is not None and hasattr(tokenizer, "tokenizer"):
         raise ConfigError("processing_class is a processor for images or sound, needs to be a tokenizer")
@@ -49,8 +52,9 @@ def given_model(model: Any, tokenizer: Any, remarks: list[str]) -> GivenModel:
         path = str(model)
         tokenizer = _left_padded(tokenizer) or load_tokenizer(path)
         return GivenModel(path, None, tokenizer, _config_of(path).model_type)
-    if hasattr(model, "peft_config"):
-        raise ConfigError("model has an adapter already: pass the base model, and peft_config for a new adapter")
+    adapter = _adapter_of(model) if hasattr(model, "peft_config") else None
+    if adapter is not None:
+        model = adapter.base
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"model is a {type(model).__name__}, needs to be a name or a transformers.PreTrainedModel")
     path = str(model.config._name_or_path or "")
@@ -66,7 +70,18 @@ def given_model(model: Any, tokenizer: Any, remarks: list[str]) -> GivenModel:
     if not path or not _is_config_of(path, model):
         path = scratch_folder()
         model.config.save_pretrained(path)
-    return GivenModel(path, model, tokenizer, model.config.model_type)
+    return GivenModel(path, model, tokenizer, model.config.model_type, adapter)
+
+
+def _adapter_of(model: Any) -> GivenAdapter:
+    """Return the adapter of a peft.PeftModel."""
+    names = list(model.peft_config)
+    if len(names) != 1 or not hasattr(model, "get_base_model"):
+        raise ConfigError(
+            f"model has the adapters {names}, needs to be a base model or a peft.PeftModel with one adapter: merge the "
+            f"others (merge_and_unload)"
+        )
+    return GivenAdapter(model, names[0])
 
 
 def _left_padded(tokenizer: Any) -> Any:

@@ -21,8 +21,10 @@ class Outputs:
     processing_class: Any
     state: Any
     """transformers' TrainerState: global_step, max_steps, epoch, log_history."""
+    hub_model_id: str | None = None
+    """Where push_to_hub has uploaded to."""
 
-    def _build(self, resume: str | None = None) -> Run:
+    def _build(self, resume: Path | None = None) -> Run:
         raise NotImplementedError
 
     @property
@@ -89,6 +91,7 @@ class Outputs:
             ConfigError: Nothing was trained.
         """
         run = self._build()
+        self.hub_model_id = self.args.hub_model_id or run.run_dir.name
         if not (run.run_dir / "final").is_dir():
             raise ConfigError("push_to_hub: there is no final/ yet: call train() first")
         if not self.is_world_process_zero():
@@ -96,7 +99,7 @@ class Outputs:
         model_card(run.run_dir).save(run.run_dir / "final" / "README.md")
         return push(
             run.run_dir / "final",
-            self.args.hub_model_id or run.run_dir.name,
+            self.hub_model_id,
             token=given.get("token") or self.args.hub_token,
             private=bool(self.args.hub_private_repo),
             commit_message=commit_message or "End of training",

@@ -29,17 +29,22 @@ same loop. `grpo migrate script.py` writes that config as a file ([below](#migra
   50 is optimizer step 100. Numbers that do not divide are rounded up, with a message.
 - **Files.** `output_dir` is a run directory ([quickstart.md](quickstart.md)): `metrics.jsonl`, `rollouts.jsonl`,
   `checkpoints/step-N/`, and `final/` with the trained model at the end. `save_model()` writes to the same places as in
-  TRL. A directory that holds a run is not overwritten: pass `resume_from_checkpoint=True` or another `output_dir`.
+  TRL. A directory that holds a run is not overwritten: pass `resume_from_checkpoint=True` or another `output_dir`. A
+  checkpoint has a `trainer_state.json`: `state.log_history`, `num_tokens` and the best metric go on from there.
 - **Weights are float32.** A model in 16 bits is converted, with a message. `bf16=True` (the default, as in TRL)
   computes in bfloat16. A loaded model is trained in place.
 - **Evaluation** samples as in TRL (`num_generations_eval` completions at `temperature`), at the start, every
   `eval_steps`, and at the end. There is no `eval_loss`. Keys: `eval_reward`, `eval_rewards/<name>/mean`,
-  `eval_completions/mean_length`, `eval_completions/clipped_ratio`; of several sets also `eval_<set>_reward` and so on.
+  `eval_completions/mean_length`, `eval_completions/clipped_ratio`, `eval_num_tokens`; of several sets also
+  `eval_<set>_reward` and so on.
 - **Rewards** that other processes can import run in worker processes with a deadline. Lambdas, closures, functions of
   the script itself and reward models run in the training process, as in TRL. A reward that raises ends the run.
 - **Callbacks** get `on_init_end`, `on_train_begin`, `on_epoch_begin`, `on_step_begin`, `on_step_end`, `on_epoch_end`,
-  `on_log`, `on_evaluate`, `on_save` and `on_train_end`. Of the control flags, `should_training_stop`, `should_save` and
-  `should_log` are followed.
+  `on_log`, `on_evaluate`, `on_save` and `on_train_end`. They may set `should_log`, `should_evaluate`, `should_save` and
+  `should_training_stop`; what is due by the arguments is done in any case. `should_training_stop` that is set in
+  `on_save` takes effect after one more step. Not followed: `should_epoch_stop`.
+- **A model with an adapter** (`peft.PeftModel`, one LoRA adapter) is trained on. With a `beta`, the reference is the
+  adapter as it was given, as in TRL. `trainer.model` is a new `PeftModel` around the same base model.
 - **The order of the data** has the same distribution as TRL's, not the same permutation. `shuffle_dataset=False` gives
   the same order: that of the rows.
 - Not supported: `tools`, `rollout_func`, `environment_factory`, images.
@@ -61,6 +66,7 @@ MORE_LOGS = [
     ("`frac_reward_zero_std`", "share of groups whose rewards are all equal"),
     ("`completions/min_length`, `completions/max_length`", "from `rollouts.jsonl`"),
     ("`completions/mean_terminated_length`, `.../min_...`, `.../max_...`", "of completions that ended by themselves"),
+    ("`num_tokens`", "`rollout/tokens`, summed over all steps"),
     ("`epoch`", "optimizer steps divided by those of an epoch"),
 ]
 MIGRATE = """## Migrate

@@ -228,6 +228,8 @@ def model_values(options: Any, remarks: list[str]) -> Values:
             values["model.attn_implementation"] = value
         elif name == "quantization_config" and value is not None:
             values |= quantization_values(value)
+        elif name == "revision" and value == "main":  # the default of TRL's ModelConfig
+            continue
         elif name == "load_in_4bit":
             values["model.load_in_4bit"] = bool(value)
         elif value is not None and (name not in LOADED or (name == "trust_remote_code" and value)):

@@ -8,6 +8,7 @@ while the trainer works (`GRPOTrainer._objects`).
 """
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from grpo.data.registry import DATASETS
 from grpo.data.rendering import render_prompts
 from grpo.data.tokenizer import live_tokenizer
 from grpo.errors import ConfigError
+from grpo.models.given_adapter import given_adapter
 from grpo.models.loading import live_model
 from grpo.models.optimizers import OPTIMIZERS
 from grpo.models.reference import FrozenReference
@@ -36,7 +38,7 @@ from grpo.rewards.registry import REWARDS, reward_labels
 from grpo.rollout.evaluation import Evaluation, evaluate
 from grpo.run.build import build_rewards, build_run
 from grpo.run.callbacks import CALLBACKS
-from grpo.run.checkpoint import newest_valid
+from grpo.run.checkpointer import find_checkpoint
 from grpo.run.state import Run
 from grpo.runtime.device import torch_defaults
 from grpo.runtime.oom import memory_advice
@@ -56,7 +58,8 @@ class GRPOTrainer(Outputs):
     """Trains a model with GRPO. Arguments as in TRL 1.16.
 
     Args:
-        model: Id or folder of a causal LM, or a loaded one, which is trained in place.
+        model: Id or folder of a causal LM, or a loaded one, which is trained in place; with an adapter
+            (peft.PeftModel), that is trained on, and the reference has its weights of now.
         reward_funcs: One or several of: a function, the name of a reward, a model for sequence classification.
         args: The settings; default: `GRPOConfig("<model>-GRPO")`.
         train_dataset: Rows with a column `prompt`, a text or messages. Other columns go to the rewards.
@@ -109,6 +112,10 @@ class GRPOTrainer(Outputs):
         self._rewards = rewards_of(reward_funcs, args.reward_weights, reward_processing_classes)
         self._given = given_model(model, processing_class, remarks)
         self.processing_class = self._given.tokenizer
+        if self._given.adapter is not None:
+            if peft_config is not None:
+                raise ConfigError("model has an adapter already: leave out peft_config, or pass the base model with it")
+            peft_config = self._given.adapter.model.peft_config[self._given.adapter.name]
         values = {} if peft_config is None else lora_values(peft_config, self._given.model_type, remarks)
         values |= {} if quantization_config is None else quantization_values(quantization_config)
         self._translation = translate(args, self._prompts.rows, self._own_values() | values)
@@ -118,8 +125,9 @@ class GRPOTrainer(Outputs):
         weights = {labels[name]: weight for name, weight in self._rewards.weights.items()}
         sets = {name: len(examples) for name, examples in self._prompts.held_out.items()}
         self.events = Events(args, self._translation.schedule, check_callbacks(callbacks), weights, sets)
+        self.events.evaluate = self._evaluate_after
         self._run: Run | None = None
-        self._is_over = False
+        self._is_over = self._is_held = False
         self.state = self.events.state
         self.events.call("on_init_end")
 
@@ -148,9 +156,14 @@ class GRPOTrainer(Outputs):
 
     @contextlib.contextmanager
     def _objects(self) -> Iterator[None]:
-        """Register within what has no name of its own, and compute with torch's defaults."""
+        """Register within what has no name of its own, and compute with torch's defaults. Reentrant."""
+        if self._is_held:
+            yield
+            return
         given = self._given
         with contextlib.ExitStack() as stack:
+            self._is_held = True
+            stack.callback(setattr, self, "_is_held", False)
             stack.enter_context(torch_defaults())
             stack.enter_context(DATASETS.holding(DATASET, self._prompts.function()))
             stack.enter_context(CALLBACKS.holding(CALLBACK, bridge_to(self.events)))
@@ -160,6 +173,8 @@ class GRPOTrainer(Outputs):
                 stack.enter_context(REWARDS.holding(name, function))
             if given.live is not None:
                 stack.enter_context(live_model(given.path, given.live))
+            if given.adapter is not None:
+                stack.enter_context(given_adapter(given.path, given.adapter))
             yield
 
     def _given_optimizer(self, parameters: Any, config: Any, *, fused: bool | None) -> torch.optim.Optimizer:
@@ -175,14 +190,17 @@ class GRPOTrainer(Outputs):
 
     # The run
 
-    def _build(self, resume: str | None = None) -> Run:
+    def _build(self, resume: Path | None = None) -> Run:
         """Return the run, built on the first use; again where it resumes from a checkpoint."""
         if self._run is not None and (resume is None or self._is_over):
             return self._run
         if self._run is not None:
             self._run.close()
+            if self._given.live is not None and self._run.policy.adapter is not None:
+                self._run.policy.adapter.unload()  # a new one is made
         config = self._translation.config
-        config.resume, config.allow_changes = resume, CHANGED_ON_RESUME if resume else []
+        config.resume = None if resume is None else str(resume)
+        config.allow_changes = CHANGED_ON_RESUME if resume else []
         with self._objects(), memory_advice(config), launch_environment(self._translation.precision, self.args.use_cpu):
             self._run = build_run(config)
         if self._optimizers[1] is not None:
@@ -195,14 +213,18 @@ class GRPOTrainer(Outputs):
         """Train.
 
         Args:
-            resume_from_checkpoint: True: the newest checkpoint in output_dir; or the folder of one.
+            resume_from_checkpoint: True: the newest checkpoint in output_dir; or the folder of one. state.log_history
+                goes on where it ends there.
 
         Raises:
             ConfigError: There is no checkpoint to resume from, or output_dir holds a run already.
         """
-        run = self._build(self._resume(resume_from_checkpoint))
         if self._is_over:
             raise ConfigError("train() was called before: make a new GRPOTrainer, with another output_dir")
+        checkpoint = self._checkpoint(resume_from_checkpoint)
+        run = self._build(checkpoint)
+        if checkpoint is not None:
+            self.events.restore(checkpoint)
         begun, self._is_over = time.perf_counter(), True
         with self._objects(), Signals() as signals, memory_advice(run.config):
             self.events.begin(run.start)
@@ -226,12 +248,23 @@ class GRPOTrainer(Outputs):
             self.push_to_hub()
         return TrainOutput(updates, metrics["train_loss"], metrics)
 
-    def _resume(self, asked: bool | str | None) -> str | None:
+    def _checkpoint(self, asked: bool | str | Path | None) -> Path | None:
+        """Return the folder of the checkpoint that resume_from_checkpoint names."""
         if not asked:
             return None
-        if asked is True and newest_valid(Path(self._translation.config.run_dir or ""))[0] is None:
-            raise ConfigError(f"resume_from_checkpoint: there is no checkpoint in {self._translation.config.run_dir}")
-        return "auto" if asked is True else str(asked)
+        config = self._translation.config
+        found = find_checkpoint(
+            dataclasses.replace(config, resume="auto" if asked is True else str(asked)), Path(config.run_dir or "")
+        )
+        if found is None:
+            raise ConfigError(f"resume_from_checkpoint: there is no checkpoint in {config.run_dir}")
+        return found
+
+    def end(self) -> None:
+        """Finish the trackers, and the group of processes. Call it last in a script."""
+        if self._run is not None:
+            self._run.close()
+            self._run.accelerator.end_training()
 
     # Evaluation
 
@@ -260,6 +293,14 @@ class GRPOTrainer(Outputs):
         found = self._evaluate(Prompts([], {"": list(examples_of(test_dataset, "test_dataset"))}, False))
         metrics = self.events.evaluated(found.rows, metric_key_prefix, {})
         return PredictionOutput([row["completion"] for row in found.rows], None, metrics)  # type: ignore[arg-type]
+
+    def _evaluate_after(self, step: int) -> dict[str, float]:
+        """Evaluate after a step of the run, where a callback asks for it: with the run's own prompts if it has some."""
+        run = self._build()
+        if not run.held_out:
+            return self.evaluate()
+        metrics = run.evaluate(step)
+        return metrics | self.events.log_evaluation(run.recorder.evaluated) if metrics else {}
 
     def _evaluate(self, prompts: Prompts) -> Evaluation:
         run = self._build()

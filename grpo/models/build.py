@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.data.gguf import plain_model
 from grpo.data.tokenizer import load_tokenizer
+from grpo.errors import ConfigError
 from grpo.models.architecture import vocabulary_size
+from grpo.models.given_adapter import load_given_adapter, take_given_adapter
 from grpo.models.loading import recompute_activations
 from grpo.models.logprob_model import LogprobModel
 from grpo.models.lora import Adapter, add_adapter
@@ -71,6 +73,7 @@ def build_trained_model(
     create_optimizer = OPTIMIZERS.get(optimizer_config.optim)
     strategy = strategy_for(accelerator)
     strategy.configure(config, optimizer_config)
+    given = take_given_adapter(path)
     model, uses_packed_attention = strategy.load(path, config)
     working_copy = WorkingCopy(model, strategy)
     logprob_model = LogprobModel(
@@ -87,6 +90,13 @@ def build_trained_model(
     adapter = (
         add_adapter(model, lora, base=plain_model(path, config.gguf_file)) if lora is not None and has_adapter else None
     )
+    if given:
+        load_given_adapter(model, given)
+        if objective.beta > 0 and reference is None and not strategy.exposes_weights:
+            raise ConfigError(
+                "objective.beta with an adapter that was trained before: the reference is its first weights, which "
+                "DeepSpeed cannot exchange: use FSDP, or processes that each hold the model"
+            )
     if config.gradient_checkpointing:
         recompute_activations(model)
         for module in model.modules():
@@ -115,7 +125,7 @@ def build_trained_model(
     optimizer = create_optimizer(trained, optimizer_config, fused=strategy.fused_optimizer)
     module = strategy.prepare(logprob_model, optimizer)
     if objective.beta > 0 and reference is None:
-        reference = AdapterReference(module, adapter)
+        reference = AdapterReference(module, adapter, is_given=bool(given))
     return TrainedModel(
         strategy=strategy,
         model=model,

@@ -2,10 +2,11 @@
 
 FrozenReference     a copy of the initial weights, or another model with the same vocabulary (model.reference).
                     `sync` moves it towards the policy (model.sync_ref_model)
-AdapterReference    the policy without its LoRA adapter: no memory of its own
+AdapterReference    the policy without its LoRA adapter, or with that adapter's first weights: no model of its own
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -65,20 +66,34 @@ class FrozenReference:
 
 
 class AdapterReference:
-    """The policy with its adapter disabled: exactly the model before training.
+    """The policy with its adapter disabled, or as that adapter was at first: exactly the model before training.
 
     Args:
         logprob_model: The policy's own `LogprobModel`, wrapped.
         adapter: The adapter in it.
+        is_given: The adapter was trained before, and the reference has its weights of now.
     """
 
-    def __init__(self, logprob_model: nn.Module, adapter: Adapter) -> None:
+    def __init__(self, logprob_model: nn.Module, adapter: Adapter, *, is_given: bool = False) -> None:
         self.logprob_model, self.adapter = logprob_model, adapter
+        trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad] if is_given else []
+        self.first = [(parameter, parameter.detach().clone()) for parameter in trained]
 
     def logprobs(self, batches: list[PackedBatch]) -> list[Tensor]:
         """Return logprobs [N] of each batch."""
-        with adapter_disabled(self.adapter):
+        with self._first_weights() if self.first else adapter_disabled(self.adapter):
             return detached_logprobs(self.logprob_model, batches)
+
+    @contextlib.contextmanager
+    def _first_weights(self) -> Iterator[None]:
+        now = [parameter.detach().clone() for parameter, _ in self.first]
+        try:
+            for parameter, tensor in self.first:
+                parameter.data.copy_(tensor)
+            yield
+        finally:
+            for (parameter, _), tensor in zip(self.first, now, strict=True):
+                parameter.data.copy_(tensor)
 
 
 def detached_logprobs(logprob_model: nn.Module, batches: list[PackedBatch]) -> list[Tensor]:

@@ -53,6 +53,7 @@ def step_metrics(
     sums.add("flat", (advantages_PG == 0).all(1).sum(), len(groups))
     sums.add("length", sum(lengths), len(lengths))
     sums.add("truncated", len(ended) - sum(ended), len(ended))
+    sums.add("tokens", sum(lengths) + sum(len(g.prompt.token_ids) * len(g.completions) for g in groups), 0)
     sums.add("trained_groups", len(sampled.kept), 0)
     sums.add("sampled_groups", len(groups), 0)
     merge_sums(accelerator, sums)
@@ -67,6 +68,7 @@ def step_metrics(
         "policy/learning_rate": sums.mean("learning_rate"),
         "rollout/length_mean": sums.mean("length"),
         "rollout/truncated_fraction": sums.mean("truncated"),
+        "rollout/tokens": sums.total("tokens"),
         "rollout/tokens_per_second": tokens / max(sampled.seconds, 1e-9),
         "time/step": sum(laps.values()),
         "time/rollout": laps["rollout"],

@@ -174,6 +174,7 @@ for _metric in (
         "truncated",
         ".0%",
     ),
+    Metric("rollout/tokens", "tokens", "completions and, once for each completion, its prompt; over all processes"),
     Metric(
         "rollout/tokens_per_second",
         "tokens per second",

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from grpo import GRPOTrainer
 from grpo.compat.expectations import EXPECTATIONS
 from grpo.errors import ConfigError
+from grpo.models.logprob_model import probe_batch
 from tests.compat.rewards import by_length, count_a
 from tests.compat.test_trainer import ROWS, arguments
 from tests.fakes import save_tokenizer, tiny_folder
@@ -124,8 +125,62 @@ def test_an_adapter_trains_alone(folder: str, tmp_path: Path, recompute: bool) -
     assert moved == [name for name in before if "lora_" in name]  # peft's default: q_proj and v_proj
     assert {name.split(".")[-4] for name in moved} == {"q_proj", "v_proj"}
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig())
-    with pytest.raises(ConfigError, match="model has an adapter already"):
-        GRPOTrainer(adapted, by_length, arguments(tmp_path / "o"), Dataset.from_list(ROWS))
+    with pytest.raises(ConfigError, match="model has an adapter already: leave out peft_config"):
+        GRPOTrainer(adapted, by_length, arguments(tmp_path / "o"), Dataset.from_list(ROWS), peft_config=LoraConfig())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_adapter_that_exists_is_trained_on(folder: str, tmp_path: Path, bf16: bool) -> None:
+    """The reference is the model with the adapter as it was given, as in TRL: the KL starts at 0."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain = {name: value.clone() for name, value in base.state_dict().items()}
+    given = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]), adapter_name="mine")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, value in given.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.2)
+    merged = {name: value.detach().clone() for name, value in given.named_parameters() if "lora_" in name}
+    trainer, before = run(folder, tmp_path / "out", by_length, model=given, beta=0.1, bf16=bf16)
+    assert isinstance(trainer.model, PeftModel) and trainer.ref_model is None
+    lora = {name.replace(".default.", ".mine."): value for name, value in before.items() if "lora_" in name}
+    assert lora.keys() == merged.keys() and all(torch.equal(lora[name], value) for name, value in merged.items())
+    assert changed(trainer, before) == [name for name in before if "lora_" in name]
+    for name, value in base.named_parameters():  # the weights of the base are as they were, and in their place
+        if ".lora_" not in name:
+            assert torch.equal(value, plain[name.replace(".base_layer", "")])
+    kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert kl[0] == 0 and kl[-1] > 0
+    policy = trainer._run.policy  # type: ignore[union-attr]
+    [batch] = [probe_batch(10)]
+    with policy.strategy.autocast():
+        found = policy.reference.logprobs([batch])[0]  # type: ignore[union-attr]
+    with torch.no_grad():
+        for name, value in trainer.model.named_parameters():
+            if "lora_" in name:
+                value.copy_(merged[name.replace(".default.", ".mine.")])
+    assert torch.equal(found, policy.old_logprobs([batch])[0])
+    adapters = {"a": LoraConfig(r=2, target_modules=["q_proj"]), "b": LoraConfig(r=2, target_modules=["q_proj"])}
+    several = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), adapters["a"], adapter_name="a")
+    several.add_adapter("b", adapters["b"])
+    with pytest.raises(ConfigError, match=r"model has the adapters \['a', 'b'\]"):
+        GRPOTrainer(several, by_length, arguments(tmp_path / "o"), Dataset.from_list(ROWS))
+
+
+@pytest.mark.parametrize("fields", [{"use_liger_kernel": True}, {"use_transformers_paged": True}])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_kernels_of_others_are_not_needed(folder: str, tmp_path: Path, fields: dict, adapter: bool) -> None:
+    """A loaded model trains with these fields, which have no effect here, also with the off-policy mask."""
+    from peft import LoraConfig
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    settings = {"off_policy_mask_threshold": 0.5, "logging_strategy": "no", "eval_dataset": Dataset.from_list(ROWS[:2])}
+    own = {"peft_config": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])} if adapter else {}
+    trainer, before = run(folder, tmp_path / "out", by_length, model=model, **settings, **own, **fields)
+    assert changed(trainer, before) == [name for name in before if "lora_" in name or not adapter]
+    assert not any("loss" in entry for entry in trainer.state.log_history)
 
 
 def test_several_rewards_of_every_kind_with_weights(folder: str, judge: str, tmp_path: Path) -> None:

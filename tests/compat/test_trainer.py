@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    EarlyStoppingCallback,
     Qwen2Config,
     TrainerCallback,
 )
@@ -27,7 +28,7 @@ from grpo import GRPOConfig, GRPOTrainer
 from grpo.compat.logs import completion_logs, evaluation_logs, merged
 from grpo.compat.rewards import reward_model_function, rewards_of
 from grpo.errors import ConfigError, StorageError
-from tests.compat.rewards import count_a
+from tests.compat.rewards import constant, count_a
 from tests.fakes import SHAPE, tiny_folder
 
 datasets = pytest.importorskip("datasets")
@@ -248,12 +249,72 @@ def test_a_callback_stops_saves_and_its_error_ends_the_training(folder: str, tmp
     trainer = trained(folder, tmp_path / "out", max_steps=5, callbacks=[watcher])
     assert trainer.state.global_step == 2 and "save 1" in watcher.events and watcher.events[-1] == "end 2"
 
+    class Asking(TrainerCallback):
+        """Asks for everything once, each in another event."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            assert not (control.should_evaluate or control.should_save)
+            control.should_evaluate = state.global_step == 2
+            control.should_log = state.global_step == 3
+
+        def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            control.should_save = state.global_step == 3
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            control.should_save = state.global_step == 2
+
+        def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            control.should_training_stop = state.global_step == 3
+
+    for strategy in ("steps", "no"):  # with prompts of the run's own, and without
+        watcher, out = Watcher(), tmp_path / f"asking-{strategy}"
+        fields = {"max_steps": 6, "logging_steps": 100, "eval_strategy": strategy, "eval_steps": 100}
+        sets = Dataset.from_list(ROWS[:2])
+        trainer = trained(folder, out, callbacks=[watcher, Asking], eval_dataset=sets, **fields)
+        done = [event for event in watcher.events if event.split()[0] not in ("begin", "step", "end")]
+        evaluated = ["log 2", "evaluate eval_rewards/count_a/mean", "save 2"]
+        start = ["log 0", "evaluate eval_rewards/count_a/mean"] if strategy == "steps" else []
+        assert done == [
+            *start,
+            "done 1",
+            "done 2",
+            *evaluated,
+            "done 3",
+            "log 3",
+            "save 3",
+            "done 4",
+            "save 4",
+            "log 4",
+        ]
+        assert trainer.state.global_step == 4
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        [found] = [row for row in rows if row["step"] == 2]
+        [entry] = [row for row in trainer.state.log_history if row["step"] == 2]
+        assert found["eval_reward"] == entry["eval_reward"]
+
     class Failing(TrainerCallback):
         def on_step_end(self, *given: Any, **more: Any) -> None:
             raise ZeroDivisionError("in a callback")
 
     with pytest.raises(ZeroDivisionError, match="in a callback"):
         trained(folder, tmp_path / "failing", max_steps=5, callbacks=[Failing])
+
+
+@pytest.mark.slow
+def test_early_stopping_counts_on_after_a_resume(folder: str, tmp_path: Path) -> None:
+    """transformers' EarlyStoppingCallback, with a metric that never gets better than at the start."""
+    fields = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_reward", "learning_rate": 0.0}
+    fields |= {"save_steps": 2, "num_generations_eval": 2, "restore_callback_states_from_checkpoint": True}
+    own = {"eval_dataset": Dataset.from_list(ROWS[:2]), "reward_funcs": constant, "lr_scheduler_type": "constant"}
+    trained(folder, tmp_path / "out", max_steps=2, callbacks=[EarlyStoppingCallback(4)], **own, **fields)
+    args = arguments(tmp_path / "out", max_steps=9, lr_scheduler_type="constant", **fields)
+    stopping = EarlyStoppingCallback(4)
+    data = Dataset.from_list(ROWS)
+    resumed = GRPOTrainer(folder, constant, args, data, Dataset.from_list(ROWS[:2]), callbacks=[stopping])
+    resumed.train(resume_from_checkpoint=True)
+    # Evaluations at 0 (the best), 1, 2; after the resume 3, 4: the fourth without a better one.
+    assert resumed.state.global_step == 4 and stopping.early_stopping_patience_counter == 4
+    assert resumed.state.best_metric == 1.0 and resumed.state.best_global_step == 0
 
 
 @pytest.mark.slow
@@ -320,13 +381,29 @@ def test_an_adapter(folder: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_resume_goes_on_exactly(folder: str, tmp_path: Path) -> None:
     whole = trained(folder, tmp_path / "whole", max_steps=4, lr_scheduler_type="constant")
-    trained(folder, tmp_path / "part", max_steps=2, save_steps=2, lr_scheduler_type="constant")
+    first = trained(folder, tmp_path / "part", max_steps=2, save_steps=2, lr_scheduler_type="constant")
     args = arguments(tmp_path / "part", max_steps=4, save_steps=2, lr_scheduler_type="constant")
     with pytest.raises(ConfigError, match="already holds a run"):
         GRPOTrainer(folder, count_a, args, Dataset.from_list(ROWS)).train()
     resumed = GRPOTrainer(folder, count_a, args, Dataset.from_list(ROWS))
     resumed.train(resume_from_checkpoint=True)
-    assert losses(resumed) == losses(whole)[2:] and resumed.state.global_step == 4
+    assert losses(resumed) == losses(whole) and resumed.state.global_step == 4
+    timed = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+    untimed = [{key: value for key, value in row.items() if key not in timed} for row in first.state.log_history[:2]]
+    again = [{key: value for key, value in row.items() if key not in timed} for row in resumed.state.log_history]
+    assert again[:2] == untimed and [row["step"] for row in again] == [1, 2, 3, 4, 4]
+    tokens = [row["num_tokens"] for row in resumed.state.log_history[:4]]
+    assert tokens == [row["num_tokens"] for row in whole.state.log_history[:4]]
+    rollouts = [json.loads(line) for line in (tmp_path / "whole" / "rollouts.jsonl").read_text().splitlines()]
+    lengths = [len(AutoTokenizer.from_pretrained(folder)(row["prompt"])["input_ids"]) for row in rollouts]
+    done = [row["length"] + length for row, length in zip(rollouts, lengths, strict=True)]
+    assert tokens == [sum(done[: 4 * step]) for step in (1, 2, 3, 4)]
+    saved = json.loads((tmp_path / "part" / "checkpoints" / "step-4" / "trainer_state.json").read_text())
+    assert saved["global_step"] == 4 and len(saved["log_history"]) == 4 and saved["num_input_tokens_seen"] == tokens[-1]
+    named = GRPOTrainer(folder, count_a, args, Dataset.from_list(ROWS))
+    (tmp_path / "part" / "checkpoints" / "step-2" / "trainer_state.json").write_text("{")
+    named.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoints" / "step-2"))
+    assert losses(named) == losses(whole)[2:]  # the history of a damaged file is lost, and nothing else
     with pytest.raises(ConfigError, match="there is no checkpoint in"):
         GRPOTrainer(folder, count_a, arguments(tmp_path / "none"), ROWS).train(resume_from_checkpoint=True)
 

@@ -13,9 +13,10 @@ from grpo.config.parser import load_config
 from grpo.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError, NumericsError
-from grpo.models.loading import load_model
+from grpo.models.given_adapter import GivenAdapter, given_adapter, load_given_adapter
+from grpo.models.loading import live_model, load_model
 from grpo.models.logprob_model import probe_batch
-from grpo.models.lora import add_adapter, delta_weight, load_adapter, lora_layers
+from grpo.models.lora import adapter_disabled, add_adapter, delta_weight, load_adapter, lora_layers
 from grpo.models.weights import WeightReader, WorkingCopy
 from grpo.policy import Policy
 from grpo.trainer import train
@@ -219,3 +220,48 @@ def test_a_merge_that_is_wrong_ends_the_run_at_its_first_step(
     rows = [json.loads(line) for line in (tmp_path / "wrong" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1] and rows[0]["policy/sampling_logprob_difference"] < 1e-5
     lora_run(tmp_path, folder, "allowed", 1, **extra, **{"rollout.max_logprob_difference": 10})
+
+
+def test_an_adapter_that_was_trained_before_is_the_start_and_the_reference(folder: Path) -> None:
+    import peft
+
+    model = load_model(str(folder))
+    given = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.3)
+    ids = torch.tensor([[3, 5, 7]])
+    expected, adapter = model(ids).logits.detach(), GivenAdapter(given, "default")
+    with live_model(str(folder), model), given_adapter(str(folder), adapter):
+        policy = lora_policy(folder, ["q_proj", "v_proj"])
+    assert policy.model is model and torch.allclose(model(ids).logits, expected, atol=1e-6)
+    policy.check()
+    batch = probe_batch(42)
+    [start] = policy.old_logprobs([batch])
+    with adapter_disabled(policy.adapter):
+        assert not torch.allclose(policy.old_logprobs([batch])[0], start, atol=1e-3)
+    learn(policy)
+    now, moved = {n: p.detach().clone() for n, p in model.named_parameters()}, policy.old_logprobs([batch])[0]
+    assert torch.equal(policy.reference_logprobs([batch])[0], start) and not torch.allclose(moved, start, atol=1e-3)
+    assert all(torch.equal(value, now[name]) for name, value in model.named_parameters())
+    with pytest.raises(ConfigError, match="4 weights, of which a new one with its settings has others"):
+        load_given_adapter(model, dict(list(adapter.weights.items())[:4]))
+
+
+def test_a_merged_adapter_leaves_the_base_as_it_was(folder: Path) -> None:
+    import peft
+
+    model = load_model(str(folder))
+    plain = {name: value.clone() for name, value in model.state_dict().items()}
+    given = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["o_proj"]), adapter_name="mine")
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value.fill_(0.5)
+    given.merge_adapter()
+    adapter = GivenAdapter(given, "mine")
+    taken = adapter.take_off()
+    assert adapter.take_off() is taken and all(name.endswith(".default.weight") for name in taken)
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value, plain[name], atol=1e-6), name

@@ -30,6 +30,7 @@ def test_a_step_that_trained_no_token_has_no_mean_over_tokens() -> None:
     assert not {"policy/entropy", "policy/clip_fraction", "policy/sampling_logprob_difference"} & row.keys()
     assert (row["policy/kl"], row["policy/loss"], row["policy/grad_norm"]) == (0, 0, 0)
     assert row["reward/zero_std_fraction"] == 1 and row["rollout/length_mean"] == 1.5
+    assert row["rollout/tokens"] == 5  # the prompt of one token twice, and completions of two and one
     assert "policy/kl" not in metrics_of(Sums(), beta=0.1)  # all completions are masked: nothing was measured
 
 
