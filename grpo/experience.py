@@ -358,8 +358,8 @@ def estimator_of(objective: ObjectiveConfig) -> str:
 
 
 def lengths_of(groups: list[Group]) -> Tensor:
-    """Return the completion lengths [P, G] in tokens, float64."""
-    return torch.tensor([[len(c.token_ids) for c in group.completions] for group in groups], dtype=torch.float64)
+    """Return the numbers of sampled tokens [P, G], float64."""
+    return torch.tensor([[len(c.sampled) for c in group.completions] for group in groups], dtype=torch.float64)
 
 
 def _varies(rewards_G: Tensor) -> bool:

@@ -10,6 +10,8 @@ log p(token n | the tokens before it in its own sequence). The shift by one happ
     # predictor_N         1  2  1      index into T of the token before it: both completions follow the prompt's last
     # sequence_N          0  0  1
     # completion_S        0     1      index into the P * G completions
+
+Given tokens of a completion (tool results) are among the T tokens that others attend to, but not among the N.
 """
 
 import itertools
@@ -27,7 +29,7 @@ from grpo.types import Group
 
 @dataclass
 class PackedBatch:
-    """The input of one forward pass. T packed tokens, N completion tokens, S sequences (completions)."""
+    """The input of one forward pass. T packed tokens, N sampled tokens, S sequences (completions)."""
 
     input_ids_T: Tensor
     positions_T: Tensor
@@ -43,7 +45,7 @@ class PackedBatch:
     weights_N: Tensor
     """[N] float32: 1 where the token counts in the loss, 0 where its completion is masked."""
     lengths_S: Tensor
-    """[S] completion lengths in tokens."""
+    """[S] number of tokens in the loss of each completion."""
     completion_S: Tensor
     """[S] index of each sequence among the P * G completions that were packed."""
 
@@ -68,24 +70,17 @@ class PackedBatch:
         Returns:
             ids [S, L] and the predictor [N] as an index into the flattened [S * L].
         """
-        ids = self.input_ids_T.tolist()
-        sequences, first = [], []
+        ids, sequences = self.input_ids_T.tolist(), list[list[int]]()
         for span in self.spans:
             middle = span.start + span.prompt_length
             prompt = ids[span.start : middle]
             for length in span.completion_lengths:
                 sequences.append(prompt + ids[middle : middle + length])
-                first.append(span.prompt_length - 1)
                 middle += length
         width = max(map(len, sequences))
         padded = torch.tensor([sequence + [0] * (width - len(sequence)) for sequence in sequences])
-        predictor = torch.cat(
-            [
-                row * width + start + torch.arange(length)
-                for row, (start, length) in enumerate(zip(first, self.lengths_S.tolist(), strict=True))
-            ]
-        )
-        return padded.to(self.input_ids_T.device), predictor.to(self.input_ids_T.device)
+        predictor = self.sequence_N * width + self.positions_T[self.predictor_N]  # a position is an index in its row
+        return padded.to(self.input_ids_T.device), predictor
 
 
 def pack(
@@ -208,16 +203,16 @@ def _lay(parts: list[_Part], mask_truncated: bool) -> PackedBatch:
         start, prompt = len(ids), list(group.prompt.token_ids)
         ids += prompt
         positions += range(len(prompt))
-        last_of_prompt = len(ids) - 1
         for sample in part.chosen:
             completion = group.completions[sample]
             first, length = len(ids), len(completion.token_ids)
             ids += completion.token_ids
             positions += range(len(prompt), len(prompt) + length)
-            predictor += [last_of_prompt, *range(first, first + length - 1)]
-            tokens += completion.token_ids
-            sampling += completion.logprobs
-            lengths.append(length)
+            before, sampled = [start + len(prompt) - 1, *range(first, first + length - 1)], completion.sampled
+            predictor += [before[n] for n in sampled]
+            tokens += [completion.token_ids[n] for n in sampled]
+            sampling += [completion.logprobs[n] for n in sampled]
+            lengths.append(len(sampled))
             sources.append(part.row * len(group.completions) + sample)
             weights.append(_weight(group, sample, mask_truncated))
         own_lengths = tuple(len(group.completions[sample].token_ids) for sample in part.chosen)

@@ -232,7 +232,7 @@ def count_tokens(run: Run, groups: list[Group]) -> Counts:
     So a token weighs the same in every mini-batch, and the mean of their gradients is that of a single one.
     """
     lengths = [
-        len(completion.token_ids)
+        len(completion.sampled)
         for group in groups
         for completion in group.completions
         if completion.ended or not run.config.objective.mask_truncated_completions

@@ -54,13 +54,22 @@ class Completion:
     """One sampled completion. Training uses the token ids; the text is for rewards and logs only."""
 
     token_ids: list[int]
-    """The sampled ids, including the end token if one was drawn."""
+    """The ids after the prompt: those that were sampled, including end tokens, and those that were given."""
     logprobs: list[float]
-    """log p(token) under the sampling distribution, recorded at sampling. Same length as token_ids."""
+    """log p(token) under the sampling distribution, recorded at sampling. One for each of token_ids; 0 where given."""
     ended: bool
     """True: the model drew an end token. False: cut off at max_completion_length."""
     text: str
-    """token_ids decoded, without end, padding and bos tokens. Other special tokens stay: <answer> may be one."""
+    """The (last) turn decoded, without end, padding and bos tokens. Other special tokens stay: <answer> may be one."""
+    given: list[list[int]] = field(default_factory=list)
+    """[start, end) of the token_ids between turns (tool results, ...): context, not sampled, never in the loss."""
+    turns: dict[str, Any] = field(default_factory=dict)
+    """With tools or an environment: messages, reward, ... (grpo/rollout/dialogue.py). Plain values."""
+
+    @property
+    def sampled(self) -> list[int]:
+        """Indices of the token_ids that were sampled."""
+        return [n for n in range(len(self.token_ids)) if not any(start <= n < end for start, end in self.given)]
 
 
 @dataclass(frozen=True)

@@ -365,6 +365,27 @@ class RolloutConfig:
 
 
 @dataclass
+class TurnsConfig:
+    max_tool_calling_iterations: int | None = setting(None, "[0, inf)", trl="max_tool_calling_iterations")
+    """Largest number of turns with calls in a completion; the calls of a later turn are not run. Null = as many as fit
+    into max_completion_length."""
+    deadline: float = free(10.0, "[0.1, inf]")
+    """Seconds for one call of a tool or one step of an environment, in a process that is killed then. The model reads
+    the error as the result."""
+    max_result_length: int = setting(2000, "[1, inf)")
+    """Characters of the result of a tool; the rest is cut off."""
+    workers: int = free(2, "[0, inf)")
+    """Processes that run tools and environments. 0 = in the training process, without a deadline: for debugging."""
+    show_tools: bool = setting(True)
+    """Show the schemas of the tools in the prompt, as the chat template does. false = the prompt describes them."""
+    rewritten_history: Literal["refuse", "keep"] = setting("refuse")
+    """Chat template that changes earlier turns when a later one follows (it drops their thinking): refuse it, or keep
+    in the context what was sampled."""
+    trust_model_code: bool = setting(False)
+    """Allow tools that run code of the model (python): as this user, in a process with limits (docs/tools.md)."""
+
+
+@dataclass
 class ScoringConfig:
     deadline: float = free(60.0, "[0.1, inf]", common=True)
     """Seconds that one reward function may take for a step's completions, in a process of its own that is killed then;
@@ -434,6 +455,13 @@ class Config:
     """Reward function -> weight. Registered names, package.module:function, or path/file.py:function."""
     reward_kwargs: dict[str, dict[str, Any]] = setting({})
     """Keyword arguments of reward functions: a name in `rewards` -> {argument: value}."""
+    tools: list[str] = setting([], common=True)
+    """Functions that the model may call between its turns: calculator, retrieval, python, package.module:function, or
+    path/file.py:function. [] = one turn."""
+    environment: str | None = setting(None)
+    """Class that answers each turn of the model: package.module:Class, path/file.py:Class. Null = none."""
+    environment_kwargs: dict[str, Any] = setting({})
+    """Arguments of the environment's constructor, by name."""
     callbacks: list[str] = free([])
     """Your own code during training, for example more metrics: layer_gradient_norms, package.module:Class, or
     path/file.py:Class."""
@@ -446,6 +474,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    turns: TurnsConfig = field(default_factory=TurnsConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

@@ -25,6 +25,13 @@ TODAY = datetime(2024, 7, 26)
 training, on resume and in evaluation; this is the default of Llama 3's template."""
 _TODAY_IN_TEMPLATE = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
 _SYSTEM, _USER = "SYSTEM9TEXT", "USER9TEXT"
+TOOLS_TEXT = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function "
+    "signatures within <tools></tools> XML tags:\n<tools>SCHEMAS\n</tools>\n\nFor each function call, return a json "
+    "object with function name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
+"""System message of tools for a chat template that does not show them: that of Qwen and Hermes."""
 _system_in_user_turn: dict[tuple[str, str], bool] = {}
 """Template and its arguments -> whether a system message has to go into the user turn."""
 _compared: set[str] = set()
@@ -169,6 +176,14 @@ def moves_system_text(tokenizer: Any, arguments: Mapping[str, Any]) -> bool:
     return _system_in_user_turn[key]
 
 
+def reads_tools(tokenizer: Any) -> bool:
+    """Return whether the chat template shows the schemas of tools."""
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        return "tool_use" in template
+    return _is_mistral_common(tokenizer) or "tools" in str(template)
+
+
 def check_template_kwargs(tokenizer: Any, kwargs: Mapping[str, Any]) -> None:
     """Raise ConfigError for a setting of data.chat_template_kwargs that the chat template does not read."""
     template = getattr(tokenizer, "chat_template", None)
@@ -179,7 +194,7 @@ def check_template_kwargs(tokenizer: Any, kwargs: Mapping[str, Any]) -> None:
     except TemplateError:  # a tag of transformers' own
         return
     for key in kwargs:
-        if key not in known:
+        if key not in known and key != "tools":  # a template that does not read them gets TOOLS_TEXT
             own = {"messages", "tools", "documents", "add_generation_prompt"}
             reads = ", ".join(sorted(name for name in known - own if not name.endswith("_token")))
             raise ConfigError(
@@ -189,7 +204,15 @@ def check_template_kwargs(tokenizer: Any, kwargs: Mapping[str, Any]) -> None:
 
 
 def _for_template(chat: list[Message], tokenizer: Any, arguments: Mapping[str, Any]) -> list[Message]:
-    """Return the chat as the template can read it: the system text may have to begin the first user turn."""
+    """Return the chat as the template can read it: the system text may have to begin the first user turn.
+
+    Schemas of tools that the template does not show are added to the system message.
+    """
+    if arguments.get("tools") and not reads_tools(tokenizer):
+        system, rest = ([], chat) if chat[0]["role"] != "system" else ([chat[0]["content"]], chat[1:])
+        schemas = "".join(f"\n{json.dumps(tool, ensure_ascii=False)}" for tool in arguments["tools"])
+        text = TOOLS_TEXT.replace("SCHEMAS", schemas)
+        chat = [{"role": "system", "content": "\n\n".join([*system, text])}, *rest]
     if chat[0]["role"] != "system" or len(chat) < 2 or chat[1]["role"] != "user":
         return chat
     if not moves_system_text(tokenizer, arguments):

@@ -196,7 +196,7 @@ def row_counts(batch: PackedBatch) -> Tensor:
 def padded_row_counts(batch: PackedBatch, width: int) -> Tensor:
     """Return the same for plain rows [S * width]: 1 for the tokens of a row that counts, 0 for padding."""
     prompts = [span.prompt_length for span in batch.spans for _ in span.completion_lengths]
-    lengths_S = torch.tensor(prompts) + batch.lengths_S.cpu()
+    lengths_S = torch.tensor(prompts) + torch.tensor([n for span in batch.spans for n in span.completion_lengths])
     is_token = torch.arange(width) < lengths_S[:, None]
     return (is_token * _counted(batch)[:, None]).flatten().to(batch.input_ids_T.device)
 

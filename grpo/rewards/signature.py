@@ -13,9 +13,9 @@ from grpo.config.values import has_type
 from grpo.errors import ConfigError
 from grpo.rewards.context import CONTEXT_ARGUMENTS
 from grpo.rewards.registry import RewardFunction
-from grpo.types import Group, prefill_of
+from grpo.types import Completion, Group, Message, Prompt, prefill_of
 
-STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
+STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "environment_reward")
 """Passed to every reward that names them. Any other argument is a column of the data, or set by `reward_kwargs`."""
 
 
@@ -78,15 +78,22 @@ def column_arguments(function: RewardFunction, groups: list[Group], kwargs: Mapp
     }
     arguments["prompts"] = [prompt.messages for prompt, _ in pairs]
     arguments["completions"] = [
-        completion.text
-        if isinstance(prompt.messages, str)
-        else [{"role": "assistant", "content": prefill_of(prompt.messages) + completion.text}]
+        completion.text if isinstance(prompt.messages, str) else completion_messages(prompt, completion)
         for prompt, completion in pairs
     ]
+    if any(completion.turns for _, completion in pairs):
+        arguments["environment_reward"] = [completion.turns.get("reward") for _, completion in pairs]
     arguments["completion_ids"] = [completion.token_ids for _, completion in pairs]
     parameters = inspect.signature(function).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {key: v for key, v in arguments.items() if (takes_all or key in parameters) and key not in kwargs}
+
+
+def completion_messages(prompt: Prompt, completion: Completion) -> list[Message]:
+    """Return the messages of a completion: one of the assistant, or all of several turns."""
+    turns = completion.turns.get("messages") or [{"role": "assistant", "content": completion.text}]
+    turns = [{key: value for key, value in message.items() if key != "tokens"} for message in turns]
+    return [{**turns[0], "content": prefill_of(prompt.messages) + turns[0]["content"]}, *turns[1:]]
 
 
 def _annotations(function: RewardFunction) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from grpo.errors import ConfigError, RewardError
+from grpo.registry import Registry
 from grpo.rewards.calls import values_or_error
 from grpo.rewards.context import Notes, TrainerState, context_arguments
 from grpo.rewards.registry import REWARDS, RewardFunction
@@ -210,15 +211,20 @@ def _use_short_socket_paths() -> None:
     settings["tempdir"] = folder
 
 
-def address_of(function: RewardFunction) -> str | None:
-    """Return the address for other processes, "package.module:name" or "/path/file.py:name"; None without one."""
+def address_of(function: Callable[..., Any], registry: Registry[Any] = REWARDS) -> str | None:
+    """Return the address for other processes, "package.module:name" or "/path/file.py:name"; None without one.
+
+    Args:
+        function: A function or a class.
+        registry: Its registry, which has to find it there.
+    """
     module = sys.modules.get(getattr(function, "__module__", None) or "")
     name = getattr(function, "__qualname__", "")
     if module is None or module.__name__ == "__main__":
         return None
     place = str(module.__file__) if module.__name__.startswith("grpo_file_") else module.__name__
     try:
-        return f"{place}:{name}" if REWARDS.get(f"{place}:{name}") is function else None
+        return f"{place}:{name}" if registry.get(f"{place}:{name}") is function else None
     except ConfigError:
         return None
 

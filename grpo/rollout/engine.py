@@ -5,13 +5,14 @@ path. Its constructor takes the model, the tokenizer, and any of ARGUMENTS by na
 from rollout.engine_kwargs.
 """
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config.schema import Config, RolloutConfig
 from grpo.errors import ConfigError
@@ -51,6 +52,13 @@ class RolloutEngine(ABC):
     """The engine keeps a copy of the linear weights in its own layout, in addition to the model's."""
     default_correction: ClassVar[Literal["none", "truncate", "mask"]] = "none"
     """Importance-sampling correction if rollout.correction is null and max_staleness is 0."""
+
+    answers_turns: ClassVar[bool] = False
+    """`generate` asks `turns` what follows each turn. Around another engine, grpo/rollout/turn_rounds.py does so."""
+    turns: Any = None
+    """What follows a turn: a grpo.rollout.dialogue.Turns. None: completions have one turn."""
+    prefilled_tokens: int = 0
+    """Tokens of prompts, and between turns, that the last call of an engine that answers turns has computed."""
 
     @classmethod  # noqa: B027 (optional)
     def check(cls, config: Config) -> None:
@@ -211,6 +219,15 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             "end: set eos_token in tokenizer_config.json, or take a model that has one"
         )
     return sorted(found)
+
+
+def saved_end_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return all ids that end a completion, as `end_token_ids`, of a model that is not loaded."""
+    found = {tokenizer.eos_token_id}
+    with contextlib.suppress(OSError, ValueError):  # a model without a generation config
+        configured = GenerationConfig.from_pretrained(path).eos_token_id
+        found |= set(configured if isinstance(configured, list) else [configured])
+    return sorted(token for token in found if token is not None)
 
 
 def hidden_token_ids(end_ids: Collection[int], tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -15,6 +15,7 @@ from grpo.rewards.registry import after_thinking, reward_labels
 from grpo.rewards.scoring import RewardSum
 from grpo.rewards.text_match import quoted_terms, same_text
 from grpo.rewards.xml_format import lenient_answer
+from grpo.rollout.dialogue import recorded_columns
 from grpo.rollout.engine import RolloutEngine
 from grpo.runtime.distributed import gather_rows
 from grpo.runtime.statistics import mcnemar, mean_interval, pass_at_k, wilson_interval
@@ -85,15 +86,12 @@ def evaluate(
                         "accuracy": None if unknown else float(accuracy_PG[p, s].nan_to_num()),
                         "flexible": None if unknown else float(flexible),
                         "format": float(format_PG[p, s]),
-                        "length": len(completion.token_ids),
+                        "length": len(completion.sampled),
                         "ended": completion.ended,
-                        "columns": {
-                            key: value
-                            for key, value in group.prompt.columns.items()
-                            if key not in ("question", "answer")
-                        },
+                        "columns": recorded_columns(group.prompt, ("question", "answer")),
                         "rewards": {name: _known(values[p, s]) for name, values in own.items()},
                         **{name: float(values[p, s].nan_to_num()) for name, values in more.items()},
+                        **({"turns": completion.turns} if completion.turns else {}),
                     }
                 )
     rows = sorted(gather_rows(accelerator, mine), key=lambda row: (row["draw"], row["sample"]))

@@ -12,7 +12,7 @@ memory needed is therefore known before decoding starts.
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from grpo.kernels.state_slots import States
 from grpo.kernels.transfer import to_device
 from grpo.models.architecture import vocabulary_size
 from grpo.rollout.backbones import ModuleBackbone, choose_backbone
+from grpo.rollout.dialogue import Dialogue
 from grpo.rollout.engine import (
     RolloutEngine,
     completion_text,
@@ -46,6 +47,8 @@ PREFILL_TOKENS = 8192
 TOKEN_BYTES = 144
 """Machine memory of a sampled token: id and logprob as Python numbers in lists (72 bytes), the id in two reward
 processes (36 each)."""
+TURN_STEPS = 8
+"""Decode steps of the other rows while a row waits for what follows its turn. Only then is it waited for."""
 BUCKET = 128
 """If steps are captured in CUDA graphs, cache lengths are rounded up to multiples of this, and rows to powers of
 two. Each combination has one graph."""
@@ -64,6 +67,16 @@ class _Row:
     ended: bool = False
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    dialogue: Dialogue | None = None
+    """With several turns."""
+    due: int = 0
+    """Decode step at which a parked row goes on."""
+
+    @property
+    def pending(self) -> int:
+        """Number of given tokens that are still to come."""
+        given = self.dialogue.given if self.dialogue is not None else []
+        return max(0, given[-1][1] - len(self.tokens)) if given else 0
 
 
 class _State:
@@ -84,13 +97,15 @@ class _State:
         self.new_logprobs = torch.zeros(window, slots, device=device)
         self.step = torch.zeros(1, dtype=torch.long, device=device)
         """Steps since the host has read the tokens."""
+        self.forced: Tensor | None = None
+        """[slots, draws + window] given tokens by their index in the completion, -1 where tokens are sampled."""
         self.seen: Tensor | None = None
         """[slots, V] bool: tokens of the prompt and the completion so far, with a repetition_penalty."""
 
     def move(self, targets: Tensor, sources: Tensor) -> None:
         """Copy rows `sources` to rows `targets`."""
-        seen = [] if self.seen is None else [self.seen]
-        for tensor in (self._integers.T, self.uniforms, *seen):
+        more = [tensor for tensor in (self.seen, self.forced) if tensor is not None]
+        for tensor in (self._integers.T, self.uniforms, *more):
             tensor.index_copy_(0, targets, tensor.index_select(0, sources))
 
     def record(self) -> None:
@@ -155,6 +170,7 @@ class NativeEngine(RolloutEngine):
     needs_packed_attention = True
     bounds_cache = True
     repacks_weights = True
+    answers_turns = True
 
     def __init__(
         self,
@@ -165,6 +181,7 @@ class NativeEngine(RolloutEngine):
         uses_packed_attention: bool,
         cache_gib: float | None = None,
         step_completions: int | None = None,
+        keep_turns: bool = True,
     ):
         if not uses_packed_attention:
             raise ConfigError(
@@ -174,7 +191,7 @@ class NativeEngine(RolloutEngine):
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self.end_ids = set(end_token_ids(model, tokenizer))
         self.hidden_ids = hidden_token_ids(self.end_ids, tokenizer)
-        self.cache_gib, self.step_completions = cache_gib, step_completions
+        self.cache_gib, self.step_completions, self.keep_turns = cache_gib, step_completions, keep_turns
         self.backbone, self.position_numbers = choose_backbone(model)
         self.schedule, self.graphs = schedule_for(device_of(model)), StepGraphs()
         self._kept: tuple[SlotCache, _State] | None = None
@@ -225,6 +242,9 @@ class NativeEngine(RolloutEngine):
         """
         if not prompts or not plan.num_generations:
             return []
+        self.prefilled_tokens = 0
+        if self.turns is not None:
+            prompts = self.turns.begin(prompts, plan.num_generations)
         done = _Done(prompts, plan.num_generations, finished)
         while (error := self._try_sampling(prompts, plan, done)) is not None:
             self._drop_memory()
@@ -264,18 +284,29 @@ class NativeEngine(RolloutEngine):
         if plan.repetition_penalty != 1:
             shape = (cache.slots, vocabulary_size(self.model))
             state.seen = torch.zeros(shape, dtype=torch.bool, device=state.tokens.device)
+        if self.turns is None:
+            state.forced = None
+        elif state.forced is None:
+            state.forced = torch.full_like(state.uniforms, -1, dtype=torch.long)
         prefilled: dict[int, _Prefilled] = {}
         rows: list[_Row] = []
-        while waiting or rows:
-            while waiting and len(rows) < cache.slots:
-                fresh = self._admit(prompts, plan, cache, state, waiting, prefilled, len(rows))
+        parked: list[_Row] = []
+        clock = 0
+        while waiting or rows or parked:
+            if parked and not rows and (not waiting or len(parked) >= cache.slots):
+                clock = max(clock, min(row.due for row in parked))
+            self._resume(prompts, rows, parked, clock, cache, state, plan, done)
+            self._retire(rows, parked, clock, cache, state, plan, done)
+            while waiting and len(rows) + len(parked) < cache.slots:
+                fresh = self._admit(prompts, plan, cache, state, waiting, prefilled, len(rows), len(parked))
                 self._collect(fresh, *state.read(1, len(rows), len(fresh)), plan)
                 rows += fresh
-                self._retire(rows, cache, state, plan, done)
+                self._retire(rows, parked, clock, cache, state, plan, done)
             if rows:
                 steps = self._decode(rows, cache, state, plan)
+                clock += steps
                 self._collect(rows, *state.read(steps, 0, len(rows)), plan)
-                self._retire(rows, cache, state, plan, done)
+                self._retire(rows, parked, clock, cache, state, plan, done)
 
     def _memory(self, completions: int, prompt: int, draws: int) -> tuple[SlotCache, _State]:
         """Return the cache and state for one call.
@@ -339,7 +370,7 @@ class NativeEngine(RolloutEngine):
     def _prefill(
         self, prompts: list[Prompt], wanted: list[int], samples: int, cache: SlotCache
     ) -> dict[int, _Prefilled]:
-        """Compute the prompts of the indices `wanted` in one causal pass, right-padded.
+        """Compute the prompts of the indices `wanted` in one causal pass, right-padded. Counted in prefilled_tokens.
 
         Padding has no effect, since no token attends to later ones.
 
@@ -348,6 +379,7 @@ class NativeEngine(RolloutEngine):
         """
         device = device_of(self.model)
         lengths = [len(prompts[index].token_ids) for index in wanted]
+        self.prefilled_tokens += sum(lengths)
         ids = torch.tensor(
             [[*prompts[i].token_ids, *[0] * (max(lengths) - length)] for i, length in zip(wanted, lengths, strict=True)]
         )
@@ -374,24 +406,21 @@ class NativeEngine(RolloutEngine):
         waiting: deque[tuple[int, int]],
         prefilled: dict[int, _Prefilled],
         taken: int,
+        parked: int = 0,
     ) -> list[_Row]:
         """Assign free slots to waiting samples and sample their first tokens.
 
-        Slots from `taken` on are free. Prompts that are not in `prefilled` are prefilled first.
+        Slots from `taken` on are free, but for the last `parked`. Prompts that are not in `prefilled` are prefilled
+        first.
 
         Returns:
             The new rows.
         """
-        chosen: list[tuple[int, int]] = [waiting.popleft() for _ in range(min(len(waiting), cache.slots - taken))]
+        chosen: list[tuple[int, int]] = [
+            waiting.popleft() for _ in range(min(len(waiting), cache.slots - taken - parked))
+        ]
         missing = [index for index in dict.fromkeys(prompt for prompt, _ in chosen) if index not in prefilled]
-        while missing:
-            batch: list[int] = []
-            width = 0
-            while missing and (
-                not batch or max(width, len(prompts[missing[0]].token_ids)) * (len(batch) + 1) <= PREFILL_TOKENS
-            ):
-                width = max(width, len(prompts[missing[0]].token_ids))
-                batch.append(missing.pop(0))
+        for batch in _prefill_batches(prompts, missing):
             prefilled.update(self._prefill(prompts, batch, plan.num_generations, cache))
         rows = [_Row(prompt, sample, len(prompts[prompt].token_ids)) for prompt, sample in chosen]
         new = slice(taken, taken + len(rows))
@@ -401,6 +430,11 @@ class NativeEngine(RolloutEngine):
         state.uniforms[new] = counted_uniform(keys[:, None], torch.arange(state.uniforms.shape[1], device=device))
         state.positions[new] = cached
         state.drawn[new] = 1
+        if state.forced is not None:
+            state.forced[new] = -1
+            for row in rows:
+                of_row = (prompts[row.prompt], row.prompt, row.sample, plan.num_generations)
+                row.dialogue = self.turns.dialogue(*of_row)
         logits = torch.stack([prefilled[row.prompt].logits_V for row in rows])
         seen = None
         if state.seen is not None:
@@ -451,6 +485,9 @@ class NativeEngine(RolloutEngine):
         uniform = state.uniforms[:active].gather(1, drawn[:, None]).squeeze(1)
         seen = None if state.seen is None else state.seen[:active]
         state.tokens[:active], state.logprobs[:active] = draw(self.backbone.logits(hidden), uniform, plan, seen)
+        if state.forced is not None:
+            forced = state.forced[:active].gather(1, drawn[:, None]).squeeze(1)
+            state.tokens[:active] = torch.where(forced < 0, state.tokens[:active], forced)
         # Finished rows go on until the host reads the tokens, or as a part of their bucket. They stay in their slot.
         positions.add_(1).clamp_(max=cache.length - 1)
         drawn.add_(1).clamp_(max=state.uniforms.shape[1] - 1)
@@ -475,6 +512,11 @@ class NativeEngine(RolloutEngine):
     ) -> None:
         """Append the sampled tokens and logprobs of each row, up to the completion's end."""
         for row, new_tokens, new_logprobs in zip(rows, tokens, logprobs, strict=True):
+            if row.pending:
+                given = min(row.pending, len(new_tokens))
+                row.tokens += new_tokens[:given]
+                row.logprobs += [0.0] * given
+                del new_tokens[:given], new_logprobs[:given]
             remaining = plan.max_completion_length - len(row.tokens)
             end = self.end_of(row, new_tokens)
             count = min(len(new_tokens) if end is None else end + 1, remaining)
@@ -489,35 +531,166 @@ class NativeEngine(RolloutEngine):
     def _retire(
         self,
         rows: list[_Row],
+        parked: list[_Row],
+        clock: int,
         cache: SlotCache,
         state: _State,
         plan: SamplingPlan,
         done: "_Done",
     ) -> None:
-        """Remove finished rows and add their completions to `done`.
+        """Remove finished rows and add their completions to `done`. Rows whose turn has ended are parked.
 
-        Rows from the end move into the holes, so that active rows stay contiguous.
+        Rows from the end move into the holes, so that active rows stay contiguous. Parked rows keep the last slots.
         """
         finished = [
             index for index, row in enumerate(rows) if row.ended or len(row.tokens) >= plan.max_completion_length
         ]
         if not finished:
             return
+        moves: list[tuple[int, int, _Row]] = []
         for index in finished:
             row = rows[index]
-            text = completion_text(row.tokens, self.hidden_ids, self.tokenizer)
-            done.add(row.prompt, row.sample, Completion(row.tokens, row.logprobs, row.ended, text))
+            if row.dialogue is not None and row.dialogue.end_turn(row.tokens, row.ended):
+                moves.append((cache.slots - 1 - len(parked), index, row))
+                row.due = clock + TURN_STEPS
+                row.cached -= row.drawn - len(row.tokens)  # without what was sampled after the end
+                row.drawn = len(row.tokens)
+                parked.append(row)
+            else:
+                self._complete(row, done)
         left = len(rows) - len(finished)
         holes = [index for index in finished if index < left]
         movers = sorted(set(range(left, len(rows))) - set(finished))
-        if holes:
-            device = state.tokens.device
-            targets, sources = to_device(torch.tensor([holes, movers]), device)
-            cache.move(targets, sources, max(rows[index].cached for index in movers))
-            state.move(targets, sources)
-            for hole, mover in zip(holes, movers, strict=True):
-                rows[hole] = rows[mover]
+        moves += [(hole, mover, rows[mover]) for hole, mover in zip(holes, movers, strict=True)]
+        _move(moves, cache, state)
+        for hole, mover in zip(holes, movers, strict=True):
+            rows[hole] = rows[mover]
         del rows[left:]
+
+    def _complete(self, row: _Row, done: "_Done") -> None:
+        """Add the completion of a row to `done`."""
+        if row.dialogue is not None:
+            completion = row.dialogue.completion(row.tokens, row.logprobs, row.ended)
+        else:
+            text = completion_text(row.tokens, self.hidden_ids, self.tokenizer)
+            completion = Completion(row.tokens, row.logprobs, row.ended, text)
+        done.add(row.prompt, row.sample, completion)
+
+    def _resume(
+        self,
+        prompts: list[Prompt],
+        rows: list[_Row],
+        parked: list[_Row],
+        clock: int,
+        cache: SlotCache,
+        state: _State,
+        plan: SamplingPlan,
+        done: "_Done",
+    ) -> None:
+        """Wait for what follows the turns of parked rows that are due, and let them go on behind the active rows.
+
+        Rows are due by the number of decode steps, not by the clock, so that a run can be repeated exactly.
+        """
+        slot_of = {id(row): cache.slots - 1 - place for place, row in enumerate(parked)}
+        resumed: list[_Row] = []
+        for row in [row for row in parked if row.due <= clock]:
+            parked.remove(row)
+            assert row.dialogue is not None
+            before = len(row.tokens)
+            given = row.dialogue.continuation(row.tokens, plan.max_completion_length)
+            if not given:
+                self._complete(row, done)
+                continue
+            row.cached = len(prompts[row.prompt].token_ids) + before - 1
+            row.drawn, row.ended = before, False
+            resumed.append(row)
+        places = [(len(rows) + place, row) for place, row in enumerate(resumed)]
+        places += [(cache.slots - 1 - place, row) for place, row in enumerate(parked)]
+        if slot_of:
+            _move([(slot, slot_of[id(row)], row) for slot, row in places if slot != slot_of[id(row)]], cache, state)
+        if not resumed:
+            return
+        first = len(rows)
+        rows += resumed
+        if self.keep_turns and not self.backbone.state_numbers and state.seen is None:
+            self._force(resumed, first, state)
+        else:
+            self._prefill_again(prompts, resumed, first, cache, state, plan)
+
+    def _force(self, rows: list[_Row], first: int, state: _State) -> None:
+        """Let rows, which are in the slots from `first` on, read the given tokens in the next decode steps.
+
+        Their keys and values of earlier turns are still in the cache. The end token of the last turn is not yet.
+        """
+        assert state.forced is not None
+        device = state.tokens.device
+        newest = torch.tensor([[row.tokens[-1], row.cached, row.drawn] for row in rows]).T
+        tokens, positions, drawn = to_device(newest, device)
+        slots = slice(first, first + len(rows))
+        state.tokens[slots], state.positions[slots], state.drawn[slots] = tokens, positions, drawn
+        for slot, row in enumerate(rows, first):
+            assert row.dialogue is not None
+            start, end = row.dialogue.given[-1]
+            state.forced[slot, start:end] = to_device(torch.tensor(row.dialogue.new_ids), device)
+            self.prefilled_tokens += end - start
+
+    def _prefill_again(
+        self, prompts: list[Prompt], rows: list[_Row], first: int, cache: SlotCache, state: _State, plan: SamplingPlan
+    ) -> None:
+        """Compute the whole context of rows, which are in the slots from `first` on, and sample the next token.
+
+        For models with recurrent layers, whose states have gone on past the end of the turn, with a repetition_penalty,
+        and as a reference.
+        """
+        device = state.tokens.device
+        contexts: list[Prompt] = []
+        for row in rows:
+            assert row.dialogue is not None
+            row.tokens += row.dialogue.new_ids
+            row.logprobs += [0.0] * len(row.dialogue.new_ids)
+            row.drawn, row.cached = len(row.tokens) + 1, len(prompts[row.prompt].token_ids) + len(row.tokens)
+            contexts.append(replace(prompts[row.prompt], token_ids=(*prompts[row.prompt].token_ids, *row.tokens)))
+        found: dict[int, _Prefilled] = {}
+        for batch in _prefill_batches(contexts, list(range(len(rows)))):
+            found |= self._prefill(contexts, batch, 1, cache)
+        for place in range(len(rows)):
+            cache.admit(first + place, found[place].prompt, 1, found[place].states)
+        cache.prompt, cache.states.prompts = [], {}
+        slots = slice(first, first + len(rows))
+        lengths = to_device(torch.tensor([[row.cached, row.drawn] for row in rows]).T, device)
+        state.positions[slots], state.drawn[slots] = lengths
+        seen = None if state.seen is None else state.seen[slots]
+        for own, context in zip([] if seen is None else seen, contexts, strict=False):
+            own.zero_()[list(context.token_ids)] = True
+        uniform = state.uniforms[slots].gather(1, state.drawn[slots][:, None] - 1).squeeze(1)
+        logits = torch.stack([found[place].logits_V for place in range(len(rows))])
+        state.tokens[slots], state.new_logprobs[0, slots] = draw(logits, uniform, plan, seen)
+        state.new_tokens[0, slots] = state.tokens[slots]
+        self._collect(rows, *state.read(1, first, len(rows)), plan)
+
+
+def _prefill_batches(prompts: list[Prompt], wanted: list[int]) -> list[list[int]]:
+    """Split the indices `wanted` into batches of at most PREFILL_TOKENS tokens, padding included."""
+    batches: list[list[int]] = []
+    width = 0
+    for index in wanted:
+        length = len(prompts[index].token_ids)
+        if not batches or max(width, length) * (len(batches[-1]) + 1) > PREFILL_TOKENS:
+            batches.append([])
+            width = 0
+        batches[-1].append(index)
+        width = max(width, length)
+    return batches
+
+
+def _move(moves: list[tuple[int, int, _Row]], cache: SlotCache, state: _State) -> None:
+    """Move rows from slot to slot, given as (target, source, row), all at once."""
+    if not moves:
+        return
+    device = state.tokens.device
+    targets, sources = to_device(torch.tensor([[move[0] for move in moves], [move[1] for move in moves]]), device)
+    cache.move(targets, sources, max(row.cached for _, _, row in moves))
+    state.move(targets, sources)
 
 
 def _power_of_two(count: int) -> int:

@@ -33,8 +33,19 @@ from grpo.rewards.scoring import RewardSum
 from grpo.rewards.workers import RewardWorkerPool
 from grpo.rewards.xml_format import only_answer
 from grpo.rollout.async_sampler import AsyncSampler
-from grpo.rollout.engine import RolloutEngine, build_engine, correction_of, find_engine, longest_of, step_completions
+from grpo.rollout.dialogue import build_turns, check_turns, offer_tools
+from grpo.rollout.engine import (
+    RolloutEngine,
+    build_engine,
+    correction_of,
+    end_token_ids,
+    find_engine,
+    longest_of,
+    saved_end_ids,
+    step_completions,
+)
 from grpo.rollout.logprob_mismatch import check_agreement, verify_weight_sync
+from grpo.rollout.turn_rounds import with_turns
 from grpo.run.best import find_best
 from grpo.run.callbacks import Callback, Callbacks, State, build_callbacks
 from grpo.run.checkpoint import check_free_space
@@ -69,6 +80,7 @@ def build_run(config: Config) -> Run:
         ConfigError: Before any weight loads, for whatever can be known by then.
     """
     check_settings(config)
+    offer_tools(config)
     config.data.examples = shown_examples(config.data)  # recorded with the run, whatever becomes of the file
     rewards = build_rewards(config)
     with contextlib.ExitStack() as on_failure:
@@ -91,6 +103,7 @@ def _build(config: Config, rewards: RewardSum, on_failure: contextlib.ExitStack)
     if checkpoint is not None:
         saved = check_resume(config, checkpoint, run_dir, rewards, accelerator.num_processes)
     held_out = held_out_prompts(config, held_out_rows, data)
+    check_turns(config, data.tokenizer, saved_end_ids(data.model_path, data.tokenizer))
     check_limits(
         config,
         data.model_path,
@@ -110,6 +123,10 @@ def _build(config: Config, rewards: RewardSum, on_failure: contextlib.ExitStack)
     policy.check()
     policy.refresh_sampler()
     engine = build_checked_engine(config, accelerator, policy, data.tokenizer)
+    turns = build_turns(config, data.tokenizer, end_token_ids(policy.sampler, data.tokenizer))
+    if turns is not None:
+        on_failure.callback(turns.close)
+    engine = with_turns(engine, turns)
     sampler = build_sampler(config, accelerator, engine, rewards, point)
     collector = ExperienceCollector(
         config, accelerator, policy, sampler, data.stream, rewards, prompts_drawn=point.prompts_drawn

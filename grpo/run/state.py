@@ -190,6 +190,8 @@ class Run:
         """Release all resources. Idempotent."""
         self.collector.sampler.close()
         self.collector.rewards.close()
+        if self.engine.turns is not None:
+            self.engine.turns.close()
         self.recorder.close()
         if self.lock is not None:
             self.lock.release()

@@ -8,6 +8,7 @@ from grpo.experience import Sampled
 from grpo.rewards.context import Notes
 from grpo.rewards.registry import reward_labels
 from grpo.rewards.scoring import Scores
+from grpo.rollout.dialogue import has_turns, recorded_columns
 from grpo.runtime.device import peak_memory
 from grpo.runtime.distributed import gather_rows, merge_sums
 from grpo.runtime.sums import Sums
@@ -40,7 +41,7 @@ def step_metrics(
         entropy_coef: Coefficient of the entropy bonus after the step.
     """
     groups, scores = sampled.groups, sampled.scores
-    lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
+    lengths = [len(completion.sampled) for group in groups for completion in group.completions]
     ended = [completion.ended for group in groups for completion in group.completions]
     for name in ("kl", "clipped", "entropy", "mismatch", "grad_norm", "loss", "skipped"):
         sums.add(name, 0.0, 0.0)  # every rank must hold every name
@@ -56,6 +57,8 @@ def step_metrics(
     sums.add("tokens", sum(lengths) + sum(len(g.prompt.token_ids) * len(g.completions) for g in groups), 0)
     sums.add("trained_groups", len(sampled.kept), 0)
     sums.add("sampled_groups", len(groups), 0)
+    if has_turns(config):
+        add_turns(groups, sums)
     merge_sums(accelerator, sums)
     tokens = sums.total("length")
     metrics = {
@@ -89,6 +92,10 @@ def step_metrics(
         metrics["rollout/sampling_rounds"] = float(sampled.rounds)
         metrics["rollout/groups_sampled"] = sums.total("sampled_groups")
         metrics["rollout/groups_trained"] = sums.total("trained_groups")
+    if has_turns(config):
+        metrics["rollout/turns"] = sums.mean("turns")
+        metrics["rollout/turn_length"] = sums.total("length") / max(1.0, sums.total("turns"))
+        metrics["tools/calls"], metrics["tools/failures"] = sums.total("calls"), sums.total("failures")
     for name, label in reward_labels(scores.by_name).items():
         metrics[f"reward/{label}/mean"] = sums.mean(f"reward/{name}")
         metrics[f"reward/{label}/std"] = sums.std(f"reward/{name}")
@@ -97,6 +104,15 @@ def step_metrics(
     for name, value in recorded_metrics(accelerator, scores.notes).items():
         metrics[f"custom/{name}" if name in metrics else name] = value
     return metrics
+
+
+def add_turns(groups: list[Group], sums: Sums) -> None:
+    """Add the numbers of turns, tool calls and failures of the completions."""
+    records = [completion.turns for group in groups for completion in group.completions]
+    turns = sum(message["role"] == "assistant" for record in records for message in record.get("messages", []))
+    sums.add("turns", turns, len(records))
+    for name in ("calls", "failures"):
+        sums.add(name, sum(record.get(name, 0) for record in records), 0)
 
 
 def recorded_metrics(accelerator: Accelerator, notes: Notes) -> dict[str, float]:
@@ -125,9 +141,10 @@ def rollout_rows(step: int, groups: list[Group], scores: Scores, advantages_PG: 
                     "reward": float(scores.rewards_PG[p, s]),
                     "advantage": float(advantages_PG[p, s]),
                     "rewards": {labels[name]: float(values[p, s]) for name, values in scores.by_name.items()},
-                    "length": len(completion.token_ids),
+                    "length": len(completion.sampled),
                     "ended": completion.ended,
-                    "columns": {key: value for key, value in group.prompt.columns.items() if key != "question"},
+                    "columns": recorded_columns(group.prompt, ("question",)),
+                    **({"turns": completion.turns} if completion.turns else {}),
                 }
             )
             index = p * len(group.completions) + s

@@ -12,8 +12,10 @@ from grpo.errors import ConfigError
 from grpo.models.loading import load_model
 from grpo.models.logprob_model import use_grpo_attention
 from grpo.rewards.scoring import RewardSum
-from grpo.rollout.engine import RolloutEngine, build_engine
+from grpo.rollout.dialogue import build_turns, offer_tools
+from grpo.rollout.engine import RolloutEngine, build_engine, end_token_ids
 from grpo.rollout.evaluation import SCORES, Evaluation, compare, evaluate, intervals
+from grpo.rollout.turn_rounds import with_turns
 from grpo.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ def evaluate_model(config: Config, path: str, samples: int, accelerator: Any) ->
     Returns:
         Its part of the report, and one row per completion, greedy ones first.
     """
+    offer_tools(config)
     examples = load_examples(config.data, "held_out", config.seed)
     if not examples:
         raise ConfigError("nothing to evaluate on: give --data.path FILE (or --data.eval_path FILE)")
@@ -65,6 +68,8 @@ def evaluate_model(config: Config, path: str, samples: int, accelerator: Any) ->
         passed = {name: value for name, value in metrics.items() if name.startswith("eval/pass@")}
         found["metrics"] = greedy.metrics | avg | passed
         found["sampled"] = {"temperature": temperature, "metrics": metrics, "interval95": intervals(sampled.rows)}
+    if evaluator.engine.turns is not None:
+        evaluator.engine.turns.close()
     return found, rows
 
 
@@ -98,6 +103,7 @@ class Evaluator:
             weights=model.named_parameters,
         )
         engine.update_weights(0)
+        engine = with_turns(engine, build_turns(config, tokenizer, end_token_ids(model, tokenizer)))
         return cls(config, engine, prompts, dropped, accelerator)
 
     def evaluate(self, samples: int, temperature: float) -> Evaluation:

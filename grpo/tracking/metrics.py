@@ -88,6 +88,7 @@ _FIRST = ". Mean over the tokens of the loss, in the first of `objective.num_ite
 _EXPERTS = "only for mixtures of experts that a loss balances: "
 _LAST = ". Over the tokens of all rows that count in the last optimizer step, prompts included"
 _DYNAMIC = "only with `sampling.dynamic_sampling`: "
+_TURNS = "only with `tools` or `environment`: "
 _CURRICULUM = "only with `curriculum.reward`: "
 _PROSE = "only with `data.extractor quoted_terms`: "
 
@@ -166,7 +167,13 @@ for _metric in (
         "steps",
         "only with `rollout.max_staleness`: steps of the policy since it sampled these completions",
     ),
-    Metric("rollout/length_mean", "tokens", "completion length", "length", ".0f"),
+    Metric(
+        "rollout/length_mean",
+        "tokens",
+        "completion length; with several turns, without the tokens that tools or an environment gave",
+        "length",
+        ".0f",
+    ),
     Metric(
         "rollout/truncated_fraction",
         "share",
@@ -175,6 +182,14 @@ for _metric in (
         ".0%",
     ),
     Metric("rollout/tokens", "tokens", "completions and, once for each completion, its prompt; over all processes"),
+    Metric("rollout/turns", "turns", _TURNS + "turns of the model per completion", "turns", ".2f"),
+    Metric("rollout/turn_length", "tokens", _TURNS + "tokens of one turn of the model"),
+    Metric("tools/calls", "calls", _TURNS + "tool calls in all completions of the step", "calls", ".0f"),
+    Metric(
+        "tools/failures",
+        "calls",
+        _TURNS + "calls (or steps of an environment) that failed or were no valid call: the model read the error",
+    ),
     Metric(
         "rollout/tokens_per_second",
         "tokens per second",
