@@ -29,6 +29,7 @@ from grpo.models.limits import Extent, check_limits
 from grpo.models.strategies.registry import start_accelerator
 from grpo.models.weights import save_dtype
 from grpo.policy import Policy
+from grpo.rewards.registry import reward_labels
 from grpo.rewards.scoring import RewardSum
 from grpo.rewards.workers import RewardWorkerPool
 from grpo.rewards.xml_format import only_answer
@@ -393,5 +394,6 @@ def build_diagnostics(config: Config, accelerator: Accelerator, tracker: RunLogg
         config.optimizer.learning_rate,
         tolerance=precision_of(accelerator).logprob,
         has_answer=(lambda text: only_answer(text) is not None) if reads_answers else None,
+        weights={label: config.rewards[name] for name, label in reward_labels(config.rewards).items()},
         said=tracker.findings_made() if tracker is not None else set(),
     )

@@ -2,6 +2,7 @@
 
     grpo check [--config FILE ...] [--key.subkey VALUE ...] [--machine ACCELERATE.yaml] [--output CHECK.json] [--all]
     grpo check [...] --red_team                                         search for wrong answers that the rewards pay
+    grpo check [...] --probe MINUTES                                    load the weights, measure a few steps, forecast
     grpo check [...] --completions FILE.jsonl --output SCORES.jsonl     the rewards of each completion
 
 Takes the flags of `grpo train`, whose --help lists the config keys.
@@ -28,6 +29,12 @@ def main(argv: list[str]) -> None:
         action="store_true",
         help="search for completions that earn rewards without being right",
     )
+    parser.add_argument(
+        "--probe", type=float, metavar="MINUTES", help="sample and train for MINUTES, discard it, and forecast the run"
+    )
+    parser.add_argument(
+        "--flat_share", "--flat-share", type=float, default=0.2, help="share of flat groups to stay below with --probe"
+    )
     parser.add_argument("--output", help="write the findings as JSON; with --completions, the scores as JSONL")
     parser.add_argument("--all", action="store_true", help="show every key, not only those that are not the defaults")
     options, flags = parser.parse_known_args(argv)
@@ -44,6 +51,10 @@ def main(argv: list[str]) -> None:
 
     machine = machine_of(options.machine) if options.machine else None
     found = check(config, machine, red_team=options.red_team)
+    if options.probe is not None and not found.problems:
+        from grpo.tools.forecast import forecast
+
+        found.forecast = forecast(config, options.probe, options.flat_share)
     show(found, changed_settings(config), everything=options.all)
     if options.output:
         Path(options.output).write_text(json.dumps(dataclasses.asdict(found), indent=1, ensure_ascii=False))

@@ -9,6 +9,8 @@ from rich.text import Text
 
 from grpo.runtime.messages import visible
 from grpo.tools.check_result import Check, PromptCheck, RedTeam
+from grpo.tools.forecast_result import Forecast
+from grpo.tools.forecast_statistics import Interval
 
 MAX_PROMPT_TEXT = 1500
 """Characters of a prompt that are shown."""
@@ -39,6 +41,8 @@ def show(found: Check, changed: dict[str, Any], *, everything: bool = False) -> 
     if found.red_team is not None:
         _show_red_team(printer, found.red_team)
     _show_cost(printer, found)
+    if found.forecast is not None:
+        _show_forecast(printer, found.forecast)
     for warning in found.warnings:
         printer.line(f"warning: {warning}", "bold red" if warning.startswith(("reward '", "a right")) else "yellow")
     for problem in found.problems:
@@ -121,6 +125,57 @@ def _show_cost(printer: Printer, found: Check) -> None:
         f"at least {seconds:.3g} s per step, {duration(seconds * found.steps)} for {found.steps:,} steps: the time of "
         f"the matrix products alone at the {found.matrix_rate / 1e9:,.0f} GFLOP/s measured here"
     )
+
+
+def _show_forecast(printer: Printer, found: Forecast) -> None:
+    printer.heading("forecast, with 90 % intervals")
+    printer.line(
+        f"measured in {duration(found.seconds_measured)}, and discarded: {found.completions:,} completions in "
+        f"{found.groups} groups ({found.groups_now} of the policy as it is now), {found.trained_steps} training steps"
+    )
+    printer.line(f"pass rate now ({found.passing} >= {found.threshold:g}) {_interval(found.pass_rate, '.2f')}")
+    rates = ", ".join(f"{name} {_interval(share, '.0%')}" for name, share in found.pass_rates.items())
+    printer.line(f"share of prompts by their completions that pass: {rates}")
+    printer.line(
+        f"flat groups now {_interval(found.flat, '.0%')}: {found.flat_passed} of {found.groups_now} where all pass, "
+        f"{found.flat_failed} where all fail"
+    )
+    sizes = ", ".join(f"{size}: {_interval(share, '.0%')}" for size, share in found.flat_by_size.items())
+    printer.line(f"expected flat groups by sampling.num_generations: {sizes or 'unknown, as no reward varied'}")
+    smallest = "unknown, or above 1024" if found.smallest_size is None else _interval(found.smallest_size, ".0f")
+    printer.line(f"smallest num_generations for less than {found.flat_share:.0%} flat groups: {smallest}")
+    printer.line(
+        f"completion tokens now: mean {_interval(found.length, '.1f')}, median {found.length_median}, 95 % "
+        f"{found.length_95}; cut off at {found.length_limit}: {_interval(found.truncated, '.0%')}"
+    )
+    phases = ", ".join(f"{name} {seconds:.2g}" for name, seconds in found.phases.items())
+    printer.line(
+        f"seconds per step {_interval(found.seconds, '.3g')} (first one {found.first_seconds.value:.3g}): {phases}"
+    )
+    ends = (duration(3600 * hours) for hours in (found.hours.value, found.hours.low, found.hours.high))
+    printer.line(
+        f"{found.steps_left:,} steps to the end: {'{} [{}, {}]'.format(*ends)}, without evaluations and checkpoints, "
+        "while completions keep their length"
+    )
+    printer.line(
+        f"peak memory {found.peak_gib:.2f} GiB, {found.free_gib:.2f} GiB free; largest batch {found.largest_batch:,} "
+        f"tokens, {found.batches_per_step:.1f} batches per step"
+    )
+    table = Table()
+    for heading in ("step from now", "seconds", "flat groups", "mean completion tokens"):
+        table.add_column(heading, justify="right")
+    for step in found.next_steps:
+        cells = (_interval(step.seconds, ".3g"), _interval(step.flat, ".0%"), _interval(step.length, ".1f"))
+        table.add_row(str(step.step), *(Text(cell) for cell in cells))
+    printer.console.print(table)
+    printer.line("how far rewards and accuracy will rise is not forecast: a few steps do not tell")
+    for line in found.advice:
+        printer.line(f"recommended: {line}", "yellow")
+
+
+def _interval(interval: Interval, style: str) -> str:
+    """Return "0.41 [0.37, 0.45]"."""
+    return f"{interval.value:{style}} [{interval.low:{style}}, {interval.high:{style}}]"
 
 
 def duration(seconds: float) -> str:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from grpo.tools.forecast_result import Forecast
+
 
 @dataclass(frozen=True)
 class RewardCheck:
@@ -85,6 +87,8 @@ class Check:
     rewards: dict[str, RewardCheck] = field(default_factory=dict)
     red_team: RedTeam | None = None
     """Only with --red_team."""
+    forecast: Forecast | None = None
+    """Only with --probe."""
     parameters: int = 0
     memory: dict[str, float] = field(default_factory=dict)
     """GiB on each process, by part; "peak" is the maximum at one time (grpo/tools/memory.py)."""

@@ -14,6 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from grpo.tracking.exploits import ExploitWatch
+from grpo.tracking.findings import Finding
+
 Metrics = dict[str, float]
 Rows = list[dict[str, Any]]
 
@@ -40,22 +43,6 @@ MOSTLY_FLAT = 2 / 3
 """Share of flat groups over the window. So many prompts were sampled in vain."""
 FULL, MISSED, MOVED = 0.95, 0.5, 0.03
 """Shares of the best value of a reward so far: its mean is full, is low, has risen between the halves of the window."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line for the user. `name` tells findings apart, so that each is reported once."""
-
-    name: str
-    text: str
-    suggestion: str
-
-    def __str__(self) -> str:
-        return f"{self.text}: {self.suggestion}"
-
-    def to_row(self) -> dict[str, str]:
-        """Return the row of findings.jsonl. Its key "mend" is older than the term `suggestion`."""
-        return {"name": self.name, "text": self.text, "mend": self.suggestion}
 
 
 @dataclass(frozen=True)
@@ -88,11 +75,14 @@ class Diagnostics:
     """Largest mean difference between sampling and training logprobs that rounding explains."""
     has_answer: Callable[[str], bool] | None = None
     """Returns whether an answer can be found in a completion; None if no reward reads answers."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weight of each reward, by its name in the rows."""
     said: set[str] = field(default_factory=set)
     """Names of findings that were reported before. A resumed run does not repeat them."""
 
     def __post_init__(self) -> None:
         # Entropy and flat groups are judged over more steps than a short run's patience.
+        self._exploits = ExploitWatch(self.weights)
         self._steps: deque[_Step] = deque(maxlen=max(self.patience, 2 * MIN_STEPS, WINDOW))
         self._first: list[_Step] = []
         self._best_of: dict[str, float] = {}
@@ -113,8 +103,8 @@ class Diagnostics:
             rows: its completions over all ranks, with "completion", "ended" and "rewards", and where known "prompt" and
                 "reward".
         """
-        if not rows:
-            return []  # an evaluation before the first step
+        if not rows:  # an evaluation before the first step
+            return self._exploits.observe(step, metrics, rows)
         self._add(step, metrics if _is_measured(metrics) else _without_policy(metrics), rows)
         found = [
             *self._rewards(),
@@ -124,6 +114,7 @@ class Diagnostics:
             *self._policy(),
             *self._entropy(),
             *self._collapse(),
+            *self._exploits.observe(step, metrics, rows),
         ]
         new = [finding for finding in found if finding.name not in self.said]
         self.said |= {finding.name for finding in new}

@@ -26,8 +26,8 @@ from grpo.errors import StorageError
 from grpo.runtime.jsonl import LineWriter
 from grpo.runtime.redaction import redacted
 from grpo.tracking.background_writer import CALL_SECONDS, BackgroundWriter
-from grpo.tracking.diagnostics import Finding
 from grpo.tracking.environment import environment
+from grpo.tracking.findings import Finding
 from grpo.tracking.row_files import columns_once, drop_rows_from, last_step, plain, set_aside, write_whole
 from grpo.tracking.run_dir import EVALUATIONS, FINDINGS, METRICS, ROLLOUTS
 from grpo.tracking.tracker import TrackedRun, Tracker, completions_table, find_tracker

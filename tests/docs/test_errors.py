@@ -1124,6 +1124,12 @@ FINDINGS: dict[str, dict[str, Any]] = {
     "entropy_rise": {"policy/entropy": lambda step: 0.5 + 0.2 * step},
     "entropy_fall": {"policy/entropy": lambda step: 2.0 * 0.5**step},
     "collapse": {"prompts": lambda step: [f"question {step}"] * 2},
+    "exploit": {
+        "rewards": lambda step: [{"a": step / 40, "b": 0.5}, {"a": step / 40, "b": 0.0}],
+        "prompts": ["x", "y"],
+        "weights": {"b": 0.0},
+        "said": {"collapse"},
+    },
     "sampler": {"policy/sampling_logprob_difference": 0.2},
     "learning_rate": {"policy/learning_rate": 0.0},
 }
@@ -1162,9 +1168,9 @@ def test_the_page_lists_every_exit_code() -> None:
 def test_the_page_shows_every_finding_as_the_run_says_it() -> None:
     found = {}
     for name, changes in FINDINGS.items():
-        said = {"said": set(changes["said"])} if "said" in changes else {}
-        watch = Diagnostics(max_completion_length=512, has_answer=lambda text: "<answer>" in text, **said)
-        [(_, finding)] = observe(watch, **{key: value for key, value in changes.items() if key != "said"})
+        given = {key: type(changes[key])(changes[key]) for key in ("said", "weights") if key in changes}
+        watch = Diagnostics(max_completion_length=512, has_answer=lambda text: "<answer>" in text, **given)
+        [(_, finding)] = observe(watch, **{key: value for key, value in changes.items() if key not in given})
         assert finding.name.partition(":")[0] == name.partition(",")[0]
         found[name] = str(finding)
     assert dict(explained(PAGE.read_text().partition(NO_LEARNING)[2])) == found

@@ -13,7 +13,8 @@ import pytest
 from grpo.policy import Policy
 from grpo.rewards.xml_format import only_answer
 from grpo.rollout.native_engine import NativeEngine
-from grpo.tracking.diagnostics import Diagnostics, Finding, patience_for
+from grpo.tracking.diagnostics import Diagnostics, patience_for
+from grpo.tracking.findings import Finding
 from grpo.types import Group
 from tests.data.test_data_faults import shaped
 from tests.test_trainer import run
