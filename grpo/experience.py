@@ -37,7 +37,7 @@ from grpo.rewards.context import TrainerState
 from grpo.rewards.scoring import RewardSum, Scores, concatenate_scores
 from grpo.rollout.async_sampler import AsyncSampler
 from grpo.runtime.distributed import gather_rows, max_over_ranks, sum_over_ranks
-from grpo.runtime.oom import phase
+from grpo.runtime.oom import FEW_TOKENS, phase
 from grpo.runtime.sums import Sums
 from grpo.runtime.timing import Clock
 from grpo.types import Group, Prompt
@@ -214,14 +214,16 @@ class ExperienceCollector:
         return replace(experience, mini_batches=packed)
 
     def _halve(self, groups: list[Group]) -> bool:
-        """Halve tokens_per_batch, or free the sampler's memory if a completion would not fit. False: neither can be."""
+        """Halve tokens_per_batch; below FEW_TOKENS, free the sampler's memory first. Return whether one could be."""
         lengths = [len(group.prompt.token_ids) + len(one.token_ids) for group in groups for one in group.completions]
-        before = self.tokens_per_batch
-        self.tokens_per_batch = max(before // 2, max_over_ranks(self.accelerator, max(lengths, default=0)))
-        if self.tokens_per_batch >= before:
-            return bool(max_over_ranks(self.accelerator, self.sampler.give_up_memory()))
-        log.info("out of memory in the update: tokens_per_batch is %d instead of %d", self.tokens_per_batch, before)
-        return True
+        smaller = max(self.tokens_per_batch // 2, max_over_ranks(self.accelerator, max(lengths, default=0)))
+        last = not FEW_TOKENS <= smaller < self.tokens_per_batch
+        if last and max_over_ranks(self.accelerator, self.sampler.give_up_memory()):
+            return True
+        before, self.tokens_per_batch = self.tokens_per_batch, smaller
+        if smaller < before:
+            log.info("out of memory in the update: tokens_per_batch is %d instead of %d", smaller, before)
+        return smaller < before
 
     def _next_prompts(self, count: int) -> list[Prompt]:
         """Draw the next `count` prompts and return this rank's share."""

@@ -7,6 +7,8 @@ from grpo.config.schema import Config
 from grpo.errors import OutOfMemory, is_out_of_memory
 
 MAX_SUGGESTIONS = 4
+FEW_TOKENS = 2048
+"""Tokens of a batch below which its launches take longer than the work that they give to a GPU."""
 
 
 @contextlib.contextmanager

@@ -322,7 +322,8 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         live, enabled = LiveBytes(), machine.compute is not None
         with _chunks_of(machine):
-            with live, torch.autocast("cpu", dtype=machine.compute or torch.bfloat16, enabled=enabled):
+            compute = machine.compute or torch.bfloat16
+            with live, torch.autocast("cpu", dtype=compute, enabled=enabled, cache_enabled=False):
                 logprobs, _ = logprob_model(_Faked(batch, layout, fake))
             with live:
                 logprobs.sum().backward()

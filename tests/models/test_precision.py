@@ -119,6 +119,15 @@ def test_bf16_computes_the_layers_in_bf16_and_the_head_in_float32(folder: Path) 
     assert 0 < float(difference.max()) < 0.2  # it is bfloat16, and no worse
 
 
+def test_autocast_keeps_no_copies_of_trained_weights(folder: Path) -> None:
+    policy, seen = policy_of(folder, Accelerator(cpu=True, mixed_precision="bf16")), list[bool]()
+    policy.model.model.layers[1].register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_cache_enabled()))
+    policy.logprobs(BATCH)[0].sum().backward()
+    assert seen and not any(seen)
+    with policy.accelerator.autocast():  # engines read a weight at every token
+        assert torch.is_autocast_cache_enabled()
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_sampler_and_scorer_use_the_same_rounded_weights(folder: Path, lora: bool) -> None:
     """The engine reads linear weights in bfloat16, equal to the masters cast by autocast."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,6 +24,9 @@ from grpo.models.weights import WeightReader
 from grpo.runtime.precision import MIXED_PRECISION
 
 FLOAT32_BYTES = 4
+NO_WEIGHT_CACHE = AutocastKwargs(cache_enabled=False)
+"""Autocast that drops the 16-bit copy of a weight after its product. By default it keeps all of them until the end of
+the forward pass, which reads each once."""
 Weights = dict[str, Tensor]
 OptimizerState = dict[str, Any]
 """As `torch.optim.Optimizer.state_dict`: {"state": ..., "param_groups": ...}, keyed by parameter number or by name."""
@@ -181,7 +184,12 @@ class Strategy(WeightReader, ABC):
         return self.module
 
     def _wrap(self, logprob_model: LogprobModel, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        return self.accelerator.prepare(logprob_model, optimizer)
+        handler = self.accelerator.autocast_handler
+        self.accelerator.autocast_handler = NO_WEIGHT_CACHE  # of the wrapper's own autocast
+        try:
+            return self.accelerator.prepare(logprob_model, optimizer)
+        finally:
+            self.accelerator.autocast_handler = handler
 
     @property
     def supports_shared_prompts(self) -> bool:
@@ -202,7 +210,7 @@ class Strategy(WeightReader, ABC):
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Return the context of mixed precision. FSDP2's wrapper, unlike DDP's, does not enter it by itself."""
-        return self.accelerator.autocast()
+        return self.accelerator.autocast(NO_WEIGHT_CACHE)
 
     @property
     def survives_out_of_memory(self) -> bool:
