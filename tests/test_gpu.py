@@ -3,8 +3,9 @@
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grpo.config.schema import LoraConfig
 from grpo.kernels import registry
 from grpo.kernels.attention import PackedLayout
+from grpo.kernels.cuda.graphs import StepGraphs
 from grpo.models.logprob_model import LogprobModel
 from grpo.models.lora import add_adapter
+from grpo.models.reference import FrozenReference
 from grpo.models.weights import WeightReader, WorkingCopy
 from grpo.packing import pack
 from grpo.rollout.backbones import KernelBackbone, ModuleBackbone
 from grpo.rollout.engine import build_engine
+from grpo.runtime.timing import Clock
 from grpo.types import Group, Prompt, SamplingPlan
 from tests.fakes import CharTokenizer, tiny_folder
 from tests.fakes import tiny_model as model_on_a_cpu
 from tests.models.test_lora_16bit import STEP, arrived, sampled_logprobs, take_step
+from tests.models.test_shared_prompt import NARROW, batches_of, learned
 from tests.runtime.test_distributed import ROOT, launch, profile
 from tests.test_trainer import arguments
 
@@ -97,6 +102,12 @@ def test_a_run_ends_with_finite_numbers(
     assert max(row["policy/sampling_logprob_difference"] for row in learned[: 1 if name == "ahead" else None]) < 2e-2
     output = (place / name / "output.txt").read_text()
     assert "kernels: " in output and "differs" not in output
+
+
+def test_a_run_learns(place: Path) -> None:
+    changes = {"steps": 30, "optimizer.learning_rate": 0.01, "eval_every": 0, "save_every": 0, "objective.beta": 0}
+    rewards = [row["reward/mean"] for row in trained(place, "learns", SINGLE, **changes) if "reward/mean" in row]
+    assert len(rewards) == 30 and sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
 
 
 def test_a_stopped_run_goes_on(place: Path) -> None:
@@ -172,6 +183,101 @@ def test_tokens_of_a_window_are_sampled_without_waiting() -> None:
 
     engine._decode = watched
     engine.generate(PROMPTS, plan)
+
+
+def assert_same_samples(found: list[Group], wanted: list[Group]) -> None:
+    """Other shapes round differently in float32, so that a draw at the boundary of two tokens may go the other way."""
+    pairs = [
+        pair for a, b in zip(found, wanted, strict=True) for pair in zip(a.completions, b.completions, strict=True)
+    ]
+    same = [(a, b) for a, b in pairs if a.token_ids == b.token_ids]
+    assert len(same) >= 0.9 * len(pairs)
+    for a, b in same:
+        assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-3)
+
+
+def without_graphs(self: StepGraphs, key: Hashable, step: Callable[[], None], *_: object) -> bool:
+    step()
+    return True
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_native_equals_transformers(temperature: float) -> None:
+    model, plan, tokenizer = tiny_model(), SamplingPlan(4, 40, temperature, seed=7), CharTokenizer()
+    oracle = build_engine("transformers", model, tokenizer, slots=16, uses_packed_attention=True)
+    assert_same_samples(native(model).generate(PROMPTS, plan), oracle.generate(PROMPTS, plan))
+
+
+def test_graphs_sample_what_steps_without_them_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with new weights under graphs that were captured with others, and with a queue."""
+    model, plan = tiny_model(), SamplingPlan(4, 40, 1.0, seed=7)
+    engine, waiting = native(model, slots=32), native(model, slots=5)
+    engine.generate(PROMPTS, plan)
+    captured = len(engine.graphs._graphs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    replayed = engine.generate(PROMPTS, plan)
+    assert 0 < captured <= len(engine.graphs._graphs)
+    assert_same_samples(waiting.generate(PROMPTS, plan), replayed)
+    monkeypatch.setattr(StepGraphs, "run", without_graphs)
+    assert_same_samples(native(model, slots=32).generate(PROMPTS, plan), replayed)
+
+
+def test_an_engine_stops_growing_and_gives_its_memory_up() -> None:
+    engine, plan = native(tiny_model(hidden_size=256), step_completions=24), SamplingPlan(4, 60, 1.0, seed=1)
+    wanted = engine.generate(PROMPTS, plan)
+    size = engine._kept[0].bytes
+    many = [Prompt(draw, "", tuple(range(3, 5 + draw % 9))) for draw in range(100)]
+    held = []
+    for _ in range(4):
+        engine.generate(many, SamplingPlan(1, 60, 0.0, seed=1))
+        engine.generate(PROMPTS, plan)
+        held.append(torch.cuda.memory_allocated())
+    assert engine._kept[0].bytes == size and held[-1] <= held[0] + 2**20
+    assert engine.give_up_memory()
+    assert torch.cuda.memory_allocated() <= held[-1] - size
+    assert_same_samples(engine.generate(PROMPTS, plan), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shared_prompts(dtype: torch.dtype) -> None:
+    """A group whose prompt is computed once for two batches has the logprobs and gradients of an unsplit one."""
+    model, results = tiny_model("qwen2"), []
+    for max_tokens, share in ((10**6, False), (NARROW, True)):
+        batches = [batch.to(torch.device(GPU)) for batch in batches_of(max_tokens, share)]
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype != torch.float32):
+            results.append(learned(LogprobModel(model, uses_packed_attention=True, temperature=1.0), batches))
+    (whole, expected), (split, gradients) = results
+    close = 1e-4 if dtype == torch.float32 else 5e-2
+    assert float((split - whole).abs().mean()) < close and gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert float((gradients[name] - gradient).norm()) <= close * max(1.0, float(gradient.norm())), name
+
+
+def test_a_clock_reads_the_time_of_the_device() -> None:
+    device = torch.device(GPU)
+    numbers = torch.ones(4096, 4096, device=device)
+    torch.cuda.synchronize()
+    clock = Clock(device)
+    for _ in range(50):
+        numbers = (numbers @ numbers).clamp_(max=1)
+    clock.lap("products")
+    launched = time.perf_counter()
+    torch.cuda.synchronize()
+    waited = time.perf_counter() - launched
+    assert clock.laps["products"] > 0.5 * waited
+
+
+def test_an_offloaded_reference_waits_in_pinned_memory() -> None:
+    model = tiny_model()
+    batch = batches_of(10**6)[0].to(torch.device(GPU))
+    plain = LogprobModel(model, uses_packed_attention=True, temperature=1.0)
+    expected = FrozenReference(plain, torch.device(GPU)).logprobs([batch])[0]
+    offloaded = FrozenReference(plain, torch.device(GPU), offload=True)
+    for _ in range(2):
+        assert all(parameter.is_pinned() for parameter in model.parameters())
+        assert torch.equal(offloaded.logprobs([batch])[0], expected)
 
 
 class Products(TorchDispatchMode):
