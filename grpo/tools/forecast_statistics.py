@@ -13,11 +13,12 @@ from torch import Tensor
 
 Z90 = 1.6448536269514722
 """The normal quantile that leaves 5 % above it."""
-DRIFT = 0.1
-"""Change of a mean per step of training that is expected beforehand, in standard deviations between groups."""
+DRIFT, WALK = 0.2, 0.1
+"""Steady and irregular change of a mean per step of training that are expected beforehand, in standard deviations
+between groups."""
 NOISE, NOISE_STEPS = 0.1, 2
 """Relative variation of the seconds of a step that is expected beforehand, and the observed steps that it counts as."""
-SHARED_CPU, OWN_DEVICE = 0.25, 0.05
+SHARED_CPU, OWN_DEVICE = 0.3, 0.05
 """Relative change of the speed of the machine after the probe that is allowed for: other programs share a CPU."""
 MAX_VALUES = 8
 """Different rewards that are told apart. Rarer ones are taken to differ from each other."""
@@ -39,6 +40,7 @@ class Trend:
 
     Bayesian linear regression with known prior ratio (Gelman et al., Bayesian Data Analysis, 3rd edition, section
     14.8): b ~ N(0, (DRIFT s)^2), where s is the standard deviation between groups. With one step, b is the prior.
+    What is not linear adds the variance (WALK s)^2 for each step from the first.
 
     Args:
         steps: [n] step of each observation, from 1.
@@ -57,7 +59,7 @@ class Trend:
     def at(self, step: float) -> tuple[float, float]:
         """Return the mean at a step, and its variance in units of the variance between groups: 1 / n without drift."""
         x = torch.tensor([1.0, step - 1.0], dtype=torch.float64)
-        return float(x @ self._weights), float(x @ self._covariance @ x)
+        return float(x @ self._weights), float(x @ self._covariance @ x) + WALK**2 * (step - 1)
 
     def mean(self, step: float, groups: float = math.inf, bounds: tuple[float, float] = (0, math.inf)) -> Interval:
         """Return the interval of the mean over `groups` new groups of a step; of the expectation for infinitely many.
