@@ -141,7 +141,7 @@ def _build(config: Config, rewards: RewardSum, on_failure: contextlib.ExitStack)
     tracker = None
     if lock is not None:
         on_failure.callback(lock.release)
-        tracker = start_records(config, run_dir, data, rewards, point.start)
+        tracker = start_records(config, run_dir, data, rewards, point.start, contents)
         warn_of_slow_saves(run_dir, sizes[0])
     log.info(summary_line(config, accelerator, data, held_out))
     recorder = build_recorder(config, policy, data.tokenizer, run_dir, tracker, callbacks, point)
@@ -313,13 +313,15 @@ def build_sampler(
     return sampler
 
 
-def start_records(config: Config, run_dir: Path, data: TrainingData, rewards: RewardSum, start: int) -> RunLogger:
-    """Write the data card, reward sources and rejected rows; start the trackers."""
+def start_records(
+    config: Config, run_dir: Path, data: TrainingData, rewards: RewardSum, start: int, contents: dict[str, str]
+) -> RunLogger:
+    """Write the data card, reward sources, checksums and rejected rows; start the trackers."""
     record_card(run_dir, config.data)
     for name, source in rewards.sources.items():
         log.info("reward '%s' is %s (sha256 %s)", name, source["file"], source["sha256"][:12])
     derived = derived_values(config, data.size, run_dir.name)
-    derived |= {"base_model": str(data.model_path), "reward_sources": rewards.sources}
+    derived |= {"base_model": str(data.model_path), "reward_sources": rewards.sources, "contents": contents}
     tracker = RunLogger(run_dir, config, derived, start + 1 if start else 0)
     if data.rejected:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in data.rejected]

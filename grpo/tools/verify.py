@@ -84,7 +84,7 @@ def verify(run_dir: Path, steps: list[int] | None = None) -> Verification:
     for step in steps:
         if step not in recorded:
             raise ConfigError(f"--steps {step}: {run_dir} records steps {min(recorded)} to {max(recorded)}")
-    found = Verification(steps=steps, environment=_environment_changes(run_dir))
+    found = Verification(steps=steps)
     last = 0
     while last < steps[-1]:  # from each checkpoint, all steps before the next useful one
         first = next(step for step in steps if step > last)
@@ -94,6 +94,7 @@ def verify(run_dir: Path, steps: list[int] | None = None) -> Verification:
         log.info("training steps %d to %d again; they took %.0f s in the run", start + 1, until, seconds)
         _replay(run_dir, config, start, until, [step for step in steps if first <= step <= until], found)
         last = until
+    found.environment = _environment_changes(run_dir)  # after the replay, which may have switched a kernel off
     return found
 
 
@@ -146,13 +147,14 @@ def _compare_metrics(step: int, old: dict[str, float], new: dict[str, float], fo
 
 
 def _compare_contents(run_dir: Path, replayed_dir: Path, step: int, found: Verification) -> None:
-    """Compare the checksums of data, base, reference and rewards, where both runs have a checkpoint."""
+    """Compare the checksums of data, base, reference and rewards: those of the newest checkpoint, or of the start."""
     from grpo.run.checkpoint import read_state
+    from grpo.tracking.run_reader import RunFolder
 
     newest = _checkpoint_before(run_dir, 1 << 60)
-    if not newest:
-        return
-    old = read_state(run_dir / "checkpoints" / f"step-{newest}")
+    old = RunFolder(run_dir).environment().get("derived", {})
+    if newest:
+        old = read_state(run_dir / "checkpoints" / f"step-{newest}")
     new = read_state(replayed_dir / "checkpoints" / f"step-{step}")
     for kind in ("contents", "reward_sources"):
         for name, value in new[kind].items():
@@ -190,7 +192,8 @@ def _environment_changes(run_dir: Path) -> list[str]:
     if not old:
         return ["the run has no environment.json"]
     versions = [(name, old.get("versions", {}).get(name), new["versions"].get(name)) for name in COMPARED_VERSIONS]
-    pairs = [*versions, *((key, old.get(key), new.get(key)) for key in ("platform", "processor", "torch_threads"))]
+    keys = [key for key in ("platform", "processor", "torch_threads", "kernels") if key in old]
+    pairs = [*versions, *((key, old[key], new[key]) for key in keys)]
     return [f"{name}: {before} in the run, {now} here" for name, before, now in pairs if before != now]
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from grpo.kernels.registry import report
 from grpo.runtime.device import device_names
 from grpo.runtime.redaction import redacted
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, platform, devices, commit and command line. Never an environment variable."""
+    """Return versions, platform, devices, kernels, commit and command line. Never an environment variable."""
     versions: dict[str, str | None] = {}
     for library in ("grpo-trainer", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "peft"):
         try:
@@ -29,6 +30,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "devices": device_names(),
+        "kernels": report("cuda" if torch.cuda.is_available() else "cpu"),
         "git_commit": _git_commit(),
         "argv": [redacted(word) for word in sys.argv],
     }

@@ -49,6 +49,8 @@ def test_a_replay_is_equal_to_the_bit(recorded: Path) -> None:
     files = {path: path.read_bytes() for path in (recorded / "run").rglob("*") if path.is_file()}
     found = verify(recorded / "run", [1, 3, 4])
     assert found.differences == [] and found.environment == []
+    record = json.loads((recorded / "run" / "environment.json").read_text())
+    assert record["kernels"].startswith("kernels: ") and {"data", "base"} <= record["derived"]["contents"].keys()
     assert found.completions == 3 * 8 and found.metrics > 30 and found.tensors > 30  # weights and both moments
     assert "all equal to the bit" in summary(found)
     assert files == {path: path.read_bytes() for path in (recorded / "run").rglob("*") if path.is_file()}
@@ -97,6 +99,8 @@ def test_a_changed_data_row_is_named(recorded: Path, tmp_path: Path) -> None:
     try:
         data.write_text(before.replace("#### 1", "#### 9", 1))
         assert verify(run, [4]).differences[0].what == "sha256 of data"
+        shutil.rmtree(run / "checkpoints")  # environment.json has the checksums, too
+        assert verify(run, [1]).differences[0].what == "sha256 of data"
     finally:
         data.write_text(before)
 
