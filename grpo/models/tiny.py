@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 VERSION = 2
 """Part of the cache key: raise it when a change here gives another model for the same recipe."""
 END, PAD = "<|end|>", "<|pad|>"
+TAGS = ("<reasoning>\n", "\n</reasoning>\n", "<answer>\n", "\n</answer>\n")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
@@ -78,6 +79,18 @@ class ProseRecipe(Recipe):
     learn from the reward which one is right."""
 
 
+@dataclass(frozen=True)
+class ToolRecipe(Recipe):
+    """Recipe for products. Careful texts call the calculator and give its result, hasty ones give the answer at once.
+
+    All answers are true, but only those with a call can be learned.
+    """
+
+    call: tuple[str, str] = ('<tool_call>{"name": "calculator", "arguments": {"expression": "', '"}}</tool_call>')
+    """Text around the expression of a call; each part is one token."""
+
+
+TOOL_RECIPE = ToolRecipe(vocabulary=500, steps=1000)
 GSM8K_RECIPE = Recipe(vocabulary=4096, steps=300, batch=32, hasty_fraction=0.5, formatted_fraction=0.3, longest=224)
 PROSE_RECIPE = ProseRecipe(vocabulary=450, steps=500, unmarked_fraction=0.75)
 
@@ -90,6 +103,8 @@ def tiny_model_for(config: Config, rows: list[Example]) -> Path:
     if config.data.name != "arithmetic":
         problems = [{"question": _question(row, config), "answer": _worked_answer(row)} for row in rows]
     recipe = recipe_for(problems, unmarked=config.data.name == "invented_language")
+    if config.data.name == "multiplication":
+        recipe = TOOL_RECIPE
     return make_tiny_model(seed=config.seed, problems=problems, recipe=recipe)
 
 
@@ -193,8 +208,13 @@ def demonstration_notice(config: Config) -> str | None:
 def _make(folder: Path, seed: int, rows: list[dict[str, str]], recipe: Recipe) -> None:
     started = time.perf_counter()
     rng = random.Random(f"starter {seed}")
-    texts = [(row["question"], completion_text(row["answer"], recipe, rng)) for row in rows]
-    tokenizer = make_tokenizer([part for text in texts for part in text], recipe.vocabulary)
+    if isinstance(recipe, ToolRecipe):
+        texts = [text for row in rows for text in tool_texts(row, recipe, rng)]
+    else:
+        texts = [(row["question"], completion_text(row["answer"], recipe, rng)) for row in rows]
+    tags = (*TAGS, *recipe.call, "<|tool|>") if isinstance(recipe, ToolRecipe) else TAGS
+    digits = 1 if isinstance(recipe, ToolRecipe) else 2  # as transformers loads the tokenizer of a Qwen2
+    tokenizer = make_tokenizer([part for text in texts for part in text], recipe.vocabulary, tags, digits)
     torch.manual_seed(seed)
     model = make_model(tokenizer, recipe)
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -241,11 +261,29 @@ def completion_text(answer: str, recipe: Recipe, rng: random.Random) -> str:
     )
 
 
-def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer that encodes up to two digits as one token."""
+def tool_texts(row: dict[str, str], recipe: ToolRecipe, rng: random.Random) -> list[tuple[str, str]]:
+    """Return the turns of a product as (what the model reads, its turn): one with the answer, or a call and the answer.
+
+    The second turn follows a conversation of its own, in the form of CHAT_TEMPLATE.
+    """
+    question, (worked, _, result) = row["question"], row["answer"].rpartition("####")
+    answer = f"<answer>\n{result.strip()}\n</answer>\n"
+    if rng.random() < recipe.hasty_fraction:
+        return [(question, answer)]
+    call = worked.partition("=")[0].strip().join(recipe.call)
+    return [(question, call), (f"{question}<|assistant|>{call}{END}<|tool|>{result.strip()}", answer)]
+
+
+def make_tokenizer(
+    texts: list[str], vocabulary: int, tags: tuple[str, ...] = TAGS, digits: int = 2
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer that encodes up to `digits` digits as one token, and each of `tags`."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\d{1,2}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(rf"\d{{1,{digits}}}"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     inner.decoder = decoders.ByteLevel()
     special = [PAD, END, "<|system|>", "<|user|>", "<|assistant|>"]
@@ -258,8 +296,6 @@ def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast
             show_progress=False,
         ),
     )
-    # Each of the four tags is one token.
-    tags = ["<reasoning>\n", "\n</reasoning>\n", "<answer>\n", "\n</answer>\n"]
     inner.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
     # Without an unk_token, AutoTokenizer would add that of Qwen2, which has no embedding. Every byte is a token, so
     # that none is ever unknown.

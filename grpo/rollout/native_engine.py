@@ -49,6 +49,8 @@ TOKEN_BYTES = 144
 processes (36 each)."""
 TURN_STEPS = 8
 """Decode steps of the other rows while a row waits for what follows its turn. Only then is it waited for."""
+FORCED_TOKENS = 64
+"""More given tokens than this are computed with the whole context in one pass, fewer one in each decode step."""
 BUCKET = 128
 """If steps are captured in CUDA graphs, cache lengths are rounded up to multiples of this, and rows to powers of
 two. Each combination has one graph."""
@@ -604,6 +606,9 @@ class NativeEngine(RolloutEngine):
             row.cached = len(prompts[row.prompt].token_ids) + before - 1
             row.drawn, row.ended = before, False
             resumed.append(row)
+        keeps = self.keep_turns and not self.backbone.state_numbers and state.seen is None
+        forced = [row for row in resumed if keeps and row.pending <= FORCED_TOKENS]
+        resumed = [*forced, *(row for row in resumed if row not in forced)]
         places = [(len(rows) + place, row) for place, row in enumerate(resumed)]
         places += [(cache.slots - 1 - place, row) for place, row in enumerate(parked)]
         if slot_of:
@@ -612,10 +617,10 @@ class NativeEngine(RolloutEngine):
             return
         first = len(rows)
         rows += resumed
-        if self.keep_turns and not self.backbone.state_numbers and state.seen is None:
-            self._force(resumed, first, state)
-        else:
-            self._prefill_again(prompts, resumed, first, cache, state, plan)
+        if forced:
+            self._force(forced, first, state)
+        if resumed[len(forced) :]:
+            self._prefill_again(prompts, resumed[len(forced) :], first + len(forced), cache, state, plan)
 
     def _force(self, rows: list[_Row], first: int, state: _State) -> None:
         """Let rows, which are in the slots from `first` on, read the given tokens in the next decode steps.
@@ -639,8 +644,8 @@ class NativeEngine(RolloutEngine):
     ) -> None:
         """Compute the whole context of rows, which are in the slots from `first` on, and sample the next token.
 
-        For models with recurrent layers, whose states have gone on past the end of the turn, with a repetition_penalty,
-        and as a reference.
+        For many given tokens, for models with recurrent layers, whose states have gone on past the end of the turn,
+        with a repetition_penalty, and as a reference.
         """
         device = state.tokens.device
         contexts: list[Prompt] = []

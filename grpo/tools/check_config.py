@@ -18,7 +18,8 @@ from grpo.models.limits import Extent, check_limits
 from grpo.models.strategies.base import Machine
 from grpo.models.tiny import demonstration_notice
 from grpo.rewards.scoring import RewardSum
-from grpo.rollout.engine import find_engine
+from grpo.rollout.dialogue import check_turns, offer_tools
+from grpo.rollout.engine import find_engine, saved_end_ids
 from grpo.run.callbacks import build_callbacks
 from grpo.run.checkpointer import find_checkpoint
 from grpo.run.checks import check_resume, check_settings
@@ -49,6 +50,7 @@ def check(config: Config, machine: Machine | None = None, *, red_team: bool = Fa
     """
     found = Check(config=flatten(to_dict(config)))
     check_settings(config)
+    offer_tools(config)
     score = RewardSum(config.rewards, config.reward_kwargs)
     build_callbacks(config.callbacks)
     run_dir = choose_run_dir(config, datetime.now())
@@ -76,6 +78,8 @@ def check(config: Config, machine: Machine | None = None, *, red_team: bool = Fa
     tokenizer, model = tokenizer_and_shape(config, rows)
     check_reference(config, tokenizer, model)
     check_template_kwargs(tokenizer, config.data.chat_template_kwargs)
+    if config.model.name != "starter":
+        check_turns(config, tokenizer, saved_end_ids(config.model.name, tokenizer))
     _check_questions(found, rows, held_out)
     extent = _check_lengths(found, config, rows, tokenizer)
     _check_held_out_lengths(found, config, held_out, tokenizer)

@@ -120,6 +120,10 @@ class TurnTemplate:
 
     def _end_of_turn(self, text: str) -> str:
         """Return the end token after the marker."""
+        if MARKER not in text:
+            raise ConfigError(
+                "the chat template leaves out a turn of the assistant that a message follows: use another one"
+            )
         after = text.partition(MARKER)[2]
         found = next((end for end in self.ends if after.startswith(end)), None)
         if found is None:

@@ -10,7 +10,7 @@ import atexit
 import functools
 import itertools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -51,11 +51,15 @@ class TurnWorkers:
         workers: int = 2,
     ):
         self.tools, self.deadline, self.max_result_length = dict(tools or {}), deadline, max_result_length
-        given = {"tools": self.tools, "environment": environment, "environment_kwargs": dict(environment_kwargs or {})}
-        self._here = functools.partial(serving.answer, **given)
+        given: dict[str, Any] = {
+            "tools": self.tools,
+            "environment": environment,
+            "environment_kwargs": dict(environment_kwargs or {}),
+        }
+        self._here: Callable[..., Any] = functools.partial(serving.answer, **given)
         elsewhere = _addresses(given)
-        function, kwargs = (self._here, {}) if elsewhere is None else (serving.answer, elsewhere)
-        self._workers = [Worker("tools", function, kwargs) for _ in range(workers)]
+        function: Any = self._here if elsewhere is None else serving.answer
+        self._workers = [Worker("tools", function, elsewhere or {}) for _ in range(workers)]
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="tools") for _ in range(workers)]
         self._next = itertools.cycle(range(workers)) if workers else None
         _POOLS.add(self)

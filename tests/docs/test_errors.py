@@ -38,6 +38,7 @@ from grpo.models.tiny import make_tiny_model
 from grpo.rewards.calls import call_reward
 from grpo.rewards.scoring import RewardSum
 from grpo.rewards.workers import RewardWorkerPool
+from grpo.rollout.dialogue import offer_tools
 from grpo.rollout.engine import find_engine
 from grpo.rollout.logprob_mismatch import check_difference
 from grpo.run.checkpoint import check_free_space, load_checkpoint, newest_valid, save_checkpoint
@@ -59,11 +60,14 @@ from grpo.tracking.report import write_report
 from grpo.tracking.run_dir import choose_run_dir, fingerprint
 from grpo.tracking.tracker import find_tracker
 from grpo.trainer import check_skipped
+from grpo.turns.template import TurnTemplate
+from grpo.turns.tools import find_tools
 from grpo.types import Completion, Group, Prompt
 from tests.data.test_gguf import header
 from tests.fakes import save_tokenizer
 from tests.gguf_files import chat_tokenizer
 from tests.models.zoo import tiny_config
+from tests.rollout.turns_tokenizer import TEMPLATE, char_tokenizer
 from tests.tools.test_fetch import package, wheel
 from tests.tracking.test_diagnostics import observe
 
@@ -397,6 +401,25 @@ def no_cache(folder: Path) -> None:
 
 
 CARD = "source: the committee\nlicence: cc-by-4.0\npermission: {}\nsteward: committee@example.org\n"
+
+
+def turns(*words: str) -> Callable[[Path], Any]:
+    """Tools or an environment of a config."""
+    return lambda _: offer_tools(load_config(["--model.name=m", *words]))
+
+
+def undescribed_tool(folder: Path) -> None:
+    (folder / "my.py").write_text("def look_up(word):\n    return word\n")
+    find_tools([f"{folder}/my.py:look_up"])
+
+
+def template_of_turns(template: str, role: str = "tool") -> Callable[[Path], Any]:
+    return lambda _: TurnTemplate(char_tokenizer(template), [0]).check(role, {})
+
+
+FORGETFUL = "{# </think> #}" + TEMPLATE.replace(
+    "message['content']", "(message['content'] if loop.last else message['content'].split('</think>')[-1])"
+)
 
 
 def limit(longest: int, largest_id: int, name: str = "llama", **changes: Any) -> Callable[[Path], Any]:
@@ -872,6 +895,51 @@ CASES: dict[str, Case] = {
         reward("return [1.0]"),
         RewardError,
         "reward 'DIR/mine.py:score' returned 1 values for 2 completions: it must return one number (or None) each; the first mismatch is at number 1, 'an answer'",
+    ),
+    "unknown tool": Case(
+        turns("--tools=[calculater]"),
+        ConfigError,
+        "tools: unknown tool 'calculater': did you mean 'calculator'? Known: ...; or point to your own with 'package.module:name' or 'path/file.py:name'",
+    ),
+    "tool without a schema": Case(
+        undescribed_tool,
+        ConfigError,
+        "tools: 'DIR/my.py:look_up' has no schema (Cannot generate JSON schema for look_up because it has no docstring!): annotate each argument, and describe the function and each argument in its docstring, below 'Args:'",
+    ),
+    "tool that runs code of the model": Case(
+        turns("--tools=[python]"),
+        ConfigError,
+        "tools: 'python' runs code that the model writes, as this user: set turns.trust_model_code true if this machine holds nothing that such code may read or change",
+    ),
+    "tools beside an environment": Case(
+        turns("--tools=[calculator]", "--environment=json:JSONDecoder"),
+        ConfigError,
+        "tools and environment are both set: let the environment call the tools (grpo.turns.calls), or remove one of them",
+    ),
+    "class that is no environment": Case(
+        turns("--environment=json:JSONDecoder"),
+        ConfigError,
+        "environment is 'json:JSONDecoder', which is not a class with reset(prompt) and step(completion): see grpo.turns.environment.Environment",
+    ),
+    "chat template that changes earlier turns": Case(
+        template_of_turns(FORGETFUL),
+        ConfigError,
+        "the chat template changes earlier turns when a later one follows: 'EXT<end>\\n<assistant><think>\\nTHINK9TEXT\\n</think>\\n\\nTURN9TEXT<e' becomes 'EXT<end>\\n<assistant>\\n\\nTURN9TEXT<end>\\n<tool>RESULT9TEXT<end>\\n'. The model would read another context at inference than in training. Set turns.rewritten_history keep to train on turns as they were sampled, or use a chat template that keeps them",
+    ),
+    "chat template without an end of a turn": Case(
+        template_of_turns(TEMPLATE.replace("<end>", "")),
+        ConfigError,
+        "the chat template ends a turn of the assistant with '\\n<tool>RESULT9TEXT\\n<assistant>', which does not begin with an end token of the model (<end>): a turn that was sampled could not go on as the template has it. Add the token to eos_token_id in generation_config.json",
+    ),
+    "chat template without a place for turns": Case(
+        template_of_turns("{{ messages[0]['content'] }}"),
+        ConfigError,
+        "the chat template leaves out a turn of the assistant that a message follows: use another one",
+    ),
+    "no chat template for several turns": Case(
+        template_of_turns(""),
+        ConfigError,
+        "tools and environments need a chat template, which says how a turn ends and the next one begins, but the model has none: choose a model with a chat template",
     ),
     "reward that is not finite": Case(
         reward("return [0.0, float('nan')]"),

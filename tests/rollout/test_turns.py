@@ -8,6 +8,7 @@ import torch
 from grpo.models.logprob_model import LogprobModel
 from grpo.models.padded_rows import pack_rows
 from grpo.packing import pack
+from grpo.rollout import native_engine
 from grpo.rollout.dialogue import Turns
 from grpo.rollout.engine import build_engine, end_token_ids
 from grpo.rollout.turn_rounds import TurnRounds, with_turns
@@ -98,11 +99,15 @@ def test_what_is_sampled_is_what_is_trained(family: str) -> None:
             )
 
 
-def test_the_cache_of_earlier_turns_changes_nothing_but_the_work() -> None:
+def test_the_cache_of_earlier_turns_changes_nothing_but_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     _, kept = engine_with_turns()
+    _, mixed = engine_with_turns()
     _, again = engine_with_turns(keep_turns=False)
     groups = kept.generate(prompts(), PLAN)
     assert ids_of(groups) == ids_of(again.generate(prompts(), PLAN))
+    monkeypatch.setattr(native_engine, "FORCED_TOKENS", 13)  # some results are longer
+    assert ids_of(groups) == ids_of(mixed.generate(prompts(), PLAN))
+    assert kept.prefilled_tokens < mixed.prefilled_tokens < again.prefilled_tokens
     prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts())
     given = sum(end - start for group in groups for c in group.completions for start, end in c.given)
     assert kept.prefilled_tokens == prompt_tokens + given
