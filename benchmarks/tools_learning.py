@@ -57,7 +57,7 @@ def train(seed: int, folder: Path) -> float:
 def measured(folder: Path) -> dict[str, Any]:
     """Return the curves of a run."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    completions = 8 * 8
+    completions = 8 * 16
     return {
         "accuracy_by_step": {str(row["step"]): row["eval/accuracy"] for row in rows if "eval/accuracy" in row},
         "calls_by_step": {str(row["step"]): row["tools/calls"] / completions for row in rows if "tools/calls" in row},
@@ -102,7 +102,7 @@ def prefilled(folder: Path) -> dict[str, Any]:
         settings = {"slots": 64, "uses_packed_attention": packed, "engine_kwargs": {"keep_turns": keep}}
         engine = build_engine("native", model, tokenizer, **settings)
         engine.turns = Turns(tokenizer, end_token_ids(model, tokenizer), TurnWorkers({"calculator": calculator}))
-        groups = engine.generate(prompts, SamplingPlan(SAMPLES, 96, 1.0, seed=0))
+        groups = engine.generate(prompts, SamplingPlan(SAMPLES, 64, 1.0, seed=0))
         engine.turns.close()
         ids[name] = [one.token_ids for group in groups for one in group.completions]
         found[name] = engine.prefilled_tokens

@@ -1,8 +1,8 @@
-"""Dataset multiplication: generated products of two-digit numbers, which a very small model cannot compute.
+"""Dataset multiplication: products of a three-digit and a two-digit number, which a tiny model cannot compute.
 
-    question  What is 47 * 38?
-    answer    47 * 38 = 1786
-              #### 1786
+    question  What is 472 * 38?
+    answer    472 * 38 = 17936
+              #### 17936
 
 A model can learn to copy the numbers into a call of a calculator (docs/tools.md). A hash of the question decides which
 problems are held out.
@@ -15,8 +15,8 @@ from grpo.data.arithmetic import HELD_OUT_SIZE, TRAIN_SIZE, is_held_out
 from grpo.data.files import Row, Table, table_of
 from grpo.data.registry import Part, check_generated, register_dataset
 
-SMALLEST, LARGEST = 10, 99
-"""Range of the factors."""
+FIRST, SECOND = (100, 999), (10, 99)
+"""Ranges of the factors."""
 
 
 @register_dataset("multiplication", check=check_generated)
@@ -32,7 +32,7 @@ def generate_products(count: int, *, seed: int, split: Part) -> list[dict[str, s
     rng = random.Random(f"multiplication {split} {seed}")
     problems: dict[str, str] = {}
     while len(problems) < count:
-        a, b = rng.randint(SMALLEST, LARGEST), rng.randint(SMALLEST, LARGEST)
+        a, b = rng.randint(*FIRST), rng.randint(*SECOND)
         question = f"What is {a} * {b}?"
         if is_held_out(question) == (split == "held_out"):
             problems.setdefault(question, f"{a} * {b} = {a * b}\n#### {a * b}")

@@ -30,6 +30,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from grpo.config.schema import Config
 from grpo.data.arithmetic import generate_problems
 from grpo.data.invented_language import unmarked
+from grpo.data.multiplication import generate_products
 from grpo.data.rows import Example
 from grpo.errors import StorageError
 from grpo.rewards.text_match import quoted_terms
@@ -90,7 +91,7 @@ class ToolRecipe(Recipe):
     """Text around the expression of a call; each part is one token."""
 
 
-TOOL_RECIPE = ToolRecipe(vocabulary=500, steps=1000)
+TOOL_RECIPE = ToolRecipe(vocabulary=500, steps=1500)
 GSM8K_RECIPE = Recipe(vocabulary=4096, steps=300, batch=32, hasty_fraction=0.5, formatted_fraction=0.3, longest=224)
 PROSE_RECIPE = ProseRecipe(vocabulary=450, steps=500, unmarked_fraction=0.75)
 
@@ -103,8 +104,9 @@ def tiny_model_for(config: Config, rows: list[Example]) -> Path:
     if config.data.name != "arithmetic":
         problems = [{"question": _question(row, config), "answer": _worked_answer(row)} for row in rows]
     recipe = recipe_for(problems, unmarked=config.data.name == "invented_language")
-    if config.data.name == "multiplication":
+    if config.data.name == "multiplication":  # many more than are trained on: none is learned by heart
         recipe = TOOL_RECIPE
+        problems = generate_products(recipe.problems, seed=config.seed, split="train")
     return make_tiny_model(seed=config.seed, problems=problems, recipe=recipe)
 
 
