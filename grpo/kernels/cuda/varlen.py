@@ -11,6 +11,7 @@ copied side by side. Attention is causal, aligned at the last token of each sequ
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from grpo.kernels.transfer import to_device
 
 MAX_HEAD_SIZE = 256
 MIN_CAPABILITY = (8, 0)
-SHARED_KEYS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+SHARED_KEYS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 """Argument for queries with more heads than keys. The kernel of torch 2.11 takes them without it."""
 
 
