@@ -111,8 +111,8 @@ class Events:
 
     def note_best(self, logs: dict[str, float]) -> None:
         """Keep the best value of metric_for_best_model in the state, where EarlyStoppingCallback reads it."""
-        asked = self.arguments.metric_for_best_model
-        value = logs.get(asked if str(asked).startswith("eval_") else f"eval_{asked}")
+        asked = self.arguments.metric_for_best_model or ""
+        value = logs.get(asked if asked.startswith("eval_") else f"eval_{asked}")
         if value is None:
             return
         best, sign = self.state.best_metric, 1 if self.arguments.greater_is_better else -1

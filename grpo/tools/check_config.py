@@ -26,6 +26,7 @@ from grpo.run.checks import check_resume, check_settings
 from grpo.run.components import settings_without_effect
 from grpo.runtime.run_lock import check_free
 from grpo.tools.check_cost import describe_batch, least_operations, measure_matrix_rate, steps_of
+from grpo.tools.check_examples import check_examples
 from grpo.tools.check_result import Check, PromptCheck
 from grpo.tools.check_rewards import check_rewards
 from grpo.tools.memory import estimate
@@ -87,6 +88,7 @@ def check(config: Config, machine: Machine | None = None, *, red_team: bool = Fa
         needs_packing = find_engine(config.rollout.engine).needs_packed_attention
         check_limits(config, config.model.name, tokenizer, extent, needs_packed_attention=needs_packing)
     check_rewards(found, score, rows, tokenizer)
+    check_examples(found, score, config.data, tokenizer)
     if red_team:
         found.red_team = search(score, rows, tokenizer, found.form)
         found.problems += found.red_team.problems

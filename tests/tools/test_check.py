@@ -12,9 +12,12 @@ from grpo.config.parser import load_config
 from grpo.data.duplicates import count_repeats
 from grpo.data.rows import load_examples
 from grpo.errors import ConfigError
+from grpo.rewards.scoring import RewardSum
 from grpo.tools import check_config, check_rewards
 from grpo.tools.check_config import check
 from grpo.tools.check_cost import describe_batch
+from grpo.tools.check_examples import check_examples
+from grpo.tools.check_result import Check
 from grpo.tools.model_shape import tokenizer_and_shape
 from grpo.tools.score_completions import score_rows
 from grpo.trainer import train
@@ -98,6 +101,58 @@ def test_worked_examples_are_in_the_prompts_that_are_shown(flags: list[str]) -> 
     found = check(load_config([*flags, "--data.examples=[{question: what, completion: this}]"]))
     assert found.prompts[0].text.replace("\n", "").startswith("whatthis0+1=")
     assert found.lengths["shortest"] > 4
+
+
+HASHED = "[{question: 2+2, answer: '2 and 2 are 4 #### 4'}, {question: 3+3, answer: '3 and 3 are 6 #### 6'}]"
+TAGGED = "[{question: 2+2, completion: '<reasoning>\\n2+2\\n</reasoning>\\n<answer>\\n4\\n</answer>\\n'}]"
+
+
+def warnings_about_examples(flags: list[str], *more: str) -> list[str]:
+    config = load_config([*flags, "--data.max_prompt_length=null", *more])
+    score, found = RewardSum(config.rewards, config.reward_kwargs), Check()
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name)
+    check_rewards.check_rewards(found, score, load_examples(config.data, "train", 0)[:4], tokenizer)
+    found.warnings.clear()
+    check_examples(found, score, config.data, tokenizer)
+    return found.warnings
+
+
+@pytest.mark.parametrize("prompt", ["null", "Work it out."])
+def test_examples_in_a_form_that_is_not_paid_are_named(flags: list[str], prompt: str) -> None:
+    own = [*flags, f"--data.system_prompt={prompt}"]
+    [warning] = warnings_about_examples(own, f"--data.examples={HASHED}", '--rewards={"accuracy": 1.0}')
+    assert warning == (
+        "data.examples, row 1, data.examples, row 2: the answer that the prompt shows earns no more than an empty one. "
+        "'accuracy' does not read the form of the worked examples: it pays 0.000 for them, 1.000 in the form 'xml'. "
+        "Set --data.system_prompt xml, which shows them in <reasoning> and <answer> tags, or write them so in a column "
+        "'completion'"
+    )
+    [warning] = warnings_about_examples(own, "--data.one_shot=true")
+    assert warning.startswith("data.one_shot: the answer that the prompt shows earns no more than an empty one")
+    assert warnings_about_examples(own, f"--data.examples={TAGGED}") == []
+    wrong = TAGGED.replace("completion:", "answer: '#### 5', completion:")  # shows 4, and the gold answer is 5
+    [warning] = warnings_about_examples(own, f"--data.examples={wrong}", '--rewards={"accuracy": 1.0}')
+    assert "'accuracy' does not read" in warning
+    assert warnings_about_examples(own, "--data.examples=[{question: what, completion: no answer}]") == []
+
+
+def test_a_reward_that_does_not_read_the_examples_is_named_where_another_one_pays_them(flags: list[str]) -> None:
+    paid = '--rewards={"accuracy": 1.0, "tests.compat.rewards:by_length": 0.5}'
+    [warning] = warnings_about_examples(flags, f"--data.examples={HASHED}", paid)
+    assert warning.startswith("'accuracy' does not read the form of the worked examples: it pays 0.000")
+
+
+def test_examples_in_the_form_that_is_paid_are_fine(flags: list[str], tmp_path: Path) -> None:
+    tagged = [flag for flag in flags if "system_prompt" not in flag]
+    path = tmp_path / "examples.jsonl"
+    path.write_text('{"question": "2+2", "answer": "2 and 2 are 4 #### 4"}\n')
+    for more in (f"--data.examples={HASHED}", "--data.one_shot=true", f"--data.examples={path}"):
+        assert warnings_about_examples(tagged, more) == []
+
+
+def test_a_check_looks_at_the_examples(flags: list[str]) -> None:
+    found = check(load_config([*flags, "--data.examples=[{question: '2', answer: '#### 2'}]"]))
+    assert any(line.startswith("data.examples, row 1: the answer that the prompt shows") for line in found.warnings)
 
 
 def test_a_dead_reward_is_named_and_one_that_pays_wrong_answers_is_named(flags: list[str]) -> None:
