@@ -133,6 +133,39 @@ EXPECTATIONS: list[Expectation] = [
 ]
 
 
+SINGLE_TURN = "several turns, with tools or an environment"
+EXAMPLES: list[tuple[str | None, str, str]] = [
+    ("quick_start", "the quick start in TRL's documentation", "defaults only"),
+    ("rewards", "its custom rewards", "token ids, pattern, reference column, coroutine, one reward per task"),
+    ("tldr", "`examples/scripts/grpo_tldr.py`", "LoRA on all layers, KL; sampling by the native engine, not vLLM"),
+    ("gspo", "`examples/scripts/gspo.py`", "TrlParser, LoRA, GSPO, several optimizer steps per generation, evaluation"),
+    ("continuous_batching", "`examples/scripts/grpo_continuous_batching.py`", "TrlParser, LoRA, answers after `####`"),
+    ("command_line", "`trl/scripts/grpo.py`", "the installed file itself"),
+    (None, "`grpo_agent.py`, `openenv/*`, `nemo_gym/*`, `harbor/*`", SINGLE_TURN),
+    (None, "`grpo_vlm.py`, `gspo_vlm.py`, `grpo_vqa_gemma3.py`", "images"),
+    (None, "`async_grpo*.py`", "another trainer, of trl.experimental"),
+]
+"""Test in tests/compat/test_examples.py (None: it does not apply), published script, and what it uses or why not."""
+
+
+def examples() -> str:
+    """Return the section of docs/trl.md about TRL's example scripts."""
+    rows = [f"| {what} | {'runs: ' if name else 'does not apply: '}{text} |" for name, what, text in EXAMPLES]
+    return "\n".join(
+        [
+            "## TRL's example scripts",
+            "",
+            "`pytest -m slow tests/compat/test_examples.py` runs scripts that make the same calls as those that TRL",
+            "publishes for GRPO, with the import changed, on a tiny model and local data. The last three need TRL.",
+            "",
+            "| script of TRL | here |",
+            "|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
 def section() -> str:
     """Return the section of docs/trl.md."""
     applied = [row for row in EXPECTATIONS if row.test is not None]

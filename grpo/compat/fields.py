@@ -17,7 +17,7 @@ class Outcome:
     verbatim: bool = False
     """mapped: `text` is one key, which gets the value as it is."""
     accepts: tuple[Any, ...] = ()
-    """refused: values besides the default that ask for what happens here in any case."""
+    """refused, no effect: values besides the default that ask for what happens here in any case."""
 
 
 class Help(str):
@@ -36,9 +36,9 @@ def mapped(default: Any, to: str) -> Any:
     return _declare(default, Outcome("mapped", to))
 
 
-def no_effect(default: Any, reason: str) -> Any:
-    """Declare a field that changes nothing here."""
-    return _declare(default, Outcome("no effect", reason))
+def no_effect(default: Any, reason: str, *accepts: Any) -> Any:
+    """Declare a field that changes nothing here, of which `accepts` are not worth a message."""
+    return _declare(default, Outcome("no effect", reason, accepts=accepts))
 
 
 def refused(default: Any, reason: str, *accepts: Any) -> Any:

@@ -6,7 +6,7 @@ python -m grpo.compat.table > docs/trl.md
 from collections import Counter
 
 from grpo.compat.arguments import GRPOConfig
-from grpo.compat.expectations import section
+from grpo.compat.expectations import examples, section
 from grpo.compat.fields import default_of, outcomes
 from grpo.compat.logs import RENAMED
 
@@ -99,7 +99,7 @@ def page() -> str:
     ]
     logs = [f"| `{theirs}` | `{ours}` |" for ours, theirs in RENAMED.items()]
     logs += [f"| {theirs} | {ours} |" for theirs, ours in MORE_LOGS]
-    return "\n".join([HEAD, *fields, LOGS + "\n".join(logs), "", MIGRATE, section()])
+    return "\n".join([HEAD, *fields, LOGS + "\n".join(logs), "", MIGRATE, examples(), section()])
 
 
 def field_rows() -> list[str]:

@@ -79,7 +79,8 @@ def check_refused(arguments: GRPOConfig) -> None:
 def without_effect(arguments: GRPOConfig) -> str | None:
     """Return one line about the changed fields that have no effect; None without one."""
     table = outcomes(type(arguments))
-    names = [name for name in changed(arguments) if table[name].kind == "no effect"]
+    given = {name: value for name, value in changed(arguments).items() if table[name].kind == "no effect"}
+    names = [name for name, value in given.items() if value not in table[name].accepts]
     return f"GRPOConfig: without effect here: {', '.join(names)} (docs/trl.md has the reasons)" if names else None
 
 
@@ -225,7 +226,7 @@ def model_values(options: Any, remarks: list[str]) -> Values:
                     f"lost in the rounding of 16 bits; bf16=True computes in bfloat16"
                 )
         elif name == "attn_implementation":
-            values["model.attn_implementation"] = value
+            values |= {} if value is None else {"model.attn_implementation": value}
         elif name == "quantization_config" and value is not None:
             values |= quantization_values(value)
         elif name == "revision" and value == "main":  # the default of TRL's ModelConfig

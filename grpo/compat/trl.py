@@ -38,6 +38,7 @@ from grpo.rewards.registry import REWARDS, reward_labels
 from grpo.rollout.evaluation import Evaluation, evaluate
 from grpo.run.build import build_rewards, build_run
 from grpo.run.callbacks import CALLBACKS
+from grpo.run.checkpoint import newest_valid
 from grpo.run.checkpointer import find_checkpoint
 from grpo.run.state import Run
 from grpo.runtime.device import torch_defaults
@@ -253,12 +254,10 @@ class GRPOTrainer(Outputs):
         if not asked:
             return None
         config = self._translation.config
-        found = find_checkpoint(
-            dataclasses.replace(config, resume="auto" if asked is True else str(asked)), Path(config.run_dir or "")
-        )
-        if found is None:
-            raise ConfigError(f"resume_from_checkpoint: there is no checkpoint in {config.run_dir}")
-        return found
+        folder = Path(config.run_dir or "")
+        if asked is True and newest_valid(folder) == (None, []):
+            raise ConfigError(f"resume_from_checkpoint: there is no checkpoint in {folder}")
+        return find_checkpoint(dataclasses.replace(config, resume="auto" if asked is True else str(asked)), folder)
 
     def end(self) -> None:
         """Finish the trackers, and the group of processes. Call it last in a script."""

@@ -74,6 +74,9 @@ def test_refused_fields_accept_what_asks_for_nothing() -> None:
 
 
 def test_fields_without_effect_are_named_in_one_line() -> None:
+    assert (
+        translated(include_num_input_tokens_seen=False, debug=[]).remarks == []
+    )  # what TRL's parser makes of defaults
     [line] = translated(dataloader_num_workers=4, pad_to_multiple_of=8, use_liger_kernel=True).remarks
     assert line.endswith(
         "here: use_liger_kernel, dataloader_num_workers, pad_to_multiple_of (docs/trl.md has the reasons)"
@@ -159,7 +162,8 @@ def test_model_options_trackers_and_vllm() -> None:
     assert made.config.model.attn_implementation == "sdpa" and made.config.model.torch_dtype == "float32"
     assert "weights are trained in float32" in made.remarks[0]
     assert keys(model_init_kwargs='{"attn_implementation": "eager"}')["model.attn_implementation"] == "eager"
-    translated(model_init_kwargs={"revision": "main", "device_map": None})  # what get_peft_config's scripts pass
+    plain = {"revision": "main", "device_map": None, "attn_implementation": None, "dtype": None}  # of TRL's ModelConfig
+    assert translated(model_init_kwargs=plain).config == translated().config
     with pytest.raises(ConfigError, match="model_init_kwargs has revision 'v1'"):
         translated(model_init_kwargs={"revision": "v1"})
     assert keys(report_to=["wandb", "none"])["tracking.report_to"] == ["wandb"]

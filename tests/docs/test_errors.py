@@ -64,6 +64,7 @@ from grpo.turns.template import TurnTemplate
 from grpo.turns.tools import find_tools
 from grpo.types import Completion, Group, Prompt
 from tests.data.test_gguf import header
+from tests.docs.trl_errors import MESSAGES, PROVOKED
 from tests.fakes import save_tokenizer
 from tests.gguf_files import chat_tokenizer
 from tests.models.zoo import tiny_config
@@ -460,6 +461,7 @@ def not_a_language_model(folder: Path) -> None:
 
 
 CASES: dict[str, Case] = {
+    **{name: Case(provoke, ConfigError, MESSAGES[name]) for name, provoke in PROVOKED.items()},
     "more processes than GPUs": Case(
         lambda _: two_turing_gpus(8, "fp16"),
         ConfigError,

@@ -42,3 +42,4 @@ def test_it_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "ready to train" in printed and "reward/accuracy/mean" in printed
     assert (tmp_path / "starter" / "final" / "model.safetensors").is_file()
     assert (tmp_path / "mine" / "adapter" / "adapter_config.json").is_file()
+    assert printed.count("'rewards/names_the_number/mean'") == 3 and (tmp_path / "trl" / "final").is_dir()
