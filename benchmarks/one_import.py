@@ -15,7 +15,6 @@ rounds. The fastest run of each counts. Needs: pip install -e ".[benchmark]"
 import contextlib
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -47,7 +46,7 @@ OTHER = ("step_time", "num_tokens", "total_flos", "learning_rate", "entropy", "k
 are means over tokens here, and means of micro-batch means in TRL. The share and the lengths of completions that ended:
 TRL counts those whose last token is a drawn padding token."""
 LIBRARIES = {"grpo": "this trainer", "trl": "TRL"}
-SMOOTHING = 5
+SMOOTHING = 10
 """Steps of a running mean in the picture."""
 FIRST_OR_LAST = ("grad_norm", "clip_ratio/region_mean")
 """Keys that are of another pass over the completions, where there are several: here of the first one or of all."""
@@ -57,8 +56,8 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--output", help="file for the numbers (JSON)")
     parser.add_argument("--image", help="file for the picture of the rewards (PNG)")
-    parser.add_argument("--steps", type=int, default=100, help="steps of the runs that sample for themselves; 0: none")
-    parser.add_argument("--rounds", type=int, default=3, help="number of those runs of each library")
+    parser.add_argument("--steps", type=int, default=300, help="steps of the runs that sample for themselves; 0: none")
+    parser.add_argument("--rounds", type=int, default=2, help="number of those runs of each library")
     parser.add_argument("--one", nargs=2, metavar=("LIBRARY", "FILE"), help="run the script once, in this process")
     options = parser.parse_args()
     if options.one:
@@ -115,7 +114,8 @@ def run_alone(library: str, folder: Path, name: str, steps: int) -> dict[str, An
 def report_of(trainer: Any) -> dict[str, Any]:
     """Return seconds of train(), peak memory of this process in MiB, and the reward of each step."""
     [seconds] = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not ru_maxrss, which a process takes over from the one that has started it.
+    [kib] = [int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
     rewards = [[entry["step"], round(entry["reward"], 4)] for entry in entries(trainer)]
     return {"seconds": round(seconds, 2), "peak_mib": round(kib / 1024), "rewards": rewards}
 
@@ -131,7 +131,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         steps, values = zip(*run["rewards"], strict=True)
         means = [sum(values[max(0, i + 1 - SMOOTHING) : i + 1]) / min(SMOOTHING, i + 1) for i in range(len(values))]
         axes.plot(steps, means, label=f"{name}: {run['seconds']:.0f} s, {run['peak_mib']} MiB")
-    axes.set_title("One script, the import apart: reward (mean of 5 steps)", fontsize=10)
+    axes.set_title(f"One script, the import apart: reward (mean of {SMOOTHING} steps)", fontsize=10)
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

@@ -26,7 +26,8 @@ same loop. `grpo migrate script.py` writes that config as a file ([below](#migra
 
 - **Steps.** `state.global_step`, `max_steps`, `logging_steps`, `save_steps` and `eval_steps` count optimizer steps, as
   in TRL. The run directory (`output_dir`) counts a step for each set of completions: with `num_iterations` 2, its step
-  50 is optimizer step 100. Numbers that do not divide are rounded up, with a message.
+  50 is optimizer step 100. Numbers that do not divide are rounded up, with a message. The `trainer_state` of a reward
+  counts the steps of the run directory.
 - **Files.** `output_dir` is a run directory ([quickstart.md](quickstart.md)): `metrics.jsonl`, `rollouts.jsonl`,
   `checkpoints/step-N/`, and `final/` with the trained model at the end. `save_model()` writes to the same places as in
   TRL. A directory that holds a run is not overwritten: pass `resume_from_checkpoint=True` or another `output_dir`. A
