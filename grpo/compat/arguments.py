@@ -19,7 +19,6 @@ EVALUATION = "an evaluation samples and scores text, and computes no loss"
 LAUNCH = "accelerate decides: accelerate launch --config_file X.yaml"
 FSDP = LAUNCH.replace("X.yaml", "accelerate_configs/fsdp2.yaml")
 NOT_LOGGED = "metrics.jsonl and rollouts.jsonl hold every step and every completion"
-TOOLS = "tools are not supported"
 TRUNCATED = "a truncated or changed sampling distribution would bias the importance ratios: leave it out"
 
 
@@ -202,7 +201,7 @@ class GRPOConfig:
     entropy_coef_max: float = copied(1.0, "objective.entropy_coef_max")
     entropy_coef_delta: float = copied(0.005, "objective.entropy_coef_delta")
     entropy_target: float = copied(0.2, "objective.entropy_target")
-    max_tool_calling_iterations: int | None = refused(None, TOOLS)
+    max_tool_calling_iterations: int | None = copied(None, "turns.max_tool_calling_iterations")
     vllm_importance_sampling_correction: bool = mapped(True, "rollout.correction, with use_vllm")
     vllm_importance_sampling_mode: str = mapped("sequence_mask", "rollout.correction, with use_vllm")
     vllm_importance_sampling_clip_max: float | None = mapped(3.0, "rollout.correction_cap, with use_vllm")

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 VISION = "prompts are text: images are refused"
-TOOLS = "tools are refused: prompts are answered in one turn"
 VLLM = (
     "TRL skips it, since it needs a vLLM server; rollout.engine vllm has tests of its own, tests/rollout/test_vllm.py"
 )
@@ -98,7 +97,7 @@ EXPECTATIONS: list[Expectation] = [
         "training_with_additional_generation_kwargs",
         "training_with_generation_kwargs",
     ),
-    *_not(TOOLS, "training_with_tools", "tool_completion_idx_injection"),
+    *_same("tests/compat/test_turns.py", "training_with_tools", "tool_completion_idx_injection"),
     *_not(
         VLLM,
         "training_vllm",
@@ -133,7 +132,7 @@ EXPECTATIONS: list[Expectation] = [
 ]
 
 
-SINGLE_TURN = "several turns, with tools or an environment"
+NETWORK = "they need servers or data on the network; tools and environments: tests/compat/test_turns.py"
 EXAMPLES: list[tuple[str | None, str, str]] = [
     ("quick_start", "the quick start in TRL's documentation", "defaults only"),
     ("rewards", "its custom rewards", "token ids, pattern, reference column, coroutine, one reward per task"),
@@ -141,7 +140,7 @@ EXAMPLES: list[tuple[str | None, str, str]] = [
     ("gspo", "`examples/scripts/gspo.py`", "TrlParser, LoRA, GSPO, several optimizer steps per generation, evaluation"),
     ("continuous_batching", "`examples/scripts/grpo_continuous_batching.py`", "TrlParser, LoRA, answers after `####`"),
     ("command_line", "`trl/scripts/grpo.py`", "the installed file itself"),
-    (None, "`grpo_agent.py`, `openenv/*`, `nemo_gym/*`, `harbor/*`", SINGLE_TURN),
+    (None, "`grpo_agent.py`, `openenv/*`, `nemo_gym/*`, `harbor/*`", NETWORK),
     (None, "`grpo_vlm.py`, `gspo_vlm.py`, `grpo_vqa_gemma3.py`", "images"),
     (None, "`async_grpo*.py`", "another trainer, of trl.experimental"),
 ]

@@ -49,6 +49,9 @@ def completion_logs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         logs[f"completions/mean_{name}length"] = fmean(lengths)
         logs[f"completions/min_{name}length"] = float(min(lengths))
         logs[f"completions/max_{name}length"] = float(max(lengths))
+    if any("turns" in row for row in rows):
+        calls, failures = (sum(row.get("turns", {}).get(name, 0) for row in rows) for name in ("calls", "failures"))
+        logs |= {"tools/call_frequency": calls / len(rows), "tools/failure_frequency": failures / max(1, calls)}
     for name in rows[0]["rewards"] if rows else ():
         logs |= _mean_and_std(f"rewards/{name}/mean", f"rewards/{name}/std", [row["rewards"][name] for row in rows])
     logs |= _mean_and_std("reward", "reward_std", [row["reward"] for row in rows])

@@ -33,6 +33,8 @@ class Migration:
     """Flat key -> value, without defaults."""
     rewards: str
     """Source of rewards.py; "" where the rewards are no functions of the script."""
+    tools: str = ""
+    """Source of tools.py; "" where there are none, or none of the script."""
     lines: list[str] = field(default_factory=list)
     """What becomes of each argument."""
     by_hand: list[str] = field(default_factory=list)
@@ -52,12 +54,13 @@ def main(argv: list[str]) -> None:
     made = migrate(source, options.script.name, options.output)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "config.yaml").write_text(yaml.safe_dump(nested(made.config), sort_keys=False), encoding="utf-8")
-    if made.rewards:
-        (options.output / "rewards.py").write_text(made.rewards, encoding="utf-8")
+    files = {name: text for name, text in (("rewards.py", made.rewards), ("tools.py", made.tools)) if text}
+    for name, text in files.items():
+        (options.output / name).write_text(text, encoding="utf-8")
     print("\n".join(made.lines))
     if made.by_hand:
         print("\nTo do by hand:\n" + "\n".join(f"- {line}" for line in made.by_hand))
-    print(f"\nWritten: {options.output / 'config.yaml'}{' and rewards.py' if made.rewards else ''}. Train with")
+    print(f"\nWritten: {' and '.join([str(options.output / 'config.yaml'), *files])}. Train with")
     print(f"  accelerate launch launch/train.py --config {options.output / 'config.yaml'}")
 
 
@@ -85,7 +88,8 @@ def migrate(source: str, name: str = "script.py", folder: Path = Path("migrated"
     read_model(script, made)
     read_rewards(script, made, folder)
     read_data(script, made)
-    for argument in ("callbacks", "optimizers", "tools", "rollout_func", "environment_factory"):
+    read_tools(script, made, folder)
+    for argument in ("callbacks", "optimizers", "rollout_func", "environment_factory"):
         if argument in script.trainer:
             made.by_hand.append(f"GRPOTrainer({argument}=...) has no key: keep the script, with the import changed")
     precision = translation.precision if translation else "no"
@@ -188,7 +192,30 @@ def read_rewards(script: Script, made: Migration, folder: Path) -> None:
             made.by_hand.append(f"reward {ast.unparse(item)} is no function at the top of the script: write it as one")
     if rewards:
         made.config["rewards"] = rewards
-    made.rewards = rewards_source(script, own) if own else ""
+    made.rewards = functions_source(script, own, "Rewards") if own else ""
+
+
+def read_tools(script: Script, made: Migration, folder: Path) -> None:
+    """Read the tools, and write the functions of the script with everything that they use to tools.py."""
+    node = script.trainer.get("tools")
+    while isinstance(node, ast.Name) and node.id in script.names:
+        node = script.names[node.id]
+    if node is None:
+        return
+    tools, own = list[str](), list[str]()
+    for item in node.elts if isinstance(node, ast.List | ast.Tuple) else [node]:
+        if isinstance(item, ast.Name) and item.id in script.functions:
+            own.append(item.id)
+            tools.append(f"{folder / 'tools.py'}:{item.id}")
+            made.lines.append(f"tool {item.id} -> tools.py")
+        elif isinstance(item, ast.Name) and (place := imported(script.tree, item.id)):
+            tools.append(f"{place}:{item.id}")
+            made.lines.append(f"tool {item.id} -> {place}:{item.id}")
+        else:
+            made.by_hand.append(f"tool {ast.unparse(item)} is no function at the top of the script: write it as one")
+    if tools:
+        made.config["tools"] = tools
+    made.tools = functions_source(script, own, "Tools") if own else ""
 
 
 def imported(tree: ast.Module, name: str) -> str | None:
@@ -199,7 +226,7 @@ def imported(tree: ast.Module, name: str) -> str | None:
     return None
 
 
-def rewards_source(script: Script, functions: list[str]) -> str:
+def functions_source(script: Script, functions: list[str], kind: str) -> str:
     """Return the source of these functions with the imports, functions, classes and constants that they use."""
     defined: dict[str, ast.stmt] = {}
     for node in script.tree.body:
@@ -214,7 +241,7 @@ def rewards_source(script: Script, functions: list[str]) -> str:
             waiting += [part.id for part in ast.walk(used) if isinstance(part, ast.Name)]
     ordered = [node for node in script.tree.body if node in needed]
     parts = [ast.get_source_segment(script.source, _with_decorators(node)) or ast.unparse(node) for node in ordered]
-    head = '"""Rewards of a script for TRL, as grpo migrate has found them."""'
+    head = f'"""{kind} of a script for TRL, as grpo migrate has found them."""'
     return "\n\n\n".join([head, *parts]) + "\n"
 
 

@@ -48,7 +48,14 @@ same loop. `grpo migrate script.py` writes that config as a file ([below](#migra
   adapter as it was given, as in TRL. `trainer.model` is a new `PeftModel` around the same base model.
 - **The order of the data** has the same distribution as TRL's, not the same permutation. `shuffle_dataset=False` gives
   the same order: that of the rows.
-- Not supported: `tools`, `rollout_func`, `environment_factory`, images.
+- **Tools** (`tools`, `max_tool_calling_iterations`) that other processes can import run in worker processes with a
+  deadline of 60 seconds; others, and environments, run in the training process, as in TRL. Prompts must be messages. A
+  chat template that changes earlier turns stays as it is, and the model goes on from the turns as they were sampled
+  (TRL patches known templates). What follows a call is in [tools.md](tools.md).
+- **Environments** (`environment_factory`, one or several) are made once and reset often. `reset` must return the same
+  text for all completions of a prompt; TRL lets it differ. `get_reward` and rewards with the argument `environments`
+  read the object of each completion.
+- Not supported: `rollout_func`, images.
 """
 
 LOGS = """## Log names
@@ -67,6 +74,8 @@ MORE_LOGS = [
     ("`frac_reward_zero_std`", "share of groups whose rewards are all equal"),
     ("`completions/min_length`, `completions/max_length`", "from `rollouts.jsonl`"),
     ("`completions/mean_terminated_length`, `.../min_...`, `.../max_...`", "of completions that ended by themselves"),
+    ("`tools/call_frequency`", "`tools/calls`, divided by the completions"),
+    ("`tools/failure_frequency`", "`tools/failures`, divided by `tools/calls`"),
     ("`num_tokens`", "`rollout/tokens`, summed over all steps"),
     ("`epoch`", "optimizer steps divided by those of an epoch"),
 ]

@@ -21,13 +21,15 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from grpo.compat.arguments import GRPOConfig
 from grpo.compat.callbacks import Events, bridge_to, check_callbacks
 from grpo.compat.datasets import Prompts, examples_of, prompts_of
+from grpo.compat.environments import ENVIRONMENT, given_turns, with_environments
 from grpo.compat.logs import merged
 from grpo.compat.models import given_model, launch_environment
 from grpo.compat.outputs import Outputs
-from grpo.compat.rewards import rewards_of
+from grpo.compat.rewards import Rewards, rewards_of
 from grpo.compat.translate import lora_values, quantization_values, translate
 from grpo.data.registry import DATASETS
 from grpo.data.rendering import render_prompts
+from grpo.data.rows import with_template_settings
 from grpo.data.tokenizer import live_tokenizer
 from grpo.errors import ConfigError
 from grpo.models.given_adapter import given_adapter
@@ -46,11 +48,15 @@ from grpo.runtime.oom import memory_advice
 from grpo.runtime.signals import Signals
 from grpo.tracking.console import show_messages
 from grpo.trainer import train_run
+from grpo.turns.environment import ENVIRONMENTS
+from grpo.turns.tools import TOOLS
 
 log = logging.getLogger(__name__)
 
 DATASET, CALLBACK, OPTIMIZER = "train_dataset", "trainer_callbacks", "given_optimizer"
 """Names in the config of what GRPOTrainer was given."""
+RESET_TOKENS = 1024
+"""Tokens that the text of an environment's `reset` may add to a prompt. They bound memory only."""
 CHANGED_ON_RESUME = ["rewards", "model.name"]
 """Keys that may differ on resume: the file of a script with rewards, the folder of a loaded model's config."""
 
@@ -71,6 +77,9 @@ class GRPOTrainer(Outputs):
         optimizers: An optimizer over the parameters of a loaded model, and its schedule; None for those of `args`.
         quantization_config: BitsAndBytesConfig(load_in_4bit=True), with peft_config.
         peft_config: A peft.LoraConfig.
+        tools: Functions that the model may call, with annotations and docstrings. They need prompts of messages.
+        environment_factory: A class of environments whose public methods are tools, or several by the value of the
+            column `environment`.
 
     Raises:
         ConfigError: Something is not supported, with what to use instead. Before any weight loads.
@@ -93,13 +102,11 @@ class GRPOTrainer(Outputs):
         rollout_func: Any = None,
         environment_factory: Any = None,
     ) -> None:
-        for name, value in (
-            ("tools", tools),
-            ("rollout_func", rollout_func),
-            ("environment_factory", environment_factory),
-        ):
-            if value:
-                raise ConfigError(f"GRPOTrainer: {name} is not supported: prompts are answered in one turn")
+        if rollout_func is not None:
+            raise ConfigError(
+                "GRPOTrainer: rollout_func is not supported: for several turns, pass tools or environment_factory; to "
+                "sample in another way, write an engine (rollout.engine)"
+            )
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             args = GRPOConfig(f"{Path(name).name}-GRPO")
@@ -109,10 +116,13 @@ class GRPOTrainer(Outputs):
         self.args, self.train_dataset, self.eval_dataset = args, train_dataset, eval_dataset
         self.reward_funcs, self._optimizers = reward_funcs, optimizers
         remarks: list[str] = []
-        self._prompts = prompts_of(train_dataset, eval_dataset)
-        self._rewards = rewards_of(reward_funcs, args.reward_weights, reward_processing_classes)
+        self._turns = given_turns(tools, environment_factory)
+        placeholders = (args.generation_batch_size or 0) // (args.num_generations or 1) if args.max_steps > 0 else 0
+        self._prompts = prompts_of(train_dataset, eval_dataset, self._turns, placeholders)
+        self._rewards = self._given_rewards(reward_funcs, reward_processing_classes)
         self._given = given_model(model, processing_class, remarks)
         self.processing_class = self._given.tokenizer
+        self._environment = self._turns.environment(self.processing_class, args.max_tool_calling_iterations)
         if self._given.adapter is not None:
             if peft_config is not None:
                 raise ConfigError("model has an adapter already: leave out peft_config, or pass the base model with it")
@@ -132,9 +142,26 @@ class GRPOTrainer(Outputs):
         self.state = self.events.state
         self.events.call("on_init_end")
 
+    def _given_rewards(self, funcs: Any, tokenizers: Any) -> Rewards:
+        """Return the rewards, with those of environments, which have the weight 1."""
+        weights = self.args.reward_weights
+        if not self._turns.factories:
+            return rewards_of(funcs, weights, tokenizers)
+        listed = list(funcs) if isinstance(funcs, list | tuple) else [] if funcs is None else [funcs]
+        own = self._turns.rewards()
+        if weights is not None and len(weights) == len(listed):
+            weights = [*weights, *[1.0] * len(own)]
+        if isinstance(tokenizers, list | tuple) and len(tokenizers) == len(listed):
+            tokenizers = [*tokenizers, *[None] * len(own)]
+        return rewards_of([*map(with_environments, listed), *own], weights, tokenizers)
+
     def _own_values(self) -> dict[str, Any]:
         """Return the keys that name what this trainer was given."""
-        longest = self._prompts.longest_prompt(self.processing_class, self.args.chat_template_kwargs)
+        turns = self._turns
+        template: Any = self.args.chat_template_kwargs or {}  # a text was read in __post_init__
+        shown = {**template, "tools": turns.schemas[None]} if turns.schemas.get(None) else template
+        longest = self._prompts.longest_prompt(self.processing_class, shown)
+        longest += RESET_TOKENS if turns.factories else 0
         limit = 2 * longest if self._prompts.streamed else None
         completion = self.args.max_completion_length or 0
         values: dict[str, Any] = {
@@ -153,7 +180,7 @@ class GRPOTrainer(Outputs):
         }
         if self._optimizers[0] is not None:
             values["optimizer.optim"] = OPTIMIZER
-        return values
+        return values | turns.values(template)
 
     @contextlib.contextmanager
     def _objects(self) -> Iterator[None]:
@@ -172,6 +199,10 @@ class GRPOTrainer(Outputs):
             stack.enter_context(live_tokenizer(given.path, given.tokenizer))
             for name, function in self._rewards.live.items():
                 stack.enter_context(REWARDS.holding(name, function))
+            for name, tool in self._turns.live_tools().items():
+                stack.enter_context(TOOLS.holding(name, tool))
+            if self._turns.factories:
+                stack.enter_context(ENVIRONMENTS.holding(ENVIRONMENT, self._environment))
             if given.live is not None:
                 stack.enter_context(live_model(given.path, given.live))
             if given.adapter is not None:
@@ -277,7 +308,7 @@ class GRPOTrainer(Outputs):
             eval_reward, eval_rewards/<name>/mean, eval_completions/mean_length, ...; of several sets, all together and
             eval_<set>_... of each.
         """
-        prompts = self._prompts if eval_dataset is None else prompts_of([], eval_dataset)
+        prompts = self._prompts if eval_dataset is None else prompts_of([], eval_dataset, self._turns)
         if not prompts.held_out:
             raise ConfigError("evaluate: there is no eval_dataset: pass one")
         found = self._evaluate(prompts)
@@ -289,7 +320,8 @@ class GRPOTrainer(Outputs):
 
     def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> PredictionOutput:
         """Return the completions of `test_dataset`, in its order, and their metrics."""
-        found = self._evaluate(Prompts([], {"": list(examples_of(test_dataset, "test_dataset"))}, False))
+        examples = list(examples_of(test_dataset, "test_dataset", self._turns))
+        found = self._evaluate(Prompts([], {"": examples}, False))
         metrics = self.events.evaluated(found.rows, metric_key_prefix, {})
         return PredictionOutput([row["completion"] for row in found.rows], None, metrics)  # type: ignore[arg-type]
 
@@ -304,6 +336,7 @@ class GRPOTrainer(Outputs):
     def _evaluate(self, prompts: Prompts) -> Evaluation:
         run = self._build()
         examples = [example for one in prompts.held_out.values() for example in one]
+        examples = [with_template_settings(example, run.config.data) for example in examples]
         rendered, _ = render_prompts(examples, self.processing_class, None)
         with self._objects(), contextlib.closing(build_rewards(run.config)) as rewards:
             rewards.start()

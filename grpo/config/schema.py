@@ -64,8 +64,10 @@ class LoraConfig:
 @dataclass
 class DataConfig:
     name: str = setting("gsm8k", common=True, trl="dataset_name")
-    """A registered dataset (gsm8k, question_answer, arithmetic, word_problems, invented_language), or your own:
-    package.module:function, file.py:function."""
+    """A registered dataset (gsm8k, question_answer, arithmetic, word_problems, invented_language, reasoning_gym,
+    verifiers), or your own: package.module:function, file.py:function."""
+    dataset_kwargs: dict[str, Any] = setting({})
+    """Arguments of the dataset by name: {task: chain_sum} for reasoning_gym."""
     path: str | None = setting(None, common=True, path=True)
     """Training rows: a local JSONL, JSON, CSV or Parquet file, a dataset on the hub (owner/name), or a folder that
     `datasets` can load. Null = the dataset's own source (gsm8k: openai/gsm8k)."""

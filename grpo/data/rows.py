@@ -13,8 +13,9 @@ from grpo.config.schema import DataConfig
 from grpo.data.extractors import EXTRACTORS, LOOKS_LIKE, extraction_rates
 from grpo.data.files import BadRows, Row, Table, table_of
 from grpo.data.prompts import messages_for, worked_examples
-from grpo.data.registry import DATASETS, Part
+from grpo.data.registry import DATASETS, DatasetFunction, Part
 from grpo.errors import ConfigError
+from grpo.registry import check_arguments
 from grpo.types import Message, question_of
 
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -51,19 +52,27 @@ def load_examples(data: DataConfig, part: Part, seed: int, bad: BadRows | None =
     bad = bad if bad is not None else BadRows()
     bad.skip = data.bad_rows == "skip"
     source = DATASETS.get(data.name)
-    takes_bad = "bad" in inspect.signature(source).parameters
-    loaded = source(data, part, seed, bad) if takes_bad else source(data, part, seed)
+    names = list(inspect.signature(source).parameters)
+    kwargs = _dataset_kwargs(data, source, names)
+    loaded = source(data, part, seed, bad, **kwargs) if "bad" in names else source(data, part, seed, **kwargs)
     table = loaded if isinstance(loaded, Table) else table_of(data.name, list(loaded))
     if part == "held_out":
         table = Table(table.source, table.rows[: data.eval_size], table.places[: data.eval_size])
     elif not table.rows:
         raise ConfigError(f"{table.source} is empty: dataset '{data.name}' gave no rows to train on")
     if all(isinstance(row, Example) for row in table.rows):  # a custom dataset may build its Examples itself
-        return [_with_template_settings(example, data) for example in _checked_examples(table, bad)]
+        return [with_template_settings(example, data) for example in _checked_examples(table, bad)]
     examples = load_rows(table, data, bad)
     if not examples and part == "train":
         raise ConfigError(f"{table.source}: none of its {len(table.rows)} rows can be used: {bad.rejected[0]}")
     return examples
+
+
+def _dataset_kwargs(data: DataConfig, source: DatasetFunction, names: list[str]) -> dict[str, Any]:
+    """Return data.dataset_kwargs. Raises ConfigError for one that the dataset does not take, or that is missing."""
+    label, key = f"data.name '{data.name}'", "data.dataset_kwargs"
+    check_arguments(label, source, {*names[:3], "bad"}, data.dataset_kwargs, key, "data, part and seed")
+    return data.dataset_kwargs
 
 
 def _checked_examples(table: Table, bad: BadRows) -> list[Example]:
@@ -243,10 +252,10 @@ def _example(row: Row, answer: str | None, data: DataConfig) -> Example:
         text = _answer_text(row, data)
         if text != answer:
             columns.setdefault("solution", text)
-    return _with_template_settings(Example(messages, columns), data)
+    return with_template_settings(Example(messages, columns), data)
 
 
-def _with_template_settings(example: Example, data: DataConfig) -> Example:
+def with_template_settings(example: Example, data: DataConfig) -> Example:
     """Return the example with data.chat_template_kwargs in its column chat_template_kwargs, whose own values win."""
     own = example.columns.get("chat_template_kwargs")
     if not data.chat_template_kwargs or not (own is None or isinstance(own, dict)):

@@ -14,7 +14,7 @@ from grpo.data.files import BadRows, Row, Table, iterate_rows
 from grpo.data.hub import is_hub_name, stream_split
 from grpo.data.registry import DATASETS
 from grpo.data.rendering import prompt_token_ids, template_arguments
-from grpo.data.rows import Example, example_of, load_rows
+from grpo.data.rows import Example, example_of, load_rows, with_template_settings
 from grpo.errors import ConfigError
 from grpo.types import Prompt
 
@@ -80,7 +80,9 @@ class StreamedPrompts:
                 continue
             self.rows += 1
             row, place = found
-            example = row if isinstance(row, Example) else example_of(row, place, self.data, self.bad)
+            is_made = isinstance(row, Example)
+            made = row if is_made else example_of(row, place, self.data, self.bad)
+            example = with_template_settings(made, self.data) if is_made else made
             if example is None:
                 continue
             token_ids = prompt_token_ids(example.messages, self.tokenizer, template_arguments(example.columns))
@@ -140,5 +142,5 @@ def peek(data: DataConfig, bad: BadRows) -> list[Example]:
         if len(rows) == PEEK_ROWS:
             break
     if rows and isinstance(rows[0], Example):
-        return rows
+        return [with_template_settings(row, data) for row in rows]
     return load_rows(Table(f"{data.path} (its first {len(rows)} rows)", rows, places), data, bad)

@@ -16,6 +16,7 @@ from typing import Any
 from grpo.config.schema import Config
 from grpo.data.rendering import prompt_token_ids, template_arguments
 from grpo.errors import ConfigError, EngineError
+from grpo.registry import check_arguments
 from grpo.rollout.engine import completion_text, hidden_token_ids
 from grpo.turns.calls import format_of, parse_calls
 from grpo.turns.environment import Step, find_environment
@@ -207,7 +208,8 @@ def offer_tools(config: Config) -> None:
     """Put the schemas of the tools into data.chat_template_kwargs, so that every rendering shows them.
 
     Raises:
-        ConfigError: a tool cannot be used, or `tools` and `environment` are both set.
+        ConfigError: a tool or an argument of the environment cannot be used, or `tools` and `environment` are both
+            set.
     """
     if config.environment:
         if config.tools:
@@ -215,7 +217,9 @@ def offer_tools(config: Config) -> None:
                 "tools and environment are both set: let the environment call the tools (grpo.turns.calls), or remove "
                 "one of them"
             )
-        find_environment(config.environment)
+        kind = find_environment(config.environment)
+        label = f"environment '{config.environment}'"
+        check_arguments(label, kind, (), config.environment_kwargs, "environment_kwargs", "no arguments")
     if not config.tools:
         return
     functions = find_tools(config.tools, trust_model_code=config.turns.trust_model_code)
@@ -231,7 +235,7 @@ def check_turns(config: Config, tokenizer: Any, end_ids: Sequence[int]) -> None:
         ConfigError: it cannot render several turns, or changes earlier ones (turns.rewritten_history).
     """
     if has_turns(config):
-        role = "tool" if config.tools else "user"
+        role = "tool" if config.tools else getattr(find_environment(str(config.environment)), "role", "user")
         keeps = config.turns.rewritten_history == "refuse"
         arguments = template_arguments({"chat_template_kwargs": config.data.chat_template_kwargs})
         TurnTemplate(tokenizer, end_ids).check(role, arguments, keeps_history=keeps)

@@ -1,6 +1,7 @@
 """Chat with a saved model, optionally beside its base.
 
     grpo chat --model DIR [--base DIR | --base run] [--temperature 0.7] [--max_completion_length 512] [--ask TEXT]
+    grpo chat --model DIR --tools                            run the tools of its run, whose results the model reads
 
 Without --ask, questions are read from the terminal, one per line, until an empty line. Every question starts a new
 conversation, because the model was trained on single questions. With --feedback FILE the command asks for a judgement
@@ -28,6 +29,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max_completion_length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ask", help="one question; the command prints the answer and ends")
+    parser.add_argument(
+        "--tools", action="store_true", help="run the tools of the model's run; imports the files that its config names"
+    )
     parser.add_argument("--feedback", help="append your judgements of the answers to this file (JSONL)")
     parser.add_argument("--reviewer", default="anonymous", help="with --feedback: a pseudonym, never your name")
     parser.add_argument("--consent", action="store_true", help="with --feedback: it may be used to train")
@@ -39,7 +43,7 @@ def main(argv: list[str]) -> None:
     check_model(options.model)
     from grpo.tools.chat_models import load_chat_models
 
-    models = load_chat_models(options.model, resolve_base(options.model, options.base))
+    models = load_chat_models(options.model, resolve_base(options.model, options.base), with_tools=options.tools)
     terminal = Terminal(models, options)
     if options.ask is not None:
         terminal.reply(options.ask)

@@ -50,12 +50,13 @@ def main(argv: list[str]) -> None:
     from grpo.tools.check_display import show
 
     machine = machine_of(options.machine) if options.machine else None
+    changed = changed_settings(config)
     found = check(config, machine, red_team=options.red_team)
     if options.probe is not None and not found.problems:
         from grpo.tools.forecast import forecast
 
         found.forecast = forecast(config, options.probe, options.flat_share)
-    show(found, changed_settings(config), everything=options.all)
+    show(found, changed, everything=options.all)
     if options.output:
         Path(options.output).write_text(json.dumps(dataclasses.asdict(found), indent=1, ensure_ascii=False))
     if found.problems:

@@ -19,7 +19,7 @@ from grpo.models.strategies.base import Machine
 from grpo.models.tiny import demonstration_notice
 from grpo.rewards.scoring import RewardSum
 from grpo.rollout.dialogue import check_turns, offer_tools
-from grpo.rollout.engine import find_engine, saved_end_ids
+from grpo.rollout.engine import find_engine
 from grpo.run.callbacks import build_callbacks
 from grpo.run.checkpointer import find_checkpoint
 from grpo.run.checks import check_resume, check_settings
@@ -29,6 +29,7 @@ from grpo.tools.check_cost import describe_batch, least_operations, measure_matr
 from grpo.tools.check_examples import check_examples
 from grpo.tools.check_result import Check, PromptCheck
 from grpo.tools.check_rewards import check_rewards
+from grpo.tools.check_turns import check_conversation, end_ids_of
 from grpo.tools.memory import estimate
 from grpo.tools.model_shape import check_reference, tokenizer_and_shape
 from grpo.tools.red_team import search
@@ -80,9 +81,10 @@ def check(config: Config, machine: Machine | None = None, *, red_team: bool = Fa
     check_reference(config, tokenizer, model)
     check_template_kwargs(tokenizer, config.data.chat_template_kwargs)
     if config.model.name != "starter":
-        check_turns(config, tokenizer, saved_end_ids(config.model.name, tokenizer))
+        check_turns(config, tokenizer, end_ids_of(config, tokenizer))
     _check_questions(found, rows, held_out)
     extent = _check_lengths(found, config, rows, tokenizer)
+    check_conversation(found, config, rows[0], tokenizer)
     _check_held_out_lengths(found, config, held_out, tokenizer)
     if config.model.name != "starter":
         needs_packing = find_engine(config.rollout.engine).needs_packed_attention

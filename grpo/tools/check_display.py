@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.runtime.messages import visible
-from grpo.tools.check_result import Check, PromptCheck, RedTeam
+from grpo.tools.check_result import Check, PromptCheck, RedTeam, TurnPart
 from grpo.tools.forecast_result import Forecast
 from grpo.tools.forecast_statistics import Interval
 
@@ -18,6 +18,7 @@ MAX_REJECTED = 3
 """Rejected rows that are shown."""
 SHOWN_ATTEMPTS = 5
 MAX_ATTEMPT_TEXT = 200
+PART_STYLES = {"prompt": "dim", "sampled": "green", "given": "yellow"}
 KINDS = ("gold", "wrong", "empty", "hostile")
 
 
@@ -91,6 +92,18 @@ def _show_data(printer: Printer, found: Check) -> None:
     printer.line(f"{found.duplicates} repeated questions, {found.overlap} held-out questions among the training rows")
     for number, prompt in enumerate(found.prompts, start=1):
         printer.console.print(_prompt_panel(number, prompt))
+    if found.conversation:
+        printer.heading("turns")
+        printer.console.print(_conversation_panel(found.conversation))
+
+
+def _conversation_panel(parts: list[TurnPart]) -> Panel:
+    text = Text()
+    for part in parts:
+        text.append(f"[{part.kind}: {part.tokens} tokens]\n", style="bold")
+        text.append(visible(part.text.rstrip("\n")) + "\n", style=PART_STYLES[part.kind])
+    text.rstrip()
+    return Panel(text, title="one conversation: sampled tokens are trained, given ones are context", title_align="left")
 
 
 def _prompt_panel(number: int, prompt: PromptCheck) -> Panel:

@@ -28,6 +28,16 @@ class PromptCheck:
 
 
 @dataclass(frozen=True)
+class TurnPart:
+    """One part of a conversation with tools or an environment."""
+
+    kind: str
+    """prompt, sampled (trained) or given (context only)."""
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Attempt:
     """Earnings of one text in a search for exploits, as means over the rows it was tried on."""
 
@@ -80,6 +90,8 @@ class Check:
     overlap: int = 0
     """Held-out questions that are also training questions."""
     prompts: list[PromptCheck] = field(default_factory=list)
+    conversation: list[TurnPart] = field(default_factory=list)
+    """With tools or an environment: the first prompt, a turn, and what follows it."""
     batch: str = ""
     steps: int = 0
     form: str = ""

@@ -1,8 +1,9 @@
 """Rewards on probes: gold, wrong, empty and hostile completions of rows from the data."""
 
+import inspect
 import multiprocessing
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,8 @@ from grpo.tools.check_result import Check, RewardCheck
 from grpo.types import Completion, Group, Prompt
 
 PROBED_ROWS = 16
+GIVEN = "environment_reward"
+"""Argument of rewards that the environment gives. They cannot be tried without its turns."""
 DEADLINE = 10.0
 """Seconds for one reward on all probes. It runs in its own process, so that one that hangs can be ended."""
 
@@ -73,7 +76,9 @@ def check_rewards(found: Check, score: RewardSum, rows: list[Example], tokenizer
         probes = [Probe(row, "", "") for row in rows[:PROBED_ROWS]]
         found.warnings.append("no row has a gold answer: rewards are tried on empty and hostile completions only")
     groups = probe_groups(probes, tokenizer, with_gold=with_gold)
-    scored = {name: score_in_process(name, score, groups) for name in score.functions}
+    given = [name for name, function in score.functions.items() if GIVEN in inspect.signature(function).parameters]
+    scored = {name: score_in_process(name, score, groups) for name in score.functions if name not in given}
+    scored |= {name: Scored({kind: [None] for kind in groups}, 0.0) for name in given}
     means = {name: result.means() for name, result in scored.items()}
     totals = {
         kind: sum(weight * (means[name].get(kind) or 0.0) for name, weight in score.weights.items()) for kind in groups
@@ -81,12 +86,14 @@ def check_rewards(found: Check, score: RewardSum, rows: list[Example], tokenizer
     found.form = max(FORMS if with_gold else [], key=lambda form: totals[f"gold {form}"], default="")
     for name, weight in score.weights.items():
         result = _reward_check(weight, scored[name], found.form)
+        if name in given:
+            result = replace(result, problem=None)
         found.rewards[name] = result
         if result.problem is not None:
             (found.problems if scored[name].ends_the_run else found.warnings).append(
                 f"reward '{name}' is {result.problem}"
             )
-    if with_gold and all(result.problem is None for result in scored.values()):
+    if with_gold and not given and all(result.problem is None for result in scored.values()):
         _compare_totals(found, totals)
 
 

@@ -16,7 +16,7 @@ from grpo.runtime.messages import visible
 from grpo.runtime.statistics import mcnemar, mean_interval, wilson_interval
 from grpo.tracking.curves import CURVES, keys_of, short_name
 from grpo.tracking.metrics import is_interval, with_interval
-from grpo.tracking.rollout_reader import Row, is_correct, judge, last_step, rows_of_step
+from grpo.tracking.rollout_reader import Row, is_correct, judge, last_step, rows_of_step, whole_completion
 from grpo.tracking.run_reader import MetricsFile, RunFolder, thin
 
 EXAMPLES = 2
@@ -317,7 +317,7 @@ def _example_lines(rows: list[Row]) -> list[str]:
             lines += [
                 f"Step {row['step']}, reward {row['reward']:.3f} ({_inline(rewards)}), gold answer {_inline(answer)}:",
                 "",
-                *fenced(f"{row.get('prompt', '')}\n---\n{row.get('completion', '')}"),
+                *fenced(f"{row.get('prompt', '')}\n---\n{whole_completion(row)}"),
                 "",
             ]
     return lines

@@ -250,11 +250,52 @@ def matching(
     return [
         row
         for row in rows
-        if wanted in f"{row.get('prompt', '')}\n{row.get('completion', '')}".casefold()
+        if wanted in f"{row.get('prompt', '')}\n{whole_completion(row)}".casefold()
         and (correct is None or is_correct(row) is correct)
         and (lowest is None or _reward(row) >= lowest)
         and (highest is None or _reward(row) <= highest)
     ]
+
+
+def whole_completion(row: Row) -> str:
+    """Return the text of a completion; of several turns, all of them with their roles.
+
+    [assistant, 21 tokens]
+    <tool_call>{"name": "calculator", ...}</tool_call>
+    [tool calculator]
+    42
+    [assistant, 6 tokens]
+    It is 42.
+    """
+    messages = messages_of(row)
+    if len(messages) < 2:
+        return str(row.get("completion", ""))
+    parts = []
+    for message in messages:
+        tokens = f", {message['tokens']} tokens" if "tokens" in message else ""
+        name = f" {message['name']}" if message.get("name") else ""
+        parts += [f"[{message.get('role')}{name}{tokens}]", str(message.get("content", "")).strip("\n")]
+    return "\n".join(parts)
+
+
+def messages_of(row: Row) -> list[dict[str, Any]]:
+    """Return the messages of a completion of several turns. Empty: it has one."""
+    turns = row.get("turns")
+    found = turns.get("messages") if isinstance(turns, dict) else None
+    return [message for message in found if isinstance(message, dict)] if isinstance(found, list) else []
+
+
+def told_turns(row: Row) -> str:
+    """Return "3 turns, 2 calls, 1 failed"; "" for a run without tools and environment."""
+    messages = messages_of(row)
+    if not messages:
+        return ""
+    count = sum(message.get("role") == "assistant" for message in messages)
+    numbers = (row["turns"].get(name) for name in ("calls", "failures"))
+    calls, failures = (number if isinstance(number, int) else 0 for number in numbers)
+    parts = [f"{count} turn{'s' if count != 1 else ''}"]
+    parts += [f"{calls} call{'s' if calls != 1 else ''}"] if calls else []
+    return ", ".join([*parts, f"{failures} failed"] if failures else parts)
 
 
 def groups_of(rows: list[Row]) -> dict[int, list[Row]]:

@@ -13,13 +13,31 @@ from grpo.errors import ConfigError
 from grpo.registry import Registry
 from grpo.types import Message, Prompt
 
-StepResult = tuple[list[Message], float | None, bool]
-"""(messages that follow the turn, reward so far or None, the completion is done)."""
+
+@dataclass
+class Step:
+    """What follows one turn."""
+
+    messages: list[Message] = field(default_factory=list)
+    reward: float | None = None
+    done: bool = False
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    """Tool calls of the turn: name and arguments."""
+    failures: int = 0
+    """Calls, or steps, that failed. The policy reads their error as the result."""
+
+
+StepResult = tuple[list[Message], float | None, bool] | Step
+"""(messages that follow the turn, reward so far or None, the completion is done), or a Step, which counts calls."""
 
 
 @runtime_checkable
 class Environment(Protocol):
-    """Protocol of an environment. Its constructor takes environment_kwargs."""
+    """Protocol of an environment. Its constructor takes environment_kwargs.
+
+    A class attribute `role` "tool" says that its messages have this role, not "user": the chat template is checked
+    with it.
+    """
 
     def reset(self, prompt: Prompt) -> list[Message] | None:
         """Begin a completion of `prompt`.
@@ -37,27 +55,15 @@ class Environment(Protocol):
             completion: text of the turn, without end tokens.
 
         Returns:
-            The messages that follow, the reward so far (None: unknown), and whether the completion is done. After
-            `done`, or without messages, the policy has no further turn. The last reward that is not None counts.
+            The messages that follow, the reward so far (None: unknown), and whether the completion is done; or a Step,
+            which counts tool calls, too. After `done`, or without messages, the policy has no further turn. The last
+            reward that is not None counts.
         """
         ...
 
 
 ENVIRONMENTS: Registry[type[Environment]] = Registry("environment", "grpo.turns", key="environment")
 register_environment = ENVIRONMENTS.register
-
-
-@dataclass
-class Step:
-    """What follows one turn."""
-
-    messages: list[Message] = field(default_factory=list)
-    reward: float | None = None
-    done: bool = False
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    """Tool calls of the turn: name and arguments."""
-    failures: int = 0
-    """Calls, or steps, that failed. The policy reads their error as the result."""
 
 
 def find_environment(name: str) -> type[Environment]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from grpo.rewards.calls import finished
-from grpo.turns.environment import Environment, checked_messages, find_environment
+from grpo.turns.environment import Environment, Step, checked_messages, find_environment
 from grpo.turns.tools import TOOLS, call_tool, tool_name
 from grpo.types import Prompt
 
@@ -29,7 +29,7 @@ def answer(
     Args:
         requests: {"tool": name, "arguments": {...}}, or {"key": identity, "prompt": Prompt, "turns": texts}: the
             identity of a completion and all turns of the policy so far (none: reset).
-        log_extra: takes the results: {"text": ...}, {"messages": ..., "reward": ..., "done": ...}, or {"error": ...}.
+        log_extra: takes the results: {"text": ...}, {"messages": ...}, the fields of a Step, or {"error": ...}.
         tools: name -> function or its address.
         environment: the class or its address.
         environment_kwargs: arguments of its constructor.
@@ -71,13 +71,18 @@ def _stepped(kind: Any, kwargs: Mapping[str, Any], request: dict[str, Any]) -> d
     if not turns:
         _objects[key] = held[0], 0
         return {"messages": None if messages is None else checked_messages(messages)}
-    new, reward, done = finished(held[0].step(turns[-1]))
-    if not done:
+    step = finished(held[0].step(turns[-1]))
+    if not isinstance(step, Step):
+        new, reward, done = step
+        step = Step(list(new), reward, done)
+    if not step.done:
         _objects[key] = held[0], len(turns)
     return {
-        "messages": checked_messages(list(new)),
-        "reward": None if reward is None else float(reward),
-        "done": bool(done),
+        "messages": checked_messages(step.messages),
+        "reward": None if step.reward is None else float(step.reward),
+        "done": bool(step.done),
+        "calls": step.calls,
+        "failures": step.failures,
     }
 
 

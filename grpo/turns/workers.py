@@ -112,7 +112,7 @@ class TurnWorkers:
             result = future.result()
             if "error" in result:
                 return Step(done=True, failures=1)
-            return Step(result["messages"], result["reward"], result["done"])
+            return Step(**result)
 
         return _Lazy(step)
 

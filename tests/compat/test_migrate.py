@@ -162,3 +162,29 @@ def test_the_command_writes_a_config_that_loads(tmp_path: Path, capsys: pytest.C
     assert yaml.safe_load((tmp_path / "new" / "config.yaml").read_text())["sampling"] == {"num_generations": 4}
     shown = capsys.readouterr().out
     assert "To do by hand:\n- top_p = 0.9 is not supported" in shown and "Written: " in shown
+
+
+TOOLS = """
+from trl import GRPOConfig, GRPOTrainer
+from tools_of_mine import search
+
+UNITS = {"km": 1000}
+
+def to_metres(value: float, unit: str) -> float:
+    return value * UNITS[unit]
+
+def reward(completions, **kwargs):
+    return [0.0 for _ in completions]
+
+trainer = GRPOTrainer(
+    "m", reward, GRPOConfig("out", max_steps=2, max_tool_calling_iterations=3), tools=[to_metres, search, print("x")]
+)
+"""
+
+
+def test_tools_become_a_file_and_addresses() -> None:
+    made = migrate(TOOLS)
+    assert made.config["tools"] == ["migrated/tools.py:to_metres", "tools_of_mine:search"]
+    assert made.config["turns.max_tool_calling_iterations"] == 3
+    assert "UNITS = " in made.tools and "def to_metres" in made.tools and "def reward" not in made.tools
+    assert any(line.startswith("tool print('x') is no function") for line in made.by_hand)

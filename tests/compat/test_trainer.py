@@ -140,7 +140,8 @@ def test_bad_input_is_refused_before_weights_load(folder: str, tmp_path: Path) -
         ({"train_dataset": "gsm8k"}, "train_dataset is a str"),
         ({"train_dataset": [{"text": "a"}]}, "row 1: there is no column 'prompt'"),
         ({"train_dataset": [{"prompt": "a", "image": "b"}]}, "prompts must be text"),
-        ({"tools": [count_a]}, "tools is not supported"),
+        ({"tools": [count_a]}, "tools: 'count_a' has no schema"),
+        ({"rollout_func": count_a}, "rollout_func is not supported"),
         ({"model": 7}, "model is a int"),
         ({"args": arguments(tmp_path / "out", eval_strategy="steps")}, "eval_dataset is missing"),
     ]:

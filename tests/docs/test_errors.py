@@ -18,6 +18,8 @@ import torch
 from accelerate import Accelerator
 
 from grpo import cli
+from grpo.compat.datasets import examples_of
+from grpo.compat.environments import given_turns
 from grpo.config.parser import load_config
 from grpo.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig
 from grpo.data.card import check_permission, publishable, record_card
@@ -51,6 +53,7 @@ from grpo.runtime.device import check_gpus
 from grpo.runtime.env import env_count
 from grpo.runtime.oom import memory_advice, phase
 from grpo.runtime.run_lock import RunLock, check_free
+from grpo.tools.chat_models import load_chat_models
 from grpo.tools.export import export
 from grpo.tools.fetch import unpack
 from grpo.tools.saved_model import check_model, resolve_base
@@ -60,9 +63,11 @@ from grpo.tracking.report import write_report
 from grpo.tracking.run_dir import choose_run_dir, fingerprint
 from grpo.tracking.tracker import find_tracker
 from grpo.trainer import check_skipped
+from grpo.turns.calculator import calculator
 from grpo.turns.template import TurnTemplate
 from grpo.turns.tools import find_tools
 from grpo.types import Completion, Group, Prompt
+from tests.compat.tools import Counter
 from tests.data.test_gguf import header
 from tests.docs.trl_errors import MESSAGES, PROVOKED
 from tests.fakes import save_tokenizer
@@ -72,6 +77,7 @@ from tests.rollout.turns_tokenizer import TEMPLATE, char_tokenizer
 from tests.tools.test_fetch import package, wheel
 from tests.tracking.test_diagnostics import observe
 
+GUESS = "tests.tools.turns_for_check:Guess"
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 NO_LEARNING = "## A run that does not learn"
 GOOD = {"question": "a", "answer": "#### 1"}
@@ -722,6 +728,38 @@ CASES: dict[str, Case] = {
         lambda _: template_arguments({"chat_template_kwargs": {"tokenize": False}}),
         ConfigError,
         "column 'chat_template_kwargs' has 'tokenize', which the trainer sets: remove it",
+    ),
+    "argument that a dataset does not take": Case(
+        lambda _: load_examples(DataConfig(name="arithmetic", dataset_kwargs={"size": 3}), "train", 0),
+        ConfigError,
+        "data.dataset_kwargs has 'size', which is no argument of data.name 'arithmetic': its own arguments are: none",
+    ),
+    "dataset without an argument that it needs": Case(
+        lambda _: load_examples(DataConfig(name="reasoning_gym"), "train", 0),
+        ConfigError,
+        "data.name 'reasoning_gym' requires the argument 'task', but the trainer gives data, part and seed. Rename it, "
+        "give it a default, or set it in data.dataset_kwargs",
+    ),
+    "argument that an environment does not take": Case(
+        lambda _: offer_tools(Config(environment=GUESS, environment_kwargs={"hnt": "a"})),
+        ConfigError,
+        f"environment_kwargs has 'hnt', which is no argument of environment '{GUESS}': did you mean 'hint'?",
+    ),
+    "tools of a model without a run with tools": Case(
+        lambda folder: load_chat_models(str(folder / "final"), with_tools=True),
+        ConfigError,
+        "--tools: DIR/final belongs to no run with tools: leave it out",
+    ),
+    "prompt of text with tools (GRPOTrainer)": Case(
+        lambda _: list(examples_of([{"prompt": "a"}], "train_dataset", given_turns([calculator], None))),
+        ConfigError,
+        "train_dataset, row 1: the prompt is a text, but tools and environments need messages: write it as "
+        '[{"role": "user", "content": ...}]',
+    ),
+    "row without an environment (GRPOTrainer)": Case(
+        lambda _: list(examples_of([{"n": 1}], "train_dataset", given_turns(None, {"up": Counter, "down": Counter}))),
+        ConfigError,
+        "train_dataset, row 1: the environment is None, needs one of environment_factory: up, down",
     ),
     "no answer fits the extractor": Case(
         rows({"question": "a", "answer": "One says `wi`."}),

@@ -569,7 +569,7 @@ def test_built_in_names_are_found_without_importing_their_modules_first() -> Non
     assert set(shown.split()) == {
         *("accuracy", "chrf", "correctness", "cosine_scaled", "countdown", "environment", "exact_match"),
         *("feedback", "int"),
-        *("language_guard", "repetition_penalty"),
+        *("language_guard", "reasoning_gym", "repetition_penalty"),
         *(
             "length_guard",
             "math_verify",

@@ -20,6 +20,7 @@ from grpo.tools.dashboard.completions_tab import (
     _cell,
     _legend,
     _numbers_of,
+    _title,
     _told,
     alike,
     columns_of,
@@ -29,7 +30,15 @@ from grpo.tools.dashboard.page import _findings, _main_number
 from grpo.tracking import curves
 from grpo.tracking.curves import CURVES, Curve, lines_of
 from grpo.tracking.drawing import Line, plot, readable, ticks
-from grpo.tracking.rollout_reader import judge, last_step, matching, rows_of_step, search
+from grpo.tracking.rollout_reader import (
+    judge,
+    last_step,
+    matching,
+    rows_of_step,
+    search,
+    told_turns,
+    whole_completion,
+)
 from grpo.tracking.run_reader import MetricsFile, RunFolder, extremes, find_runs, thin
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -306,6 +315,26 @@ def test_answers_that_are_alike_are_one_card() -> None:
     assert [_numbers_of(part) for part in parts] == ["#0 and 2 like it", "#2 and 1 like it", "#5"]
     told = _legend(rows, 3, judge([part[0] for part in parts]))
     assert told == "Step 7: 6 completions, 3 different. Green: reward above 0.5. Red: reward up to 0.5."
+
+
+def test_turns_and_calls_are_shown_searched_and_told_apart() -> None:
+    messages = [
+        {"role": "assistant", "content": "<tool_call>6*7</tool_call>", "tokens": 5, "tool_calls": [{"name": "times"}]},
+        {"role": "tool", "name": "multiply", "content": "42\n"},
+        {"role": "assistant", "content": "It is 42.", "tokens": 3},
+    ]
+    turns = {"messages": messages, "reward": None, "calls": 1, "failures": 0}
+    row = {"sample": 0, "completion": "It is 42.", "reward": 1.0, "step": 7, "length": 8, "turns": turns}
+    assert whole_completion(row) == (
+        "[assistant, 5 tokens]\n<tool_call>6*7</tool_call>\n[tool multiply]\n42\n[assistant, 3 tokens]\nIt is 42."
+    )
+    assert _title([row]).endswith("8 tokens · 2 turns, 1 call") and told_turns({"completion": "a"}) == ""
+    failed = row | {"sample": 1, "turns": turns | {"messages": messages[:2] + messages[:1], "failures": 1}}
+    assert told_turns(failed) == "2 turns, 1 call, 1 failed" and len(alike([row, failed])) == 2
+    assert matching([row], text="tool_call>6") == [row] and matching([row], text="[TOOL multiply]") == [row]
+    for broken in ({"messages": "x"}, {"messages": [1]}, "x", {"messages": messages[:1], "calls": "many"}):
+        assert whole_completion(row | {"turns": broken}) == "It is 42."
+        assert told_turns(row | {"turns": broken}) in ("", "1 turn")
 
 
 def test_what_a_run_found_about_itself_is_shown_and_stays_text(tmp_path: Path) -> None:

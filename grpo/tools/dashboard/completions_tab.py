@@ -6,7 +6,16 @@ from typing import Any
 from grpo.runtime.messages import visible
 from grpo.tools.dashboard.board import Board
 from grpo.tools.dashboard.feedback_form import feedback_form
-from grpo.tracking.rollout_reader import Judgement, Row, groups_of, is_correct, judge, matching
+from grpo.tracking.rollout_reader import (
+    Judgement,
+    Row,
+    groups_of,
+    is_correct,
+    judge,
+    matching,
+    told_turns,
+    whole_completion,
+)
 
 MAX_CARDS = 32
 MAX_ROWS = 300
@@ -205,7 +214,7 @@ def _cards(gr: Any, board: Board, name: str | None, rows: list[Row]) -> None:
     with gr.Row(elem_classes=["cards"]):
         for part, verdict in list(zip(parts, judged.verdicts, strict=True))[:MAX_CARDS]:
             gr.Textbox(
-                visible(str(part[0].get("completion", ""))),
+                visible(whole_completion(part[0])),
                 label=_title(part),
                 lines=6,
                 max_lines=14,
@@ -234,7 +243,7 @@ def alike(rows: list[Row]) -> list[list[Row]]:
     """Return the rows of a group in parts with the same completion and reward, in the order of their first samples."""
     parts: dict[Any, list[Row]] = {}
     for row in rows:
-        parts.setdefault((row.get("completion"), row.get("reward"), row.get("ended")), []).append(row)
+        parts.setdefault((whole_completion(row), row.get("reward"), row.get("ended")), []).append(row)
     return list(parts.values())
 
 
@@ -277,4 +286,5 @@ def _title(part: list[Row]) -> str:
     rewards = row.get("rewards") or {}
     parts += [f"{name.rpartition(':')[2]} {_number(value, 'g') or '-'}" for name, value in rewards.items()]
     parts.append(f"{row.get('length')} tokens" + ("" if row.get("ended", True) else ", cut off"))
+    parts += [turns] if (turns := told_turns(row)) else []
     return visible(" · ".join(parts))
