@@ -27,7 +27,7 @@ from grpo.tracking.environment import processor_name
 
 QUANTITIES = {"seconds": "time/step", "flat": "reward/zero_std_fraction", "length": "rollout/length_mean"}
 """Field of a forecast step -> metric that it forecasts."""
-MINUTES = {"starter": 0.1, "smollm2": 1.5}
+MINUTES = {"starter": 0.1, "smollm2": 1.0}
 STARTER_RUNS = 34
 FIRST_SEED = 200
 """The widths that a forecast expects beforehand were chosen on runs with smaller seeds."""

@@ -142,11 +142,13 @@ def next_seconds(seconds: Sequence[float], steps: float = 1, machine: float = SH
 
     Their logarithms vary with a standard deviation s around a mean m: exp(m +- t sqrt(s^2 / n + s^2 / steps + b^2)).
     s^2 is that of the n observed steps and of the prior: NOISE^2, which counts as NOISE_STEPS more. b is `machine`.
+    The mean of many seconds is above the exponential of their mean logarithm: by exp(s^2 / 2), with s^2 of the steps.
     """
     logs = [math.log(max(value, 1e-9)) for value in seconds]
     n, mean = len(logs), sum(logs) / len(logs)
     freedom = NOISE_STEPS + n - 1
     variance = (NOISE_STEPS * NOISE**2 + sum((value - mean) ** 2 for value in logs)) / freedom
+    mean += variance / 2 * (1 - 1 / steps)
     half = student_t(freedom) * math.sqrt(variance * (1 / n + 1 / steps) + machine**2)
     return Interval(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
 
