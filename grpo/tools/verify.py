@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 UNCOMPARED = ("time/", "memory/", "eval/", "rollout/tokens_per_second")
 """Beginnings of the metrics that a replay does not repeat: durations and memory; evaluations are not repeated."""
+MAX_ROWS = 3
+"""Changed rows of the data that are named."""
 COMPARED_VERSIONS = ("python", "torch", "transformers", "accelerate", "tokenizers", "grpo-trainer")
 
 
@@ -118,7 +120,7 @@ def _replay(run_dir: Path, config: Config, start: int, until: int, steps: list[i
         for step in steps:
             _compare_completions(run_dir, replayed_dir, step, found)
             _compare_metrics(step, recorded[step], replayed[step], found)
-        _compare_contents(run_dir, replayed_dir, until, found)
+        _compare_contents(run_dir, replayed_dir, until, config, found)
         _compare_weights(run_dir, replayed_dir, until, found)
 
 
@@ -146,7 +148,7 @@ def _compare_metrics(step: int, old: dict[str, float], new: dict[str, float], fo
             found.differences.append(Difference(step, key, old[key], new[key]))
 
 
-def _compare_contents(run_dir: Path, replayed_dir: Path, step: int, found: Verification) -> None:
+def _compare_contents(run_dir: Path, replayed_dir: Path, step: int, config: Config, found: Verification) -> None:
     """Compare the checksums of data, base, reference and rewards: those of the newest checkpoint, or of the start."""
     from grpo.run.checkpoint import read_state
     from grpo.tracking.run_reader import RunFolder
@@ -156,10 +158,41 @@ def _compare_contents(run_dir: Path, replayed_dir: Path, step: int, found: Verif
     if newest:
         old = read_state(run_dir / "checkpoints" / f"step-{newest}")
     new = read_state(replayed_dir / "checkpoints" / f"step-{step}")
-    for kind in ("contents", "reward_sources"):
-        for name, value in new[kind].items():
-            if name != "held_out" and old.get(kind, {}).get(name, value) != value:
-                found.differences.insert(0, Difference(step, f"sha256 of {name}", old[kind][name], value))
+    changed = [
+        Difference(step, f"sha256 of {name}", old[kind][name], value)
+        for kind in ("contents", "reward_sources")
+        for name, value in new[kind].items()
+        if name != "held_out" and old.get(kind, {}).get(name, value) != value
+    ]
+    if any(difference.what == "sha256 of data" for difference in changed):
+        changed[1:1] = _changed_rows(run_dir, config)
+    new_ones = [
+        difference for difference in changed if difference.what not in {each.what for each in found.differences}
+    ]
+    found.differences = new_ones + found.differences
+
+
+def _changed_rows(run_dir: Path, config: Config) -> list[Difference]:
+    """Return the first rows that the run drew and that the data does not hold as they were."""
+    from grpo.data.rows import load_examples
+    from grpo.tracking.rollout_reader import rows_of_step
+    from grpo.types import question_of
+
+    if config.data.streaming:
+        return []
+
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for example in load_examples(config.data, "train", config.seed):
+        columns = {key: value for key, value in example.columns.items() if key != "question"}
+        rows.setdefault(question_of(example.messages), []).append(json.loads(json.dumps(columns, default=str)))
+    changed: dict[int, Difference] = {}
+    for step in metrics_by_step(run_dir):
+        for row in rows_of_step(run_dir / "rollouts.jsonl", step):
+            now = rows.get(row["prompt"], [])
+            if "columns" in row and row["columns"] not in now and len(changed) < MAX_ROWS:
+                what = f"data row of draw {row['draw']}, {row['prompt'][-80:]!r}"
+                changed[row["draw"]] = Difference(step, what, row["columns"], now[0] if now else "no such question")
+    return list(changed.values())
 
 
 def _compare_weights(run_dir: Path, replayed_dir: Path, step: int, found: Verification) -> None:

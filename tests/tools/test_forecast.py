@@ -150,12 +150,17 @@ def test_a_probe_measures_and_leaves_nothing(config: Config, tmp_path: Path) -> 
     assert sum(share.value for share in found.pass_rates.values()) == pytest.approx(1)
 
 
-def test_a_probe_of_a_run_that_samples_ahead_and_drops_flat_groups(config: Config) -> None:
+def test_a_probe_of_a_run_that_drops_flat_groups(config: Config) -> None:
     sampling = dataclasses.replace(config.sampling, dynamic_sampling=True, max_sampling_rounds=2)
-    rollout = dataclasses.replace(config.rollout, max_staleness=1)
-    found = probe(dataclasses.replace(config, sampling=sampling, rollout=rollout), 0.01)
+    found = probe(dataclasses.replace(config, sampling=sampling), 0.01)
     assert len(found.seconds) >= 1 and found.steps_left == 20
     assert min(group.draw for group in found.groups) == 80  # after 20 steps of 2 prompts in 2 rounds
+
+
+def test_a_probe_of_a_run_that_samples_ahead(config: Config) -> None:
+    rollout = dataclasses.replace(config.rollout, max_staleness=1)
+    found = probe(dataclasses.replace(config, rollout=rollout), 0.01)
+    assert len(found.seconds) >= 1 and len(found.now) >= 4
 
 
 def test_the_command_prints_the_forecast(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

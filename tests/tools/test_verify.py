@@ -96,9 +96,16 @@ def test_a_changed_data_row_is_named(recorded: Path, tmp_path: Path) -> None:
     run = copied(recorded, tmp_path)
     data = recorded / "data.jsonl"
     before = data.read_text()
+    drawn = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
     try:
-        data.write_text(before.replace("#### 1", "#### 9", 1))
-        assert verify(run, [4]).differences[0].what == "sha256 of data"
+        lines = [json.loads(line) for line in before.splitlines()]
+        [line] = [line for line in lines if line["question"] == drawn["prompt"]]
+        line["answer"] = "#### 99"
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        sha256, row, *_ = verify(run, [4]).differences
+        assert sha256.what == "sha256 of data"
+        assert row.what == f"data row of draw {drawn['draw']}, {drawn['prompt']!r}"
+        assert (row.recorded["answer"], row.replayed["answer"]) == (drawn["columns"]["answer"], "99")
         shutil.rmtree(run / "checkpoints")  # environment.json has the checksums, too
         assert verify(run, [1]).differences[0].what == "sha256 of data"
     finally:
