@@ -1,24 +1,35 @@
-"""Run one script on TRL and on this trainer, the import apart, and compare what both log and the weights at the end.
+"""Run one script on TRL and on this trainer, the import apart: the same numbers, seconds, memory and rewards.
 
-    python benchmarks/one_import.py [--output docs/results/one_import.json]
+    python benchmarks/one_import.py [--output docs/results/one_import.json] [--image docs/images/one_import.png]
 
-The script is benchmarks/one_import_script.py. The run here samples its completions. TRL's run gets the same ones
-through its rollout_func, prompt by prompt. Model, rows, rewards, losses, steps and logs are each library's own. All
-keys that both log, apart from times, and the weights at the end are compared. Needs: pip install -e ".[benchmark]"
+The script is benchmarks/one_import_script.py.
+
+The same numbers: the run here samples its completions. TRL's run gets the same ones through its rollout_func, prompt by
+prompt. Model, rows, rewards, losses, steps and logs are each library's own. All keys that both log, apart from times,
+and the weights at the end are compared.
+
+Seconds, memory, rewards: each library samples for itself, in processes of their own, in turn, with several seeds. The
+seconds are those of the fastest run. Needs: pip install -e ".[benchmark]"
 """
 
 import contextlib
 import os
+import platform
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from unittest import mock
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import torch
-from shared import character_tokenizer, random_qwen2, script_parser, write_json
+from shared import character_tokenizer, random_qwen2, read_json, script_parser, write_json
 
 from grpo.errors import ConfigError
 from grpo.runtime.command import run_main
@@ -35,6 +46,9 @@ OTHER = ("step_time", "num_tokens", "total_flos", "learning_rate", "entropy", "k
 """Keys that are not compared: times. The learning rate, which TRL logs after the schedule's step. Entropy and KL, which
 are means over tokens here, and means of micro-batch means in TRL. The share and the lengths of completions that ended:
 TRL counts those whose last token is a drawn padding token."""
+LIBRARIES = {"grpo": "this trainer", "trl": "TRL"}
+SMOOTHING = 10
+"""Steps of a running mean in the picture."""
 FIRST_OR_LAST = ("grad_norm", "clip_ratio/region_mean")
 """Keys that are of another pass over the completions, where there are several: here of the first one or of all."""
 
@@ -42,15 +56,106 @@ FIRST_OR_LAST = ("grad_norm", "clip_ratio/region_mean")
 def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--output", help="file for the numbers (JSON)")
+    parser.add_argument("--image", help="file for the picture of the rewards (PNG)")
+    parser.add_argument("--steps", type=int, default=200, help="steps of the runs that sample for themselves; 0: none")
+    parser.add_argument("--seeds", type=int, default=4, help="number of those runs of each library")
+    parser.add_argument("--one", nargs=2, metavar=("LIBRARY", "FILE"), help="run the script once, in this process")
     options = parser.parse_args()
+    if options.one:
+        write_json(options.one[1], report_of(run_script(options.one[0], {})))
+        return
     rows = [compare(case) for case in CASES]
     for row in rows:
         print(
             f"{row['loss_type']:8} x{row['iterations']}: {row['entries']} entries with {row['keys']} keys, largest "
             f"difference {row['largest']:.1e} ({row['key']}), of the weights {row['weights']:.1e}"
         )
+    report: dict[str, Any] = {
+        "command": "python benchmarks/one_import.py --output docs/results/one_import.json "
+        "--image docs/images/one_import.png",
+        "versions": {package: version(package) for package in ("torch", "transformers", "trl")},
+        "rows": rows,
+    }
+    if options.steps:
+        report |= beside(options.steps, options.seeds)
+        for library, name in LIBRARIES.items():
+            runs = report["runs"][library]
+            rewards = ", ".join(f"{last_reward(run):.3f}" for run in runs)
+            print(f"{name}: {fastest(runs)} s of train(), {runs[0]['peak_mib']} MiB; rewards at the end {rewards}")
+        if options.image:
+            draw(report, Path(options.image))
     if options.output:
-        write_json(options.output, {"rows": rows})
+        write_json(options.output, report)
+
+
+def beside(steps: int, seeds: int) -> dict[str, Any]:
+    """Run the script on both libraries, each sampling for itself: one run of each for every seed, in turn."""
+    runs: dict[str, list[dict[str, Any]]] = {library: [] for library in LIBRARIES}
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(Path(folder, "model"))
+        for seed in range(seeds):
+            for library in LIBRARIES:
+                runs[library].append(run_alone(library, Path(folder), seed, steps))
+    machine = {"cores": os.cpu_count(), "processor": platform.machine(), "threads": torch.get_num_threads()}
+    return {"machine": machine, "steps": steps, "seeds": seeds, "runs": runs}
+
+
+def fastest(runs: list[dict[str, Any]]) -> float:
+    """Return the least seconds of train()."""
+    return min(run["seconds"] for run in runs)
+
+
+def last_reward(run: dict[str, Any]) -> float:
+    """Return the mean reward of the last steps."""
+    return fmean(value for _, value in run["rewards"][-SMOOTHING:])
+
+
+def run_alone(library: str, folder: Path, seed: int, steps: int) -> dict[str, Any]:
+    """Run the script once in a process of its own."""
+    name = f"{library}-{seed}"
+    environment = {"MODEL": str(folder / "model"), "OUT": str(folder / name), "STEPS": str(steps), "ITERATIONS": "1"}
+    environment["SEED"] = str(seed)
+    begun = time.perf_counter()
+    command = [sys.executable, __file__, "--one", library, str(folder / f"{name}.json")]
+    subprocess.run(command, env=os.environ | environment, check=True, capture_output=True)
+    return read_json(folder / f"{name}.json") | {"process_seconds": round(time.perf_counter() - begun, 1)}
+
+
+def report_of(trainer: Any) -> dict[str, Any]:
+    """Return seconds of train(), peak memory of this process in MiB, and the reward of each step."""
+    [seconds] = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
+    # Not ru_maxrss, which a process takes over from the one that has started it.
+    [kib] = [int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
+    rewards = [[entry["step"], round(entry["reward"], 4)] for entry in entries(trainer)]
+    return {"seconds": round(seconds, 2), "peak_mib": round(kib / 1024), "rewards": rewards}
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Draw the reward of both libraries by step, as a running mean."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 2.8), layout="constrained")
+    axes = figure.subplots()
+    for number, (library, name) in enumerate(LIBRARIES.items()):
+        for run in report["runs"][library]:
+            steps, values = zip(*run["rewards"], strict=True)
+            means = [fmean(values[max(0, i + 1 - SMOOTHING) : i + 1]) for i in range(len(values))]
+            label = f"{name}: {fastest(report['runs'][library]):.0f} s" if run is report["runs"][library][0] else None
+            axes.plot(steps, means, color=f"C{number}", alpha=0.8, linewidth=1, label=label)
+    axes.set_title(f"One script, the import apart: reward of each seed (mean of {SMOOTHING} steps)", fontsize=10)
+    axes.set_xlabel("step", fontsize=9)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=90, metadata={"Description": report["command"]})
+
+
+def save_model(folder: Path) -> None:
+    """Save a random model and its tokenizer."""
+    tokenizer = character_tokenizer(CHARACTERS)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    random_qwen2(len(tokenizer), **SHAPE).save_pretrained(folder)
 
 
 def compare(case: dict[str, str]) -> dict[str, Any]:
@@ -61,10 +166,7 @@ def compare(case: dict[str, str]) -> dict[str, Any]:
         raise ConfigError('this compares with TRL: pip install -e ".[benchmark]"') from error
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model")
-        tokenizer = character_tokenizer(CHARACTERS)
-        tokenizer.save_pretrained(model)
-        torch.manual_seed(0)
-        random_qwen2(len(tokenizer), **SHAPE).save_pretrained(model)
+        save_model(model)
         environment = case | {"MODEL": str(model)}
         with recorded() as completions:
             ours = run_script("grpo", environment | {"OUT": f"{folder}/ours"})

@@ -38,7 +38,7 @@ args = GRPOConfig(
     use_cpu=True,
     logging_steps=int(os.environ.get("ITERATIONS", "2")),
     save_strategy="no",
-    seed=7,
+    seed=int(os.environ.get("SEED", "7")),
 )
 trainer = GRPOTrainer(
     model=os.environ["MODEL"],

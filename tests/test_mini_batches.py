@@ -34,7 +34,8 @@ def groups() -> list[Group]:
 
 
 def collector_of(run: Any, tokens_per_batch: int = 99) -> ExperienceCollector:
-    unused: Any = type("Engine", (), {"engine": type("E", (), {"state_dict": dict})})
+    engine = type("E", (), {"state_dict": dict})
+    unused: Any = type("Engine", (), {"engine": engine, "give_up_memory": staticmethod(lambda: False)})
     parts = (run.config, run.accelerator, run.policy, unused)
     return ExperienceCollector(*parts, unused, unused, tokens_per_batch=tokens_per_batch)
 
