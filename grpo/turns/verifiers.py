@@ -80,7 +80,8 @@ class VerifiersEnvironment:
                 raise RuntimeError(repr(state["error"]))
             whole = [*state["prompt"], *(state["completion"] or [])]
             new = [plain_message(message, self.names) for message in whole[before:]]
-            return Step(new, self.exchange.reward(), True, made, failures)
+            ran = bool(new)  # calls of a last turn, after which the environment stops, are not run
+            return Step(new, self.exchange.reward(), True, made if ran else [], failures if ran else 0)
         messages = [plain_message(message, self.names) for message in asked]
         earlier = [message["content"] for message in messages[: before - 1]]
         if earlier != [message["content"] for message in self.known]:

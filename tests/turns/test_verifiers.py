@@ -95,7 +95,7 @@ def test_a_run_with_an_environment_of_verifiers(tmp_path: Path) -> None:
     kwargs = json.dumps({"environment": GAMES, "arguments": {"kind": "tools"}})
     flags = ["--data.name=verifiers", f"--data.dataset_kwargs={kwargs}", "--environment=verifiers_tools"]
     flags += [f"--environment_kwargs={kwargs}", "--rewards={environment: 1.0}", f"--model.name={folder}", "--steps=2"]
-    flags += [f"--run_dir={tmp_path / 'run'}", "--sampling.max_completion_length=200", "--tracking.report_to=[]"]
+    flags += [f"--run_dir={tmp_path / 'run'}", "--sampling.max_completion_length=600", "--tracking.report_to=[]"]
     flags += [
         "--prompts_per_step=3",
         "--data.max_prompt_length=2000",
@@ -107,7 +107,9 @@ def test_a_run_with_an_environment_of_verifiers(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
     assert sum(row["turns"]["calls"] for row in rows) > 5
     for row in rows:
-        for message in row["turns"]["messages"]:
+        turns = row["turns"]["messages"]
+        assert sum(message["role"] == "assistant" for message in turns) <= 3  # max_turns of the environment
+        for message in turns:
             for number, one in enumerate(message.get("tool_calls", [])):
-                place = row["turns"]["messages"].index(message) + 1 + number
-                assert row["turns"]["messages"][place]["content"] == str(2 * one["arguments"]["x"])
+                result = turns[turns.index(message) + 1 + number]
+                assert result["role"] == "tool" and result["content"] == str(2 * one["arguments"]["x"])
