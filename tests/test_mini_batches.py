@@ -139,9 +139,10 @@ def test_completions_are_cut_in_the_order_of_draws(folder: Path, monkeypatch: py
     made = [groups()[2], groups()[0], groups()[1]]
     assert collector_of(run)._mini_batch_of(made).tolist() == [[1, 1], [0, 0], [0, 1]]
     assert collector_of(run)._mini_batch_of([]).shape == (0, 1)
-    everyone = [{"draw": draw} for draw in (0, 2, 1, 3)]  # a second rank has 1 and 3
+    everyone = [{"draw": draw} for draw in (0, 2, 1, 3)]  # of two ranks
     monkeypatch.setattr("grpo.experience.gather_rows", lambda accelerator, rows: everyone)
     assert collector_of(run)._mini_batch_of([groups()[0], groups()[2]]).tolist() == [[0, 0], [1, 1]]
+    assert collector_of(run)._mini_batch_of([groups()[0], groups()[1]]).tolist() == [[0, 0], [0, 0]]
 
 
 def test_a_mini_batch_without_a_gradient_is_no_step(folder: Path) -> None:
