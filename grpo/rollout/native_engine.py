@@ -286,10 +286,9 @@ class NativeEngine(RolloutEngine):
         if plan.repetition_penalty != 1:
             shape = (cache.slots, vocabulary_size(self.model))
             state.seen = torch.zeros(shape, dtype=torch.bool, device=state.tokens.device)
-        if self.turns is None:
-            state.forced = None
-        elif state.forced is None:
-            state.forced = torch.full_like(state.uniforms, -1, dtype=torch.long)
+        if (self.turns is None) != (state.forced is None):
+            self.graphs.clear()  # captured without given tokens, or with them
+            state.forced = None if self.turns is None else torch.full_like(state.uniforms, -1, dtype=torch.long)
         prefilled: dict[int, _Prefilled] = {}
         rows: list[_Row] = []
         parked: list[_Row] = []
