@@ -15,8 +15,8 @@ from grpo.data.arithmetic import HELD_OUT_SIZE, TRAIN_SIZE, is_held_out
 from grpo.data.files import Row, Table, table_of
 from grpo.data.registry import Part, check_generated, register_dataset
 
-FIRST, SECOND = (100, 999), (10, 99)
-"""Ranges of the factors."""
+FIRST, SECOND = (400, 999), (30, 99)
+"""Ranges of the factors. All products have five digits, so that a tiny model can learn where to copy them from."""
 
 
 @register_dataset("multiplication", check=check_generated)

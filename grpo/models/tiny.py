@@ -91,7 +91,7 @@ class ToolRecipe(Recipe):
     """Text around the expression of a call; each part is one token."""
 
 
-TOOL_RECIPE = ToolRecipe(vocabulary=500, steps=1500)
+TOOL_RECIPE = ToolRecipe(vocabulary=500, steps=900)
 GSM8K_RECIPE = Recipe(vocabulary=4096, steps=300, batch=32, hasty_fraction=0.5, formatted_fraction=0.3, longest=224)
 PROSE_RECIPE = ProseRecipe(vocabulary=450, steps=500, unmarked_fraction=0.75)
 
