@@ -21,9 +21,7 @@ def question_of(messages: str | list[Message]) -> str:
     """Return the question of a prompt: the text, or the last message of the user."""
     if isinstance(messages, str):
         return messages
-    asked = [message["content"] for message in messages if message["role"] == "user"] or [
-        message["content"] for message in messages
-    ]
+    asked = [one["content"] for one in messages if one["role"] == "user"] or [one["content"] for one in messages]
     return str(asked[-1]) if asked else ""
 
 
