@@ -18,7 +18,7 @@ from grpo.data.registry import Part, register_dataset
 GAINS = ["buys", "finds", "gets", "wins"]
 LOSSES = ["loses", "sells", "drops", "gives away"]
 MAX_NUMBER = 9
-"""Largest number that is gained or lost; the smallest is 1. Every total is at most 18."""
+"""Largest number that is gained or lost; the smallest is 1. At the start there are at most 10, in the end at most 18."""
 
 
 @register_dataset("word_problems")
@@ -44,7 +44,7 @@ def _problem(rng: random.Random) -> tuple[str, str]:
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     number = rng.randint(1, MAX_NUMBER)
     gain = rng.random() < 0.5
-    start = rng.randint(1, MAX_NUMBER) if gain else rng.randint(number + 1, number + MAX_NUMBER)
+    start = rng.randint(1, MAX_NUMBER) if gain else rng.randint(number + 1, MAX_NUMBER + 1)
     change = f"{rng.choice(GAINS)} {number} more" if gain else f"{rng.choice(LOSSES)} {number}"
     after = start + number if gain else start - number
     question = f"{name} has {start} {item}. {name} {change}. How many {item} does {name} have now?"

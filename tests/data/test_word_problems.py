@@ -14,7 +14,7 @@ def test_answers_follow_from_the_questions_and_the_parts_share_none() -> None:
         question, solution = example.columns["question"], example.columns["solution"]
         start, change = (int(number) for number in re.findall(r"\d+", question))
         total = start + change if " more. " in question else start - change
-        assert example.columns["answer"] == str(total) and 1 <= total <= 18
+        assert example.columns["answer"] == str(total) and 1 <= total <= 18 and 1 <= start <= 10 and 1 <= change <= 9
         sign = "+" if " more. " in question else "-"
         assert solution == f"{start} {sign} {change} = {total}\n#### {total}"
     questions = [{example.columns["question"] for example in part} for part in (train, held_out)]
