@@ -231,12 +231,8 @@ def count_tokens(run: Run, groups: list[Group]) -> Counts:
 
     So a token weighs the same in every mini-batch, and the mean of their gradients is that of a single one.
     """
-    lengths = [
-        len(completion.sampled)
-        for group in groups
-        for completion in group.completions
-        if completion.ended or not run.config.objective.mask_truncated_completions
-    ]
+    masked = run.config.objective.mask_truncated_completions
+    lengths = [len(one.sampled) for group in groups for one in group.completions if one.ended or not masked]
     share = 1 / run.config.objective.mini_batches
     tokens, sequences = sum_over_ranks(run.accelerator, [float(sum(lengths)), float(len(lengths))])
     return Counts(tokens * share, sequences * share, run.config.sampling.max_completion_length)

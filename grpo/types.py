@@ -67,6 +67,8 @@ class Completion:
     @property
     def sampled(self) -> list[int]:
         """Indices of the token_ids that were sampled."""
+        if not self.given:
+            return list(range(len(self.token_ids)))
         return [n for n in range(len(self.token_ids)) if not any(start <= n < end for start, end in self.given)]
 
 
