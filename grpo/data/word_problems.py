@@ -18,7 +18,7 @@ from grpo.data.registry import Part, register_dataset
 GAINS = ["buys", "finds", "gets", "wins"]
 LOSSES = ["loses", "sells", "drops", "gives away"]
 MAX_NUMBER = 9
-"""Largest number that is gained or lost; the smallest is 1. At the start there are at most 10, in the end at most 18."""
+"""Largest number gained or lost; the smallest is 1. At the start there are at most 10, in the end at most 18."""
 
 
 @register_dataset("word_problems")
