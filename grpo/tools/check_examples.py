@@ -91,8 +91,8 @@ def shown_answers(data: DataConfig) -> list[ShownAnswer]:
     if data.one_shot:
         messages = messages_for(EXAMPLE_QUESTION, data)
         place = [message["content"] for message in messages].index(EXAMPLE_QUESTION)
-        row = Example(messages, {"question": EXAMPLE_QUESTION, "answer": EXAMPLE_ANSWER})
-        shown.append(ShownAnswer("data.one_shot", row, str(messages[place + 1]["content"])))
+        own = Example(messages, {"question": EXAMPLE_QUESTION, "answer": EXAMPLE_ANSWER})
+        shown.append(ShownAnswer("data.one_shot", own, str(messages[place + 1]["content"])))
     return shown
 
 
