@@ -80,9 +80,11 @@ class StreamedPrompts:
                 continue
             self.rows += 1
             row, place = found
-            is_made = isinstance(row, Example)
-            made = row if is_made else example_of(row, place, self.data, self.bad)
-            example = with_template_settings(made, self.data) if is_made else made
+            example: Example | None
+            if isinstance(row, Example):
+                example = with_template_settings(row, self.data)
+            else:
+                example = example_of(row, place, self.data, self.bad)
             if example is None:
                 continue
             token_ids = prompt_token_ids(example.messages, self.tokenizer, template_arguments(example.columns))
