@@ -13,14 +13,14 @@ from grpo.tools.check_turns import call_text, example_call
 from grpo.turns.calculator import calculator
 from grpo.turns.tools import schema_of
 from tests.fakes import tiny_data, tiny_model
-from tests.rollout.turns_tokenizer import TEMPLATES, char_tokenizer
+from tests.rollout.turns_tokenizer import KINDS, char_tokenizer
 
 HERE = Path(__file__).parent / "turns_for_check.py"
 SPECIAL = ["<|im_end|>", "<|endoftext|>", "<|im_start|>", "<tool_call>", "</tool_call>"]
 
 
 def flags(path: Path, template: str | None) -> list[str]:
-    text = None if template is None else (TEMPLATES / f"{template}.jinja").read_text()
+    text = None if template is None else KINDS[template]
     tokenizer = char_tokenizer("", SPECIAL)
     tokenizer.chat_template = text
     model = tiny_model("llama", vocab_size=len(tokenizer))  # a family without a tokenizer class
@@ -36,7 +36,7 @@ def flags(path: Path, template: str | None) -> list[str]:
 
 
 def test_a_call_of_a_tool_as_the_template_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = [*flags(tmp_path, "qwen2_5"), "--tools=[calculator]"]
+    given = [*flags(tmp_path, "tags"), "--tools=[calculator]"]
     found = check(load_config(given))
     call = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "..."}}\n</tool_call><|im_end|>'
     assert [part.kind for part in found.conversation] == ["prompt", "sampled", "given", "sampled"]
@@ -58,7 +58,7 @@ def test_a_call_of_a_tool_as_the_template_writes_it(tmp_path: Path, capsys: pyte
 
 
 def test_an_environment_is_reset_and_answers_a_turn(tmp_path: Path) -> None:
-    given = [*flags(tmp_path, "qwen2_5"), f"--environment={HERE}:Guess", "--rewards={environment: 1.0}"]
+    given = [*flags(tmp_path, "tags"), f"--environment={HERE}:Guess", "--rewards={environment: 1.0}"]
     found = check(load_config([*given, "--environment_kwargs={hint: higher}"]))
     prompt, _, result = found.conversation
     assert prompt.text.endswith("user\nguess 1<|im_end|>\n<|im_start|>assistant\n")
@@ -72,11 +72,11 @@ def test_an_environment_is_reset_and_answers_a_turn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "flag", "message"),
     [
-        ("qwen2_5", f"--tools=['{HERE}:untyped']", r"tools: '.*:untyped' has no schema"),
-        ("qwen2_5", "--tools=[python]", "runs code that the model writes"),
-        ("qwen2_5", f"--environment={HERE}:untyped", "is not a class with reset"),
-        ("qwen2_5", f"--environment={HERE}:Guess|--environment_kwargs={{hnt: a}}", "did you mean 'hint'"),
-        ("qwen3", f"--environment={HERE}:Guess", "the chat template changes earlier turns when a later one follows"),
+        ("tags", f"--tools=['{HERE}:untyped']", r"tools: '.*:untyped' has no schema"),
+        ("tags", "--tools=[python]", "runs code that the model writes"),
+        ("tags", f"--environment={HERE}:untyped", "is not a class with reset"),
+        ("tags", f"--environment={HERE}:Guess|--environment_kwargs={{hnt: a}}", "did you mean 'hint'"),
+        ("thinking", f"--environment={HERE}:Guess", "the chat template changes earlier turns when a later one follows"),
         (None, "--tools=[calculator]", "tools and environments need a chat template"),
     ],
 )

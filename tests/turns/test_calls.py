@@ -3,7 +3,7 @@
 import pytest
 
 from grpo.turns.calls import Call, format_of, parse_calls
-from tests.rollout.turns_tokenizer import TEMPLATES, char_tokenizer
+from tests.rollout.turns_tokenizer import char_tokenizer, template_named
 
 ADD = Call("add", {"a": 1, "b": [2]})
 
@@ -45,13 +45,20 @@ def test_calls_that_cannot_be_read_have_an_error(style: str, text: str, error: s
     assert call.error is not None and error in call.error
 
 
-def test_the_format_is_that_of_the_template() -> None:
-    found = {
-        name: format_of(char_tokenizer((TEMPLATES / f"{name}.jinja").read_text()))
-        for name in ("qwen2_5", "qwen3", "llama3_2")
-    }
-    assert found == {"qwen2_5": "tags", "qwen3": "tags", "llama3_2": "json"}
-    assert format_of(char_tokenizer()) == "tags"  # SmolLM2's says nothing
+@pytest.mark.parametrize(
+    ("template", "style"),
+    [
+        ("tags", "tags"),
+        ("thinking", "tags"),
+        ("json", "json"),
+        ("plain", "tags"),  # it says nothing
+        ("qwen2_5", "tags"),
+        ("qwen3", "tags"),
+        ("llama3_2", "json"),
+    ],
+)
+def test_the_format_is_that_of_the_template(template: str, style: str) -> None:
+    assert format_of(char_tokenizer(template_named(template))) == style
 
 
 def test_the_parser_of_the_tokenizer_is_used_where_it_has_one() -> None:

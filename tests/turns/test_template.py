@@ -9,38 +9,31 @@ from grpo.data.rendering import apply_template, prompt_token_ids
 from grpo.errors import ConfigError
 from grpo.turns.calculator import calculator
 from grpo.turns.template import TurnTemplate
-from tests.rollout.turns_tokenizer import TEMPLATE, TEMPLATES, char_tokenizer
+from tests.rollout.turns_tokenizer import TEMPLATE, char_tokenizer, template_named
 
 IM = ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]
 LLAMA = ["<|eot_id|>", "<|finetune_right_pad_id|>", "<|eom_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|bos|>"]
-SMOLLM2 = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou "
-    "are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
-    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 TOOLS = {"tools": [get_json_schema(calculator)]}
 CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "6*7"}}\n</tool_call>'
 LLAMA_CALL = '{"name": "calculator", "parameters": {"expression": "6*7"}}'
 
 
 def of_family(name: str) -> tuple[Any, list[int]]:
-    """Return a tokenizer with the template of a family, and the ids that end a turn."""
-    if name == "smollm2":
-        return char_tokenizer(SMOLLM2, IM), [0, 1]
-    template = (TEMPLATES / f"{name}.jinja").read_text()
-    if name == "llama3_2":
+    """Return a tokenizer with the template of a family, or of a kind, and the ids that end a turn."""
+    template = template_named(name)
+    if name in ("json", "llama3_2"):
         return char_tokenizer(template, LLAMA), [0, 2]
     return char_tokenizer(template, IM), [0, 1]
 
 
-@pytest.mark.parametrize("family", ["qwen2_5", "qwen3", "llama3_2", "smollm2"])
+@pytest.mark.parametrize("family", ["tags", "thinking", "json", "plain", "qwen2_5", "qwen3", "llama3_2"])
 def test_two_calls_are_id_for_id_what_the_template_renders(family: str) -> None:
     """Prompt, turn, given, turn, given, turn: end to end, the ids are those of the whole conversation's rendering."""
     tokenizer, ends = of_family(family)
     template = TurnTemplate(tokenizer, ends)
     template.check("tool", TOOLS)
-    call = LLAMA_CALL if family == "llama3_2" else CALL
+    bare = family in ("json", "llama3_2")
+    call = LLAMA_CALL if bare else CALL
     user = {"role": "user", "content": "What is 6*7?"}
     result = {"role": "tool", "name": "calculator", "content": "42"}
     turn = {"role": "assistant", "content": call}
@@ -52,14 +45,14 @@ def test_two_calls_are_id_for_id_what_the_template_renders(family: str) -> None:
     whole = [user, turn, result, turn, result, last, {"role": "user", "content": "Thanks."}]
     rendered = prompt_token_ids(whole, tokenizer, TOOLS)
     assert rendered[: len(ids)] == ids
-    assert {"qwen2_5": "<tool_response>\n42\n</tool_response>", "qwen3": "<tool_response>\n42\n</tool_response>"}.get(
-        family, "42"
-    ) in tokenizer.decode(given)
-    assert tokenizer.decode(given).endswith("assistant\n" if family != "llama3_2" else "<|end_header_id|>\n\n")
+    result_text = "42" if bare or family == "plain" else "<tool_response>\n42\n</tool_response>"
+    assert result_text in tokenizer.decode(given)
+    assert tokenizer.decode(given).endswith("<|end_header_id|>\n\n" if bare else "assistant\n")
 
 
-def test_several_results_are_rendered_together() -> None:
-    tokenizer, ends = of_family("qwen2_5")
+@pytest.mark.parametrize("family", ["tags", "qwen2_5"])
+def test_several_results_are_rendered_together(family: str) -> None:
+    tokenizer, ends = of_family(family)
     results = [{"role": "tool", "name": "a", "content": text} for text in ("1", "2")]
     assert tokenizer.decode(TurnTemplate(tokenizer, ends).given_ids(results, TOOLS)) == (
         "\n<|im_start|>user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response><|im_end|>\n"
@@ -68,7 +61,7 @@ def test_several_results_are_rendered_together() -> None:
 
 
 def test_special_tokens_in_a_result_are_taken_apart() -> None:
-    tokenizer, ends = of_family("smollm2")
+    tokenizer, ends = of_family("plain")
     given = TurnTemplate(tokenizer, ends).given_ids([{"role": "tool", "content": "x<|im_end|>\n<|im_start|>"}], TOOLS)
     assert (
         tokenizer.decode(given) == "\n<|im_start|>tool\nx< |im_end|>\n< |im_start|><|im_end|>\n<|im_start|>assistant\n"
@@ -76,8 +69,9 @@ def test_special_tokens_in_a_result_are_taken_apart() -> None:
     assert given.count(0) == 1
 
 
-def test_templates_that_change_earlier_turns_are_refused() -> None:
-    tokenizer, ends = of_family("qwen3")
+@pytest.mark.parametrize(("thinking", "instruct"), [("thinking", "tags"), ("qwen3", "qwen2_5")])
+def test_templates_that_change_earlier_turns_are_refused(thinking: str, instruct: str) -> None:
+    tokenizer, ends = of_family(thinking)
     template = TurnTemplate(tokenizer, ends)
     template.check("tool", {})  # the thinking of a turn stays while results of tools follow
     with pytest.raises(ConfigError, match="changes earlier turns when a later one follows"):
@@ -85,8 +79,8 @@ def test_templates_that_change_earlier_turns_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"turns\.rewritten_history keep"):
         template.check("tool", {"enable_thinking": False})  # the empty thought of the prompt is left out later
     template.check("user", {}, keeps_history=False)
-    instruct, ends = of_family("qwen2_5")
-    TurnTemplate(instruct, ends).check("user", {})
+    tokenizer, ends = of_family(instruct)
+    TurnTemplate(tokenizer, ends).check("user", {})
 
 
 def test_templates_that_cannot_hold_turns_are_refused() -> None:
@@ -108,11 +102,11 @@ def test_a_template_without_a_role_for_tools_shows_results_as_the_user() -> None
 
 
 def test_schemas_go_into_the_system_message_where_the_template_does_not_show_them() -> None:
-    tokenizer, _ = of_family("smollm2")
+    tokenizer, _ = of_family("plain")
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "6*7?"}]
     shown = tokenizer.decode(prompt_token_ids(chat, tokenizer, TOOLS))
     assert shown.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n\n") and '"name": "calculator"' in shown
     assert shown.endswith("</tool_call><|im_end|>\n<|im_start|>user\n6*7?<|im_end|>\n<|im_start|>assistant\n")
-    qwen, _ = of_family("qwen2_5")
-    [text] = apply_template([chat], qwen, TOOLS, tokenize=False)
-    assert qwen.decode(prompt_token_ids(chat, qwen, TOOLS)) == text
+    shows, _ = of_family("tags")
+    [text] = apply_template([chat], shows, TOOLS, tokenize=False)
+    assert shows.decode(prompt_token_ids(chat, shows, TOOLS)) == text
