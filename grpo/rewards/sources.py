@@ -5,20 +5,20 @@ import contextlib
 import hashlib
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-from grpo.rewards.registry import RewardFunction
 
 Sources = dict[str, dict[str, Any]]
 """{"my_rewards.py:brevity": {"file": "/home/me/my_rewards.py", "sha256": "5c0f...", "imports": {FILE: SHA256, ...}}}
 
-The imports are those of the user's folders; the key is left out where there are none."""
+The imports are those of the user's folders; the key is left out where there are none. Tools and environments have a
+"key", too: the config key that names them."""
 
 
-def reward_sources(functions: Mapping[str, RewardFunction]) -> Sources:
-    """Return the file of every reward that is not built in. One without a file (from a notebook) is left out."""
+def reward_sources(functions: Mapping[str, Callable[..., Any]]) -> Sources:
+    """Return the file of every function or class that is not built in. One without a file (from a notebook) is left
+    out."""
     sources: Sources = {}
     for name, function in functions.items():
         if (getattr(function, "__module__", None) or "").startswith("grpo."):
@@ -34,7 +34,7 @@ def reward_sources(functions: Mapping[str, RewardFunction]) -> Sources:
     return sources
 
 
-def source_hashes(functions: Iterable[RewardFunction]) -> dict[str, str]:
+def source_hashes(functions: Iterable[Callable[..., Any]]) -> dict[str, str]:
     """Return the sha256 of each file that functions depend on: their own, and imported ones of the user's folders.
 
     These are the folders of the functions and the working directory, without installed packages.
@@ -51,15 +51,22 @@ def source_hashes(functions: Iterable[RewardFunction]) -> dict[str, str]:
     return hashes
 
 
-def changed_sources(before: Sources, now: Sources) -> list[str]:
-    """Return one line for each file of a reward, or module that it imports, that differs from the checkpoint's."""
-    return [
-        f"reward '{name}' has changed since the checkpoint was written ({file}, sha256 {old[:12]} -> {new[:12]})"
-        for name, source in now.items()
-        if name in before
-        for file, old, new in _pairs(before[name], source)
-        if old != new
-    ]
+def source_label(name: str, source: Mapping[str, Any]) -> str:
+    """Return what a source is called in messages: "reward 'my_rewards.py:brevity'"."""
+    return f"{source.get('key', 'rewards').removesuffix('s')} '{name}'"
+
+
+def changed_sources(before: Sources, now: Sources) -> dict[str, list[str]]:
+    """Return one line for each file, or module that it imports, that differs from the checkpoint's, by config key."""
+    lines: dict[str, list[str]] = {}
+    for name, source in now.items():
+        for file, old, new in _pairs(before[name], source) if name in before else ():
+            if old != new:
+                lines.setdefault(source.get("key", "rewards"), []).append(
+                    f"{source_label(name, source)} has changed since the checkpoint was written ({file}, sha256 "
+                    f"{old[:12]} -> {new[:12]})"
+                )
+    return lines
 
 
 def _pairs(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

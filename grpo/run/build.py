@@ -31,6 +31,7 @@ from grpo.models.weights import save_dtype
 from grpo.policy import Policy
 from grpo.rewards.registry import reward_labels
 from grpo.rewards.scoring import RewardSum
+from grpo.rewards.sources import source_label
 from grpo.rewards.workers import RewardWorkerPool
 from grpo.rewards.xml_format import only_answer
 from grpo.rollout.async_sampler import AsyncSampler
@@ -65,6 +66,7 @@ from grpo.tracking.console import Display, show_messages
 from grpo.tracking.diagnostics import Diagnostics, patience_for
 from grpo.tracking.run_dir import choose_run_dir, fingerprint
 from grpo.tracking.run_logger import RunLogger
+from grpo.turns.sources import turn_sources
 from grpo.types import Prompt, SamplingPlan
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,7 @@ def build_run(config: Config) -> Run:
     offer_tools(config)
     config.data.examples = shown_examples(config.data)  # recorded with the run, whatever becomes of the file
     rewards = build_rewards(config)
+    rewards.sources |= turn_sources(config)
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(rewards.close)
         run = _build(config, rewards, on_failure)
@@ -319,7 +322,7 @@ def start_records(
     """Write the data card, reward sources, checksums and rejected rows; start the trackers."""
     record_card(run_dir, config.data)
     for name, source in rewards.sources.items():
-        log.info("reward '%s' is %s (sha256 %s)", name, source["file"], source["sha256"][:12])
+        log.info("%s is %s (sha256 %s)", source_label(name, source), source["file"], source["sha256"][:12])
     derived = derived_values(config, data.size, run_dir.name)
     derived |= {"base_model": str(data.model_path), "reward_sources": rewards.sources, "contents": contents}
     tracker = RunLogger(run_dir, config, derived, start + 1 if start else 0)

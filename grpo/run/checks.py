@@ -51,11 +51,12 @@ def check_resume(
     for line in changes:
         log.info(line)
     changed = changed_sources(saved["reward_sources"], rewards.sources)
-    if changed and "rewards" not in config.allow_changes:
+    refused = {key: lines for key, lines in changed.items() if key not in config.allow_changes}
+    if refused:
         raise ConfigError(
-            f"resume: {'; '.join(changed)}: that would be another run. Put the old file back, or go on with "
-            f"--allow_changes '[rewards]'"
+            f"resume: {'; '.join(line for lines in refused.values() for line in lines)}: that would be another run. "
+            f"Put the old file back, or go on with --allow_changes '[{', '.join(changed)}]'"
         )
-    for line in changed:
+    for line in (line for lines in changed.values() for line in lines):
         log.warning("resume: %s: further steps use the new version", line)
     return saved

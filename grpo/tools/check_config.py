@@ -34,6 +34,7 @@ from grpo.tools.memory import estimate
 from grpo.tools.model_shape import check_reference, tokenizer_and_shape
 from grpo.tools.red_team import search
 from grpo.tracking.run_dir import choose_run_dir
+from grpo.turns.sources import turn_sources
 
 MEASURED_ROWS = 8_000
 """Prompts tokenised for the length statistics. Of a larger file, rows at equal distances are taken."""
@@ -54,6 +55,7 @@ def check(config: Config, machine: Machine | None = None, *, red_team: bool = Fa
     check_settings(config)
     offer_tools(config)
     score = RewardSum(config.rewards, config.reward_kwargs)
+    score.sources |= turn_sources(config)
     build_callbacks(config.callbacks)
     run_dir = choose_run_dir(config, datetime.now())
     found.run_dir = str(run_dir)

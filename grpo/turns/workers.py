@@ -16,6 +16,7 @@ from typing import Any
 
 from grpo.errors import EngineError, RewardError
 from grpo.rewards.context import Notes, TrainerState
+from grpo.rewards.sources import source_hashes
 from grpo.rewards.worker_process import Worker, address_of
 from grpo.runtime.exit import before_forced_exit
 from grpo.turns import serving
@@ -59,6 +60,11 @@ class TurnWorkers:
         self._here: Callable[..., Any] = functools.partial(serving.answer, **given)
         elsewhere = _addresses(given)
         function: Any = self._here if elsewhere is None else serving.answer
+        self._key = "tools" if environment is None else "environment"
+        found: list[Callable[..., Any]] = [*self.tools.values()] if environment is None else [environment]
+        self._functions = found if elsewhere is not None else []  # a forked process loads no file
+        self._sources = source_hashes(self._functions)
+        self._loaded: set[Worker] = set()
         self._workers = [Worker("tools", function, elsewhere or {}) for _ in range(workers)]
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="tools") for _ in range(workers)]
         self._next = itertools.cycle(range(workers)) if workers else None
@@ -145,14 +151,19 @@ class TurnWorkers:
 
     def _request(self, worker: Worker, request: dict[str, Any]) -> Result:
         """Ask a process. It is killed at the deadline."""
+        if worker not in self._loaded:
+            self._check_sources()
+            self._loaded.add(worker)
         try:
             worker.send({"requests": [request]}, TrainerState(), self.deadline)
             received = worker.receive(self.deadline)
         except RewardError as error:
             raise EngineError(f"tools: {str(error).partition(': ')[2]}") from error
         except (EOFError, OSError):
+            self._loaded.discard(worker)
             return {"error": f"it {worker.exit_reason()}"}
         if received is None:
+            self._loaded.discard(worker)
             worker.kill()
             return {"error": f"it gave no result within {self.deadline:g} s"}
         values, notes = received
@@ -160,6 +171,17 @@ class TurnWorkers:
             return {"error": str(values)}
         result: Result = notes.extra["results"][0]
         return result
+
+    def _check_sources(self) -> None:
+        """Raise EngineError if a file that a process is about to load has changed since the run began."""
+        for file, sha256 in source_hashes(self._functions).items():
+            before = self._sources.setdefault(file, sha256)
+            if before != sha256:
+                raise EngineError(
+                    f"{self._key}: {file} was changed during the run (sha256 {before[:12]} -> {sha256[:12]}), so a "
+                    f"process that starts now would answer by another rule. Put the old file back, or go on with the "
+                    f"new one: --resume auto --allow_changes '[{self._key}]'"
+                )
 
 
 class _Lazy(Future):

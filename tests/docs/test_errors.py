@@ -27,7 +27,7 @@ from grpo.data.gguf import plain_model
 from grpo.data.rendering import check_template_kwargs, prompt_token_ids, render_prompts, template_arguments
 from grpo.data.rows import load_examples
 from grpo.data.tokenizer import load_tokenizer
-from grpo.errors import ConfigError, GrpoError, NumericsError, OutOfMemory, RewardError, StorageError
+from grpo.errors import ConfigError, EngineError, GrpoError, NumericsError, OutOfMemory, RewardError, StorageError
 from grpo.kernels.registry import chosen
 from grpo.losses import find_loss
 from grpo.models.limits import Extent, check_limits
@@ -64,8 +64,10 @@ from grpo.tracking.run_dir import choose_run_dir, fingerprint
 from grpo.tracking.tracker import find_tracker
 from grpo.trainer import check_skipped
 from grpo.turns.calculator import calculator
+from grpo.turns.calls import Call
 from grpo.turns.template import TurnTemplate
 from grpo.turns.tools import find_tools
+from grpo.turns.workers import TurnWorkers
 from grpo.types import Completion, Group, Prompt
 from tests.compat.tools import Counter
 from tests.data.test_gguf import header
@@ -418,6 +420,20 @@ def turns(*words: str) -> Callable[[Path], Any]:
 def undescribed_tool(folder: Path) -> None:
     (folder / "my.py").write_text("def look_up(word):\n    return word\n")
     find_tools([f"{folder}/my.py:look_up"])
+
+
+def changed_tool(folder: Path) -> None:
+    (folder / "my.py").write_text(
+        'def look_up(word: str) -> str:\n    """Look up.\n\n    Args:\n        word: A word.\n    """\n'
+    )
+    hashes = iter(({f"{folder}/my.py": "1" * 64}, {f"{folder}/my.py": "2" * 64}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grpo.turns.workers.source_hashes", lambda functions: next(hashes))
+        pool = TurnWorkers(find_tools([f"{folder}/my.py:look_up"]), workers=1)
+        try:
+            pool.call([Call("look_up", {"word": "a"})]).result()
+        finally:
+            pool.close()
 
 
 def template_of_turns(template: str, role: str = "tool") -> Callable[[Path], Any]:
@@ -950,6 +966,11 @@ CASES: dict[str, Case] = {
         turns("--tools=[python]"),
         ConfigError,
         "tools: 'python' runs code that the model writes, as this user: set turns.trust_model_code true if this machine holds nothing that such code may read or change",
+    ),
+    "tool that has changed during the run": Case(
+        changed_tool,
+        EngineError,
+        "tools: DIR/my.py was changed during the run (sha256 111111111111 -> 222222222222), so a process that starts now would answer by another rule. Put the old file back, or go on with the new one: --resume auto --allow_changes '[tools]'",
     ),
     "tools beside an environment": Case(
         turns("--tools=[calculator]", "--environment=json:JSONDecoder"),

@@ -227,11 +227,18 @@ def test_lines_about_changes() -> None:
 
 def test_changed_sources_by_hand() -> None:
     one, other = {"file": "/a.py", "sha256": "1" * 64}, {"file": "/a.py", "sha256": "2" * 64}
-    assert changed_sources({"r": one}, {"r": one, "new": other}) == []
-    assert "sha256 111111111111 -> 222222222222" in changed_sources({"r": one}, {"r": other})[0]
+    assert changed_sources({"r": one}, {"r": one, "new": other}) == {}
+    assert "sha256 111111111111 -> 222222222222" in changed_sources({"r": one}, {"r": other})["rewards"][0]
     before, now = one | {"imports": {"/b.py": "3" * 64}}, one | {"imports": {"/b.py": "4" * 64, "/new.py": "5" * 64}}
-    [line] = changed_sources({"r": before}, {"r": now})
-    assert "(/b.py, sha256 333333333333 -> 444444444444)" in line
+    [line] = changed_sources({"r": before}, {"r": now})["rewards"]
+    assert line.startswith("reward 'r' has") and "(/b.py, sha256 333333333333 -> 444444444444)" in line
+    both = changed_sources({"r": before, "t": one}, {"r": now, "t": {**other, "key": "tools"}})
+    assert both == {
+        "rewards": [line],
+        "tools": [
+            "tool 't' has changed since the checkpoint was written (/a.py, sha256 111111111111 -> 222222222222)",
+        ],
+    }
 
 
 def test_sources_are_those_that_were_loaded_and_what_they_import(tmp_path: Path) -> None:
@@ -254,7 +261,7 @@ def test_sources_are_those_that_were_loaded_and_what_they_import(tmp_path: Path)
         "sha256": old["judge_a.py"],
         "imports": {str(tmp_path / name): old[name] for name in ("sib_b.py", "sib_c.py")},
     }
-    changed = changed_sources(rewards.sources, reward_sources(rewards.functions))
+    changed = changed_sources(rewards.sources, reward_sources(rewards.functions))["rewards"]
     assert [line.split("(")[1].split(",")[0] for line in changed] == [
         str(tmp_path / "judge_a.py"),
         str(tmp_path / "sib_c.py"),

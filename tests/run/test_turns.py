@@ -103,6 +103,10 @@ def test_resume_is_exact_with_turns(tmp_path: Path) -> None:
     given = settings(tmp_path, **{"turns.workers": 2})
     whole = run(tmp_path, "whole", **given)
     run(tmp_path, "parts", **given, steps=2)
+    (tmp_path / "echo.py").write_text(ENVIRONMENT + "# edited\n")
+    with pytest.raises(ConfigError, match=r"environment '.*echo.py:Echo' has changed .*\[environment\]"):
+        run(tmp_path, "parts", **given, resume="auto")
+    (tmp_path / "echo.py").write_text(ENVIRONMENT)
     rows = run(tmp_path, "parts", **given, resume="auto")
     assert len(rows) == len(whole) == 5
     for row, other in zip(rows[3:], whole[3:], strict=True):
