@@ -83,6 +83,20 @@ def test_templates_that_change_earlier_turns_are_refused(thinking: str, instruct
     TurnTemplate(tokenizer, ends).check("user", {})
 
 
+@pytest.mark.parametrize("family", ["tags", "json", "plain", "qwen2_5", "llama3_2"])
+@pytest.mark.parametrize("role", ["tool", "user"])
+def test_templates_that_keep_earlier_turns_are_accepted(family: str, role: str) -> None:
+    tokenizer, ends = of_family(family)
+    template = TurnTemplate(tokenizer, ends)
+    for arguments in ({}, TOOLS):
+        template.check(role, arguments)
+    between = {"role": role, "content": "So?", **({"name": "calculator"} if role == "tool" else {})}
+    chat = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes."}, between]
+    end = tokenizer("Yes.", add_special_tokens=False)["input_ids"] + [0]
+    begin = prompt_token_ids(chat[:1], tokenizer, {})
+    assert prompt_token_ids(chat, tokenizer, {}) == [*begin, *end, *template.given_ids([between], {})]
+
+
 def test_templates_that_cannot_hold_turns_are_refused() -> None:
     with pytest.raises(ConfigError, match="does not begin with an end token of the model"):
         TurnTemplate(char_tokenizer(TEMPLATE.replace("<end>", "")), [0]).check("tool", {})
