@@ -62,7 +62,7 @@ class TurnWorkers:
         function: Any = self._here if elsewhere is None else serving.answer
         self._key = "tools" if environment is None else "environment"
         found: list[Callable[..., Any]] = [*self.tools.values()] if environment is None else [environment]
-        self._functions = found if elsewhere is not None else []  # a forked process loads no file
+        self._functions = found if workers and elsewhere is not None else []  # a forked process loads no file
         self._sources = source_hashes(self._functions)
         self._loaded: set[Worker] = set()
         self._workers = [Worker("tools", function, elsewhere or {}) for _ in range(workers)]

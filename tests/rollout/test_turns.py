@@ -128,7 +128,7 @@ def test_rounds_around_another_engine_are_exact() -> None:
     model, engine = engine_with_turns("transformers")
     assert isinstance(engine, TurnRounds)
     finished: list[Group] = []
-    groups = engine.generate(prompts(), PLAN, finished.append)
+    groups = engine.generate(prompts(), SamplingPlan(2, 40, 1.0, seed=5), finished.append)
     assert finished == groups
     check_exact(model, groups)
     assert any(completion.given for group in groups for completion in group.completions)

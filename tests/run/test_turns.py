@@ -60,18 +60,18 @@ def rows_of(folder: Path, name: str) -> list[dict]:
 
 
 def test_records_of_a_run_with_an_environment(tmp_path: Path) -> None:
-    metrics = run(tmp_path, "run", **settings(tmp_path, steps=2, save_every=0))
+    changes = {"steps": 1, "save_every": 0, "data.eval_path": tiny_data(tmp_path / "few.jsonl", rows=3)}
+    metrics = run(tmp_path, "run", **settings(tmp_path, **changes))
     rollouts = rows_of(tmp_path / "run", "rollouts")
-    assert len(rollouts) == 2 * 3 * 4
-    for step in (1, 2):
-        mine = [row for row in rollouts if row["step"] == step]
-        turns = [[m for m in row["turns"]["messages"] if m["role"] == "assistant"] for row in mine]
-        assert metrics[step]["rollout/turns"] == pytest.approx(sum(map(len, turns)) / len(mine))
-        tokens = sum(m["tokens"] for own in turns for m in own)
-        assert metrics[step]["rollout/turn_length"] == pytest.approx(tokens / sum(map(len, turns)))
-        assert metrics[step]["rollout/length_mean"] == pytest.approx(tokens / len(mine))
-        assert metrics[step]["policy/sampling_logprob_difference"] < 1e-4
-        assert metrics[step]["policy/clip_fraction"] == 0 and metrics[step]["tools/failures"] == 0
+    assert len(rollouts) == 3 * 4
+    turns = [[m for m in row["turns"]["messages"] if m["role"] == "assistant"] for row in rollouts]
+    step = metrics[1]
+    assert step["rollout/turns"] == pytest.approx(sum(map(len, turns)) / len(rollouts))
+    tokens = sum(m["tokens"] for own in turns for m in own)
+    assert step["rollout/turn_length"] == pytest.approx(tokens / sum(map(len, turns)))
+    assert step["rollout/length_mean"] == pytest.approx(tokens / len(rollouts))
+    assert step["policy/sampling_logprob_difference"] < 1e-4
+    assert step["policy/clip_fraction"] == 0 and step["tools/failures"] == 0
     for row in rollouts:
         messages = row["turns"]["messages"]
         assert row["completion"] == [m["content"] for m in messages if m["role"] == "assistant"][-1]

@@ -65,7 +65,7 @@ def texts(workers: TurnWorkers, *calls: Call) -> tuple[list[str], int]:
     return [message["content"] for message in step.messages], step.failures
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_results_and_errors_are_texts(workers: int) -> None:
     pool = TurnWorkers({"calculator": calculator, "double": double}, workers=workers, max_result_length=20)
     try:
