@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "devices": device_names(),
-        "kernels": report("cuda" if torch.cuda.is_available() else "cpu"),
+        "kernels": report("cpu" if device_names() == ["cpu"] else "cuda"),
         "git_commit": _git_commit(),
         "argv": [redacted(word) for word in sys.argv],
     }
