@@ -4,7 +4,6 @@
     python benchmarks/smollm2.py [--task word_problems] [--seeds 0 1 2] [--precision bf16]
                                  [--work outputs/smollm2] [--output docs/results] [--only-report]
 
-The task arithmetic starts from the model that word_problems with the same seed has trained, a curriculum of two tasks.
 A run that has ended is not repeated, so that the command can be interrupted and given again. Runs in the JSON stay in
 it. Accuracy and flexible accuracy (the last number in any format) are greedy, on held-out questions.
 """
@@ -39,13 +38,7 @@ def main() -> None:
     for seed in flags.seeds:
         folder = flags.work / f"{flags.task}-seed{seed}"
         if not flags.only_report and not (folder / "final").is_dir():
-            before = []
-            if flags.task == "arithmetic":
-                easier = flags.work / f"word_problems-seed{seed}"
-                if not (easier / "final").is_dir():
-                    train("word_problems", seed, easier, flags.precision, [])
-                before = ["--model.name", str(easier / "final")]
-            train(flags.task, seed, folder, flags.precision, [*before, *more])
+            train(flags.task, seed, folder, flags.precision, more)
         if (folder / "metrics.jsonl").is_file():
             report["runs"][str(seed)] = measured(folder)
     report["command"] = f"python benchmarks/smollm2.py --task {flags.task}"
