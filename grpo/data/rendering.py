@@ -26,12 +26,11 @@ training, on resume and in evaluation; this is the default of Llama 3's template
 _TODAY_IN_TEMPLATE = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
 _SYSTEM, _USER = "SYSTEM9TEXT", "USER9TEXT"
 TOOLS_TEXT = (
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function "
-    "signatures within <tools></tools> XML tags:\n<tools>SCHEMAS\n</tools>\n\nFor each function call, return a json "
-    "object with function name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n"
-    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+    "Tools that can be called, as JSON schemas:\n<tools>SCHEMAS\n</tools>\n\nTo call one, write its name and arguments "
+    'as JSON in <tool_call> tags:\n<tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call>\n'
+    "The result is in the next message."
 )
-"""System message of tools for a chat template that does not show them: that of Qwen and Hermes."""
+"""System message of tools for a chat template that does not show them, with the tags of Qwen and Hermes."""
 _system_in_user_turn: dict[tuple[str, str], bool] = {}
 """Template and its arguments -> whether a system message has to go into the user turn."""
 _compared: set[str] = set()
