@@ -119,8 +119,9 @@ def test_schemas_go_into_the_system_message_where_the_template_does_not_show_the
     tokenizer, _ = of_family("plain")
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "6*7?"}]
     shown = tokenizer.decode(prompt_token_ids(chat, tokenizer, TOOLS))
-    assert shown.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n\n") and '"name": "calculator"' in shown
-    assert shown.endswith("</tool_call><|im_end|>\n<|im_start|>user\n6*7?<|im_end|>\n<|im_start|>assistant\n")
+    assert shown.startswith("<|im_start|>system\nBe brief.\n\nTools that") and '"name": "calculator"' in shown
+    assert "</tool_call>\nThe result is in the next message.<|im_end|>\n" in shown
+    assert shown.endswith("<|im_start|>user\n6*7?<|im_end|>\n<|im_start|>assistant\n")
     shows, _ = of_family("tags")
     [text] = apply_template([chat], shows, TOOLS, tokenize=False)
     assert shows.decode(prompt_token_ids(chat, shows, TOOLS)) == text
