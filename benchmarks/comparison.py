@@ -123,7 +123,7 @@ def one_script() -> list[str]:
         f"import`, on a random model of two layers: {result['steps']} steps, {result['seeds']} seeds, each library "
         f"sampling for itself, in turn, on {machine['cores']} CPU cores with {machine['threads']} "
         f"thread{'s' if machine['threads'] > 1 else ''}. Seconds and memory are the least of all seeds; other "
-        "programs used the machine, too. An empty completion earns 0.200: seeds that end there have learned brevity.",
+        "programs used the machine, too. The reward is at most 1.2: the letter of the prompt, in one to six letters.",
         "",
         "| | seconds of `train()` | seconds of the process | peak memory, MiB | reward of each seed, last 10 steps |",
         "|---|---|---|---|---|",

@@ -5,8 +5,8 @@ import os
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-LETTERS = "abcdefghij"
-rows = [{"prompt": f"{a}+{b}=", "target": a} for a in LETTERS for b in "abc"]
+LETTERS = "abcd"
+rows = [{"prompt": f"{a}+{b}=", "target": a} for a in LETTERS for b in "efghij"]
 
 
 def target_share(completions, target, **kwargs):
@@ -14,9 +14,9 @@ def target_share(completions, target, **kwargs):
     return [text.count(letter) / max(1, len(text)) for text, letter in zip(completions, target, strict=True)]
 
 
-def brevity(completions, **kwargs):
-    """A little for short completions."""
-    return [1 - len(text) / 12 for text in completions]
+def short(completions, **kwargs):
+    """A little for one to six letters."""
+    return [1 if 1 <= len(text) <= 6 else 0 for text in completions]
 
 
 args = GRPOConfig(
@@ -42,7 +42,7 @@ args = GRPOConfig(
 )
 trainer = GRPOTrainer(
     model=os.environ["MODEL"],
-    reward_funcs=[target_share, brevity],
+    reward_funcs=[target_share, short],
     args=args,
     train_dataset=Dataset.from_list(rows),
 )
