@@ -27,7 +27,7 @@ from grpo.types import Completion, Message, Prompt
 
 
 class Turns:
-    """What follows the turns of completions: results of tools, or messages of an environment.
+    """Messages between the turns of completions: results of tools, or those of an environment.
 
     Args:
         tokenizer: the tokenizer of the policy.

@@ -16,7 +16,7 @@ from grpo.types import Message, Prompt
 
 @dataclass
 class Step:
-    """What follows one turn."""
+    """The messages after one turn, with reward and end."""
 
     messages: list[Message] = field(default_factory=list)
     reward: float | None = None
