@@ -11,11 +11,11 @@ Every step is a one-digit fact, so a small model can learn to compute the answer
 of the question decides which problems are held out, so that the two parts never share one.
 """
 
-import hashlib
 import random
 
 from grpo.config.schema import DataConfig
-from grpo.data.files import Row, Table, table_of
+from grpo.data.files import Table
+from grpo.data.generated import generated_rows, generated_table
 from grpo.data.registry import Part, check_generated, register_dataset
 
 NAMES = ["Tom", "Anna", "Ben", "Mia", "Sam", "Lea", "Max", "Eva"]
@@ -27,33 +27,17 @@ MAX_NUMBER = 5
 """Largest number in a question; the smallest is 1."""
 MAX_TOTAL = 9
 """Largest running total: one digit."""
-TRAIN_SIZE = 4000
-HELD_OUT_SIZE = 500
-"""Held-out problems where data.eval_size is null, which means all elsewhere."""
 
 
 @register_dataset("arithmetic", check=check_generated)
 def arithmetic(data: DataConfig, part: Part, seed: int) -> Table:
     """Return 4000 training problems, or data.eval_size held-out ones. No download."""
-    held_out_size = HELD_OUT_SIZE if data.eval_size is None else data.eval_size
-    rows: list[Row] = generate_problems(TRAIN_SIZE if part == "train" else held_out_size, seed=seed, split=part)
-    return table_of("arithmetic", rows)
+    return generated_table("arithmetic", generate_problems, data, part, seed)
 
 
 def generate_problems(count: int, *, seed: int, split: Part) -> list[dict[str, str]]:
     """Return `count` different problems: question and worked answer. The same seed gives the same problems."""
-    rng = random.Random(f"arithmetic {split} {seed}")
-    problems: dict[str, str] = {}
-    while len(problems) < count:
-        question, answer = _problem(rng)
-        if is_held_out(question) == (split == "held_out"):
-            problems.setdefault(question, answer)
-    return [{"question": question, "answer": answer} for question, answer in problems.items()]
-
-
-def is_held_out(question: str) -> bool:
-    """Return whether a question is held out: one in eight is, for every seed."""
-    return hashlib.sha256(question.encode()).digest()[0] < 32
+    return generated_rows("arithmetic", _problem, count, seed=seed, split=split)
 
 
 def _problem(rng: random.Random) -> tuple[str, str]:

@@ -11,9 +11,10 @@ the question decides which problems are held out, so that the two parts never sh
 import random
 
 from grpo.config.schema import DataConfig
-from grpo.data.arithmetic import HELD_OUT_SIZE, ITEMS, NAMES, TRAIN_SIZE, is_held_out
-from grpo.data.files import Row, Table, table_of
-from grpo.data.registry import Part, register_dataset
+from grpo.data.arithmetic import ITEMS, NAMES
+from grpo.data.files import Table
+from grpo.data.generated import generated_rows, generated_table
+from grpo.data.registry import Part, check_generated, register_dataset
 
 GAINS = ["buys", "finds", "gets", "wins"]
 LOSSES = ["loses", "sells", "drops", "gives away"]
@@ -21,23 +22,15 @@ MAX_NUMBER = 9
 """Largest number gained or lost; the smallest is 1. At the start there are at most 10, in the end at most 18."""
 
 
-@register_dataset("word_problems")
+@register_dataset("word_problems", check=check_generated)
 def word_problems(data: DataConfig, part: Part, seed: int) -> Table:
     """Return 4000 training problems, or data.eval_size held-out ones. No download."""
-    held_out_size = HELD_OUT_SIZE if data.eval_size is None else data.eval_size
-    rows: list[Row] = generate_problems(TRAIN_SIZE if part == "train" else held_out_size, seed=seed, part=part)
-    return table_of("word_problems", rows)
+    return generated_table("word_problems", generate_problems, data, part, seed)
 
 
-def generate_problems(count: int, *, seed: int, part: Part) -> list[Row]:
+def generate_problems(count: int, *, seed: int, split: Part) -> list[dict[str, str]]:
     """Return `count` different problems: question and worked answer. The same seed gives the same problems."""
-    rng = random.Random(f"word_problems {part} {seed}")
-    problems: dict[str, str] = {}
-    while len(problems) < count:
-        question, answer = _problem(rng)
-        if is_held_out(question) == (part == "held_out"):
-            problems.setdefault(question, answer)
-    return [{"question": question, "answer": answer} for question, answer in problems.items()]
+    return generated_rows("word_problems", _problem, count, seed=seed, split=split)
 
 
 def _problem(rng: random.Random) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from benchmarks.shared import read_json
 from benchmarks.starter_seeds import PICTURE, STORED, digest, draw, remark, results_of, table
-from grpo.data.arithmetic import is_held_out
+from grpo.data.generated import is_held_out
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -2,8 +2,12 @@
 
 import re
 
+import pytest
+
 from grpo.config.schema import DataConfig
+from grpo.data.multiplication import generate_products
 from grpo.data.rows import load_examples
+from grpo.errors import ConfigError
 
 
 def test_answers_follow_from_the_questions_and_the_parts_share_none() -> None:
@@ -20,3 +24,10 @@ def test_answers_follow_from_the_questions_and_the_parts_share_none() -> None:
     questions = [{example.columns["question"] for example in part} for part in (train, held_out)]
     assert not questions[0] & questions[1]
     assert load_examples(data, "train", seed=3) == train != load_examples(data, "train", seed=4)
+
+
+def test_more_problems_than_there_are_end_in_an_error() -> None:
+    with pytest.raises(
+        ConfigError, match=r"'multiplication' has no more than 5\d\d\d different problems.*lower data.eval_size"
+    ):
+        generate_products(6000, seed=0, split="held_out")

@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.config.parser import load_config
-from grpo.data.arithmetic import generate_problems, is_held_out
+from grpo.data.arithmetic import generate_problems
+from grpo.data.generated import is_held_out
 from grpo.models.tiny import (
     GSM8K_RECIPE,
     PROSE_RECIPE,
