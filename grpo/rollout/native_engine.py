@@ -163,6 +163,29 @@ class _Done:
                 self.finished(group)
 
 
+@dataclass
+class _Call:
+    """One call of `generate`: its prompts, its memory, and the rows in it.
+
+    Active rows have the first slots in the order of `rows`, parked rows the last ones, from the end.
+    """
+
+    prompts: list[Prompt]
+    plan: SamplingPlan
+    cache: SlotCache
+    state: _State
+    done: _Done
+    waiting: deque[tuple[int, int]]
+    """(prompt, sample) of the completions that have not begun."""
+    prefilled: dict[int, _Prefilled] = field(default_factory=dict)
+    rows: list[_Row] = field(default_factory=list)
+    """Rows that take part in decode steps."""
+    parked: list[_Row] = field(default_factory=list)
+    """Rows that wait for what follows their turn."""
+    clock: int = 0
+    """Decode steps so far."""
+
+
 @register_engine("native")
 class NativeEngine(RolloutEngine):
     """Engine that decodes up to `slots` completions at a time, with the weights that `model` has when `generate` is
@@ -260,7 +283,7 @@ class NativeEngine(RolloutEngine):
         return_freed_memory(device_of(self.model))
         return [done.groups[index] for index in range(len(prompts))]
 
-    def _try_sampling(self, prompts: list[Prompt], plan: SamplingPlan, done: "_Done") -> BaseException | None:
+    def _try_sampling(self, prompts: list[Prompt], plan: SamplingPlan, done: _Done) -> BaseException | None:
         """Sample all groups that are not done. Return the error if memory runs out."""
         done.drop_incomplete()
         try:
@@ -271,7 +294,7 @@ class NativeEngine(RolloutEngine):
             return error.with_traceback(None)  # whose frames hold the memory
         return None
 
-    def _sample(self, prompts: list[Prompt], plan: SamplingPlan, done: "_Done") -> None:
+    def _sample(self, prompts: list[Prompt], plan: SamplingPlan, done: _Done) -> None:
         """Sample all groups that are not done."""
         waiting = deque(
             (p, s) for p in range(len(prompts)) if p not in done.groups for s in range(plan.num_generations)
@@ -289,25 +312,23 @@ class NativeEngine(RolloutEngine):
         if (self.turns is None) != (state.forced is None):
             self.graphs.clear()  # captured without given tokens, or with them
             state.forced = None if self.turns is None else torch.full_like(state.uniforms, -1, dtype=torch.long)
-        prefilled: dict[int, _Prefilled] = {}
-        rows: list[_Row] = []
-        parked: list[_Row] = []
-        clock = 0
+        call = _Call(prompts, plan, cache, state, done, waiting)
+        rows, parked = call.rows, call.parked
         while waiting or rows or parked:
             if parked and not rows and (not waiting or len(parked) >= cache.slots):
-                clock = max(clock, min(row.due for row in parked))
-            self._resume(prompts, rows, parked, clock, cache, state, plan, done)
-            self._retire(rows, parked, clock, cache, state, plan, done)
+                call.clock = max(call.clock, min(row.due for row in parked))
+            self._resume(call)
+            self._retire(call)
             while waiting and len(rows) + len(parked) < cache.slots:
-                fresh = self._admit(prompts, plan, cache, state, waiting, prefilled, len(rows), len(parked))
+                fresh = self._admit(call)
                 self._collect(fresh, *state.read(1, len(rows), len(fresh)), plan)
                 rows += fresh
-                self._retire(rows, parked, clock, cache, state, plan, done)
+                self._retire(call)
             if rows:
-                steps = self._decode(rows, cache, state, plan)
-                clock += steps
+                steps = self._decode(call)
+                call.clock += steps
                 self._collect(rows, *state.read(steps, 0, len(rows)), plan)
-                self._retire(rows, parked, clock, cache, state, plan, done)
+                self._retire(call)
 
     def _memory(self, completions: int, prompt: int, draws: int) -> tuple[SlotCache, _State]:
         """Return the cache and state for one call.
@@ -398,28 +419,18 @@ class NativeEngine(RolloutEngine):
             for row, (index, length) in enumerate(zip(wanted, lengths, strict=True))
         }
 
-    def _admit(
-        self,
-        prompts: list[Prompt],
-        plan: SamplingPlan,
-        cache: SlotCache,
-        state: _State,
-        waiting: deque[tuple[int, int]],
-        prefilled: dict[int, _Prefilled],
-        taken: int,
-        parked: int = 0,
-    ) -> list[_Row]:
-        """Assign free slots to waiting samples and sample their first tokens.
+    def _admit(self, call: _Call) -> list[_Row]:
+        """Assign the free slots to waiting samples and sample their first tokens.
 
-        Slots from `taken` on are free, but for the last `parked`. Prompts that are not in `prefilled` are prefilled
-        first.
+        Prompts that are not prefilled yet are prefilled first.
 
         Returns:
-            The new rows.
+            The new rows, whose slots follow those of the active ones.
         """
-        chosen: list[tuple[int, int]] = [
-            waiting.popleft() for _ in range(min(len(waiting), cache.slots - taken - parked))
-        ]
+        prompts, plan, cache, state, prefilled = call.prompts, call.plan, call.cache, call.state, call.prefilled
+        taken = len(call.rows)
+        free = cache.slots - taken - len(call.parked)
+        chosen = [call.waiting.popleft() for _ in range(min(len(call.waiting), free))]
         missing = [index for index in dict.fromkeys(prompt for prompt, _ in chosen) if index not in prefilled]
         for batch in _prefill_batches(prompts, missing):
             prefilled.update(self._prefill(prompts, batch, plan.num_generations, cache))
@@ -455,12 +466,13 @@ class NativeEngine(RolloutEngine):
         cache.prompt, cache.states.prompts = [], {}
         return rows
 
-    def _decode(self, rows: list[_Row], cache: SlotCache, state: _State, plan: SamplingPlan) -> int:
+    def _decode(self, call: _Call) -> int:
         """Sample tokens for every row without reading them on the host.
 
         Returns:
             The number of tokens sampled per row.
         """
+        rows, plan, cache, state = call.rows, call.plan, call.cache, call.state
         steps = min(self.schedule.check_every, max(plan.max_completion_length - row.drawn for row in rows))
         active, longest = len(rows), max(row.cached for row in rows) + 1
         state.step.zero_()
@@ -529,23 +541,14 @@ class NativeEngine(RolloutEngine):
         """Return the index of the first new token that ends the completion of `row`. None if none does."""
         return next((index for index, token in enumerate(new_tokens) if token in self.end_ids), None)
 
-    def _retire(
-        self,
-        rows: list[_Row],
-        parked: list[_Row],
-        clock: int,
-        cache: SlotCache,
-        state: _State,
-        plan: SamplingPlan,
-        done: "_Done",
-    ) -> None:
+    def _retire(self, call: _Call) -> None:
         """Remove finished rows and add their completions to `done`. Rows whose turn has ended are parked.
 
         Rows from the end move into the holes, so that active rows stay contiguous. Parked rows keep the last slots.
         """
-        finished = [
-            index for index, row in enumerate(rows) if row.ended or len(row.tokens) >= plan.max_completion_length
-        ]
+        rows, parked, cache = call.rows, call.parked, call.cache
+        longest = call.plan.max_completion_length
+        finished = [index for index, row in enumerate(rows) if row.ended or len(row.tokens) >= longest]
         if not finished:
             return
         moves: list[tuple[int, int, _Row]] = []
@@ -553,22 +556,22 @@ class NativeEngine(RolloutEngine):
             row = rows[index]
             if row.dialogue is not None and row.dialogue.end_turn(row.tokens, row.ended):
                 moves.append((cache.slots - 1 - len(parked), index, row))
-                row.due = clock + TURN_STEPS
+                row.due = call.clock + TURN_STEPS
                 row.cached -= row.drawn - len(row.tokens)  # without what was sampled after the end
                 row.drawn = len(row.tokens)
                 parked.append(row)
             else:
-                self._complete(row, done)
+                self._complete(row, call.done)
         left = len(rows) - len(finished)
         holes = [index for index in finished if index < left]
         movers = sorted(set(range(left, len(rows))) - set(finished))
         moves += [(hole, mover, rows[mover]) for hole, mover in zip(holes, movers, strict=True)]
-        _move(moves, cache, state)
+        _move(moves, cache, call.state)
         for hole, mover in zip(holes, movers, strict=True):
             rows[hole] = rows[mover]
         del rows[left:]
 
-    def _complete(self, row: _Row, done: "_Done") -> None:
+    def _complete(self, row: _Row, done: _Done) -> None:
         """Add the completion of a row to `done`."""
         if row.dialogue is not None:
             completion = row.dialogue.completion(row.tokens, row.logprobs, row.ended)
@@ -577,32 +580,23 @@ class NativeEngine(RolloutEngine):
             completion = Completion(row.tokens, row.logprobs, row.ended, text)
         done.add(row.prompt, row.sample, completion)
 
-    def _resume(
-        self,
-        prompts: list[Prompt],
-        rows: list[_Row],
-        parked: list[_Row],
-        clock: int,
-        cache: SlotCache,
-        state: _State,
-        plan: SamplingPlan,
-        done: "_Done",
-    ) -> None:
+    def _resume(self, call: _Call) -> None:
         """Wait for what follows the turns of parked rows that are due, and let them go on behind the active rows.
 
         Rows are due by the number of decode steps, not by the clock, so that a run can be repeated exactly.
         """
+        rows, parked, cache, state, plan = call.rows, call.parked, call.cache, call.state, call.plan
         slot_of = {id(row): cache.slots - 1 - place for place, row in enumerate(parked)}
         resumed: list[_Row] = []
-        for row in [row for row in parked if row.due <= clock]:
+        for row in [row for row in parked if row.due <= call.clock]:
             parked.remove(row)
             assert row.dialogue is not None
             before = len(row.tokens)
             given = row.dialogue.continuation(row.tokens, plan.max_completion_length)
             if not given:
-                self._complete(row, done)
+                self._complete(row, call.done)
                 continue
-            row.cached = len(prompts[row.prompt].token_ids) + before - 1
+            row.cached = len(call.prompts[row.prompt].token_ids) + before - 1
             row.drawn, row.ended = before, False
             resumed.append(row)
         keeps = self.keep_turns and not self.backbone.state_numbers and state.seen is None
@@ -619,7 +613,7 @@ class NativeEngine(RolloutEngine):
         if forced:
             self._force(forced, first, state)
         if resumed[len(forced) :]:
-            self._prefill_again(prompts, resumed[len(forced) :], first + len(forced), cache, state, plan)
+            self._prefill_again(call, resumed[len(forced) :], first + len(forced))
 
     def _force(self, rows: list[_Row], first: int, state: _State) -> None:
         """Let rows, which are in the slots from `first` on, read the given tokens in the next decode steps.
@@ -638,14 +632,13 @@ class NativeEngine(RolloutEngine):
             state.forced[slot, start:end] = to_device(torch.tensor(row.dialogue.new_ids), device)
             self.prefilled_tokens += end - start
 
-    def _prefill_again(
-        self, prompts: list[Prompt], rows: list[_Row], first: int, cache: SlotCache, state: _State, plan: SamplingPlan
-    ) -> None:
+    def _prefill_again(self, call: _Call, rows: list[_Row], first: int) -> None:
         """Compute the whole context of rows, which are in the slots from `first` on, and sample the next token.
 
         For many given tokens, for models with recurrent layers, whose states have gone on past the end of the turn,
         with a repetition_penalty, and as a reference.
         """
+        prompts, cache, state = call.prompts, call.cache, call.state
         device = state.tokens.device
         contexts: list[Prompt] = []
         for row in rows:
@@ -668,9 +661,9 @@ class NativeEngine(RolloutEngine):
             own.zero_()[list(context.token_ids)] = True
         uniform = state.uniforms[slots].gather(1, state.drawn[slots][:, None] - 1).squeeze(1)
         logits = torch.stack([found[place].logits_V for place in range(len(rows))])
-        state.tokens[slots], state.new_logprobs[0, slots] = draw(logits, uniform, plan, seen)
+        state.tokens[slots], state.new_logprobs[0, slots] = draw(logits, uniform, call.plan, seen)
         state.new_tokens[0, slots] = state.tokens[slots]
-        self._collect(rows, *state.read(1, first, len(rows)), plan)
+        self._collect(rows, *state.read(1, first, len(rows)), call.plan)
 
 
 def _prefill_batches(prompts: list[Prompt], wanted: list[int]) -> list[list[int]]:
