@@ -173,23 +173,11 @@ def read_model(script: Script, made: Migration) -> None:
 
 def read_rewards(script: Script, made: Migration, folder: Path) -> None:
     """Read the rewards, and write the functions of the script with everything that they use to rewards.py."""
-    node = script.trainer.get("reward_funcs")
-    while isinstance(node, ast.Name) and node.id in script.names:
-        node = script.names[node.id]
-    nodes = node.elts if isinstance(node, ast.List | ast.Tuple) else [node] if node is not None else []
-    weights = script.config.get("reward_weights") or [1.0] * len(nodes)
-    rewards: dict[str, float] = {}
-    own: list[str] = []
-    for item, weight in zip(nodes, weights if isinstance(weights, list) else [1.0] * len(nodes), strict=False):
-        if isinstance(item, ast.Name) and item.id in script.functions:
-            own.append(item.id)
-            rewards[f"{folder / 'rewards.py'}:{item.id}"] = weight
-            made.lines.append(f"reward {item.id} -> rewards.py")
-        elif isinstance(item, ast.Name) and (place := imported(script.tree, item.id)):
-            rewards[f"{place}:{item.id}"] = weight
-            made.lines.append(f"reward {item.id} -> {place}:{item.id}")
-        else:
-            made.by_hand.append(f"reward {ast.unparse(item)} is no function at the top of the script: write it as one")
+    nodes = items_of(script, "reward_funcs")
+    given = script.config.get("reward_weights")
+    weights = given if given and isinstance(given, list) else [1.0] * len(nodes)
+    places, own = read_functions(script, made, "reward", nodes, folder / "rewards.py")
+    rewards = {place: weight for place, weight in zip(places, weights, strict=False) if place is not None}
     if rewards:
         made.config["rewards"] = rewards
     made.rewards = functions_source(script, own, "Rewards") if own else ""
@@ -197,25 +185,39 @@ def read_rewards(script: Script, made: Migration, folder: Path) -> None:
 
 def read_tools(script: Script, made: Migration, folder: Path) -> None:
     """Read the tools, and write the functions of the script with everything that they use to tools.py."""
-    node = script.trainer.get("tools")
-    while isinstance(node, ast.Name) and node.id in script.names:
-        node = script.names[node.id]
-    if node is None:
-        return
-    tools, own = list[str](), list[str]()
-    for item in node.elts if isinstance(node, ast.List | ast.Tuple) else [node]:
-        if isinstance(item, ast.Name) and item.id in script.functions:
-            own.append(item.id)
-            tools.append(f"{folder / 'tools.py'}:{item.id}")
-            made.lines.append(f"tool {item.id} -> tools.py")
-        elif isinstance(item, ast.Name) and (place := imported(script.tree, item.id)):
-            tools.append(f"{place}:{item.id}")
-            made.lines.append(f"tool {item.id} -> {place}:{item.id}")
-        else:
-            made.by_hand.append(f"tool {ast.unparse(item)} is no function at the top of the script: write it as one")
+    places, own = read_functions(script, made, "tool", items_of(script, "tools"), folder / "tools.py")
+    tools = [place for place in places if place is not None]
     if tools:
         made.config["tools"] = tools
     made.tools = functions_source(script, own, "Tools") if own else ""
+
+
+def items_of(script: Script, argument: str) -> list[ast.expr]:
+    """Return the items of an argument of the trainer: those of a list, or the one that stands for itself."""
+    node = script.trainer.get(argument)
+    while isinstance(node, ast.Name) and node.id in script.names:
+        node = script.names[node.id]
+    return node.elts if isinstance(node, ast.List | ast.Tuple) else [node] if node is not None else []
+
+
+def read_functions(
+    script: Script, made: Migration, kind: str, nodes: list[ast.expr], file: Path
+) -> tuple[list[str | None], list[str]]:
+    """Return the config's name of each function, None for what must be written by hand, and the script's own ones."""
+    places: list[str | None] = []
+    own: list[str] = []
+    for item in nodes:
+        if isinstance(item, ast.Name) and item.id in script.functions:
+            own.append(item.id)
+            places.append(f"{file}:{item.id}")
+            made.lines.append(f"{kind} {item.id} -> {file.name}")
+        elif isinstance(item, ast.Name) and (place := imported(script.tree, item.id)):
+            places.append(f"{place}:{item.id}")
+            made.lines.append(f"{kind} {item.id} -> {place}:{item.id}")
+        else:
+            places.append(None)
+            made.by_hand.append(f"{kind} {ast.unparse(item)} is no function at the top of the script: write it as one")
+    return places, own
 
 
 def imported(tree: ast.Module, name: str) -> str | None:

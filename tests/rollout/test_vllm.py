@@ -98,8 +98,8 @@ COMMON = {
 }
 
 
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Running]:
+def serving(folder: Path) -> Iterator[Running]:
+    """Start a server with the model in `folder`, wait until it answers, and stop it afterwards."""
     running = Running(folder)
     try:
         deadline = time.monotonic() + PATIENCE
@@ -111,6 +111,11 @@ def server(folder: Path) -> Iterator[Running]:
         running.stop()
         time.sleep(2)
         running.stop(signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Running]:
+    yield from serving(folder)
 
 
 def sane(rows: list[dict]) -> None:

@@ -1,7 +1,6 @@
 """Tools with real vLLM on a CPU, turn by turn: pytest -m vllm tests/rollout/test_vllm_turns.py (see test_vllm.py)."""
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,12 @@ from grpo.packing import pack
 from grpo.rollout.dialogue import Turns
 from grpo.rollout.engine import build_engine, end_token_ids
 from grpo.rollout.turn_rounds import TurnRounds, with_turns
-from grpo.rollout.vllm_client import Server
 from grpo.turns.calculator import calculator
 from grpo.turns.workers import TurnWorkers
 from grpo.types import Group, Prompt, SamplingPlan
 from tests.compat.test_turns import call
 from tests.fakes import tiny_model
-from tests.rollout.test_vllm import PATIENCE, Running, colocated, metrics_of
+from tests.rollout.test_vllm import PATIENCE, Running, colocated, metrics_of, serving
 from tests.rollout.turns_tokenizer import SPECIAL, char_tokenizer
 from tests.test_trainer import arguments, run
 
@@ -56,15 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Running]:
-    running = Running(folder)
-    try:
-        deadline = time.monotonic() + PATIENCE
-        while not Server(running.url, 5)._alive():
-            assert running.process.poll() is None and time.monotonic() < deadline, running.log.read_text()[-3000:]
-            time.sleep(1)
-        yield running
-    finally:
-        running.stop()
+    yield from serving(folder)
 
 
 def test_what_vllm_samples_is_what_is_trained(folder: Path, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
