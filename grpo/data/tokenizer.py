@@ -36,11 +36,11 @@ def load_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokeniz
     if path in _live:
         return _live[path]
     check_exists(path)
+    folder = plain_model(path, gguf_file)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            plain_model(path, gguf_file), padding_side="left", trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     except (OSError, ValueError) as error:
+        check_has_model(path, folder)
         raise ConfigError(f"model.name '{path}': its tokenizer cannot be loaded: {error}") from error
     if not tokenizer.encode("1 + 1 = 2", add_special_tokens=False):  # transformers falls back to an empty one
         raise ConfigError(
@@ -58,3 +58,12 @@ def check_exists(path: str) -> None:
     local = Path(path).is_absolute() or path.startswith(".") or path.strip("/").count("/") > 1
     if local and not path.endswith(".gguf") and not Path(path).exists():
         raise ConfigError(f"model.name '{path}' cannot be loaded: there is no such folder")
+
+
+def check_has_model(path: str, folder: str) -> None:
+    """Raise ConfigError for a folder without config.json. `path` is the name in the config, for the message."""
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+        hint = "copy it again, or save the model again"
+        if (Path(folder) / "adapter_config.json").is_file():
+            hint = "it holds an adapter; merge it: python launch/export.py --run RUN --format merged"
+        raise ConfigError(f"model.name '{path}' cannot be loaded: the folder holds no config.json: {hint}")

@@ -7,7 +7,6 @@ A strategy may load on the main process alone, create `empty_model` on the other
 import contextlib
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
@@ -18,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from grpo.config.schema import ModelConfig
 from grpo.data.gguf import plain_model
-from grpo.data.tokenizer import check_exists
+from grpo.data.tokenizer import check_exists, check_has_model
 from grpo.errors import ConfigError
 from grpo.kernels.attention import NAME
 from grpo.kernels.head import IDENTITY, LogitTransform
@@ -92,12 +91,8 @@ def load_model(path: str, config: ModelConfig | None = None, device: torch.devic
         ConfigError: The model cannot be loaded, or its logprobs could not be computed exactly.
     """
     check_exists(path)
-    path = plain_model(path, config.gguf_file if config else None)
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        hint = "copy it again, or save the model again"
-        if (Path(path) / "adapter_config.json").is_file():
-            hint = "it holds an adapter; merge it: python launch/export.py --run RUN --format merged"
-        raise ConfigError(f"model.name '{path}' cannot be loaded: the folder holds no config.json: {hint}")
+    name, path = path, plain_model(path, config.gguf_file if config else None)
+    check_has_model(name, path)
     extra: dict[str, object] = {}
     dtype = torch.float32
     if config is not None:

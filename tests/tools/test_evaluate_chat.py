@@ -80,6 +80,7 @@ def damage(folder: Path, what: str) -> None:
 
 DAMAGES = {
     "config.json": "model.name '{}' cannot be loaded: the folder holds no config.json: copy it again",
+    "*": "model.name '{}' cannot be loaded: the folder holds no config.json: copy it again",
     "an adapter alone": "the folder holds no config.json: it holds an adapter; merge it: python launch/export.py",
     "weights cut off": "model.name '{}' cannot be loaded: a weight file is damaged or was copied in part",
     "model.safetensors": "model.name '{}' cannot be loaded: Error no file named model.safetensors",
