@@ -1,6 +1,8 @@
 """Reward for intermediate steps: the equations of a completion against those of the worked solution."""
 
 import re
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 from grpo.rewards.registry import register_reward, text_of
@@ -17,24 +19,76 @@ def equations_in(text: str) -> list[str]:
 
 
 @register_reward("right_steps")
-def right_steps(completions: list[Any], solution: list[Any], **_: Any) -> list[float | None]:
+def right_steps(
+    completions: list[Any], solution: list[Any], *, carry_errors: bool = False, **_: Any
+) -> list[float | None]:
     """Return the share of the solution's equations that the completion begins with, in order.
 
-    3+4=7, 7-2=5, 5+4=9 against 3+4=7, 7-2=6, 6+4=10 scores 1/3. Equations beyond the solution's number lower the share,
-    so that listing more of them does not pay. None where the solution holds no equation.
+    3+4=7, 7-2=5, 5+4=9 against 3+4=7, 7-2=6, 6+4=10 scores 1/3. With `carry_errors` it scores 2/3, as in an exam where
+    errors are carried forward: an equation counts if it is the solution's, computed right, from results that the
+    completion has found so far. Equations beyond the solution's number lower the share, so that listing more of them
+    does not pay. None where the solution holds no equation.
     """
+    count = _follows if carry_errors else _begins
     return [
-        _share(equations_in(text_of(completion)), equations_in(str(worked)))
+        _share(equations_in(text_of(completion)), equations_in(str(worked)), count)
         for completion, worked in zip(completions, solution, strict=True)
     ]
 
 
-def _share(given: list[str], wanted: list[str]) -> float | None:
-    if not wanted:
-        return None
+def _share(given: list[str], wanted: list[str], count: Callable[[list[str], list[str]], int]) -> float | None:
+    return count(given, wanted) / max(len(wanted), len(given)) if wanted else None
+
+
+def _begins(given: list[str], wanted: list[str]) -> int:
+    """Return the number of equations before the first one that differs."""
     right = 0
     for mine, theirs in zip(given, wanted, strict=False):
         if mine != theirs:
             break
         right += 1
-    return right / max(len(wanted), len(given))
+    return right
+
+
+def _follows(given: list[str], wanted: list[str]) -> int:
+    """Return the number of equations that are right with the completion's own results in place of the solution's."""
+    right = 0
+    results: list[tuple[Fraction, Fraction]] = []  # of the solution and of the completion, for each equation before
+    for mine, theirs in zip(given, wanted, strict=False):
+        operands, signs, result = _parsed(mine)
+        wanted_operands, wanted_signs, wanted_result = _parsed(theirs)
+        right += mine == theirs or (
+            signs == wanted_signs
+            and all(
+                own == value or (value, own) in results for own, value in zip(operands, wanted_operands, strict=True)
+            )
+            and result == _value(operands, signs)
+        )
+        results.append((wanted_result, result))
+    return right
+
+
+def _parsed(equation: str) -> tuple[list[Fraction], list[str], Fraction]:
+    """Return the operands, the operators and the result of one of `equations_in`."""
+    left, result = equation.split("=")
+    first = re.match(_TERM, left)
+    assert first is not None
+    rest = re.findall(rf"([-+*/])({_TERM})", left[first.end() :])
+    return (
+        [Fraction(first.group()), *(Fraction(term) for _, term in rest)],
+        [sign for sign, _ in rest],
+        Fraction(result),
+    )
+
+
+def _value(operands: list[Fraction], signs: list[str]) -> Fraction | None:
+    """Return the value, products first; None for a division by zero."""
+    terms = [operands[0]]
+    for sign, operand in zip(signs, operands[1:], strict=True):
+        if sign == "/" and operand == 0:
+            return None
+        if sign in "*/":
+            terms[-1] *= operand if sign == "*" else 1 / operand
+        else:
+            terms.append(operand if sign == "+" else -operand)
+    return sum(terms, Fraction(0))

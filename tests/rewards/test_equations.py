@@ -39,3 +39,35 @@ def test_the_share_of_right_steps(completion: str, share: float) -> None:
 def test_other_forms_of_completions_and_solutions() -> None:
     chat = [{"role": "assistant", "content": "6*4 = 24"}]
     assert right_steps([chat, "1"], solution=["so 6*4=<<6*4=24>>24\n#### 24", "no equation"]) == [1.0, None]
+
+
+@pytest.mark.parametrize(
+    ("completion", "share"),
+    [
+        ("3+4=7\n7-2=5\n5+4=9\n9-1=8", 1.0),
+        ("3+4=7\n7-2=6\n6+4=10\n10-1=9", 3 / 4),  # one wrong result, carried forward
+        ("3+4=8\n8-2=6\n6+4=10\n10-1=9", 3 / 4),
+        ("3+4=7\n7-5=2\n2+4=6\n6-1=5", 3 / 4),  # one wrong number
+        ("3+4=7\n7+2=9\n9+4=13\n13-1=12", 3 / 4),  # one wrong operation
+        ("3+4=8\n7-2=5\n5+4=9\n9-1=8", 3 / 4),  # the solution's own number is right, too
+        ("3+4=8\n8-2=5\n6+4=10\n10-1=9", 1 / 4),  # 6 is nobody's result
+        ("3+4=7\n7-2=5\n5+4=9\n9-1=8\n8+1=9", 4 / 5),
+        ("3+4=7", 1 / 4),
+        ("8", 0.0),
+    ],
+)
+def test_errors_are_carried_forward(completion: str, share: float) -> None:
+    assert right_steps([completion], solution=[SOLUTION], carry_errors=True) == [share]
+
+
+def test_errors_are_carried_forward_through_products_and_rounding() -> None:
+    solution = ["2+3=5, 2*5+5/2=12.5, 12.5/3=4.17"]
+    shares = {
+        "2+3=6, 2*6+6/2=15, 15/3=5": 2 / 3,
+        "2+3=5, 2*5+5/2=12.5, 12.5/3=4.17": 1.0,  # rounded as in the solution
+        "2+3=0, 2*0+0/2=0, 0/3=0": 2 / 3,
+        "2+3=0, 2*5+5/0=7, 7/3=2": 0.0,
+        "-2+3=1, 2*-1+1/2=-1.5": 0.0,
+    }
+    for completion, share in shares.items():
+        assert right_steps([completion], solution=solution, carry_errors=True) == [share], completion
