@@ -55,6 +55,23 @@ def adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, fused:
     )
 
 
+def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Create the moments of torch's AdamW, which would do so in its first step.
+
+    The sampler takes a share of the memory that is free before that step, and memory that runs out within a step cannot
+    be survived. Other optimizers are left alone.
+    """
+    if type(optimizer) is not torch.optim.AdamW:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if optimizer.state[parameter]:
+                continue
+            place = parameter.device if group["fused"] else torch.device("cpu")
+            moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=place), **moments}
+
+
 @register_optimizer("sgd")
 def sgd(parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, fused: bool | None) -> torch.optim.Optimizer:
     """w <- w - learning_rate * (g + weight_decay * w), without a momentum: no memory beside the gradient."""

@@ -11,7 +11,14 @@ from accelerate import Accelerator
 from grpo.config.parser import load_config
 from grpo.config.schema import Config, ModelConfig, ObjectiveConfig, OptimizerConfig
 from grpo.errors import ConfigError
-from grpo.models.optimizers import ADAMW, OPTIMIZERS, SCHEDULES, build_scheduler, override_hyperparameters
+from grpo.models.optimizers import (
+    ADAMW,
+    OPTIMIZERS,
+    SCHEDULES,
+    allocate_moments,
+    build_scheduler,
+    override_hyperparameters,
+)
 from grpo.models.strategies.base import Strategy
 from grpo.models.strategies.registry import strategy_for
 from grpo.policy import Policy
@@ -35,6 +42,44 @@ def test_adamw_by_hand() -> None:
     weight.grad = torch.tensor([3.0, -0.2])
     optimizer.step()
     assert torch.allclose(weight, torch.tensor([2.0 * 0.95 - 0.1, -1.0 * 0.95 + 0.1]), atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_moments_that_are_allocated_early_change_nothing(fused: bool | None) -> None:
+    """Keys, dtypes and devices are those of torch, and so are the weights after two steps. SGD has no moments."""
+    config, states, weights = OptimizerConfig(learning_rate=0.1), [], []
+    for early in (False, True):
+        weight = torch.nn.Parameter(torch.tensor([[2.0, -1.0]]).T.contiguous().T)  # strides that are not the default
+        unused = torch.nn.Parameter(torch.ones(3))
+        optimizer = OPTIMIZERS.get(ADAMW)([weight, unused], config, fused=fused)
+        if early:
+            allocate_moments(optimizer)
+            assert (
+                float(optimizer.state[weight]["step"]) == 0 and optimizer.state[unused]["exp_avg"].tolist() == [0] * 3
+            )
+        for gradient in ([[3.0, -0.2]], [[-1.0, 0.5]]):
+            weight.grad = torch.tensor(gradient)
+            optimizer.step()
+        states.append(optimizer.state[weight])
+        weights.append(weight.detach())
+    assert states[0].keys() == states[1].keys() and torch.equal(*weights)
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
+        assert (value.dtype, value.device, value.stride()) == (
+            states[1][key].dtype,
+            states[1][key].device,
+            states[1][key].stride(),
+        )
+    plain = OPTIMIZERS.get("sgd")([torch.nn.Parameter(torch.ones(2))], config, fused=None)
+    allocate_moments(plain)
+    assert not plain.state
+
+
+def test_a_policy_has_its_moments_before_it_samples(tmp_path: Path) -> None:
+    parts = (ModelConfig(), ObjectiveConfig(beta=0.0), OptimizerConfig())
+    policy = Policy(Accelerator(cpu=True), str(tiny_folder(tmp_path)), *parts, temperature=1.0, optimizer_steps=10)
+    for parameter in policy.model.parameters():
+        assert policy.optimizer.state[parameter].keys() == {"step", "exp_avg", "exp_avg_sq"}
 
 
 def test_other_optimizers_by_hand() -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from grpo.config.schema import ModelConfig, OptimizerConfig
 from grpo.models.loading import load_for_training
 from grpo.models.logprob_model import LogprobModel
+from grpo.models.optimizers import allocate_moments
 from grpo.models.weights import WeightReader
 from grpo.runtime.precision import MIXED_PRECISION
 
@@ -181,6 +182,8 @@ class Strategy(WeightReader, ABC):
         """
         self.logprob_model, self.model, self.optimizer = logprob_model, logprob_model.model, optimizer
         self.module, self.prepared_optimizer = self._wrap(logprob_model, optimizer)
+        if self.exposes_gradients:
+            allocate_moments(optimizer)
         return self.module
 
     def _wrap(self, logprob_model: LogprobModel, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
