@@ -83,6 +83,9 @@ def _run_on_cuda(
     heads: tuple[int, int, int] | None,
 ) -> None:
     """Check packed attention and the head on `device`, in the dtype of the run."""
+    lacking = varlen.missing(device)
+    if lacking is not None:
+        switch_off("varlen_attention", lacking)
     if heads is not None and autocast is not None and varlen.is_available(device):
         _judge("varlen_attention", lambda: attention_error(heads, device, autocast), tolerance)
         if is_on("varlen_attention"):

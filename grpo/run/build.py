@@ -58,7 +58,7 @@ from grpo.run.components import settings_without_effect
 from grpo.run.contents import check_contents, contents_of
 from grpo.run.records import Recorder
 from grpo.run.state import Run
-from grpo.runtime.device import attention_backends, device_kind, free_memory, is_cpu
+from grpo.runtime.device import attention_backends, device_kind, free_memory, is_cpu, matmul_note
 from grpo.runtime.distributed import max_over_ranks, run_on_main
 from grpo.runtime.precision import compute_dtype, precision_of
 from grpo.runtime.run_lock import check_free
@@ -281,7 +281,7 @@ def kernels_line(accelerator: Accelerator, engine: RolloutEngine) -> str:
     """Return what the log says of kernels, dtypes and the backend of collectives."""
     dtype = str(compute_dtype(accelerator) or torch.float32).removeprefix("torch.")
     allowed = attention_backends(accelerator.device)
-    backend = f"; torch's attention: {', '.join(allowed)}" if allowed else ""
+    backend = matmul_note() + (f"; torch's attention: {', '.join(allowed)}" if allowed else "")
     if accelerator.num_processes > 1:
         backend += f"; collectives: {torch.distributed.get_backend()}"
     return f"{report(device_kind(accelerator.device).lower())}; layers in {dtype}{engine.description()}{backend}"

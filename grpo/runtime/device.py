@@ -131,10 +131,18 @@ def configure(device: torch.device) -> None:
     """Set the options of torch that this trainer needs on `device`, once per process.
 
     cuDNN's attention is switched off: it builds a plan for every new shape, and the shapes of decoding and training
-    change at each call.
+    change at each call. So is TF32 in convolutions, torch's default: recurrent layers would round a prompt, but not the
+    decoding step after it. TF32 in matrix products is up to the calling program (`matmul_note`).
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cudnn.allow_tf32 = False
+
+
+def matmul_note() -> str:
+    """Return what the log says of the precision of float32 products. Empty unless the calling program lowered it."""
+    precision = torch.get_float32_matmul_precision()
+    return "" if precision == "highest" else f"; float32 products at precision {precision}, as this program has set it"
 
 
 def attention_backends(device: torch.device) -> list[str]:
@@ -149,6 +157,11 @@ def attention_backends(device: torch.device) -> list[str]:
         "math": backends.math_sdp_enabled,
     }
     return [name for name, enabled in allowed.items() if enabled()]
+
+
+def attention_off(device: torch.device) -> dict[str, str]:
+    """Return the backends of torch's attention that `configure` switches off on `device`, and why."""
+    return {"cuDNN": "it would plan every new shape"} if device.type == "cuda" else {}
 
 
 def free_memory(device: torch.device, host_bytes: int = 0) -> int:
@@ -195,6 +208,26 @@ def return_freed_memory(device: torch.device) -> None:
 def device_names() -> list[str]:
     """Return the names of the GPUs that this process sees, or ["cpu"]."""
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def describe_devices() -> list[str]:
+    """Return name, compute capability and memory of the GPUs that this process sees, or ["cpu"]."""
+    shown = []
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        memory = f"{found.total_memory / 2**30:.1f} GiB"
+        shown.append(f"{found.name} (compute capability {found.major}.{found.minor}, {memory})")
+    return shown or ["cpu"]
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of CUDA and its libraries that torch was built with. Empty without CUDA."""
+    if torch.version.cuda is None:
+        return {}
+    found = {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+    if torch.distributed.is_nccl_available():
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
 
 
 def widest_float(device: torch.device) -> torch.dtype:

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,17 @@ from grpo.kernels.registry import report
 from grpo.models.logprob_model import LogprobModel, probe_batch, run_self_test, use_grpo_attention
 from grpo.packing import PackedBatch, pack
 from grpo.rollout.engine import build_engine
-from grpo.runtime.device import configure, device_kind, device_names, free_memory, has_bfloat16, is_cpu, synchronize
+from grpo.runtime.device import (
+    attention_off,
+    configure,
+    describe_devices,
+    device_kind,
+    free_memory,
+    has_bfloat16,
+    is_cpu,
+    library_versions,
+    synchronize,
+)
 from grpo.runtime.precision import PRECISIONS
 from grpo.types import Completion, Group, Prompt, SamplingPlan
 
@@ -70,11 +81,12 @@ def examine(*, rates: bool = True) -> dict[str, Any]:
         "ok": all(check["ok"] for check in checks),
         "versions": {"python": platform.python_version(), "platform": platform.platform(), **_versions()},
         "device": device_kind(device),
-        "devices": device_names(),
+        "devices": describe_devices(),
         "free_gib": round(free_memory(device) / 2**30, 1),
         "threads": torch.get_num_threads(),
         "precisions": results,
         "kernels": report(device.type),
+        "off": _off(device),
     }
 
 
@@ -82,6 +94,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     """Return the result of `examine` as text."""
     shown = [", ".join(f"{name} {version}" for name, version in found["versions"].items())]
     shown += [f"{found['device']}: {', '.join(found['devices'])}; {found['free_gib']} GiB free", found["kernels"]]
+    shown += [f"off: {name}: {reason}" for name, reason in found["off"].items()]
     for name, result in found["precisions"].items():
         for what, check in result["checks"].items():
             value = check.get("error", f"{check.get('value', 0):.2g} (at most {check.get('limit', 0):g})")
@@ -92,14 +105,31 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of the installed packages that matter, and of CUDA."""
-    found = {} if torch.version.cuda is None else {"cuda": torch.version.cuda}
+    """Return the versions of the installed packages that matter, and of CUDA and its libraries."""
+    found = library_versions()
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _off(device: torch.device) -> dict[str, str]:
+    """Return what is not used on this machine beside kernels, and why."""
+    off = {}
+    if is_cpu(device) and torch.version.cuda is not None:
+        off["GPU"] = (
+            f"torch is built for CUDA {torch.version.cuda}, but finds no GPU; nvidia-smi says if the driver does"
+        )
+    elif is_cpu(device) and shutil.which("nvidia-smi"):
+        off["GPU"] = f"torch {torch.__version__} is built without CUDA: pip install torch from another index"
+    if not is_cpu(device) and not has_bfloat16(device):
+        off["bfloat16"] = "this GPU does not compute in it: mixed_precision fp16"
+    off.update({f"attention of {name}": reason for name, reason in attention_off(device).items()})
+    if torch.get_float32_matmul_precision() != "highest":
+        off["float32 products"] = f"at precision {torch.get_float32_matmul_precision()}, as this program has set it"
+    return off
 
 
 def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
@@ -130,7 +160,13 @@ def _examine(device: torch.device, dtype: torch.dtype, rates: bool) -> dict[str,
         "sampler's logprobs against the trainer's": (lambda: _sampler_error(model, dtype), precision.logprob),
     }
     checks = {name: _check(measure, limit) for name, (measure, limit) in limits.items()}
-    return {"checks": checks, "rates": _rates(model, device, dtype) if rates else {}}
+    measured: dict[str, float] = {}
+    if rates:
+        try:
+            measured = _rates(model, device, dtype)
+        except Exception as error:
+            checks["rates"] = _failure(error)
+    return {"checks": checks, "rates": measured}
 
 
 def _check(measure: Callable[[], float], limit: float) -> dict[str, Any]:
@@ -138,8 +174,12 @@ def _check(measure: Callable[[], float], limit: float) -> dict[str, Any]:
     try:
         value = measure()
     except Exception as error:
-        return {"ok": False, "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"}
+        return _failure(error)
     return {"ok": value <= limit, "value": value, "limit": limit}
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    return {"ok": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
 
 def _model(device: torch.device, width: int = 128, layers: int = 2) -> PreTrainedModel:

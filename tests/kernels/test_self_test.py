@@ -147,6 +147,19 @@ def test_an_error_of_the_device_or_its_memory_is_no_failed_check(monkeypatch: py
     assert is_on("sampling")
 
 
+def test_a_gpu_that_is_too_old_for_a_kernel_is_named(
+    nothing_failed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capability = (7, 5)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    self_test.run(None, torch.device("cuda", 0), 100)
+    assert nothing_failed == {"varlen_attention": "it needs compute capability 8.0, and this GPU has 7.5"}
+    nothing_failed.clear()
+    capability = (8, 0)
+    self_test.run(None, torch.device("cuda", 0), 100)
+    assert not nothing_failed
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_checks_pass_on_a_gpu(nothing_failed: dict[str, str], dtype: torch.dtype) -> None:

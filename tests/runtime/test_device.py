@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from grpo.runtime import device
 from grpo.runtime.device import (
     SideStream,
     attention_backends,
+    attention_off,
     configure,
     cpu_threads,
+    describe_devices,
     device_names,
     free_memory,
+    matmul_note,
     peak_memory,
     torch_defaults,
     widest_float,
@@ -64,14 +68,35 @@ def test_a_cpu_has_no_stream_and_every_dtype() -> None:
     assert device_names()
 
 
-def test_cudnn_attention_is_off_on_a_gpu() -> None:
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+def test_gpus_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(name="GPU A", total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    assert describe_devices() == ["GPU A (compute capability 9.0, 80.0 GiB)"] * 2
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert describe_devices() == ["cpu"]
+
+
+def test_cudnn_attention_and_tf32_in_convolutions_are_off_on_a_gpu() -> None:
+    before, tf32 = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cudnn.allow_tf32
     try:
-        configure(torch.device("cuda", 0))  # a flag of torch, which needs no GPU
+        configure(torch.device("cuda", 0))  # flags of torch, which need no GPU
         assert attention_backends(torch.device("cuda", 0)) == ["flash", "memory-efficient", "math"]
-        assert attention_backends(CPU) == []
+        assert attention_backends(CPU) == [] and attention_off(CPU) == {}
+        assert list(attention_off(torch.device("cuda", 0))) == ["cuDNN"]
+        assert not torch.backends.cudnn.allow_tf32
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+def test_the_log_says_if_float32_products_are_rounded() -> None:
+    assert matmul_note() == ""
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert "float32 products at precision high" in matmul_note()
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_limits_of_a_container_count(monkeypatch: pytest.MonkeyPatch) -> None:

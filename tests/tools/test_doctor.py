@@ -36,6 +36,29 @@ def test_checks_and_the_file(
     assert "ZeroDivisionError" in shown and "checks FAILED" in shown
 
 
+def test_what_is_off_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert doctor._off(cpu) == {}
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert "built without CUDA" in doctor._off(cpu)["GPU"]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "finds no GPU" in doctor._off(cpu)["GPU"]
+    capability = (7, 5)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert list(doctor._off(gpu)) == ["bfloat16", "attention of cuDNN"]
+    capability = (9, 0)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert list(doctor._off(gpu)) == ["attention of cuDNN", "float32 products"]
+
+
+def test_rates_that_cannot_be_measured_are_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_rates", lambda *_: torch.empty(2**60))
+    found = doctor._examine(torch.device("cpu"), torch.float32, rates=True)
+    assert not found["checks"]["rates"]["ok"] and found["rates"] == {}
+
+
 def test_timing_and_its_batch() -> None:
     seconds = doctor._seconds(lambda: torch.ones(10), torch.device("cpu"))
     assert 0 < seconds < 10

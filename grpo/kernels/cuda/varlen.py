@@ -30,13 +30,18 @@ SHARED_KEYS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.si
 
 
 def is_available(device: torch.device) -> bool:
-    """Return whether `device` has the kernel: a CUDA device of compute capability 8.0 or higher."""
-    return (
-        device.type == "cuda"
-        and is_on("varlen_attention")
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
-    )
+    """Return whether the kernel may be used on `device`."""
+    return device.type == "cuda" and is_on("varlen_attention") and missing(device) is None
+
+
+def missing(device: torch.device) -> str | None:
+    """Return what the CUDA device lacks for the kernel, or None."""
+    if torch.version.hip is not None:
+        return "it is for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return "it needs compute capability {}.{}, and this GPU has {}.{}".format(*MIN_CAPABILITY, *capability)
+    return None
 
 
 def is_supported(query: Tensor, value: Tensor) -> bool:
