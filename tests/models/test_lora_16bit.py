@@ -44,7 +44,7 @@ def take_step(live: PreTrainedModel, size: float) -> None:
     generator = torch.Generator().manual_seed(1)
     for _, layer in lora_layers(live):
         weight = layer.lora_B["default"].weight
-        weight.data = torch.sign(torch.randn(weight.shape, generator=generator)) * size
+        weight.data.copy_(torch.sign(torch.randn(weight.shape, generator=generator)) * size)  # on any device
 
 
 @torch.no_grad()
