@@ -26,6 +26,7 @@ from grpo.kernels.cpu.attention import Join, PackedAttention, Sequences
 from grpo.kernels.cuda import varlen
 from grpo.kernels.cuda.varlen import VarlenPlan
 from grpo.kernels.state_slots import StateSlots
+from grpo.kernels.transfer import to_device
 
 NAME = "grpo"
 Prompt = tuple[Tensor, Tensor]
@@ -186,7 +187,7 @@ class PackedLayout:
             first = F.pad(lengths.cumsum(0), (1, 0))[:-1]
             rows = torch.where(real, first[:, None] + column[None, :], 0)
             back = real.flatten().nonzero().squeeze(1)
-            self._padding[block] = (rows.to(self.device), back.to(self.device))
+            self._padding[block] = (to_device(rows, self.device), to_device(back, self.device))
         return self._padding[block]
 
     def completion_mask(self, prompt: int, width: int, repeats: int, window: int | None, dtype: torch.dtype) -> Tensor:

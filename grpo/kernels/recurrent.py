@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grpo.kernels.attention import PackedLayout
+from grpo.kernels.transfer import to_device
 
 CHUNK = 64
 """Maximum number of tokens of a chunk."""
@@ -287,4 +288,4 @@ class GroupScan:
         return _Stage(order, chunks)
 
     def _index(self, values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long).to(self.layout.device)
+        return to_device(torch.tensor(values, dtype=torch.long), self.layout.device)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from grpo.kernels.attention import GroupSpan, PackedLayout, Prompt, SplitGroup, joined
+from grpo.kernels.transfer import to_device
 from grpo.packing import PackedBatch
 
 HiddenStates = Callable[[Tensor, Tensor, PackedLayout], Tensor]
@@ -63,7 +64,7 @@ class SharedPrompts:
             else:
                 layout.elsewhere[index] = iter(prompt.keys_values)
                 here_T[span.start : span.start + span.prompt_length] = False
-        row = here_T.nonzero().squeeze(1).to(batch.input_ids_T.device)
+        row = to_device(here_T.nonzero().squeeze(1), batch.input_ids_T.device)
         layout.counts_T = None if counts_T is None else counts_T[row]
         hidden_TH = hidden_states(batch.input_ids_T[row], batch.positions_T[row], layout)
         # Appended to the row: last tokens of split prompts, kept or joined with the gradients of the other parts.
@@ -77,7 +78,7 @@ class SharedPrompts:
             else:
                 last_tokens.append(prompt.last_hidden)
             place_T[last] = len(row) + len(last_tokens) - 1
-        return torch.cat([hidden_TH, *last_tokens]).index_select(0, place_T.to(row.device)[batch.predictor_N])
+        return torch.cat([hidden_TH, *last_tokens]).index_select(0, to_device(place_T, row.device)[batch.predictor_N])
 
     def _prompt(self, hidden_states: HiddenStates, batch: PackedBatch, span: GroupSpan) -> "KeptPrompt":
         """Return the kept values of the prompt of `span`, and count this part. Empty if its row is still to come."""

@@ -23,6 +23,7 @@ from grpo.kernels.description import Model
 from grpo.kernels.head import head_logits, product_dtype
 from grpo.kernels.kv_cache import SlotCache
 from grpo.kernels.registry import switch_off
+from grpo.kernels.transfer import to_device
 from grpo.models.architecture import head_bias, logit_transform, probe_ids, text_decoder, vocabulary_size
 from grpo.models.families import describe, rope_is_fixed
 from grpo.models.lora import head_weight
@@ -115,17 +116,20 @@ class ModuleBackbone:
         return self._forward(tokens_B[:, None], positions_B[:, None], cache, layout)[:, 0]
 
     def _packed_prefill(self, ids: Tensor, cache: SlotCache) -> Tensor:
-        """Compute the prompts end to end: no padding may enter the state of a recurrent layer."""
-        lengths = cache.prompt_lengths
+        """Compute the prompts end to end: no padding may enter the state of a recurrent layer.
+
+        All indices come from the host, which therefore does not wait for the device.
+        """
+        lengths, width, device = cache.prompt_lengths, ids.shape[1], ids.device
         starts = [0, *itertools.accumulate(lengths)]
         spans = [GroupSpan(start, length, ()) for start, length in zip(starts, lengths, strict=False)]
-        layout = PackedLayout(spans, ids.device, states=cache.states)
-        column = torch.arange(ids.shape[1], device=ids.device)
-        real = column < torch.tensor(lengths, device=ids.device)[:, None]
-        hidden = self._forward(ids[real][None], column.expand_as(ids)[real][None], cache, layout)[0]
+        layout = PackedLayout(spans, device, states=cache.states)
+        real = [(row * width + column, column) for row, length in enumerate(lengths) for column in range(length)]
+        order, positions = to_device(torch.tensor(real).T, device)
+        hidden = self._forward(ids.flatten().index_select(0, order)[None], positions[None], cache, layout)[0]
         self.state_numbers = cache.states.numbers
         # Back to rows. Padding takes any token's place: it is not read.
-        places = (torch.tensor(starts[:-1], device=ids.device)[:, None] + column).clamp(max=starts[-1] - 1)
+        places = to_device((torch.tensor(starts[:-1])[:, None] + torch.arange(width)).clamp(max=starts[-1] - 1), device)
         cache.prompt = [(_rows(key, places), _rows(value, places)) for key, value in cache.prompt]
         return hidden[places]
 

@@ -1,6 +1,10 @@
 """Hybrid models through the native engine: equal to plain rows without a cache, whatever the number of slots."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from grpo.kernels.sampling import draw_tokens
@@ -55,3 +59,31 @@ def test_native_equals_plain_rows(family: str) -> None:
             for completion, (tokens, logprobs) in zip(group.completions, expected, strict=True):
                 assert completion.token_ids == tokens
                 assert torch.allclose(torch.tensor(completion.logprobs), torch.tensor(logprobs), atol=1e-5)
+
+
+class SizesFromValues(TorchDispatchMode):
+    """Counts operations whose result has a size that depends on values: a GPU makes the host wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func.overloadpacket
+        masks = args[1] if packet is torch.ops.aten.index else []
+        if packet in (torch.ops.aten.nonzero, torch.ops.aten.masked_select) or any(
+            isinstance(mask, Tensor) and mask.dtype == torch.bool for mask in masks
+        ):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_prefill_has_no_size_that_depends_on_values() -> None:
+    model = hybrid("lfm2")
+    assert use_grpo_attention(model)
+    with SizesFromValues() as watched:
+        decoded(model, 64)
+    assert watched.found == []
+    with SizesFromValues() as watched:
+        torch.ones(2)[torch.tensor([True, False])]
+    assert watched.found == ["aten.index.Tensor"]
