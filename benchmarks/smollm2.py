@@ -5,7 +5,8 @@
                                  [--work outputs/smollm2] [--output docs/results] [--only-report]
 
 A run that has ended is not repeated, so that the command can be interrupted and given again. Runs in the JSON stay in
-it. Accuracy and flexible accuracy (the last number in any format) are greedy, on held-out questions.
+it. `arithmetic` starts from the model of `word_problems` with the same seed, which is trained first if it is missing.
+Accuracy and flexible accuracy (the last number in any format) are greedy, on held-out questions.
 """
 
 import json
@@ -20,6 +21,8 @@ from shared import DOCS, RESULTS, ROOT, read_json, script_parser, write_json
 
 from grpo.runtime.command import run_main
 
+FIRST = {"arithmetic": "word_problems"}
+"""Task -> the one whose trained model it starts from."""
 PANELS = {"held-out accuracy": "accuracy", "flexible accuracy": "flexible", "mean reward of a step": "reward"}
 
 
@@ -38,7 +41,13 @@ def main() -> None:
     for seed in flags.seeds:
         folder = flags.work / f"{flags.task}-seed{seed}"
         if not flags.only_report and not (folder / "final").is_dir():
-            train(flags.task, seed, folder, flags.precision, more)
+            changes = list(more)
+            if flags.task in FIRST:
+                first = flags.work / f"{FIRST[flags.task]}-seed{seed}"
+                if not (first / "final").is_dir():
+                    train(FIRST[flags.task], seed, first, flags.precision, [])
+                changes = ["--model.name", str(first / "final"), *more]
+            train(flags.task, seed, folder, flags.precision, changes)
         if (folder / "metrics.jsonl").is_file():
             report["runs"][str(seed)] = measured(folder)
     report["command"] = f"python benchmarks/smollm2.py --task {flags.task}"

@@ -5,7 +5,7 @@
 
 Both start from the same weights and get the same prompts in the same order, rewards, group size, lengths, loss,
 learning rate and precision (launch/configs/smollm2_word_problems.yaml). Each samples with its own random numbers, so
-that the curves agree only within the noise of a mean of 48 rewards, which the picture shows as a band of one standard
+that the curves agree only within the noise of a step's mean reward, which the picture shows as a band of one standard
 error. Seconds are wall-clock time of whole steps, without evaluations. The first step of each is shown, too.
 """
 
