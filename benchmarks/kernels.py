@@ -1,13 +1,14 @@
 """Measure each CPU kernel: one training step's phases with all kernels, and with each one switched off alone.
 
-    python benchmarks/kernels.py [--precision bf16] [--threads 2] [--layers 30] [--cpu_time] [--output FILE.json]
+    python benchmarks/kernels.py [--suite cpu-135m] [--precision bf16] [--threads 2] [--cpu_time] [--output FILE.json]
     python benchmarks/kernels.py --only all_on --busy 1       beside one busy process, without switching anything off
 
-The model has the shape of SmolLM2-135M with random weights. Phases, of one group of 8 completions with 86 tokens on
-average: `rollout` decodes --tokens tokens of 32 rows, `reference` is a pass without gradients, `update` forward and
-backward passes. The ways alternate, and the least of --rounds rounds counts. The peak is the most resident memory of
-an update above that before it, plus AdamW's moments, which a training step has at that time. A factor above 1 is the
-gain of the kernel: without it / with it. --cpu_time counts CPU seconds, for a machine that others use.
+The model is a Llama of the suite's shape (cpu-135m: SmolLM2-135M) with random weights. Phases, of one group of 8
+completions with 86 tokens on average: `rollout` decodes --tokens tokens of 32 rows, `reference` is a pass without
+gradients, `update` forward and backward passes. The ways alternate, and the least of --rounds rounds counts. The peak
+is the most resident memory of an update above that before it, plus AdamW's moments, which a training step has at that
+time. A factor above 1 is the gain of the kernel: without it / with it. --cpu_time counts CPU seconds, for a machine
+that others use.
 """
 
 import argparse
@@ -26,8 +27,24 @@ from shared import character_tokenizer, script_parser, write_json
 from grpo.errors import ConfigError
 from grpo.runtime.command import run_main
 
-VOCABULARY = 49_152
-SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+SHAPES = {
+    "cpu-135m": {
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+    "cpu-gsm8k": {
+        "vocab_size": 8192,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    },
+}
 LENGTHS = (128, 40, 60, 75, 90, 110, 120, 65)
 PROMPT = 100
 PHASES = ("rollout", "reference", "update", "peak")
@@ -36,9 +53,9 @@ PHASES = ("rollout", "reference", "update", "peak")
 def main() -> None:
     """Measure all ways and print the table."""
     parser = script_parser(__doc__)
+    parser.add_argument("--suite", choices=list(SHAPES), default="cpu-135m")
     parser.add_argument("--precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=8, help="decoded per row in a rollout")
     parser.add_argument("--cpu_time", action="store_true", help="CPU seconds of one thread")
@@ -81,7 +98,7 @@ def measure(options: argparse.Namespace, ways: dict[str, tuple[str, bool]]) -> d
     from grpo.models.logprob_model import LogprobModel, use_grpo_attention
 
     torch.set_num_threads(1 if options.cpu_time else options.threads)
-    model = random_model(options.layers)
+    model = random_model(options.suite)
     if not use_grpo_attention(model):
         raise ConfigError("the packed attention differs from the model's own on this machine")
     trained = LogprobModel(model, uses_packed_attention=True, temperature=1.0)
@@ -97,16 +114,14 @@ def measure(options: argparse.Namespace, ways: dict[str, tuple[str, bool]]) -> d
     return found
 
 
-def random_model(layers: int) -> Any:
-    """Return a random Llama of the shape of SmolLM2-135M."""
+def random_model(suite: str) -> Any:
+    """Return a random Llama of the suite's shape."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
     tokens = {"eos_token_id": 0, "pad_token_id": 1, "bos_token_id": None}
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, num_hidden_layers=layers, tie_word_embeddings=True, rope_theta=1e5, **SHAPE, **tokens
-    )
+    config = LlamaConfig(tie_word_embeddings=True, rope_theta=1e5, **SHAPES[suite], **tokens)
     return AutoModelForCausalLM.from_config(config).float()
 
 
@@ -124,7 +139,7 @@ def one_round(options: argparse.Namespace, trained: Any) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> list[int]:
-        return torch.randint(2, VOCABULARY, (count,), generator=generator).tolist()
+        return torch.randint(2, SHAPES[options.suite]["vocab_size"], (count,), generator=generator).tolist()
 
     prompts = [Prompt(index, "", tuple(tokens(PROMPT))) for index in range(4)]
     completions = [Completion(tokens(length), [0.0] * length, True, "") for length in LENGTHS]
@@ -170,7 +185,7 @@ def table(options: argparse.Namespace, base: dict[str, float], factors: dict[str
     """Return the Markdown table."""
     kind = "CPU time of one thread" if options.cpu_time else f"wall clock, {options.threads} threads"
     lines = [
-        f"{options.layers} layers, precision {options.precision}, {kind}; all on: "
+        f"{options.suite}, precision {options.precision}, {kind}; all on: "
         + ", ".join(f"{phase} {base[phase]:.3g} {'GiB' if phase == 'peak' else 's'}" for phase in PHASES),
         "",
         "| off | " + " | ".join(PHASES) + " |",

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo.kernels.cpu import ops
-from grpo.kernels.cpu.compiler import c_kernel
 from grpo.kernels.cpu.panels import Panels, has_bfloat16
 from grpo.kernels.cpu.panels import library as panels_library
 from grpo.kernels.gradients import gradient_buffer
@@ -214,7 +212,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def softmax(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the statistics of a block of logits, in one pass over [n, V] if C is available.
+    """Compute the statistics of a block of logits.
 
     Args:
         logits: [n, V] float32.
@@ -224,10 +222,6 @@ def softmax(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor
     Returns:
         The log-sum-exp of logits / temperature, the logprobs of the targets, and the entropies, [n] each.
     """
-    if c_kernel("token_logprobs", logits) and targets.is_contiguous():
-        logprobs, entropies, lse = logits.new_empty(3, len(logits))
-        ops.softmax(logits, targets, temperature, logprobs, entropies, lse)
-        return lse, logprobs, entropies
     largest = logits.amax(-1) / temperature
     shifted = (logits / temperature).sub_(largest[:, None])
     own = shifted.gather(-1, targets[:, None]).squeeze(-1)
@@ -248,7 +242,7 @@ def softmax_backward(
     entropies: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the gradient of a block of logits in `dtype`, in one pass over [n, V] if C is available.
+    """Return the gradient of a block of logits in `dtype`.
 
     Args:
         logits: [n, V] float32, overwritten.
@@ -260,10 +254,6 @@ def softmax_backward(
         entropies: [n].
         dtype: dtype of the result.
     """
-    if c_kernel("token_logprobs", logits, lse, scale, entropies) and dtype in (torch.float32, torch.bfloat16):
-        result = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
-        ops.softmax_backward(logits, targets, temperature, lse, scale, slope, entropies, result)
-        return result
     logprobs = _scaled(logits, temperature).sub_(lse[:, None])
     factor = scale[:, None]
     if slope is not None:

@@ -20,7 +20,6 @@ VARIABLE = "GRPO_KERNELS"
 KERNELS = {
     "decoder_layer": "cpu, C: a decoder layer of training as one autograd function",
     "attention": "cpu, C: attention of packed groups, forward and backward",
-    "token_logprobs": "cpu, C: softmax, target logprobs and entropy of a chunk of logits in one pass",
     "sampling": "cpu, C: sampling from logits in one pass",
     "decode_step": "cpu, C: a decoding step as one call",
     "fused_ops": "cpu, torch: RMSNorm and SwiGLU with backward passes that keep less memory",

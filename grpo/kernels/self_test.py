@@ -5,7 +5,6 @@ backward passes are compared. A kernel that fails, differs from the reference or
 one line in the log.
 """
 
-import functools
 import logging
 import os
 from collections import Counter
@@ -13,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from grpo.errors import raise_device_error
@@ -33,7 +31,6 @@ FLOAT32_TOLERANCE = 1e-4
 """Maximum relative error: norm of the difference over norm of the reference, for each result and each gradient."""
 REACHED = {
     "decoder_layer": ("attention", "attention_backward"),
-    "token_logprobs": ("softmax", "softmax_backward"),
     "sampling": ("draw",),
 }
 """C functions that the check of each kernel must call."""
@@ -70,9 +67,8 @@ def run(
     if model is not None and is_on("decoder_layer"):
         with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             _judge("decoder_layer", lambda: _check_layers(model), FLOAT32_TOLERANCE if autocast is None else tolerance)
-    for name, check in (("token_logprobs", _check_head), ("sampling", _check_sampling)):
-        if is_on(name):
-            _judge(name, functools.partial(check, vocabulary), FLOAT32_TOLERANCE)
+    if is_on("sampling"):
+        _judge("sampling", lambda: _check_sampling(vocabulary), FLOAT32_TOLERANCE)
 
 
 def _run_on_cuda(
@@ -218,27 +214,6 @@ def _check_layer(model: Model, layer: Layer) -> float:
             return reference.decoder_layer(layer, states, cos, sin, visible)
 
     return _distance(ours, theirs, hidden, upstream, list(_weights(layer)))
-
-
-def _check_head(vocabulary: int) -> float:
-    """Return the relative error of logprobs over the vocabulary, and of the gradients of hidden states and head."""
-    generator = torch.Generator().manual_seed(1)
-    rows = max(2, -(-33_000 // vocabulary))
-    hidden, weight = torch.randn(rows, 16, generator=generator), torch.randn(vocabulary, 16, generator=generator)
-    targets = torch.randint(vocabulary, (rows,), generator=generator)
-    upstream = torch.randn(rows, generator=generator)
-    weight.requires_grad_()
-
-    def ours(states: Tensor) -> Tensor:
-        logprobs: Tensor = TokenLogprobs.apply(
-            states, weight, None, targets, 0.9, False, (torch.float32, torch.float32), False, IDENTITY
-        )[0]
-        return logprobs
-
-    def theirs(states: Tensor) -> Tensor:
-        return F.log_softmax(states @ weight.T / 0.9, -1).gather(1, targets[:, None]).squeeze(1)
-
-    return _distance(ours, theirs, hidden, upstream, [weight])
 
 
 def _check_sampling(vocabulary: int) -> float:

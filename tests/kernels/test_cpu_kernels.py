@@ -144,7 +144,6 @@ def test_gradients_are_added_where_they_belong_and_autograd_gives_the_same(way: 
         assert float((one.grad - other.grad).abs().max()) <= 1e-5 * float(one.grad.abs().max()), name
 
 
-@needs_a_compiler
 def test_the_softmax_of_extreme_logits() -> None:
     logits = torch.cat([numbers(5, 3001, scale=8, grad=False), torch.full((1, 3001), -90.0)])
     logits[0, 7], logits[5, 2] = 300.0, 20.0
@@ -159,11 +158,10 @@ def test_the_softmax_of_extreme_logits() -> None:
     assert softmax(nothing, torch.tensor([1, 2]), 1.0)[1].isnan().tolist() == [False, True]
 
 
-@needs_a_compiler
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gradient_of_a_block_of_logits(monkeypatch: pytest.MonkeyPatch, entropy: bool, dtype: torch.dtype) -> None:
-    """Columns 40 to 340 of 500: the same as autograd and, where the dtype is float32, as PyTorch's operations."""
+def test_the_gradient_of_a_block_of_logits(entropy: bool, dtype: torch.dtype) -> None:
+    """Columns 40 to 340 of 500: the same as autograd."""
     logits, scale, slope = numbers(70, 500, scale=4), numbers(70, grad=False), numbers(70, grad=False) * entropy
     logits.data[3, 50] = 200.0  # every other logprob of the row is below -87
     targets = torch.arange(70) * 7
@@ -175,14 +173,11 @@ def test_the_gradient_of_a_block_of_logits(monkeypatch: pytest.MonkeyPatch, entr
     own = torch.where((targets >= 40) & (targets < 340), targets - 40, -1)
     part, lse = logits.detach()[:, 40:340], (logits / 0.7).logsumexp(-1).detach()
 
-    def gradient() -> Tensor:
-        given = (lse, scale, slope if entropy else None, entropies.detach(), dtype)
-        return softmax_backward(part.clone().contiguous(), own, 0.7, *given)
-
+    given = (lse, scale, slope if entropy else None, entropies.detach(), dtype)
+    got = softmax_backward(part.clone().contiguous(), own, 0.7, *given)
     tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-5, "rtol": 2**-8}
-    for got in (gradient(), in_torch(monkeypatch, gradient)):
-        assert got.dtype == dtype
-        torch.testing.assert_close(got.float(), expected, **tolerance)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), expected, **tolerance)
 
 
 @needs_a_compiler

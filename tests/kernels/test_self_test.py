@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo.config.schema import LoraConfig
 from grpo.errors import ConfigError
-from grpo.kernels import head, layers, registry, self_test
+from grpo.kernels import layers, registry, sampling, self_test
 from grpo.kernels.cpu import ops
 from grpo.kernels.cpu.compiler import library
 from grpo.kernels.cuda import varlen
@@ -36,7 +36,7 @@ def test_right_kernels_stay_on(nothing_failed: dict[str, str], family: str, auto
     ops.calls.clear()
     run_self_test(tiny_model(family), autocast)
     assert not nothing_failed
-    assert ops.calls["softmax"] and ops.calls["draw"]
+    assert ops.calls["draw"]
     assert autocast is not None or ops.calls["attention_backward"]
 
 
@@ -44,7 +44,7 @@ def test_right_kernels_stay_on(nothing_failed: dict[str, str], family: str, auto
 def test_wrong_kernels_are_switched_off(
     nothing_failed: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    layer, softmax, draw = layers.decoder_layer, head.softmax, self_test.draw_tokens
+    layer, draw = layers.decoder_layer, self_test.draw_tokens
 
     def backward_off(*arguments: object) -> Tensor:
         """Return correct values, and gradients that are 0.1 % too large."""
@@ -54,11 +54,10 @@ def test_wrong_kernels_are_switched_off(
         return made
 
     monkeypatch.setattr(layers, "decoder_layer", backward_off)
-    monkeypatch.setattr(head, "softmax", lambda logits, *rest: softmax(logits + torch.arange(logits.shape[1]), *rest))
     monkeypatch.setattr(self_test, "draw_tokens", lambda *given: (draw(*given)[0].roll(1), draw(*given)[1]))
     with caplog.at_level(logging.INFO, logger="grpo"):
         run_self_test(tiny_model(), None)
-    assert nothing_failed.keys() == {"decoder_layer", "attention", "token_logprobs", "sampling"}
+    assert nothing_failed.keys() == {"decoder_layer", "attention", "sampling"}
     assert not is_on("sampling") and is_on("onednn")
     assert "kernel sampling is off: the self-test differs from the reference by" in caplog.text
 
@@ -90,9 +89,9 @@ def test_every_kind_of_layer_is_checked(
 def test_a_kernel_that_is_not_called_is_no_kernel(
     nothing_failed: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "c_kernel", lambda *_: False)
+    monkeypatch.setattr(sampling, "c_kernel", lambda *_: False)
     run_self_test(tiny_model(), None)
-    assert nothing_failed == {"token_logprobs": "the self-test did not reach it"}
+    assert nothing_failed == {"sampling": "the self-test did not reach it"}
 
 
 def test_without_a_compiler_one_line_says_so(

@@ -62,34 +62,6 @@ void rotate(int threads, long tokens, int heads, int size, int back, const float
     }
 }
 
-/* Of each row of logits [rows, size], divided by the temperature: the log-sum-exp, the target's logprob and the
-   entropy. */
-void softmax(int threads, long rows, int size, float temperature, const float *logits, const int64_t *targets,
-             float *logprobs, float *entropies, float *lses)
-{
-    const float inverse = 1.0f / temperature;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long row = 0; row < rows; row++) {
-        const float *x = logits + row * size, largest = largest_of(size, x);
-        double total = 0.0, product = 0.0;
-        for (int start = 0; start < size; start += 1024) { /* float32 sums stay short */
-            int stop = start + 1024 < size ? start + 1024 : size;
-            float sum = 0.0f, dot = 0.0f;
-            for (int i = start; i < stop; i++) {
-                float logit = (x[i] - largest) * inverse, weight = exponential(logit);
-                sum += weight;
-                dot += weight * logit;
-            }
-            total += sum;
-            product += dot;
-        }
-        double lse = log(total);
-        logprobs[row] = (float)((x[targets[row]] - largest) * inverse - lse);
-        entropies[row] = (float)(lse - product / total);
-        lses[row] = (float)(lse + largest * (double)inverse);
-    }
-}
-
 #define BLOCK 128
 
 /* sampling.draw_tokens: one token for each row of logits [rows, size], by inverting the cumulative distribution at

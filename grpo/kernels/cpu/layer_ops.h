@@ -137,31 +137,3 @@ void NAME(join_heads)(int threads, long tokens, int heads, int key_heads, int si
             }
         }
 }
-
-/* The gradient of logits [rows][size] from those of the targets' logprobs and, unless `slopes` is null, of the
-   entropies, both divided by the temperature. lses and entropies are of whole rows, of which these logits are a part;
-   a target outside of it is negative. The result may be the memory of the logits. */
-void NAME(softmax_backward)(int threads, long rows, int size, float temperature, const float *logits,
-                            const int64_t *targets, const float *lses, const float *scales, const float *slopes,
-                            const float *entropies, NUMBER *result)
-{
-    const float inverse = 1.0f / temperature;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long row = 0; row < rows; row++) {
-        const float *x = logits + row * size, lse = lses[row], scale = scales[row];
-        const float slope = slopes ? slopes[row] : 0.0f, entropy = slopes ? entropies[row] : 0.0f;
-        NUMBER *y = result + row * size;
-        const int64_t target = targets[row];
-        float own = 0.0f;
-        if (target >= 0) {
-            const float logprob = x[target] * inverse - lse;
-            own = scale - exponential(logprob) * (scale + slope * (logprob + entropy));
-        }
-        for (int i = 0; i < size; i++) {
-            const float logprob = x[i] * inverse - lse;
-            y[i] = STORE(-exponential(logprob) * (scale + slope * (logprob + entropy)));
-        }
-        if (target >= 0)
-            y[target] = STORE(own);
-    }
-}

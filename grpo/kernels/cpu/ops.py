@@ -214,43 +214,6 @@ def attention_backward(
     library().attention_backward(*shape, *plan, *map(pointer, tensors))
 
 
-@operator("Tensor logits, Tensor targets, float temperature, Tensor(a!) logprobs, Tensor(b!) entropies, Tensor(c!) lse")
-def softmax(
-    logits: Tensor, targets: Tensor, temperature: float, logprobs: Tensor, entropies: Tensor, lse: Tensor
-) -> None:
-    """Statistics of softmax(logits [n, V] / temperature).
-
-    Results, [n] each: logprobs of the targets, entropies, and the log-sum-exp of logits / temperature.
-    """
-    rows, size = logits.shape
-    tensors = (logits, targets, logprobs, entropies, lse)
-    library().softmax(threads_for(logits.numel()), rows, size, temperature, *map(pointer, tensors))
-
-
-@operator(
-    "Tensor logits, Tensor targets, float temperature, Tensor lse, Tensor scale, Tensor? slope, Tensor entropies,"
-    " Tensor(a!) result"
-)
-def softmax_backward(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float,
-    lse: Tensor,
-    scale: Tensor,
-    slope: Tensor | None,
-    entropies: Tensor,
-    result: Tensor,
-) -> None:
-    """Gradient of logits [n, V], a part of the vocabulary, in float32 or bfloat16.
-
-    Per row: targets in this part (-1: elsewhere), log-sum-exp and entropy of all parts, and the gradients of logprob
-    and entropy, divided by the temperature. `result` may be `logits`.
-    """
-    rows, size = logits.shape
-    tensors = (logits, targets, lse, scale, slope, entropies, result)
-    _for(result, "softmax_backward")(threads_for(logits.numel()), rows, size, temperature, *map(pointer, tensors))
-
-
 @operator(
     "Tensor logits, Tensor uniforms, float temperature, Tensor(a!) blocks, Tensor(b!) tokens, Tensor(c!) logprobs"
 )
