@@ -56,7 +56,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            left, right = args[-2:]
+            left, right = [part for part in args if isinstance(part, torch.Tensor)][-2:]  # without out_dtype
             self.operations[left.dtype] += 2 * left.shape[0] * left.shape[1] * right.shape[1]
         return func(*args, **(kwargs or {}))
 

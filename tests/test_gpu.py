@@ -291,7 +291,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
-            self.dtypes[args[-1].dtype] += 1
+            self.dtypes[args[1].dtype] += 1  # the last argument may be the dtype of the result
         return func(*args, **(kwargs or {}))
 
 
