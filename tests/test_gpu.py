@@ -18,7 +18,9 @@ from grpo.config.schema import LoraConfig
 from grpo.kernels import registry
 from grpo.kernels.attention import PackedLayout
 from grpo.kernels.cuda.graphs import StepGraphs
-from grpo.models.logprob_model import LogprobModel
+from grpo.kernels.head import IDENTITY
+from grpo.models.loading import prepare_model
+from grpo.models.logprob_model import LogprobModel, use_grpo_attention
 from grpo.models.lora import add_adapter
 from grpo.models.reference import FrozenReference
 from grpo.models.weights import WeightReader, WorkingCopy
@@ -31,6 +33,7 @@ from tests.fakes import CharTokenizer, tiny_folder
 from tests.fakes import tiny_model as model_on_a_cpu
 from tests.models.test_lora_16bit import STEP, arrived, sampled_logprobs, take_step
 from tests.models.test_shared_prompt import NARROW, batches_of, learned
+from tests.models.zoo import tiny_zoo_model
 from tests.runtime.test_distributed import ROOT, launch, profile
 from tests.test_trainer import arguments
 
@@ -285,12 +288,13 @@ def test_an_offloaded_reference_waits_in_pinned_memory() -> None:
 class Products(TorchDispatchMode):
     """Counts matrix products by the dtype of their inputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, *names: str) -> None:
         super().__init__()
+        self.operations = [getattr(torch.ops.aten, name) for name in names]
         self.dtypes: Counter[torch.dtype] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+        if func.overloadpacket in self.operations:
             self.dtypes[args[1].dtype] += 1  # the last argument may be the dtype of the result
         return func(*args, **(kwargs or {}))
 
@@ -303,9 +307,29 @@ def test_an_update_multiplies_in_16_bits_and_packs_attention_in_one_call() -> No
     groups = engine.generate(PROMPTS, SamplingPlan(4, 40, 1.0, seed=1))
     batch = pack(groups, torch.zeros(len(PROMPTS), 4), max_tokens=10**6)[0].to(torch.device(GPU))
     assert PackedLayout(batch.spans, torch.device(GPU)).uses_varlen
-    with Products() as products, torch.autocast("cuda", dtype=torch.bfloat16):
+    with Products("mm", "addmm", "bmm") as products, torch.autocast("cuda", dtype=torch.bfloat16):
         LogprobModel(model, uses_packed_attention=True, temperature=1.0)(batch)[0].sum().backward()
     assert products.dtypes[torch.bfloat16] > 20 and products.dtypes[torch.float32] == 0
+
+
+def test_experts_are_sampled_in_graphs_and_trained_in_16_bits(nothing_failed: dict[str, str]) -> None:
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs compute capability 8.0")
+    live: Any = prepare_model(tiny_zoo_model("qwen3_moe"), IDENTITY)
+    assert use_grpo_attention(live)
+    live.to(GPU)
+    copy = WorkingCopy(live, WeightReader())
+    copy.bind(live, torch.device(GPU), compute_dtype=torch.bfloat16)
+    copy.refresh()
+    with Products("_grouped_mm") as products, torch.autocast("cuda", dtype=torch.bfloat16):
+        engine = native(copy.model)
+        groups = engine.generate(PROMPTS, SamplingPlan(4, 40, 1.0, seed=1))
+        [batch] = pack(groups, torch.zeros(len(PROMPTS), 4), max_tokens=10**6)
+        logprobs = LogprobModel(live, uses_packed_attention=True, temperature=1.0)(batch.to(torch.device(GPU)))[0]
+        logprobs.sum().backward()
+    assert products.dtypes.keys() == {torch.bfloat16}
+    assert engine.graphs._graphs and not nothing_failed
+    assert float((logprobs.detach().cpu() - batch.sampling_logprobs_N).abs().mean()) < 1e-1
 
 
 @pytest.mark.parametrize("kind", ["kernels", "modules"])

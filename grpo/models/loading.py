@@ -22,6 +22,7 @@ from grpo.errors import ConfigError
 from grpo.kernels.attention import NAME
 from grpo.kernels.head import IDENTITY, LogitTransform
 from grpo.models.architecture import auto_class, create_model, find_transform, float32_head, frozen_parts
+from grpo.models.experts import use_grpo_experts
 from grpo.models.logprob_model import use_grpo_attention
 from grpo.models.lora import check_quantization
 from grpo.models.mixers import use_grpo_mixers
@@ -168,4 +169,5 @@ def prepare_model(model: PreTrainedModel, transform: LogitTransform) -> PreTrain
     for _, parameter in frozen_parts(model):
         parameter.requires_grad_(False)
     float32_head(model, transform)
+    use_grpo_experts(model)
     return model.eval()

@@ -191,7 +191,7 @@ def _has_windows(model: PreTrainedModel, observed: list[int | None]) -> bool:
 
 
 ROUNDING = 1e-5
-"""Largest change of a logprob, in nats, that another order of the same sums explains."""
+"""Largest change of a logprob, in nats, that another order of the same sums explains in float32."""
 
 
 def is_isolated(model: PreTrainedModel, batch: PackedBatch) -> bool:
@@ -202,7 +202,10 @@ def is_isolated(model: PreTrainedModel, batch: PackedBatch) -> bool:
     to be exactly 0.
     """
     change = leak(model, batch)
-    return change == 0 or (change <= ROUNDING and gradient_leak(model, batch) == 0)
+    device = batch.input_ids_T.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    explained = ROUNDING if dtype == torch.float32 else PRECISIONS[dtype].copy
+    return change == 0 or (change <= explained and gradient_leak(model, batch) == 0)
 
 
 def gradient_leak(model: PreTrainedModel, batch: PackedBatch) -> float:

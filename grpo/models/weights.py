@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from grpo.config.schema import Config
 from grpo.models.architecture import create_model, float32_head, logit_transform
+from grpo.models.experts import cast_weights, use_grpo_experts
 from grpo.models.lora import adapted_parameter, delta_weight, lora_layers, plain_name
 from grpo.models.mixers import use_grpo_mixers
 
@@ -96,7 +97,8 @@ class WorkingCopy:
     """The plain model that engines sample from: same architecture, without wrapper, shards or adapter.
 
     # full fine-tuning in float32        the live model itself: no memory, no work
-    # mixed precision                    linear weights in the compute dtype, as autocast would cast them at every call
+    # mixed precision                    linear weights and experts in the compute dtype, as they would be cast at every
+    #                                    call
     # LoRA in float32                    adapted layers merged, everything else shared
     # LoRA in 16 bits                    as without, and the adapter beside its weights: a merged weight would round
     #                                    small changes away
@@ -123,6 +125,7 @@ class WorkingCopy:
             self.model.to(model.device).eval()  # type: ignore[arg-type]
             self.model.set_attn_implementation(model.config._attn_implementation)
             use_grpo_mixers(self.model)
+            use_grpo_experts(self.model)
             self.model.generation_config = model.generation_config
             buffers = dict(self.model.named_buffers())
             for name, buffer in model.named_buffers():
@@ -149,7 +152,7 @@ class WorkingCopy:
         Args:
             live: The model that is trained.
             device: The device that samples.
-            compute_dtype: The dtype that autocast casts linear weights to; None if they are used as they are.
+            compute_dtype: The dtype that linear weights and experts are cast to; None if they are used as they are.
             live_dtype: The dtype that the strategy is about to cast the live weights to; None if it leaves them.
             sharded: The live weights will be sharded, so that nothing can be shared with them.
             separate: Share no memory, so that the copy can be read while the live weights change.
@@ -167,6 +170,7 @@ class WorkingCopy:
         head = getattr(head, "base_layer", head)
         allocated: dict[int, nn.Parameter] = {}
         for module_name, module in self.model.named_modules():
+            stacked = cast_weights(module)
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 name = f"{module_name}.{leaf}"
                 plain = plain_name(name)
@@ -180,7 +184,7 @@ class WorkingCopy:
                     continue
                 name = plain
                 is_linear = isinstance(module, nn.Linear) and module is not head and leaf == "weight"
-                cast = compute_dtype is not None and is_linear
+                cast = compute_dtype is not None and (is_linear or leaf in stacked)
                 if not (separate or sharded or quantized or cast or name in adapted):
                     continue
                 if id(parameter) not in allocated:

@@ -29,6 +29,7 @@ from grpo.errors import raise_device_error
 from grpo.kernels.attention import NAME, PackedLayout
 from grpo.kernels.head import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
 from grpo.models.architecture import create_model, text_config, vocabulary_size
+from grpo.models.experts import cast_weights, use_grpo_experts
 from grpo.models.families import describe
 from grpo.models.loading import recompute_activations
 from grpo.models.logprob_model import LogprobModel
@@ -118,21 +119,32 @@ def linear_weights(model: nn.Module) -> int:
     return sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear) and part is not head)
 
 
+def expert_weights(model: nn.Module) -> int:
+    """Return the number of weights in stacked experts."""
+    return sum(getattr(part, name).numel() for part in model.modules() for name in cast_weights(part))
+
+
+def _adapts_experts(config: Config) -> bool:
+    """Return whether experts have adapters, and keep their dtype for them."""
+    return config.lora.r is not None and config.lora.target_modules == ["all-linear"]
+
+
 def working_copy(machine: Machine, config: Config, model: PreTrainedModel) -> float:
     """Return the bytes that `WorkingCopy` (grpo/models/weights.py) does not share with the live weights."""
     if find_engine(config.rollout.engine).has_own_weights:
         return 0
     strategy = strategy_class(machine)
     size, linear = sum(parameter.numel() for parameter in model.parameters()), linear_weights(model)
+    cast = linear if _adapts_experts(config) else linear + expert_weights(model)
     base = bytes_per_weight(config)
     is_rounded = strategy.holds_rounded_weights()
     width = 2 if machine.compute and not is_rounded else base
     if strategy.shards_weights or config.rollout.max_staleness > 0:
-        return width * linear + base * (size - linear)
+        return width * cast + base * (size - cast)
     if is_rounded and config.lora.r is None:
         return 0
     if machine.compute and not is_rounded:
-        return width * linear
+        return width * cast
     if config.lora.r is not None and config.lora.target_modules == ["all-linear"]:
         return base * linear
     return _adapted(config.lora, model)
@@ -296,6 +308,7 @@ def _simulate(shape: Any, config: Config, longest_prompt: int, machine: Machine)
         made = create_model(shape, torch.float32).train()
         made.set_attn_implementation(NAME)
         use_grpo_mixers(made)
+        use_grpo_experts(made)
         if config.lora.r is not None:
             add_adapter(made, config.lora, base="")
         if config.model.gradient_checkpointing:

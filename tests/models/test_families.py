@@ -280,6 +280,10 @@ def test_the_probe_of_experts_tolerates_the_order_of_sums_only(monkeypatch: pyte
     model = prepare_model(tiny_zoo_model("qwen3_moe"), IDENTITY)
     assert use_grpo_attention(model)
     batch = probe_batch(48)
+    monkeypatch.setattr("grpo.models.logprob_model.leak", lambda *_: 1e-2)
+    assert not is_isolated(model, batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # half a unit in the last place of 4 is 8e-3
+        assert is_isolated(model, batch)
     monkeypatch.setattr("grpo.models.logprob_model.leak", lambda *_: 5e-7)
     assert is_isolated(model, batch)
     monkeypatch.setattr("grpo.models.logprob_model.gradient_leak", lambda *_: 1e-12)

@@ -1,0 +1,137 @@
+"""Stacked experts: in the dtype of autocast for trainer, reference and sampler alike, and unchanged without it."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from grpo.config.schema import LoraConfig
+from grpo.kernels.attention import NAME
+from grpo.kernels.head import IDENTITY
+from grpo.models.experts import cast_weights, use_grpo_experts
+from grpo.models.loading import prepare_model
+from grpo.models.logprob_model import LogprobModel, probe_batch, use_grpo_attention
+from grpo.models.lora import add_adapter, lora_layers
+from grpo.models.weights import WeightReader, WorkingCopy
+from tests.models.zoo import VOCABULARY, tiny_zoo_model
+
+FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss"]
+"""Experts without a bias, with other names, and with biases and transposed matrices."""
+BATCH = probe_batch(VOCABULARY)
+
+
+def experts_of(model: nn.Module) -> nn.Module:
+    return next(module for module in model.modules() if cast_weights(module))
+
+
+def routed(experts: Any, tokens: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hidden states, and two experts with their weights for each token."""
+    torch.manual_seed(1)
+    weights, chosen = torch.randn(tokens, experts.num_experts).softmax(-1).topk(2)
+    return torch.randn(tokens, experts.down_proj.shape[-1 if experts.is_transposed else -2]), chosen, weights
+
+
+def grouped_dtypes(call: Any) -> set[torch.dtype]:
+    """Return the dtypes of the operands of all grouped products in `call`."""
+    seen: set[torch.dtype] = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket is torch.ops.aten._grouped_mm:
+                seen.update(part.dtype for part in args[:2])
+            return func(*args, **(kwargs or {}))
+
+    with Products():
+        call()
+    return seen
+
+
+def logprobs(model: PreTrainedModel) -> Tensor:
+    packed = model.config._attn_implementation == NAME
+    return LogprobModel(model, uses_packed_attention=packed, temperature=1.0)(BATCH)[0]
+
+
+def prepared(family: str) -> PreTrainedModel:
+    model = prepare_model(tiny_zoo_model(family), IDENTITY)
+    assert use_grpo_attention(model) == (family != "gpt_oss")
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_follow_autocast_and_nothing_else(family: str) -> None:
+    plain, ours = (experts_of(tiny_zoo_model(family)) for _ in range(2))
+    assert use_grpo_experts(ours)
+    given = routed(ours)
+    with torch.no_grad():
+        assert torch.equal(ours(*given), plain(*given))
+        exact = plain(*given)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = ours(*given)
+        for name in cast_weights(ours):
+            getattr(plain, name).data = getattr(plain, name).bfloat16()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            by_hand = plain(*given)
+    assert torch.equal(rounded, by_hand)
+    assert 1e-4 < float((rounded - exact).norm() / exact.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_grouped_products_of_a_step_are_in_16_bits(family: str) -> None:
+    model = prepared(family)
+    found: list[Tensor] = []
+
+    def step(enabled: bool = True) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            result = logprobs(model)
+        weights = [parameter for parameter in model.parameters() if parameter.ndim == 3]
+        found.append(torch.cat([part.flatten() for part in torch.autograd.grad(result.sum(), weights)]))
+
+    assert grouped_dtypes(step) == {torch.bfloat16}
+    assert grouped_dtypes(lambda: step(False)) == {torch.float32}
+    assert found[0].dtype == torch.float32
+    assert float(torch.cosine_similarity(*found, dim=0)) > 0.98
+
+
+def copied(model: PreTrainedModel, lora: LoraConfig | None = None) -> WorkingCopy:
+    copy = WorkingCopy(model, WeightReader())
+    if lora is not None:
+        add_adapter(model, lora, base="")
+        add_adapter(copy.model, lora, base="")
+        copy.model.eval()
+    copy.bind(model, torch.device("cpu"), compute_dtype=torch.bfloat16)
+    copy.refresh()
+    return copy
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sampler_reads_experts_in_16_bits_and_computes_what_the_trainer_does(family: str) -> None:
+    live = prepared(family)
+    copy = copied(live)
+    experts = experts_of(copy.model)
+    assert {getattr(experts, name).dtype for name in cast_weights(experts)} == {torch.bfloat16}
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(logprobs(copy.model), logprobs(live))
+
+
+def test_experts_with_an_adapter_keep_float32_so_that_small_steps_arrive() -> None:
+    live = prepared("qwen3_moe")
+    copy = copied(live, LoraConfig(r=4))
+    layers = [layer for name, layer in lora_layers(live) if ".layers.0.mlp.experts" in name]
+    experts = layers[0].get_base_layer()
+    assert {layer.parameter_name for layer in layers} == {"gate_up_proj", "down_proj"}
+    assert cast_weights(experts) == []
+    given = routed(experts)
+    with torch.no_grad():
+        initial = experts(*given)
+        for step in (0.0, 1e-6):
+            for layer in layers:
+                layer.lora_B["default"].weight.fill_(step)
+            exact = layers[0](*given)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert torch.equal(layers[0](*given), exact)
+                assert torch.equal(logprobs(copy.model), logprobs(live))
+                assert torch.equal(experts(*given), initial)  # the reference
+            assert torch.equal(exact, initial) == (step == 0)
