@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from grpo.config.schema import LoraConfig
 from grpo.errors import ConfigError, raise_device_error
 from grpo.models.architecture import frozen_parts
-from grpo.models.experts import keep_dtype
+from grpo.models.experts import widen_experts
 from grpo.models.lora_wide import widen
 
 Adapter = Any
@@ -78,7 +78,7 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, base: str) -> Adapte
     for _, layer in lora_layers(model):
         widen(layer)
         if hasattr(layer, "parameter_name"):
-            keep_dtype(layer.get_base_layer(), layer.parameter_name)
+            widen_experts(layer)
     tied = getattr(embedding, "weight", None) is getattr(head, "weight", None)
     for name, layer in lora_layers(model):
         if tied and layer.get_base_layer() in (embedding, head):

@@ -124,18 +124,13 @@ def expert_weights(model: nn.Module) -> int:
     return sum(getattr(part, name).numel() for part in model.modules() for name in cast_weights(part))
 
 
-def _adapts_experts(config: Config) -> bool:
-    """Return whether experts have adapters, and keep their dtype for them."""
-    return config.lora.r is not None and config.lora.target_modules == ["all-linear"]
-
-
 def working_copy(machine: Machine, config: Config, model: PreTrainedModel) -> float:
     """Return the bytes that `WorkingCopy` (grpo/models/weights.py) does not share with the live weights."""
     if find_engine(config.rollout.engine).has_own_weights:
         return 0
     strategy = strategy_class(machine)
     size, linear = sum(parameter.numel() for parameter in model.parameters()), linear_weights(model)
-    cast = linear if _adapts_experts(config) else linear + expert_weights(model)
+    cast = linear + expert_weights(model)
     base = bytes_per_weight(config)
     is_rounded = strategy.holds_rounded_weights()
     width = 2 if machine.compute and not is_rounded else base

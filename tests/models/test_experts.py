@@ -116,22 +116,70 @@ def test_the_sampler_reads_experts_in_16_bits_and_computes_what_the_trainer_does
         assert torch.equal(logprobs(copy.model), logprobs(live))
 
 
-def test_experts_with_an_adapter_keep_float32_so_that_small_steps_arrive() -> None:
+def adapted() -> tuple[PreTrainedModel, WorkingCopy, Any, Any]:
+    """Return a model with an adapter, its copy, and peft's layers of one mixture: the outer one, and the experts."""
     live = prepared("qwen3_moe")
     copy = copied(live, LoraConfig(r=4))
     layers = [layer for name, layer in lora_layers(live) if ".layers.0.mlp.experts" in name]
-    experts = layers[0].get_base_layer()
     assert {layer.parameter_name for layer in layers} == {"gate_up_proj", "down_proj"}
-    assert cast_weights(experts) == []
+    return live, copy, layers[0], layers[0].get_base_layer()
+
+
+def step_of(live: PreTrainedModel, size: float) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for _, layer in lora_layers(live):
+        weight = layer.lora_B["default"].weight
+        weight.data.copy_(torch.sign(torch.randn(weight.shape, generator=generator)) * size)
+
+
+@torch.no_grad()
+def test_an_adapter_of_experts_is_the_reference_at_first_and_the_same_for_the_sampler() -> None:
+    live, copy, outer, experts = adapted()
     given = routed(experts)
-    with torch.no_grad():
-        initial = experts(*given)
-        for step in (0.0, 1e-6):
-            for layer in layers:
-                layer.lora_B["default"].weight.fill_(step)
-            exact = layers[0](*given)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                assert torch.equal(layers[0](*given), exact)
-                assert torch.equal(logprobs(copy.model), logprobs(live))
-                assert torch.equal(experts(*given), initial)  # the reference
-            assert torch.equal(exact, initial) == (step == 0)
+    assert set(cast_weights(experts)) == {"gate_up_proj", "down_proj"}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first = outer(*given)
+        assert torch.equal(first, experts(*given))
+        for size in (0.0, 1e-2):
+            step_of(live, size)
+            assert torch.equal(logprobs(copy.model), logprobs(live))
+        assert not torch.equal(outer(*given), first)
+        for _, layer in lora_layers(live):
+            layer._disable_adapters = True
+        assert torch.equal(outer(*given), first)
+
+
+@torch.no_grad()
+def test_a_small_step_of_an_adapter_of_experts_arrives() -> None:
+    """A change far below half a unit in the last place of the weights, which would be lost in their sum."""
+    live, _, outer, experts = adapted()
+    given = routed(experts, 2000)
+
+    def outputs() -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = outer(*given)
+        return outer(*given), rounded
+
+    before = outputs()
+    step_of(live, 1e-4)
+    exact, found = ((now - was).double() for now, was in zip(outputs(), before, strict=True))
+    assert float(exact.abs().max()) > 0
+    assert float((exact * found).sum() / (exact * exact).sum()) == pytest.approx(1, abs=0.1)
+
+
+def test_gradients_of_an_adapter_of_experts_are_those_of_float32() -> None:
+    live, _, outer, experts = adapted()
+    step_of(live, 1e-2)
+    hidden, *rest = routed(experts)
+    hidden.requires_grad_()
+    parts = [parameter for name, parameter in outer.named_parameters() if "lora_" in name]
+
+    def gradients(enabled: bool) -> list[Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            result = outer(hidden, *rest)
+        return list(torch.autograd.grad(result.float().square().sum(), [hidden, *parts]))
+
+    assert len(parts) == 4
+    for mine, exact in zip(gradients(True), gradients(False), strict=True):
+        assert mine.dtype == torch.float32
+        assert float((mine - exact).norm()) <= 3e-2 * float(exact.norm())
