@@ -114,7 +114,7 @@ def _factors(adapter: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     missing = -low_ERK.shape[1] % ALIGNMENT
     scale = 0.0 if adapter.disable_adapters or adapter.merged else adapter.scaling[name]
     low_ERK, high_ERN = (F.pad(part, (0, 0, 0, missing)) for part in (low_ERK, scale * high_ERN.float()))
-    return low_ERK.to(dtype).transpose(1, 2), high_ERN.to(dtype)
+    return low_ERK.to(dtype).transpose(1, 2), high_ERN.to(dtype).contiguous()
 
 
 class _Adapted:
