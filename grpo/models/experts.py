@@ -95,8 +95,9 @@ class _Cast:
         self._layer = layer
         adapters = vars(layer).get(_ADAPTERS, {})
         for name in cast_weights(layer):
-            weight = getattr(layer, name).to(dtype)
-            setattr(self, name, _Adapted(weight, *_factors(adapters[name], dtype)) if name in adapters else weight)
+            weight = getattr(layer, name)
+            adapted = name in adapters
+            setattr(self, name, _Adapted(weight, *_factors(adapters[name], dtype)) if adapted else weight.to(dtype))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
@@ -122,7 +123,7 @@ class _Adapted:
 
     def __init__(self, weight: Tensor, low_EKR: Tensor, high_ERN: Tensor) -> None:
         self.weight, self.low_EKR, self.high_ERN = weight, low_EKR, high_ERN
-        self.dtype, self.device = weight.dtype, weight.device
+        self.dtype, self.device = low_EKR.dtype, weight.device
 
     def transpose(self, first: int, second: int) -> "_Adapted":
         """Return it with W, which may be stored as [E, N, K], transposed."""
@@ -138,7 +139,10 @@ Product = Callable[..., Tensor]
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """x W + (x A) (s B) for the rows of each expert, in one product: [x, x A] times [W; s B]. W is frozen."""
+    """x W + (x A) (s B) for the rows of each expert, in one product: [x, x A] times [W; s B].
+
+    W is frozen, and read again in the backward pass, so that no copy of it in 16 bits is kept.
+    """
 
     @staticmethod
     def forward(
@@ -147,7 +151,8 @@ class _AdaptedProduct(torch.autograd.Function):
         inner_SR = func(x_SK, low_EKR, offs=ends_E)
         context.save_for_backward(x_SK, inner_SR, weight_EKN, low_EKR, high_ERN, ends_E)
         context.func = func
-        return func(torch.cat([x_SK, inner_SR], 1), torch.cat([weight_EKN, high_ERN], 1), offs=ends_E)
+        right = torch.cat([weight_EKN.to(x_SK.dtype), high_ERN], 1)
+        return func(torch.cat([x_SK, inner_SR], 1), right, offs=ends_E)
 
     @staticmethod
     @once_differentiable
@@ -156,7 +161,7 @@ class _AdaptedProduct(torch.autograd.Function):
         func, upstream_SN = context.func, gradient_SN.to(x_SK.dtype).contiguous()
         below_SR = func(upstream_SN, high_ERN.transpose(1, 2), offs=ends_E)
         left = torch.cat([upstream_SN, below_SR], 1)
-        right = torch.cat([weight_EKN.transpose(1, 2), low_EKR.transpose(1, 2)], 1)
+        right = torch.cat([weight_EKN.to(x_SK.dtype).transpose(1, 2), low_EKR.transpose(1, 2)], 1)
         low_gradient = torch._grouped_mm(x_SK.T, below_SR, offs=ends_E)
         high_gradient = torch._grouped_mm(inner_SR.T, upstream_SN, offs=ends_E)
         return func(left, right, offs=ends_E), None, low_gradient, high_gradient, None, None
