@@ -14,7 +14,7 @@ from grpo.kernels.head import IDENTITY
 from grpo.models.experts import cast_weights, use_grpo_experts
 from grpo.models.loading import prepare_model
 from grpo.models.logprob_model import LogprobModel, probe_batch, use_grpo_attention
-from grpo.models.lora import add_adapter, lora_layers
+from grpo.models.lora import add_adapter, delta_weight, lora_layers
 from grpo.models.weights import WeightReader, WorkingCopy
 from tests.models.zoo import VOCABULARY, tiny_zoo_model
 
@@ -119,6 +119,8 @@ def test_the_sampler_reads_experts_in_16_bits_and_computes_what_the_trainer_does
 def adapted() -> tuple[PreTrainedModel, WorkingCopy, Any, Any]:
     """Return a model with an adapter, its copy, and peft's layers of one mixture: the outer one, and the experts."""
     live = prepared("qwen3_moe")
+    for parameter in live.parameters():
+        parameter.data = parameter.data.bfloat16().float()  # as in files of models
     copy = copied(live, LoraConfig(r=4))
     layers = [layer for name, layer in lora_layers(live) if ".layers.0.mlp.experts" in name]
     assert {layer.parameter_name for layer in layers} == {"gate_up_proj", "down_proj"}
@@ -151,20 +153,31 @@ def test_an_adapter_of_experts_is_the_reference_at_first_and_the_same_for_the_sa
 
 @torch.no_grad()
 def test_a_small_step_of_an_adapter_of_experts_arrives() -> None:
-    """A change far below half a unit in the last place of the weights, which would be lost in their sum."""
+    """Most of it is lost where it is added to the weights, which are bfloat16 numbers, before they are rounded."""
     live, _, outer, experts = adapted()
     given = routed(experts, 2000)
+    base = {name: getattr(experts, name).data for name in cast_weights(experts)}
+    layers = {layer.parameter_name: layer for name, layer in lora_layers(live) if ".layers.0.mlp.experts" in name}
 
-    def outputs() -> tuple[Tensor, Tensor]:
+    def outputs() -> list[Tensor]:
+        exact = outer(*given)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            rounded = outer(*given)
-        return outer(*given), rounded
+            beside = outer(*given)
+            for name, layer in layers.items():
+                getattr(experts, name).data = base[name] + delta_weight(layer)
+                layer._disable_adapters = True
+            merged = outer(*given)
+        for name, layer in layers.items():
+            getattr(experts, name).data = base[name]
+            layer._disable_adapters = False
+        return [exact, beside, merged]
 
     before = outputs()
-    step_of(live, 1e-4)
-    exact, found = ((now - was).double() for now, was in zip(outputs(), before, strict=True))
+    step_of(live, 1e-5)
+    exact, beside, merged = ((now - was).double() for now, was in zip(outputs(), before, strict=True))
     assert float(exact.abs().max()) > 0
-    assert float((exact * found).sum() / (exact * exact).sum()) == pytest.approx(1, abs=0.1)
+    assert float((exact * beside).sum() / (exact * exact).sum()) == pytest.approx(1, abs=0.05)
+    assert float((exact * merged).sum() / (exact * exact).sum()) < 0.5
 
 
 def test_gradients_of_an_adapter_of_experts_are_those_of_float32() -> None:
