@@ -270,7 +270,7 @@ def test_the_main_process_reads_the_weights_for_all(tmp_path: Path) -> None:
     assert second["everywhere"]["held"] == whole and second["once"]["held"] == 0
     assert second["everywhere"]["peak of loading"] > 0.9 * whole
     assert second["once"]["peak of loading"] < 0.1 * whole
-    assert second["once"]["peak of sharding"] < 0.75 * whole  # half is its shard
+    assert second["once"]["peak of sharding"] < 1.75 * whole  # half is its shard, and as much each of its two moments
 
 
 @pytest.mark.slow
