@@ -227,9 +227,11 @@ def softmax(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor
     own = shifted.gather(-1, targets[:, None]).squeeze(-1)
     weights = shifted.exp()
     total = weights.sum(-1)
-    lse = total.log()
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    lse = total.to(wide).log()  # float32 would round once more where the largest logit is added
     # H = lse - sum(p * logit)
-    return lse + largest, own - lse, lse - torch.linalg.vecdot(weights, shifted) / total
+    entropies = lse - torch.linalg.vecdot(weights, shifted).to(wide) / total
+    return (lse + largest).float(), (own - lse).float(), entropies.float()
 
 
 def softmax_backward(
