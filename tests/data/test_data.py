@@ -6,7 +6,6 @@ import gzip
 import json
 import lzma
 import os
-import re
 from contextlib import nullcontext
 from decimal import Decimal
 from fractions import Fraction
@@ -405,28 +404,6 @@ def test_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (len(train), len(held_out)) == (4000, 20)
     assert train[3].columns == {"question": "train 5 3", "answer": "3", "solution": "#### 3"}
     assert held_out[0].columns["question"] == "held_out 5 0"
-
-
-def test_arithmetic_begins_with_easier_problems() -> None:
-    data = DataConfig(name="arithmetic", dataset_kwargs={"easier_rows": 5}, shuffle_dataset=False, eval_size=3)
-    train = [example.columns for example in load_examples(data, "train", seed=5)]
-    plain = [example.columns for example in load_examples(DataConfig(name="arithmetic"), "train", seed=5)]
-    held_out = load_examples(data, "held_out", seed=5)
-    assert [row["solution"].count("=") for row in train[:15]] == [1] * 5 + [2] * 5 + [3] * 5
-    assert train[15:] == plain and {row["solution"].count("=") for row in plain} == {4}
-    assert {example.columns["solution"].count("=") for example in held_out} == {4}
-    for row in train[:15]:
-        question, solution = row["question"], row["solution"]
-        total = int(question.split()[2])
-        for number, equation in zip(re.findall(r"\w+ (\d)\.", question), solution.splitlines(), strict=False):
-            left, result = equation.split("=")
-            assert left in (f"{total}+{number}", f"{total}-{number}")
-            total += int(number) if "+" in left else -int(number)
-            assert int(result) == total
-        assert row["answer"] == str(total)
-    for wrong, message in (({"easier_rows": -1}, "must be a number of rows"), ({"easier_rows": 5}, "shuffle_dataset")):
-        with pytest.raises(ConfigError, match=message):
-            load_examples(DataConfig(name="arithmetic", dataset_kwargs=wrong), "train", seed=5)
 
 
 def test_a_dataset_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ def test_settings_of_a_dataset_are_checked() -> None:
     with pytest.raises(ConfigError, match="has 'tsk', which is no argument .* did you mean 'task'"):
         load_examples(data(tsk="chain_sum"), "train", 0)
     with pytest.raises(ConfigError, match="its own arguments are: none"):
-        load_examples(DataConfig(name="word_problems", dataset_kwargs={"size": 3}), "train", 0)
+        load_examples(DataConfig(name="arithmetic", dataset_kwargs={"size": 3}), "train", 0)
 
 
 def test_rows_and_scores_of_a_task() -> None:

@@ -748,7 +748,7 @@ CASES: dict[str, Case] = {
     "argument that a dataset does not take": Case(
         lambda _: load_examples(DataConfig(name="arithmetic", dataset_kwargs={"size": 3}), "train", 0),
         ConfigError,
-        "data.dataset_kwargs has 'size', which is no argument of data.name 'arithmetic': its own arguments are: easier_rows",
+        "data.dataset_kwargs has 'size', which is no argument of data.name 'arithmetic': its own arguments are: none",
     ),
     "dataset without an argument that it needs": Case(
         lambda _: load_examples(DataConfig(name="reasoning_gym"), "train", 0),
