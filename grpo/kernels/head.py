@@ -13,7 +13,6 @@ from grpo.kernels.cpu.panels import Panels, has_bfloat16
 from grpo.kernels.cpu.panels import library as panels_library
 from grpo.kernels.gradients import gradient_buffer
 from grpo.kernels.registry import is_on
-from grpo.runtime.device import widest_float
 
 CHUNK_BYTES = {"cpu": 16 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 256 * 2**20
@@ -228,7 +227,7 @@ def softmax(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor
     own = shifted.gather(-1, targets[:, None]).squeeze(-1)
     weights = shifted.exp()
     total = weights.sum(-1)
-    wide = widest_float(logits.device)
+    wide = torch.float32 if logits.is_mps else torch.float64  # Apple GPUs have no float64
     lse = total.to(wide).log()  # float32 would round once more where the largest logit is added
     # H = lse - sum(p * logit)
     entropies = lse - torch.linalg.vecdot(weights, shifted).to(wide) / total
