@@ -13,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoConfig, PreTrainedModel
 
+from grpo.data.gguf import plain_model
 from grpo.data.tokenizer import load_tokenizer
 from grpo.errors import ConfigError
 from grpo.models.given_adapter import GivenAdapter
@@ -92,7 +93,7 @@ def _left_padded(tokenizer: Any) -> Any:
 
 def _config_of(path: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(plain_model(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model '{path}' cannot be loaded: {error}") from error
 

@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config.schema import Config, RolloutConfig
+from grpo.data.gguf import plain_model
 from grpo.errors import ConfigError
 from grpo.registry import Registry, call_with_supported_args, check_arguments
 from grpo.types import Group, Prompt, SamplingPlan
@@ -221,11 +222,11 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return sorted(found)
 
 
-def saved_end_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def saved_end_ids(name: str, tokenizer: PreTrainedTokenizerBase, gguf_file: str | None = None) -> list[int]:
     """Return all ids that end a completion, as `end_token_ids`, of a model that is not loaded."""
     found = {tokenizer.eos_token_id}
     with contextlib.suppress(OSError, ValueError):  # a model without a generation config
-        configured = GenerationConfig.from_pretrained(path).eos_token_id
+        configured = GenerationConfig.from_pretrained(plain_model(name, gguf_file)).eos_token_id
         found |= set(configured if isinstance(configured, list) else [configured])
     return sorted(token for token in found if token is not None)
 

@@ -107,7 +107,7 @@ def _build(config: Config, rewards: RewardSum, on_failure: contextlib.ExitStack)
     if checkpoint is not None:
         saved = check_resume(config, checkpoint, run_dir, rewards, accelerator.num_processes)
     held_out = held_out_prompts(config, held_out_rows, data)
-    check_turns(config, data.tokenizer, saved_end_ids(data.model_path, data.tokenizer))
+    check_turns(config, data.tokenizer, saved_end_ids(data.model_path, data.tokenizer, config.model.gguf_file))
     check_limits(
         config,
         data.model_path,

@@ -90,8 +90,13 @@ def hash_prompts(prompts: Iterable[Prompt]) -> str | None:
 
 
 def hash_model(path: str, gguf_file: str | None = None) -> str | None:
-    """Return the sha256 of the weights in a folder, or the commit of a model on the hub. None: neither can be read."""
+    """Return the sha256 of a GGUF or of the weights in a folder, or the commit of a model on the hub.
+
+    None: none of them can be read.
+    """
     folder = Path(path).expanduser()
+    if folder.is_file():
+        return hash_files([folder])
     if folder.is_dir():
         files = [folder / gguf_file] if gguf_file else [file for file in folder.iterdir() if file.suffix in _WEIGHTS]
         return hash_files(sorted(files))

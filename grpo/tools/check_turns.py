@@ -34,7 +34,7 @@ def end_ids_of(config: Config, tokenizer: Any) -> list[int]:
     """Return the ids that end a turn of the model that `config` names, without its weights."""
     if config.model.name == "starter":
         return [tokenizer.eos_token_id]
-    return saved_end_ids(config.model.name, tokenizer)
+    return saved_end_ids(config.model.name, tokenizer, config.model.gguf_file)
 
 
 def check_conversation(found: Check, config: Config, example: Example, tokenizer: Any) -> None:

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo.data import gguf
 from grpo.data.gguf import check_gguf, gguf_path, plain_model
 from grpo.errors import ConfigError, StorageError
+from grpo.rollout.engine import saved_end_ids
+from grpo.run.contents import hash_model
 from tests.fakes import tiny_model
 from tests.gguf_files import chat_tokenizer, write_gguf
 
@@ -111,8 +113,14 @@ def test_the_converted_folder(tmp_path: Path) -> None:
     assert (folder / "model.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
     assert plain_model(str(base)) == plain_model(str(folder)) == plain_model(str(folder), "base.gguf") == str(folder)
     assert (folder / "model.safetensors").stat().st_mtime_ns == made
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": [5, {tokenizer.eos_token_id}]}}')
+    ends = sorted([5, tokenizer.eos_token_id])  # a file as model.name, a folder with gguf_file, and the result of both
+    assert saved_end_ids(str(base), again) == saved_end_ids(str(tmp_path), again, "base.gguf") == ends
+    assert saved_end_ids(str(folder), again) == ends
+    before = hash_model(str(base))
+    assert before == hash_model(str(tmp_path), "base.gguf")
     write_gguf(base, model, tokenizer, quantized=True)
-    assert plain_model(str(base)) != str(folder)
+    assert plain_model(str(base)) != str(folder) and hash_model(str(base)) not in (before, None)
 
 
 def test_caches_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
