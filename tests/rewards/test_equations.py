@@ -71,3 +71,31 @@ def test_errors_are_carried_forward_through_products_and_rounding() -> None:
     }
     for completion, share in shares.items():
         assert right_steps([completion], solution=solution, carry_errors=True) == [share], completion
+
+
+@pytest.mark.parametrize(
+    ("completion", "plain", "carried"),
+    [
+        ("3+4=7\n7-2=5\n5+4=9\n9-1=8<answer>8</answer>", 1.0, 1.0),
+        ("3+4=7\n7-2=5\n5+4=9\n9-1=8<answer>9</answer>", 4 / 5, 4 / 5),  # an earlier result
+        ("3+4=7\n7-2=5\n5+4=9\n9-1=8", 4 / 5, 4 / 5),  # no answer
+        ("3+4=7\n7-2=6\n6+4=10\n10-1=9<answer>9</answer>", 1 / 5, 4 / 5),  # follows from the wrong step
+        ("3+4=7\n7-2=6\n6+4=10\n10-1=9<answer>10</answer>", 1 / 5, 3 / 5),
+        ("3+4=7\n7-2=6\n6+4=10\n10-1=9<answer>8</answer>", 1 / 5, 4 / 5),  # the gold answer all the same
+        ("3+4=7\n7-2=5<answer>5</answer>", 2 / 5, 2 / 5),  # steps left out: its last result does not count
+        ("3+4=7\n7-2=5<answer>8</answer>", 2 / 5, 3 / 5),
+        ("3+4=7\n7-2=5\n5+4=9\n9-1=8\n8+1=9<answer>9</answer>", 4 / 6, 4 / 6),
+        ("3+4=7\n7-2=5\n5+4=9\n9-1=8<answer>8</answer><answer>9</answer>", 4 / 5, 4 / 5),
+    ],
+)
+def test_the_answer_as_a_step(completion: str, plain: float, carried: float) -> None:
+    more = {"solution": [SOLUTION], "answer": ["8"], "include_answer": True}
+    assert right_steps([completion], **more) == [plain]
+    assert right_steps([completion], carry_errors=True, **more) == [carried]
+
+
+def test_the_answer_counts_only_where_there_is_one() -> None:
+    for gold in (None, "blue"):
+        assert right_steps(["3+4=7<answer>7</answer>"], ["3+4=7"], [gold], include_answer=True) == [1.0]
+    assert right_steps(["3+4=7"], ["3+4=7"], include_answer=True) == [1.0]
+    assert right_steps(["7<answer>7</answer>"], ["no equation"], ["7"], include_answer=True) == [None]
