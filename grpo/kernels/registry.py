@@ -26,6 +26,7 @@ KERNELS = {
     "onednn": "cpu, torch: products with weights in oneDNN's own layout",
     "fused_decode": "all devices, torch: a decoding step in a few large operations per layer",
     "varlen_attention": "cuda, torch: attention of packed groups in one call per layer, in 16 bits",
+    "fused_norm": "cuda, torch: RMSNorm of a module in one launch",
     "narrow_head": "cuda, torch: products of the output head in the dtype of autocast, with float32 sums",
     "cuda_graphs": "cuda: decoding steps replayed from captured graphs",
 }

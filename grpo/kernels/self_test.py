@@ -19,7 +19,7 @@ from grpo.kernels import layers, reference
 from grpo.kernels.attention import GroupSpan, PackedLayout, packed_attention
 from grpo.kernels.cpu import ops
 from grpo.kernels.cpu.compiler import library
-from grpo.kernels.cuda import varlen
+from grpo.kernels.cuda import norms, varlen
 from grpo.kernels.description import Layer, Linear, Model
 from grpo.kernels.head import IDENTITY, TokenLogprobs
 from grpo.kernels.registry import is_on, switch_off
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 FLOAT32_TOLERANCE = 1e-4
 """Maximum relative error: norm of the difference over norm of the reference, for each result and each gradient."""
+NORM_WIDTH = 1024
+"""Width of the checked RMSNorm where the numbers of heads are not known."""
 REACHED = {
     "decoder_layer": ("attention", "attention_backward"),
     "sampling": ("draw",),
@@ -78,7 +80,7 @@ def _run_on_cuda(
     tolerance: float,
     heads: tuple[int, int, int] | None,
 ) -> None:
-    """Check packed attention and the head on `device`, in the dtype of the run."""
+    """Check packed attention, RMSNorms and the head on `device`, in the dtype of the run."""
     lacking = varlen.missing(device)
     if lacking is not None:
         switch_off("varlen_attention", lacking)
@@ -86,6 +88,11 @@ def _run_on_cuda(
         _judge("varlen_attention", lambda: attention_error(heads, device, autocast), tolerance)
         if is_on("varlen_attention"):
             _judge("varlen_attention", lambda: attention_leak(heads, device, autocast), 0.0)
+    if is_on("fused_norm"):
+        width = heads[0] * heads[2] if heads is not None else NORM_WIDTH
+        _judge("fused_norm", lambda: norm_error(width, device, torch.float32), FLOAT32_TOLERANCE)
+        if autocast is not None and is_on("fused_norm"):
+            _judge("fused_norm", lambda: norm_error(width, device, autocast), tolerance)
     if autocast is not None and is_on("narrow_head"):
         _judge("narrow_head", lambda: head_error(vocabulary, device, autocast), tolerance)
 
@@ -130,6 +137,20 @@ def attention_leak(heads: tuple[int, int, int], device: torch.device, dtype: tor
         results.append(attended[:, :, :first].float())
         tensors = [torch.cat([tensor[:, :, :first], -3 * tensor[:, :, first:]], 2) for tensor in tensors]
     return float((results[0] - results[1]).abs().max())
+
+
+def norm_error(width: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Return the relative error of the RMSNorm of modules in `dtype`: of the result and of both gradients."""
+    generator = torch.Generator().manual_seed(4)
+    hidden, upstream = (torch.randn(40, width, generator=generator).to(device, dtype) for _ in range(2))
+    weight = torch.randn(width, generator=generator).to(device, dtype).requires_grad_()
+    return _distance(
+        lambda states: norms.rms_norm(states, weight, 1e-6),
+        lambda states: reference.rms_norm(states.float(), weight.float(), 1e-6).to(dtype),
+        hidden,
+        upstream,
+        [weight],
+    )
 
 
 def head_error(vocabulary: int, device: torch.device, dtype: torch.dtype) -> float:

@@ -26,6 +26,7 @@ from grpo.models.experts import use_grpo_experts
 from grpo.models.logprob_model import use_grpo_attention
 from grpo.models.lora import check_quantization
 from grpo.models.mixers import use_grpo_mixers
+from grpo.models.norms import use_grpo_norms
 from grpo.runtime.precision import PRECISIONS
 
 disable_progress_bar()  # "Loading weights 38/38" would interrupt our own log
@@ -170,4 +171,5 @@ def prepare_model(model: PreTrainedModel, transform: LogitTransform) -> PreTrain
         parameter.requires_grad_(False)
     float32_head(model, transform)
     use_grpo_experts(model)
+    use_grpo_norms(model)
     return model.eval()

@@ -19,6 +19,7 @@ from grpo.models.architecture import create_model, float32_head, logit_transform
 from grpo.models.experts import cast_weights, use_grpo_experts
 from grpo.models.lora import adapted_parameter, delta_weight, lora_layers, plain_name
 from grpo.models.mixers import use_grpo_mixers
+from grpo.models.norms import use_grpo_norms
 
 SAVE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -126,6 +127,7 @@ class WorkingCopy:
             self.model.set_attn_implementation(model.config._attn_implementation)
             use_grpo_mixers(self.model)
             use_grpo_experts(self.model)
+            use_grpo_norms(self.model)
             self.model.generation_config = model.generation_config
             buffers = dict(self.model.named_buffers())
             for name, buffer in model.named_buffers():

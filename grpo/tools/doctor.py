@@ -151,6 +151,10 @@ def _examine(device: torch.device, dtype: torch.dtype, rates: bool) -> dict[str,
             1e-4 if wide else precision.hidden,
         ),
         "tokens of another group change nothing": (lambda: self_test.attention_leak(HEADS, device, dtype), 0.0),
+        "RMSNorm, result and gradients": (
+            lambda: self_test.norm_error(HEADS[0] * HEADS[2], device, dtype),
+            1e-4 if wide else precision.hidden,
+        ),
         "output head, logprobs and gradients": (
             lambda: self_test.head_error(VOCABULARY, device, dtype),
             1e-4 if wide else precision.hidden,

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grpo.config.schema import LoraConfig
@@ -12,7 +13,7 @@ from grpo.errors import ConfigError
 from grpo.kernels import layers, registry, sampling, self_test
 from grpo.kernels.cpu import ops
 from grpo.kernels.cpu.compiler import library
-from grpo.kernels.cuda import varlen
+from grpo.kernels.cuda import norms, varlen
 from grpo.kernels.description import Layer
 from grpo.kernels.registry import KERNELS, chosen, is_on
 from grpo.models.families import FAMILIES
@@ -123,6 +124,8 @@ def test_checks_of_a_gpu_on_this_processor(heads: tuple[int, int, int], monkeypa
     assert self_test.attention_leak(heads, cpu, torch.float32) == 0
     assert self_test.head_error(300, cpu, torch.float32) < 1e-5
     assert 0 < self_test.attention_error(heads, cpu, torch.bfloat16) < 4e-2
+    assert self_test.norm_error(96, cpu, torch.float32) < 1e-5
+    assert self_test.norm_error(96, cpu, torch.bfloat16) < 1e-2
     use_slow_varlen(monkeypatch)
     assert self_test.attention_error(heads, cpu, torch.float32) < 1e-5
     assert self_test.attention_leak(heads, cpu, torch.float32) == 0
@@ -130,6 +133,10 @@ def test_checks_of_a_gpu_on_this_processor(heads: tuple[int, int, int], monkeypa
     monkeypatch.setattr(varlen.VarlenPlan, "of", lambda *given: replace(of(*given), keys_R=of(*given).keys_R.flip(0)))
     assert self_test.attention_error(heads, cpu, torch.float32) > 4e-2
     assert self_test.attention_leak(heads, cpu, torch.float32) > 0
+    monkeypatch.setattr(
+        norms, "rms_norm", lambda hidden, weight, epsilon: F.rms_norm(hidden, weight.shape, weight, 0.1)
+    )
+    assert self_test.norm_error(96, cpu, torch.float32) > 1e-2
 
 
 def test_an_error_of_the_device_or_its_memory_is_no_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +156,7 @@ def test_an_error_of_the_device_or_its_memory_is_no_failed_check(monkeypatch: py
 def test_a_gpu_that_is_too_old_for_a_kernel_is_named(
     nothing_failed: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("GRPO_KERNELS", "auto,-fused_norm")  # its check needs a GPU
     capability = (7, 5)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     self_test.run(None, torch.device("cuda", 0), 100)
@@ -173,7 +181,7 @@ def test_the_report_names_what_is_off_and_why(nothing_failed: dict[str, str], mo
     registry.switch_off("cuda_graphs", "of this test")
     assert (
         registry.report("cuda")
-        == "kernels: fused_decode, varlen_attention, narrow_head; off: cuda_graphs (of this test)"
+        == "kernels: fused_decode, varlen_attention, fused_norm, narrow_head; off: cuda_graphs (of this test)"
     )
     monkeypatch.setenv("GRPO_KERNELS", "auto,-narrow_head")
     assert "narrow_head (GRPO_KERNELS)" in registry.report("cuda")

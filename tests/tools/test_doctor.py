@@ -23,7 +23,7 @@ def test_checks_and_the_file(
     doctor.main(["--quick", "--output", str(tmp_path / "doctor.json")])
     found: dict[str, Any] = json.loads((tmp_path / "doctor.json").read_text())
     checks = found["precisions"]["float32"]["checks"]
-    assert found["ok"] and len(checks) == 6 and all(check["ok"] for check in checks.values())
+    assert found["ok"] and len(checks) == 7 and all(check["ok"] for check in checks.values())
     assert torch.__version__.startswith(found["versions"]["torch"]) and found["kernels"].startswith("kernels: ")
     assert "all checks passed" in capsys.readouterr().out
 
