@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from grpo.kernels.description import Adapter, Layer, Linear, Model
 from grpo.models.architecture import text_config, text_decoder
 from grpo.models.lora import ADAPTER_NAME
+from grpo.models.norms import is_rms_norm
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ def _weight(parameter: Tensor) -> Tensor:
 def _check_modules(modules: list[Any]) -> None:
     """Raise _NotDescribed if calling one of the modules would do more than its own forward pass."""
     for module in modules:
-        if any(_hooks(module)) or "forward" in module.__dict__:
+        if any(_hooks(module)) or ("forward" in module.__dict__ and not is_rms_norm(module)):
             raise _NotDescribed
 
 

@@ -37,6 +37,11 @@ def use_grpo_norms(model: nn.Module) -> int:
     return count
 
 
+def is_rms_norm(module: nn.Module) -> bool:
+    """Return whether `module` was recognized as weight * x / rms(x), and has no other forward method since."""
+    return getattr(module.forward, "__func__", None) is _forward and vars(module)[OFFSET] == 0
+
+
 def _forward(self: Any, hidden_states: Tensor) -> Tensor:
     if not is_available(hidden_states, self.weight):
         return type(self).forward(self, hidden_states)

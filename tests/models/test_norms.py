@@ -12,6 +12,8 @@ from grpo.kernels import registry
 from grpo.kernels.cuda import norms as kernel
 from grpo.kernels.head import IDENTITY
 from grpo.models import norms
+from grpo.models.architecture import text_decoder
+from grpo.models.families import describe
 from grpo.models.loading import prepare_model
 from grpo.models.logprob_model import LogprobModel, probe_batch
 from grpo.models.norms import OFFSET, use_grpo_norms
@@ -88,6 +90,17 @@ def test_a_copy_reads_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     copied(torch.tensor([[1, 2, 3]]))
     own = {id(parameter) for parameter in copied.parameters()}
     assert len(calls) == 5 and all(id(weight) in own for weight in calls)
+
+
+def test_recognized_norms_are_part_of_a_description_and_others_are_not() -> None:
+    model = with_random_norms("llama")
+    assert describe(model) is not None
+    norm = text_decoder(model).norm
+    vars(norm)[OFFSET] = 1.0
+    assert describe(model) is None
+    vars(norm)[OFFSET] = 0.0
+    norm.forward = type(norm).forward.__get__(norm)  # of somebody else
+    assert describe(model) is None
 
 
 def test_a_model_without_memory_is_recognized_too() -> None:
