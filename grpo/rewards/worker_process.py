@@ -7,19 +7,23 @@ import atexit
 import contextlib
 import dataclasses
 import faulthandler
+import fcntl
 import io
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from grpo.errors import ConfigError, RewardError
@@ -167,6 +171,8 @@ def serve(pipe: Connection, reward: str | RewardFunction, kwargs: dict[str, Any]
     """
     for inherited in list(_TRAINER_ENDS):
         inherited.close()
+    if not isinstance(reward, str):
+        _close_inherited_pipes()
     with contextlib.suppress(OSError):
         os.setsid()
     for number in CAUGHT:
@@ -192,6 +198,21 @@ def serve(pipe: Connection, reward: str | RewardFunction, kwargs: dict[str, Any]
                 pipe.send_bytes(json.dumps([answer, notes.metrics, extra], default=str).encode())
             except OSError:
                 return
+
+
+def _close_inherited_pipes() -> None:
+    """Close what a forked process has inherited of pipes that other threads of the trainer write to or hand on.
+
+    A thread that runs a program (a compiler, or `ctypes.util.find_library`) opens such a pipe, and reads it to its end:
+    with a copy in this process, it would wait until this process ends.
+    """
+    mine = {0, 1, 2, getattr(resource_tracker._resource_tracker, "_fd", None)}
+    folder = Path("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd")
+    for number in {int(file.name) for file in folder.iterdir()} - mine:
+        with contextlib.suppress(OSError):  # the folder's own descriptor is closed by now
+            is_writer = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
+            if is_writer and stat.S_ISFIFO(os.fstat(number).st_mode):
+                os.close(number)
 
 
 def _end_with_parent(parent: int) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import select
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from grpo.errors import RewardError
 from grpo.rewards.context import Notes, TrainerState
 from grpo.rewards.registry import REWARDS
 from grpo.rewards.scoring import RewardSum, Scores, concatenate_scores
-from grpo.rewards.worker_process import _flushable_streams, address_of
+from grpo.rewards.worker_process import Worker, _flushable_streams, address_of
 from grpo.rewards.workers import RewardWorkerPool
 from grpo.run.step_metrics import recorded_metrics, rollout_rows
 from tests import faulty_rewards
@@ -46,6 +47,21 @@ def run(pools: list[RewardWorkerPool], *texts: str, name: str = FAULTY, **option
     pool = RewardWorkerPool({name: 1.0}, **options)
     pools.append(pool)
     return pool([group(*texts, messages="text")])
+
+
+def test_a_forked_worker_keeps_no_pipe_of_another_thread_open() -> None:
+    """A thread that reads from a program must see its end, also if a worker was forked before it closed its copy."""
+    reader, writer = os.pipe()
+    worker = Worker("here", lambda completions, **_: [1.0] * len(completions), {})
+    try:
+        worker.start()
+        os.close(writer)
+        assert select.select([reader], [], [], 20)[0] and os.read(reader, 1) == b""
+        worker.send({"completions": ["a", "b"]}, TrainerState(), 20)
+        assert worker.receive(20) == ([1.0, 1.0], Notes())
+    finally:
+        worker.kill()
+        os.close(reader)
 
 
 def test_values_are_those_of_the_function(pools: list[RewardWorkerPool]) -> None:
