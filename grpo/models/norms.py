@@ -1,7 +1,7 @@
 """RMSNorms of transformers' modules: on CUDA they take the kernel of grpo/kernels/cuda/norms.py.
 
-A module is recognized by what it computes, not by its class: weight * x / rms(x), or (1 + weight) * x / rms(x) as in
-Gemma.
+Of the modules whose class is named RMSNorm, those are taken that compute weight * x / rms(x), or (1 + weight) * x /
+rms(x) as in Gemma.
 """
 
 import inspect
